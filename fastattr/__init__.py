@@ -1,0 +1,47 @@
+"""fastattr: which training images a text-to-image model's output owes most to, and whose they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastattr.errors import (
+    ArtifactDamagedError,
+    ArtifactMismatchError,
+    ArtifactNotFoundError,
+    FastattrError,
+    InputError,
+    MissingExtraError,
+    NonFiniteError,
+)
+
+if TYPE_CHECKING:
+    from fastattr.attribute import Attribution, FastAttributor
+    from fastattr.generator import Generator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactDamagedError",
+    "ArtifactMismatchError",
+    "ArtifactNotFoundError",
+    "Attribution",
+    "FastAttributor",
+    "FastattrError",
+    "Generator",
+    "InputError",
+    "MissingExtraError",
+    "NonFiniteError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the heavy names (torch, diffusers) only when they are first used."""
+    if name in {"Attribution", "FastAttributor"}:
+        from fastattr import attribute
+
+        return getattr(attribute, name)
+    if name == "Generator":
+        from fastattr.generator import Generator
+
+        return Generator
+    raise AttributeError(f"module 'fastattr' has no attribute {name!r}")

@@ -1,0 +1,34 @@
+"""The errors that fastattr raises on purpose: each says what was found, what was expected and what to do.
+
+All derive from `FastattrError`, which the command line turns into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+
+class FastattrError(Exception):
+    """Base of every error that a user can mend; its text is complete on its own."""
+
+
+class InputError(FastattrError, ValueError):
+    """A value, file or image given by the caller can't be used as it is."""
+
+
+class ArtifactNotFoundError(FastattrError, FileNotFoundError):
+    """A folder, file or model name does not exist where it was looked for."""
+
+
+class ArtifactDamagedError(FastattrError):
+    """A file's checksum or structure is not what its manifest says."""
+
+
+class ArtifactMismatchError(FastattrError):
+    """Two artifacts that must belong together were made from different inputs."""
+
+
+class NonFiniteError(FastattrError, ArithmeticError):
+    """A loss, factor or gradient became NaN or infinite; the text names where."""
+
+
+class MissingExtraError(FastattrError, ImportError):
+    """An optional dependency is not installed; the text says which extra brings it."""

@@ -1,0 +1,287 @@
+"""Features: frozen image and text encoders behind one interface.
+
+Reads corpus/ or queries/; writes features/<encoder>/ with features.npy (float16, one row an image),
+ids.parquet and manifest.json. An encoder is named by a specification:
+
+    open_clip-image:REF   open_clip-text:REF   transformers-image:REF
+
+where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id, a local folder, or the name of an
+embedded model ('emoji'). The text encoder reads the first caption (as the authors' code does) or averages all.
+Sources: arXiv:2511.10721, sec. 4 (image and text features, concatenated).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, require_same, write_manifest
+from fastattr.corpus import Corpus
+from fastattr.errors import InputError
+from fastattr.hub import ASSETS, embedded_models
+
+
+class Encoder(Protocol):
+    """A frozen encoder of images or of captions."""
+
+    specification: str
+    fingerprint: str
+    """Identifies weights and preprocessing."""
+
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """(B, F) float32 unit vectors; an image encoder ignores the captions, a text encoder the images."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Which encoders describe images and prompts."""
+
+    encoders: tuple[str, ...] = ("open_clip-image:encoder", "open_clip-text:encoder")
+    """Specifications; 'encoder' as REF is the run folder's own encoder."""
+    captions: str = "first"
+    """'first' or 'mean': how several captions of one image become one text feature."""
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.captions not in {"first", "mean"}:
+            raise InputError(f"captions must be 'first' or 'mean', got {self.captions!r}")
+        if not self.encoders:
+            raise InputError("name at least one encoder")
+
+
+class OpenClipEncoder:
+    """The image tower or the text tower of a CLIP that open_clip loads."""
+
+    def __init__(self, reference: str, modality: str, *, captions: str = "first", device: str = "cpu") -> None:
+        """Load it.
+
+        Args:
+            reference: folder with open_clip_config.json, 'NAME/PRETRAINED', or a Hub id.
+            modality: 'image' or 'text'.
+            captions: 'first' or 'mean'.
+            device: where to run.
+        """
+        import open_clip
+
+        self.specification = f"open_clip-{modality}:{reference}"
+        name, pretrained = _open_clip_name(reference)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
+        self._model = model.eval().requires_grad_(False)
+        self._preprocess = preprocess
+        self._tokenizer = open_clip.get_tokenizer(name)
+        self._modality, self._captions, self._device = modality, captions, device
+        self.fingerprint = _weights_fingerprint(model, f"{modality}/{captions}/{preprocess}")
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """See `Encoder.encode`."""
+        if self._modality == "image":
+            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images]).to(self._device)
+            return _unit(self._model.encode_image(pixels))
+        return encode_captions(captions, self._encode_texts, average=self._captions == "mean")
+
+    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        return _unit(self._model.encode_text(self._tokenizer(texts).to(self._device)))
+
+
+class TransformersImageEncoder:
+    """A vision model of transformers (DINO, DINOv2, SigLIP, ...): its class token or pooled output."""
+
+    def __init__(self, reference: str, *, device: str = "cpu") -> None:
+        """Load `reference`, a Hub id or a folder, with its own image processor."""
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.specification = f"transformers-image:{reference}"
+        self._processor = AutoImageProcessor.from_pretrained(reference)
+        model = AutoModel.from_pretrained(reference, use_safetensors=True)
+        model = getattr(model, "vision_model", model)  # of a two-tower model, the image half
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._device = device
+        self.fingerprint = _weights_fingerprint(model, str(self._processor.to_dict()))
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """See `Encoder.encode`."""
+        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt").to(self._device)
+        return _unit(self._model(**inputs).last_hidden_state[:, 0])
+
+
+def encode_captions(captions: Sequence[Sequence[str]], encode: Any, *, average: bool) -> np.ndarray:
+    """(B, F) unit text features of images that may have several captions each.
+
+    Args:
+        captions: B lists of captions, none empty.
+        encode: texts -> (len(texts), F) unit vectors.
+        average: average all captions of an image and normalise again, instead of taking the first.
+    """
+    if not average:
+        first: np.ndarray = encode([texts[0] for texts in captions])
+        return first
+    vectors = encode([text for texts in captions for text in texts])
+    ends = np.cumsum([len(texts) for texts in captions])
+    means = np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+
+def _unit(features: torch.Tensor) -> np.ndarray:
+    values: np.ndarray = torch.nn.functional.normalize(features.float(), dim=1).cpu().numpy()
+    return values
+
+
+def _open_clip_name(reference: str) -> tuple[str, str | None]:
+    """open_clip's (model name, pretrained tag) for a reference."""
+    if Path(reference).is_dir():
+        return f"local-dir:{reference}", None
+    name, _, tag = reference.partition("/")
+    import open_clip
+
+    if name in open_clip.list_models():
+        return name, tag or None
+    return f"hf-hub:{reference}", None
+
+
+def _weights_fingerprint(model: torch.nn.Module, preprocessing: str) -> str:
+    """Identifies an encoder's weights (as float16, so that a half-precision copy is the same) and preprocessing."""
+    import hashlib
+
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", preprocessing).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_encoder(specification: str, *, folder: Path | None = None, captions: str = "first", device: str = "cpu") -> Encoder:
+    """Load the encoder that a specification names.
+
+    Args:
+        specification: see the module's text.
+        folder: where a REF of 'encoder' is found (a run folder or an attributor's folder).
+        captions: 'first' or 'mean', for text encoders.
+        device: where to run.
+
+    Raises:
+        InputError: the specification is not of a known form.
+    """
+    kind, _, reference = specification.partition(":")
+    if not reference:
+        raise InputError(f"encoder {specification!r} has no model; write e.g. 'open_clip-image:ViT-B-32/laion2b_s34b_b79k'.")
+    if reference == "encoder" and folder is not None:
+        reference = str(folder / "encoder")
+    elif reference in embedded_models():
+        reference = str(ASSETS / reference / "attributor" / "encoder")
+    encoder: Encoder
+    if kind in {"open_clip-image", "open_clip-text"}:
+        encoder = OpenClipEncoder(reference, kind.removeprefix("open_clip-"), captions=captions, device=device)
+    elif kind == "transformers-image":
+        encoder = TransformersImageEncoder(reference, device=device)
+    else:
+        raise InputError(f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text or transformers-image.")
+    encoder.specification = specification
+    return encoder
+
+
+def slug(specification: str) -> str:
+    """A folder name for an encoder."""
+    return re.sub(r"[^\w.-]+", "_", specification)
+
+
+def encode_all(
+    encoder: Encoder, images: Any, captions: Sequence[Sequence[str]], *, batch_size: int, description: str
+) -> np.ndarray:
+    """(N, F) float16 features; `images` is a function row -> image, so that only one batch is in memory."""
+    parts = []
+    for start in tqdm(range(0, len(captions), batch_size), desc=description, unit="batch"):
+        rows = range(start, min(start + batch_size, len(captions)))
+        parts.append(encoder.encode([images(row) for row in rows], [captions[row] for row in rows]).astype(np.float16))
+    return np.concatenate(parts)
+
+
+def write_features(folder: Path, features: np.ndarray, ids: Sequence[str]) -> None:
+    """Write (N, F) features and the ids of their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "features.npy") as temporary:
+        np.save(temporary, features)
+    with atomic_path(folder / "ids.parquet") as temporary:
+        pq.write_table(pa.table({"id": list(ids)}), temporary)
+
+
+def read_features(folders: Sequence[Path], ids: Sequence[str]) -> np.ndarray:
+    """(N, F) float32 features of `ids`, the encoders' features side by side; rows are matched by id.
+
+    Raises:
+        InputError: an id has no features in one of the folders.
+    """
+    columns = []
+    for folder in folders:
+        open_stage(folder, "features")
+        row_of = {name: row for row, name in enumerate(pq.read_table(folder / "ids.parquet")["id"].to_pylist())}
+        missing = [name for name in ids if name not in row_of]
+        if missing:
+            raise InputError(
+                f"{len(missing)} ids have no features in {folder}, e.g. {missing[:3]}; run the features stage again."
+            )
+        stored = np.load(folder / "features.npy", mmap_mode="r")
+        columns.append(np.asarray(stored[[row_of[name] for name in ids]], dtype=np.float32))
+    return np.concatenate(columns, axis=1)
+
+
+def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
+    """Encode corpus and queries with every encoder; returns each encoder's manifest by specification."""
+    from fastattr.queries import Queries
+
+    corpus = Corpus(run_dir / "corpus")
+    queries = Queries(run_dir / "queries")
+    manifests = {}
+    for specification in config.encoders:
+        encoder = open_encoder(specification, folder=run_dir, captions=config.captions)
+        sets = (
+            ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
+            ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
+        )
+        for name, source, ids, images, captions in sets:
+            folder = run_dir / name / slug(specification)
+            inputs = {"source": source, "encoder": encoder.fingerprint}
+            if not finished(folder, stage="features", config=config, inputs=inputs):
+                features = encode_all(
+                    encoder, images, captions, batch_size=config.batch_size, description=f"{name} {specification}"
+                )
+                write_features(folder, features, ids)
+                write_manifest(
+                    folder,
+                    stage="features",
+                    config=config,
+                    inputs=inputs,
+                    width=features.shape[1],
+                    rows=len(ids),
+                    encoder=specification,
+                )
+            manifests[f"{name}/{slug(specification)}"] = read_json(folder / MANIFEST)
+    return manifests
+
+
+def folders(run_dir: Path, name: str, encoders: Sequence[str]) -> list[Path]:
+    """The feature folders of these encoders; `name` is 'features' or 'query_features'."""
+    return [run_dir / name / slug(specification) for specification in encoders]
+
+
+def features_fingerprint(paths: Sequence[Path]) -> str:
+    """Identifies a set of feature folders."""
+    return fingerprint([open_stage(path, "features")["fingerprint"] for path in paths])
+
+
+def check_source(path: Path, expected: str) -> None:
+    """Refuse a feature folder of another corpus or other queries."""
+    found = open_stage(path, "features")["inputs"]["source"]
+    require_same(f"the source of {path}", found, expected, "Run the features stage in this run folder again.")

@@ -1,0 +1,245 @@
+"""Train the text-to-image generator: a small Stable Diffusion on a corpus, from nothing.
+
+Reads corpus/ and autoencoder/; writes generator/, a `StableDiffusionPipeline` folder that plain
+`DiffusionPipeline.from_pretrained` loads. Tokenizer, text encoder and U-Net are trained here; the text encoder
+together with the U-Net. v-prediction on a cosine schedule, captions dropped at a set rate for classifier-free guidance.
+Sources: arXiv:2112.10752 (latent diffusion), arXiv:2202.00512 (v-prediction), arXiv:2207.12598 (guidance).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fastattr.artifacts import MANIFEST, finished, open_stage, read_json, temporary_folder, write_manifest
+from fastattr.corpus import Corpus
+from fastattr.train_autoencoder import encode_latents, load_images
+from fastattr.training import TrainingConfig, fit
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Settings of the denoiser and its text encoder."""
+
+    channels: tuple[int, ...] = (96, 160, 192)
+    """U-Net width at each resolution level."""
+    layers_per_block: int = 1
+    attention_levels: tuple[int, ...] = (1,)
+    """Levels with self- and cross-attention, besides the middle block."""
+    head_width: int = 32
+    """Width of an attention head; 8 is ten times slower on a CPU."""
+    vocabulary: int = 3000
+    """Size of the BPE vocabulary learned from the captions."""
+    max_tokens: int = 24
+    text_width: int = 192
+    text_layers: int = 2
+    caption_dropout: float = 0.1
+    """Share of training examples that see an empty prompt."""
+    steps: int = 25
+    """Default number of denoising steps."""
+    guidance: float = 4.0
+    """Default classifier-free guidance scale."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, ema_decay=0.9985
+        )
+    )
+
+
+def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int, scratch: Path) -> CLIPTokenizer:
+    """Learn a lower-casing BPE vocabulary and wrap it as the CLIP tokenizer that Stable Diffusion expects."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    (scratch / "vocab.json").write_text(json.dumps(learned["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
+    (scratch / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(scratch, model_max_length=max_tokens, pad_token=END)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """(B, max_tokens) token ids, padded and truncated as StableDiffusionPipeline does."""
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    ids: torch.Tensor = encoded.input_ids
+    return ids
+
+
+def build_denoiser(
+    config: GeneratorConfig, *, tokenizer: CLIPTokenizer, latent_channels: int, latent_side: int
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """An untrained U-Net and text encoder with `config`'s shape."""
+    levels = range(len(config.channels))
+    unet = UNet2DConditionModel(
+        sample_size=latent_side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if level in config.attention_levels else "UpBlock2D" for level in reversed(levels)
+        ),
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=tuple(
+            width // config.head_width for width in config.channels
+        ),  # diffusers reads it as the number of heads
+        cross_attention_dim=config.text_width,
+        norm_num_groups=32,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=4 * config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.text_width // config.head_width,
+            max_position_embeddings=config.max_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=config.text_width,
+        )
+    )
+    return unet, text_encoder
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction on a cosine schedule, sampled from its noisiest step ('trailing')."""
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+class DenoiserLoss(nn.Module):
+    """v-prediction loss of U-Net and text encoder; forward(latents, tokens, timesteps, noise) -> scalar."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self._scheduler = scheduler
+
+    def forward(
+        self, latents: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Args: latents and noise (B, L, h, w), scaled; tokens (B, max_tokens); timesteps (B,)."""
+        noisy = self._scheduler.add_noise(latents, noise, timesteps)
+        target = self._scheduler.get_velocity(latents, noise, timesteps)
+        text = self.text_encoder(tokens).last_hidden_state
+        prediction = self.unet(noisy, timesteps, encoder_hidden_states=text).sample
+        return F.mse_loss(prediction.float(), target)
+
+
+def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the generator on run_dir/corpus with run_dir/autoencoder; returns the manifest."""
+    corpus = Corpus(run_dir / "corpus")
+    autoencoder_manifest = open_stage(run_dir / "autoencoder", "autoencoder")
+    folder = run_dir / "generator"
+    inputs = {"corpus": corpus.fingerprint, "autoencoder": autoencoder_manifest["fingerprint"]}
+    if finished(folder, stage="generator", config=config, inputs=inputs):
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        return manifest
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    autoencoder = AutoencoderKL.from_pretrained(run_dir / "autoencoder").to(accelerator.device)
+    images = load_images(corpus, autoencoder.config.sample_size)
+    latents = encode_latents(autoencoder, images) * autoencoder.config.scaling_factor
+    with temporary_folder(folder) as scratch:
+        tokenizer = train_tokenizer(
+            (caption for captions in corpus.captions for caption in captions),
+            vocabulary=config.vocabulary,
+            max_tokens=config.max_tokens,
+            scratch=scratch,
+        )
+    tokens = tokenize(tokenizer, [captions[0] for captions in corpus.captions])
+    empty = tokenize(tokenizer, [""])
+    torch.manual_seed(config.training.seed)
+    scheduler = build_scheduler()
+    unet, text_encoder = build_denoiser(
+        config, tokenizer=tokenizer, latent_channels=latents.shape[1], latent_side=latents.shape[2]
+    )
+    loss_module = DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler)
+    train_timesteps = scheduler.config.num_train_timesteps
+
+    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        picked = latents[rows]
+        # One timestep from each of B equal parts: the same uniform law with less variance over the batch.
+        stratum = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
+        timesteps = (stratum / len(rows) * train_timesteps).long().clamp_max(train_timesteps - 1)
+        dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
+        prompt = torch.where(dropped[:, None], empty, tokens[rows])
+        return picked, prompt, timesteps, torch.randn(picked.shape, generator=generator)
+
+    checkpoint = folder / "checkpoint.safetensors"
+    average = fit(
+        loss_module,
+        batch_of,
+        config.training,
+        examples=len(corpus),
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        description="generator",
+    )
+    if accelerator.is_main_process:
+        assert isinstance(average, DenoiserLoss)
+        pipeline = StableDiffusionPipeline(
+            vae=autoencoder,
+            text_encoder=average.text_encoder,
+            tokenizer=tokenizer,
+            unet=average.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+        write_manifest(
+            folder,
+            stage="generator",
+            config=config,
+            inputs=inputs,
+            corpus_fingerprint=corpus.fingerprint,
+            defaults={"steps": config.steps, "guidance": config.guidance},
+            unet_parameters=sum(parameter.numel() for parameter in average.unet.parameters()),
+            text_parameters=sum(parameter.numel() for parameter in average.text_encoder.parameters()),
+        )
+        checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    manifest = read_json(folder / MANIFEST)
+    return manifest
