@@ -91,8 +91,8 @@ class Factors:
         wanted = set(layers)
         if set(contents["lambda_matrix"]) != wanted:
             raise ArtifactMismatchError(
-                f"{folder} holds factors of {sorted(contents['lambda_matrix'])[:3]}..., expected those of {sorted(wanted)[:3]}... "
-                "Fit factors for this generator and pattern."
+                f"{folder} holds factors of {sorted(contents['lambda_matrix'])[:3]}..., "
+                f"expected those of {sorted(wanted)[:3]}... Fit factors for this generator and pattern."
             )
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
         eigenvalues = {name: value.double() / examples for name, value in contents["lambda_matrix"].items()}

@@ -81,7 +81,7 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig) -> list[Promp
         config: sizes and shares.
 
     Returns:
-        Distinct prompts, train first; a split that has too few free prompts is filled with captions.
+        Distinct prompts, train first; captions fill up where a split has too few free prompts or recombinations.
 
     Raises:
         InputError: the corpus has too few distinct subjects.
@@ -97,7 +97,8 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig) -> list[Promp
         own = [subject for subject in sorted(subjects) if split_of(subject, config) == split]
         rng.shuffle(own)
         free = [text for text in config.free_prompts if split_of(text, config) == split]
-        n_recombined = round(size * config.recombined_share) if len(styles) > 1 else 0
+        n_recombinable = sum(len(subjects[subject]) < len(styles) for subject in own)
+        n_recombined = min(n_recombinable, round(size * config.recombined_share))
         n_free = min(len(free), size - n_recombined - round(size * config.caption_share))
         for subject in own:
             absent = [style for style in styles if style not in subjects[subject]]

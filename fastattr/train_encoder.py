@@ -40,7 +40,7 @@ class EncoderConfig:
     vocabulary: int = 3000
     max_tokens: int = 28
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=900, batch_size=128, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
+        default_factory=lambda: TrainingConfig(steps=700, batch_size=128, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
     )
 
 
@@ -127,7 +127,7 @@ def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(folder)
         preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
         write_json(folder / "open_clip_config.json", {"model_cfg": shape, "preprocess_cfg": preprocess})
-        weights = {name: value.contiguous() for name, value in average.clip.state_dict().items()}  # type: ignore[union-attr]
+        weights = {name: value.half().contiguous() for name, value in average.clip.state_dict().items()}  # type: ignore[union-attr]
         with atomic_path(folder / "open_clip_model.safetensors") as temporary:
             save_file(weights, temporary)
         write_manifest(

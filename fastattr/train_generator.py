@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fastattr.artifacts import MANIFEST, finished, open_stage, read_json, temporary_folder, write_manifest
+from fastattr.artifacts import MANIFEST, finished, open_stage, read_json, sha256_file, temporary_folder, write_manifest
 from fastattr.corpus import Corpus
 from fastattr.train_autoencoder import encode_latents, load_images
 from fastattr.training import TrainingConfig, fit
@@ -142,7 +142,7 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=True,
+        steps_offset=1,
     )
 
 
@@ -228,13 +228,19 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.save_pretrained(folder)
+        # Half precision is what ships, so it is also what later stages score and measure.
+        pipeline.to(dtype=torch.float16).save_pretrained(folder)
         write_manifest(
             folder,
             stage="generator",
             config=config,
             inputs=inputs,
             corpus_fingerprint=corpus.fingerprint,
+            sha256={
+                path.relative_to(folder).as_posix(): sha256_file(path)
+                for path in sorted(folder.rglob("*.safetensors"))
+                if path != checkpoint
+            },
             defaults={"steps": config.steps, "guidance": config.guidance},
             unet_parameters=sum(parameter.numel() for parameter in average.unet.parameters()),
             text_parameters=sum(parameter.numel() for parameter in average.text_encoder.parameters()),

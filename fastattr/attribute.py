@@ -1,0 +1,415 @@
+"""Attribute: from an image and its prompt to the training images that influenced it most.
+
+`FastAttributor` holds encoders, student, index and catalogue; `Attribution` is the answer to one query.
+An attributor folder holds config.json (shape, encoders, fingerprints, SHA-256 of every other file),
+model.safetensors, index.faiss, catalog.parquet, metrics.json and, where it brings its own, encoder/.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import faiss
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from fastattr.artifacts import atomic_path, open_stage, read_json, sha256_file, write_json
+from fastattr.corpus import Corpus, load_rgb, to_rgb
+from fastattr.distill import load_student, save_student
+from fastattr.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, InputError
+from fastattr.features import Encoder, folders, open_encoder, read_features
+from fastattr.hub import locate
+from fastattr.index import IndexConfig, build_index, load_index, save_index, search
+from fastattr.student import Student, StudentConfig, embed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT_VERSION = 1
+CATALOG_COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
+THUMBNAIL_SIDE = 64
+
+ImageLike = Image.Image | np.ndarray | str | Path
+
+
+@dataclass(frozen=True)
+class Influence:
+    """One training image in an attribution."""
+
+    rank: int
+    """0 = most influential."""
+    image_id: str
+    similarity: float
+    """Cosine between the student's embeddings of query and training image, -1 to 1; orders like influence."""
+    caption: str
+    creator: str
+    license: str
+    source: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The training images that influenced one image most, most influential first."""
+
+    results: list[Influence]
+    prompt: str
+    seconds: dict[str, float]
+    """Time spent in each step."""
+    model: dict[str, Any]
+    """Name, fingerprints and versions of what answered."""
+    warnings: list[str] = field(default_factory=list)
+    _weights: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+    _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a training image, most influential first."""
+        return pd.DataFrame([asdict(result) for result in self.results])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the thumbnails, as plain values."""
+        return {
+            "results": [asdict(result) for result in self.results],
+            "prompt": self.prompt,
+            "seconds": self.seconds,
+            "model": self.model,
+            "warnings": self.warnings,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def shares(self, by: str = "creator") -> pd.DataFrame:
+        """How the images of this attribution divide by creator, licence or source.
+
+        An image counts with the student's estimate of its closeness to the top of the teacher's ranking (the sigmoid
+        of its training logit). Shares are of these images together, not of the whole corpus, and not calibrated.
+
+        Args:
+            by: 'creator', 'license' or 'source'.
+
+        Returns:
+            Columns `by`, 'share' (sums to 1) and 'images' (how many), largest share first.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        if by not in {"creator", "license", "source"}:
+            raise InputError(f"shares can be taken by creator, license or source, not by {by!r}")
+        table = pd.DataFrame({by: [getattr(result, by) for result in self.results], "share": self._weights, "images": 1})
+        grouped = table.groupby(by, as_index=False).sum()
+        grouped["share"] /= grouped["share"].sum()
+        return grouped.sort_values(["share", by], ascending=[False, True], ignore_index=True)
+
+    def thumbnail(self, image_id: str) -> Image.Image:
+        """Small RGB picture of one of the results.
+
+        Raises:
+            InputError: it is none of them.
+        """
+        if image_id not in self._thumbnails:
+            raise InputError(f"{image_id!r} is not among the {len(self.results)} results of this attribution.")
+        return load_rgb(self._thumbnails[image_id])
+
+    def figure(self) -> Figure:
+        """The results as a matplotlib figure: thumbnails with rank, similarity, caption and creator."""
+        from matplotlib.figure import Figure
+
+        columns = min(5, len(self.results))
+        rows = -(-len(self.results) // columns)
+        figure = Figure(figsize=(2.4 * columns, 2.7 * rows), layout="constrained")
+        for axes, result in zip(figure.subplots(rows, columns, squeeze=False).flat, self.results, strict=False):
+            axes.imshow(self.thumbnail(result.image_id))
+            axes.set_title(f"{result.rank + 1}. {result.caption[:34]}\n{result.creator}, {result.similarity:.3f}", fontsize=7)
+        for axes in figure.axes:
+            axes.axis("off")
+        return figure
+
+
+class FastAttributor:
+    """Names the training images that influenced a generated image most."""
+
+    def __init__(
+        self,
+        *,
+        config: dict[str, Any],
+        encoders: Sequence[Encoder],
+        student: Student,
+        index: faiss.Index,
+        catalog: pa.Table,
+        metrics: dict[str, Any],
+        folder: Path,
+        name: str,
+    ) -> None:
+        """Use `from_pretrained`, or `build_attributor` for a run folder."""
+        self.config = config
+        self.name = name
+        self.catalog = catalog
+        """(N rows) image_id, caption, creator, license, source, url, group, subgroup, family, thumbnail (WebP)."""
+        self.metrics = metrics
+        self._encoders, self._student, self._index, self._folder = list(encoders), student, index, folder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        device: str | None = None,
+    ) -> FastAttributor:
+        """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name'.
+
+        Args:
+            name_or_path: which one.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where the Hub client keeps downloads.
+            token: Hub access token.
+            local_files_only: take the cached copy, ask no network.
+            device: where the feature encoders run; None takes CUDA if there is one.
+
+        Raises:
+            ArtifactNotFoundError: there is no such model, or a file of it is missing.
+            ArtifactDamagedError: a file's checksum is not that of config.json.
+            ArtifactMismatchError: it was written by a newer fastattr, or its encoders have other weights.
+        """
+        import torch
+
+        folder = locate(
+            name_or_path, "attributor", revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or "format_version" not in config:
+            raise ArtifactDamagedError(f"{folder / 'config.json'} is not an attributor's; fetch the attributor again.")
+        if config["format_version"] > FORMAT_VERSION:
+            raise ArtifactMismatchError(
+                f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}; "
+                "upgrade fastattr."
+            )
+        for file, expected in config["sha256"].items():
+            if not (folder / file).exists():
+                raise ArtifactNotFoundError(f"{folder / file} does not exist; fetch or build the attributor again.")
+            if sha256_file(folder / file) != expected:
+                raise ArtifactDamagedError(f"{folder / file} is not the file of config.json (SHA-256 differs); fetch it again.")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        encoders = [
+            open_encoder(specification, folder=folder, captions=config["captions"], device=device)
+            for specification in config["encoders"]
+        ]
+        found = [encoder.fingerprint for encoder in encoders]
+        if found != config["encoder_fingerprints"]:
+            raise ArtifactMismatchError(
+                f"{folder} needs encoders with fingerprints {config['encoder_fingerprints']}, those loaded have {found}. "
+                "Install the revision of the encoders that the attributor's card names."
+            )
+        shape = StudentConfig(embed_dim=config["student"]["embed_dim"], hidden=tuple(config["student"]["hidden"]))
+        return cls(
+            config=config,
+            encoders=encoders,
+            student=load_student(folder / "model.safetensors", feature_dim=config["feature_dim"], config=shape),
+            index=load_index(folder / "index.faiss", sha256=config["sha256"]["index.faiss"]),
+            catalog=pq.read_table(folder / "catalog.parquet"),
+            metrics=read_json(folder / "metrics.json"),
+            folder=folder,
+            name=str(name_or_path),
+        )
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def attribute(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str], k: int = 20
+    ) -> Attribution | list[Attribution]:
+        """Name the k training images that influenced a generated image most.
+
+        Args:
+            image: the generated image (Pillow image, (H, W, 3) uint8 array or file), or a list of them.
+            prompt: its prompt, or as many prompts.
+            k: how many training images, 1 to the size of the corpus.
+
+        Returns:
+            One `Attribution`, or a list of them if a list was given.
+
+        Raises:
+            InputError: an image can't be read, a prompt is empty, or k is out of range.
+        """
+        if isinstance(image, list | tuple):
+            prompts = list(prompt) if not isinstance(prompt, str) else [prompt] * len(image)
+            if len(prompts) != len(image):
+                raise InputError(f"{len(image)} images came with {len(prompts)} prompts; give one prompt an image.")
+            return self._attribute([open_image(one) for one in image], prompts, k)
+        if not isinstance(prompt, str):
+            raise InputError("one image needs one prompt, a string.")
+        return self._attribute([open_image(image)], [prompt], k)[0]  # type: ignore[arg-type]
+
+    def _attribute(self, images: Sequence[Image.Image], prompts: Sequence[str], k: int) -> list[Attribution]:
+        for text in prompts:
+            if not text.strip():
+                raise InputError("the prompt is empty; give the prompt that the image was made from.")
+        if not 1 <= k <= len(self):
+            raise InputError(f"top-k must be between 1 and {len(self)} (the images in the corpus), got {k}.")
+        started = time.perf_counter()
+        features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in self._encoders], axis=1)
+        encoded = time.perf_counter()
+        rows, similarities = search(self._index, embed(self._student, features), k)
+        searched = time.perf_counter()
+        seconds = {"features": encoded - started, "search": searched - encoded}
+        return [
+            self._attribution(text, own_rows, own_similarities, seconds)
+            for text, own_rows, own_similarities in zip(prompts, rows, similarities, strict=True)
+        ]
+
+    def _attribution(self, prompt: str, rows: np.ndarray, similarities: np.ndarray, seconds: dict[str, float]) -> Attribution:
+        import torch
+
+        records = self.catalog.take(pa.array(rows)).to_pylist()
+        text_columns = ("image_id", "caption", "creator", "license", "source", "url")
+        results = [
+            Influence(rank=rank, similarity=float(similarity), **{column: record[column] for column in text_columns})
+            for rank, (record, similarity) in enumerate(zip(records, similarities, strict=True))
+        ]
+        with torch.no_grad():
+            weights = torch.sigmoid(self._student.logits(torch.from_numpy(similarities))).double().numpy()
+        model = {
+            "name": self.name,
+            "fastattr_version": self.config["fastattr_version"],
+            "corpus_fingerprint": self.config["corpus_fingerprint"],
+            "generator_fingerprint": self.config["generator_fingerprint"],
+            "model_sha256": self.config["sha256"]["model.safetensors"],
+            "index_sha256": self.config["sha256"]["index.faiss"],
+        }
+        thumbnails = {record["image_id"]: record["thumbnail"] for record in records}
+        return Attribution(results, prompt, dict(seconds), model, [], weights, thumbnails)
+
+    def info(self) -> dict[str, Any]:
+        """What this attributor is: size, creators, licences, versions and metrics."""
+        count = self.catalog["creator"].value_counts()
+        return {
+            "name": self.name,
+            "images": len(self),
+            "creators": len(count),
+            "licences": sorted(set(self.catalog["license"].to_pylist())),
+            "sources": sorted(set(self.catalog["source"].to_pylist())),
+            "encoders": self.config["encoders"],
+            "embed_dim": self.config["student"]["embed_dim"],
+            "index": self.config["index"],
+            "versions": {
+                "fastattr": self.config["fastattr_version"],
+                "format": str(self.config["format_version"]),
+                "corpus": self.config["corpus_fingerprint"],
+                "generator": self.config["generator_fingerprint"],
+            },
+            "metrics": self.metrics,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the attributor to a folder that `from_pretrained` loads; an earlier one there is replaced."""
+        target = Path(folder)
+        if target.resolve() == self._folder.resolve():
+            return
+        with atomic_path(target) as temporary:
+            temporary.mkdir(parents=True)
+            for file in ["config.json", *self.config["sha256"]]:
+                (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._folder / file, temporary / file)
+
+
+def open_image(image: ImageLike | Any) -> Image.Image:
+    """An RGB image from a Pillow image, an (H, W, 3) uint8 array or a file.
+
+    Raises:
+        InputError: it is none of these, or can't be read.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}.")
+        return Image.fromarray(image)
+    path = Path(image)
+    if not path.is_file():
+        raise InputError(f"there is no image file {str(path)!r}.")
+    try:
+        return load_rgb(path)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{str(path)!r} can't be read as an image ({type(error).__name__}); give a PNG, JPEG or WebP file."
+        ) from error
+
+
+def thumbnail_bytes(image: Image.Image, *, quality: int) -> bytes:
+    """A WebP of at most THUMBNAIL_SIDE pixels a side."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=quality, method=6)
+    return buffer.getvalue()
+
+
+def build_attributor(
+    config: IndexConfig, run_dir: Path, folder: Path, *, encoders: Sequence[str], captions: str, thumbnail_quality: int
+) -> None:
+    """Put a run folder's corpus, features, student and metrics together as an attributor folder.
+
+    Args:
+        config: of the index.
+        run_dir: with finished corpus, features and student; evaluation/metrics.json is taken along if it is there.
+        folder: where to write.
+        encoders: specifications, in the order of the student's features.
+        captions: 'first' or 'mean', as the features were made.
+        thumbnail_quality: of the WebP thumbnails, 1 to 100.
+    """
+    from fastattr import __version__
+
+    corpus = Corpus(run_dir / "corpus")
+    manifest = open_stage(run_dir / "student", "student")
+    shape = StudentConfig(**{**manifest["config"]["student"], "hidden": tuple(manifest["config"]["student"]["hidden"])})
+    student = load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)
+    features = read_features(folders(run_dir, "features", encoders), corpus.image_ids)
+    metrics_file = run_dir / "evaluation" / "metrics.json"
+    with atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        save_student(student, temporary / "model.safetensors")
+        save_index(build_index(embed(student, features), config.factory), temporary / "index.faiss")
+        catalog = {
+            "image_id": corpus.image_ids,
+            "caption": [captions[0] for captions in corpus.captions],
+            **{column: corpus.column(column) for column in CATALOG_COLUMNS[2:]},
+            "thumbnail": [thumbnail_bytes(corpus.image(row), quality=thumbnail_quality) for row in range(len(corpus))],
+        }
+        pq.write_table(pa.table(catalog), temporary / "catalog.parquet", compression="zstd", compression_level=12)
+        write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
+        if any(specification.endswith(":encoder") for specification in encoders):
+            shutil.copytree(run_dir / "encoder", temporary / "encoder")
+        opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
+        files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
+        write_json(
+            temporary / "config.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "fastattr_version": __version__,
+                "encoders": list(encoders),
+                "encoder_fingerprints": [encoder.fingerprint for encoder in opened],
+                "captions": captions,
+                "feature_dim": manifest["feature_dim"],
+                "student": asdict(shape),
+                "index": config.factory,
+                "corpus_fingerprint": manifest["corpus_fingerprint"],
+                "generator_fingerprint": manifest["generator_fingerprint"],
+                "teacher": manifest["teacher"],
+                "sha256": {file: sha256_file(temporary / file) for file in files},
+            },
+        )

@@ -1,0 +1,267 @@
+"""The command line: `fastattr --help` reads like a guide.
+
+Errors that a user can mend end in one line on stderr and exit code 2. Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastattr.errors import FastattrError, InputError, MissingExtraError
+
+GUIDE = """\
+fastattr names the training images that influenced a generated image most, and whose they are.
+
+see it:
+  fastattr demo                                       the page, on 127.0.0.1:7860, with the embedded emoji models
+  fastattr generate emoji --prompt "red heart, openmoji style" --seed 0 --out heart.png
+  fastattr attribute emoji --image heart.png --prompt "red heart, openmoji style" --top-k 10
+  fastattr info emoji
+
+build your own, all at once (resumes where it stands) or stage by stage:
+  fastattr build hub_scripts/configs/emoji.yaml
+"""
+
+STAGE_HELP = {
+    "train-autoencoder": "train the generator's autoencoder",
+    "train-generator": "train the generator: tokenizer, text encoder and U-Net",
+    "train-encoder": "train the small CLIP that encodes features",
+    "queries": "generate the images to be attributed",
+    "features": "encode corpus and queries with the frozen encoders",
+    "candidates": "choose the training images that the teacher scores for each query",
+    "teach": "score the candidates by unlearning (the slow stage; `accelerate launch` splits it)",
+    "distill": "train the student on the teacher's rankings",
+    "evaluate": "compare student and untuned features with the teacher on the test queries",
+    "index": "build the FAISS index and put the attributor together",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "open_clip", "root", "faiss", "faiss.loader"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        result = arguments.run(arguments)
+    except FastattrError as error:
+        print(f"fastattr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastattr: stopped; run the same command again to resume.", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastattr import __version__
+
+    parser = argparse.ArgumentParser(prog="fastattr", description=GUIDE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"fastattr {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="serve the page on this machine")
+    demo.add_argument("--host", default="127.0.0.1")
+    demo.add_argument("--port", type=int, default=7860)
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="draw an image from a prompt")
+    generate.add_argument("model", help="'emoji', a diffusers folder or a Hub id")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--steps", type=int, help="denoising steps (default: the generator's own)")
+    generate.add_argument("--guidance", type=float, help="guidance scale (default: the generator's own)")
+    generate.add_argument("--out", type=Path, required=True, help="where to write the PNG")
+    generate.add_argument("--json", action="store_true", help="print the settings as JSON")
+    generate.set_defaults(run=_generate)
+
+    attribute = commands.add_parser("attribute", help="name the training images that influenced an image most")
+    attribute.add_argument("model", help="'emoji', an attributor folder or a Hub id")
+    attribute.add_argument("--image", type=Path, required=True)
+    attribute.add_argument("--prompt", required=True)
+    attribute.add_argument("--top-k", type=int, default=10)
+    attribute.add_argument("--figure", type=Path, help="write the results as a picture, too")
+    attribute.add_argument("--json", action="store_true", help="print everything as JSON")
+    attribute.set_defaults(run=_attribute)
+
+    info = commands.add_parser("info", help="sizes, versions, licences and metrics of an attributor")
+    info.add_argument("model", help="'emoji', an attributor folder or a Hub id")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+
+    build = commands.add_parser("build", help="run all stages of a config, resuming")
+    _config_arguments(build)
+    build.add_argument("--assets", type=Path, help="also pack generator and attributor as an embedded model in this folder")
+    build.set_defaults(run=_build)
+
+    corpus = commands.add_parser("corpus", help="read training images: emoji, an image folder, or a dataset")
+    corpus.add_argument("kind", choices=["emoji", "folder", "dataset"])
+    corpus.add_argument("path", nargs="?", default="", help="image folder, dataset id or data file (not for emoji)")
+    corpus.add_argument("out", type=Path)
+    corpus.add_argument("--split", default="train")
+    corpus.add_argument("--image-column", default="image")
+    corpus.add_argument("--caption-column", default="caption")
+    corpus.add_argument("--resolution", type=int, default=64, help="side at which emoji are drawn")
+    corpus.add_argument("--json", action="store_true")
+    corpus.set_defaults(run=_corpus)
+
+    for name, text in STAGE_HELP.items():
+        stage = commands.add_parser(name, help=text)
+        _config_arguments(stage)
+        stage.set_defaults(run=_stage, stage=name)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file; see hub_scripts/configs/")
+    parser.add_argument("--run", type=Path, dest="run_dir", help="run folder (default: runs/NAME)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    try:
+        from fastattr.space import app
+    except ImportError as error:
+        raise MissingExtraError(f"the page needs gradio ({error}); run: pip install 'fastattr[space]'") from error
+    app.launch(arguments.host, arguments.port).block_thread()
+
+
+def _generate(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from tqdm import tqdm
+
+    from fastattr.artifacts import atomic_path
+    from fastattr.generator import Generator
+
+    if not arguments.out.parent.is_dir():
+        raise InputError(f"there is no folder {arguments.out.parent} to write {arguments.out.name} into.")
+    generator = Generator.from_pretrained(arguments.model)
+    started = time.perf_counter()
+    with tqdm(desc="denoise", unit="step", leave=False) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        image = generator.generate(
+            arguments.prompt, seed=arguments.seed, steps=arguments.steps, guidance=arguments.guidance, on_step=on_step
+        )
+    seconds = time.perf_counter() - started
+    with atomic_path(arguments.out) as temporary:
+        image.save(temporary, format="PNG")
+    steps = generator.defaults["steps"] if arguments.steps is None else arguments.steps
+    guidance = generator.defaults["guidance"] if arguments.guidance is None else arguments.guidance
+    if arguments.json:
+        return {
+            "out": str(arguments.out),
+            "prompt": arguments.prompt,
+            "seed": arguments.seed,
+            "steps": int(steps),
+            "guidance": guidance,
+            "generator": generator.fingerprint,
+            "seconds": round(seconds, 3),
+        }
+    print(f"wrote {arguments.out} ({int(steps)} steps, guidance {guidance}, seed {arguments.seed}, {seconds:.1f} s)")
+    return None
+
+
+def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr.attribute import Attribution, FastAttributor, open_image
+
+    image = open_image(arguments.image)
+    started = time.perf_counter()
+    attributor = FastAttributor.from_pretrained(arguments.model)
+    loaded = time.perf_counter() - started
+    result = attributor.attribute(image, arguments.prompt, k=arguments.top_k)
+    assert isinstance(result, Attribution)
+    result.seconds["load"] = loaded
+    if arguments.figure:
+        from fastattr.artifacts import atomic_path
+
+        with atomic_path(arguments.figure) as temporary:
+            result.figure().savefig(temporary)
+    if arguments.json:
+        return result.to_dict()
+    for row in result.results:
+        print(f"{row.rank + 1:4d}  {row.similarity:6.3f}  {row.image_id:32s}  {row.caption}  ({row.creator}, {row.license})")
+    for row in result.shares(by="creator").head(5).itertuples():
+        print(f"      {row.share:6.1%}  {row.creator}")
+    return None
+
+
+def _info(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr.attribute import FastAttributor
+
+    info = FastAttributor.from_pretrained(arguments.model).info()
+    if arguments.json:
+        return info
+    for key, value in info.items():
+        if key != "metrics":
+            print(f"{key:10s} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    for name, values in info["metrics"].get("methods", {}).items():
+        figures = ", ".join(
+            f"{key} {values[key]:.3f} ± {values[key + '_se']:.3f}" for key in ("map", "spearman", "top_k_overlap")
+        )
+        print(f"{'metric':10s} {name}: {figures}")
+    return None
+
+
+def _corpus(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import corpus
+
+    config = corpus.CorpusConfig(
+        kind=arguments.kind,
+        path=arguments.path,
+        split=arguments.split,
+        image_column=arguments.image_column,
+        caption_column=arguments.caption_column,
+        resolution=arguments.resolution,
+    )
+    manifest = corpus.run(config, arguments.out)
+    if arguments.json:
+        return manifest
+    skipped = sum(manifest["skipped"].values())
+    print(f"{manifest['images']} images in {arguments.out}, {skipped} skipped (listed in skipped.parquet)")
+    return None
+
+
+def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr.build import STAGES
+    from fastattr.config import load_config
+
+    config = load_config(arguments.config)
+    run_dir = arguments.run_dir or Path("runs") / config.name
+    result = STAGES[arguments.stage](config, run_dir)
+    if arguments.json:
+        return result
+    print(f"{arguments.stage}: done, in {run_dir}")
+    return None
+
+
+def _build(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import build
+    from fastattr.config import load_config
+
+    config = load_config(arguments.config)
+    run_dir = arguments.run_dir or Path("runs") / config.name
+    seconds = build.run(config, run_dir)
+    result: dict[str, Any] = {"run": str(run_dir), "seconds": seconds}
+    if arguments.assets:
+        result["bytes"] = build.embed_assets(config, run_dir, arguments.assets)["bytes"]
+    if arguments.json:
+        return result
+    print(f"done, in {run_dir}: {run_dir / 'attributor'} is ready for FastAttributor.from_pretrained")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

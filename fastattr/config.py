@@ -1,0 +1,113 @@
+"""Config files: one YAML for the whole line, one section a stage, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastattr.candidates import CandidatesConfig
+from fastattr.corpus import CorpusConfig
+from fastattr.distill import DistillConfig
+from fastattr.errors import ArtifactNotFoundError, InputError
+from fastattr.evaluate import EvaluateConfig
+from fastattr.features import FeaturesConfig
+from fastattr.index import IndexConfig
+from fastattr.queries import QueriesConfig
+from fastattr.teacher import TeacherConfig
+from fastattr.train_autoencoder import AutoencoderConfig
+from fastattr.train_encoder import EncoderConfig
+from fastattr.train_generator import GeneratorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """All stages of one line; a section left out keeps its stage's defaults."""
+
+    name: str
+    """Names the run folder, runs/NAME, unless --run gives another."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    thumbnail_quality: int = 40
+    """WebP quality of the catalogue's thumbnails, 1 to 100."""
+
+
+def load_config(path: str | Path) -> BuildConfig:
+    """Read and check a config file.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file.
+        InputError: it is not YAML, or a setting is unknown or out of range; the text names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactNotFoundError(f"there is no config file {path}; see hub_scripts/configs/ for examples.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    config = _build(BuildConfig, values, where=str(path))
+    assert isinstance(config, BuildConfig)
+    return config
+
+
+def _build(kind: type, values: Any, *, where: str) -> Any:
+    """A dataclass from a mapping, nested ones included; unknown keys are errors, sections keep their own defaults."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a mapping of settings, found {type(values).__name__}.")
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = set(values) - set(known)
+    if unknown:
+        raise InputError(f"{where}: unknown setting {sorted(unknown)[0]!r}; known are {', '.join(known)}.")
+    hints = typing.get_type_hints(kind)
+    arguments = {name: _convert(known[name], hints[name], value, where=f"{where}: {name}") for name, value in values.items()}
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _convert(item: dataclasses.Field[Any], hint: Any, value: Any, *, where: str) -> Any:
+    """One setting's value in its field's type."""
+    if dataclasses.is_dataclass(hint):
+        assert callable(item.default_factory)
+        defaults = dataclasses.asdict(item.default_factory())
+        return _build(typing.cast(type, hint), _merge(defaults, value, where=where), where=where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where}: expected a list, found {value!r}.")
+        return tuple(value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+        raise InputError(f"{where}: expected {names}, found {value!r}.")
+    return value
+
+
+def _merge(defaults: dict[str, Any], values: Any, *, where: str) -> dict[str, Any]:
+    """A section's values over its defaults, so that one setting of a nested section can be changed alone."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a mapping of settings, found {values!r}.")
+    merged = dict(defaults)
+    for key, value in values.items():
+        nested = isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        merged[key] = _merge(defaults[key], value, where=f"{where}: {key}") if nested else value
+    return merged
