@@ -41,7 +41,7 @@ UNKNOWN = -100
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Settings of the judge: 0.6 M parameters, about 45 MFLOP an image."""
+    """Settings of the judge: 0.55 M parameters, 45 MFLOP an image, about 6 minutes on one core."""
 
     channels: tuple[int, ...] = (24, 48, 96, 160)
     """Width of each level; each halves the side."""
@@ -50,7 +50,13 @@ class JudgeConfig:
     """Part of the image families that is not trained on."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=2400, batch_size=64, learning_rate=3e-3, weight_decay=0.05, warmup_steps=100, ema_decay=0.998
+            steps=1800,
+            batch_size=64,
+            learning_rate=3e-3,
+            weight_decay=0.05,
+            warmup_steps=100,
+            ema_decay=0.995,
+            checkpoint_every=200,
         )
     )
 

@@ -253,7 +253,7 @@ class FastAttributor:
             return self._attribute([open_image(one) for one in image], prompts, k)
         if not isinstance(prompt, str):
             raise InputError("one image needs one prompt, a string.")
-        return self._attribute([open_image(image)], [prompt], k)[0]  # type: ignore[arg-type]
+        return self._attribute([open_image(image)], [prompt], k)[0]
 
     def _attribute(self, images: Sequence[Image.Image], prompts: Sequence[str], k: int) -> list[Attribution]:
         for text in prompts:

@@ -193,8 +193,9 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return result.to_dict()
     for row in result.results:
         print(f"{row.rank + 1:4d}  {row.similarity:6.3f}  {row.image_id:32s}  {row.caption}  ({row.creator}, {row.license})")
-    for row in result.shares(by="creator").head(5).itertuples():
-        print(f"      {row.share:6.1%}  {row.creator}")
+    shares = result.shares(by="creator").head(5)
+    for creator, share in zip(shares["creator"], shares["share"], strict=True):
+        print(f"      {share:6.1%}  {creator}")
     return None
 
 

@@ -84,6 +84,7 @@ def train_student(
     config: DistillConfig,
     *,
     checkpoint: Path,
+    made_from: object = None,
     accelerator: Accelerator | None = None,
 ) -> Student:
     """Train a student.
@@ -95,6 +96,7 @@ def train_student(
         rows: for each query the (C,) rows of its candidates in `corpus_features`.
         config: shape and training.
         checkpoint: see `training.fit`.
+        made_from: see `training.fit`.
         accelerator: see `training.fit`.
 
     Returns:
@@ -122,6 +124,7 @@ def train_student(
         config.training,
         examples=len(scored),
         checkpoint=checkpoint,
+        made_from=made_from,
         accelerator=accelerator,
         description="student",
     )
@@ -156,6 +159,7 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
         [corpus.rows(query.image_ids) for query in scored],
         config,
         checkpoint=checkpoint,
+        made_from=[config, inputs],
         accelerator=accelerator,
     )
     if accelerator.is_main_process:

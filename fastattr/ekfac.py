@@ -175,9 +175,11 @@ def fit_ekfac(
                     activation[name] += (flat_inputs.T @ flat_inputs).double().cpu()
                     gradient[name] += (flat_gradients.T @ flat_gradients).double().cpu()
                 calls.clear()
-    activation_vectors = {name: _eigenvectors(value / examples, f"inputs of {name}") for name, value in activation.items()}
+    activation_vectors = {
+        name: _eigenvectors(value / examples, f"inputs of layer {name}") for name, value in activation.items()
+    }
     gradient_vectors = {
-        name: _eigenvectors(value / examples, f"output gradients of {name}") for name, value in gradient.items()
+        name: _eigenvectors(value / examples, f"output gradients of layer {name}") for name, value in gradient.items()
     }
     eigenvalues = {
         name: torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64) for name, layer in layers.items()

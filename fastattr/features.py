@@ -131,7 +131,8 @@ def encode_captions(captions: Sequence[Sequence[str]], encode: Any, *, average: 
     vectors = encode([text for texts in captions for text in texts])
     ends = np.cumsum([len(texts) for texts in captions])
     means = np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])])
-    return means / np.linalg.norm(means, axis=1, keepdims=True)
+    unit: np.ndarray = means / np.linalg.norm(means, axis=1, keepdims=True)
+    return unit
 
 
 def _unit(features: torch.Tensor) -> np.ndarray:

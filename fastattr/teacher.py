@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
@@ -36,6 +36,9 @@ from fastattr.queries import Queries
 from fastattr.scores import ScoredQuery, write_shard
 
 logger = logging.getLogger(__name__)
+
+BASE_LOSS_ROWS = 512
+"""Training images whose base losses go into one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,8 @@ def image_losses(
             noise.to(generator.device),
         )
         losses.append(loss.double().cpu().numpy())
-    return np.concatenate(losses).reshape(len(rows), draws).mean(axis=1)
+    means: np.ndarray = np.concatenate(losses).reshape(len(rows), draws).mean(axis=1)
+    return means
 
 
 def query_gradient(
@@ -167,7 +171,7 @@ def query_gradient(
             torch.from_numpy(timesteps[drawn]).to(generator.device),
             noise,
         )
-        (loss.sum() / draws).backward()  # type: ignore[no-untyped-call]
+        (loss.sum() / draws).backward()
         total += float(loss.detach().double().sum())
     gradients = {}
     for name, layer in layers.items():
@@ -242,7 +246,8 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
     """
     if base_loss.shape != unlearned_loss.shape:
         raise InputError(f"losses must share one (C,) shape, got {base_loss.shape} and {unlearned_loss.shape}")
-    return unlearned_loss - base_loss
+    rise: np.ndarray = unlearned_loss - base_loss  # positive where unlearning the query hurt
+    return rise
 
 
 def factor_batches(generator: Generator, images: EncodedImages, config: TeacherConfig) -> Callable[[], Iterator[torch.Tensor]]:
@@ -275,7 +280,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     Returns:
         The manifest of run_dir/scores.
     """
-    state = PartialState()
+    accelerator = Accelerator()
     corpus, queries = Corpus(run_dir / "corpus"), Queries(run_dir / "queries")
     manifest = open_stage(run_dir / "candidates", "candidates")
     require_same(
@@ -288,7 +293,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     empty = [query_id for query_id in queries.query_ids if not candidates.get(query_id, ([], None))[0]]
     if empty:
         raise InputError(f"{len(empty)} queries have no candidates, e.g. {empty[:3]}; run `fastattr candidates` again.")
-    generator = Generator.from_pretrained(run_dir / "generator", device=state.device)
+    generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
     layers = generator.modules_to_unlearn(config.pattern)
     folder = run_dir / "scores"
     inputs = {"candidates": manifest["fingerprint"], "generator": generator.fingerprint}
@@ -300,12 +305,12 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
-    factors = _factors(run_dir / "ekfac", generator, images, layers, config, state, corpus.fingerprint)
-    base_loss = _base_loss(run_dir / "base_loss", generator, images, config, state, corpus.fingerprint)
+    factors = _factors(run_dir / "ekfac", generator, images, layers, config, accelerator, corpus.fingerprint)
+    base_loss = _base_loss(run_dir / "base_loss", generator, images, config, accelerator, corpus.fingerprint)
     shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
     todo = [row for row in range(len(queries.query_ids)) if not (shards / f"{queries.query_ids[row]}.parquet").exists()]
-    with state.split_between_processes(todo) as mine:
-        for row in tqdm(mine, desc="teacher", unit="query", disable=not state.is_main_process):
+    with accelerator.split_between_processes(todo) as mine:
+        for row in tqdm(mine, desc="teacher", unit="query", disable=not accelerator.is_main_process):
             query_id = queries.query_ids[row]
             image_ids, is_outsider = candidates[query_id]
             influence, rise = score_query(
@@ -322,8 +327,8 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             )
             scored = ScoredQuery(query_id, queries.prompts[row], queries.splits[row], image_ids, influence, is_outsider, rise)
             write_shard(shards / f"{query_id}.parquet", [scored], teacher="abu_plus_exact", config=fingerprint(vars(config)))
-    state.wait_for_everyone()
-    if state.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         tables = [pq.read_table(shards / f"{query_id}.parquet") for query_id in queries.query_ids]
         with atomic_path(folder / "data-00000.parquet") as temporary:
             pq.write_table(pa.concat_tables(tables), temporary)
@@ -336,14 +341,14 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             corpus_fingerprint=corpus.fingerprint,
             queries_fingerprint=queries.fingerprint,
             generator_fingerprint=generator.fingerprint,
-            processes=state.num_processes,
+            processes=accelerator.num_processes,
             seconds=round(time.monotonic() - started, 1),
             queries=len(queries.query_ids),
         )
         for path in shards.glob("*.parquet"):
             path.unlink()
         shards.rmdir()
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     done = read_json(folder / MANIFEST)
     return done
 
@@ -404,7 +409,7 @@ def _factors(
     images: EncodedImages,
     layers: Mapping[str, nn.Linear],
     config: TeacherConfig,
-    state: PartialState,
+    accelerator: Accelerator,
     corpus_fingerprint: str,
 ) -> Factors:
     """Fitted EKFAC factors: read if they are there, else fitted by the first process."""
@@ -417,9 +422,9 @@ def _factors(
         config.seed,
     ]
     folder = parent / fingerprint(identity)
-    if state.is_main_process and not (folder / "num_lambda_processed.safetensors").exists():
+    if accelerator.is_main_process and not (folder / "num_lambda_processed.safetensors").exists():
         fit_ekfac(layers, factor_batches(generator, images, config)).save(folder)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return Factors.load(folder, layers)
 
 
@@ -428,19 +433,21 @@ def _base_loss(
     generator: Generator,
     images: EncodedImages,
     config: TeacherConfig,
-    state: PartialState,
+    accelerator: Accelerator,
     corpus_fingerprint: str,
 ) -> np.ndarray:
-    """(N,) base losses of the corpus: read if they are there, else measured by the first process."""
-    path = parent / f"{fingerprint([generator.fingerprint, corpus_fingerprint, config.loss_draws, config.seed])}.npy"
-    if state.is_main_process and not path.exists():
-        parts = []
-        for start in tqdm(range(0, len(images.image_ids), 1024), desc="base loss", unit="kimage"):
-            rows = np.arange(start, min(start + 1024, len(images.image_ids)))
-            parts.append(
-                image_losses(generator, images, rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed)
+    """(N,) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
+    folder = parent / fingerprint([generator.fingerprint, corpus_fingerprint, config.loss_draws, config.seed])
+    count = len(images.image_ids)
+    starts = list(range(0, count, BASE_LOSS_ROWS))
+    missing = [start for start in starts if not (folder / f"{start:09d}.npy").exists()]
+    with accelerator.split_between_processes(missing) as mine:
+        for start in tqdm(mine, desc="base loss", unit="part", disable=not accelerator.is_main_process):
+            rows = np.arange(start, min(start + BASE_LOSS_ROWS, count))
+            losses = image_losses(
+                generator, images, rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
             )
-        with atomic_path(path) as temporary:
-            np.save(temporary, np.concatenate(parts))
-    state.wait_for_everyone()
-    return np.asarray(np.load(path))
+            with atomic_path(folder / f"{start:09d}.npy") as temporary:
+                np.save(temporary, losses)
+    accelerator.wait_for_everyone()
+    return np.concatenate([np.load(folder / f"{start:09d}.npy") for start in starts])

@@ -165,7 +165,7 @@ def _copy_channels(weight: torch.Tensor, channels: int) -> None:
         weight[channel, channel, middle, middle] = 1.0
 
 
-def _set_linear_head(encoder: nn.Module, latents: np.ndarray, latent_channels: int) -> None:
+def _set_linear_head(encoder: Any, latents: np.ndarray, latent_channels: int) -> None:
     """Carry the components through the last normalisation and SiLU: see `set_encoder`."""
     norm, shortcut, head = encoder.conv_norm_out, encoder.down_blocks[-1].resnets[0].conv_shortcut, encoder.conv_out
     width = norm.num_channels // norm.num_groups
@@ -241,6 +241,7 @@ def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:
         config.training,
         examples=len(training_rows),
         checkpoint=checkpoint,
+        made_from=[config, inputs],
         accelerator=accelerator,
         description="decoder",
     )

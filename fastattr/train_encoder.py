@@ -120,6 +120,7 @@ def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
         config.training,
         examples=len(corpus),
         checkpoint=checkpoint,
+        made_from=[config, inputs],
         accelerator=accelerator,
         description="encoder",
     )

@@ -54,7 +54,7 @@ class GeneratorConfig:
     """Default classifier-free guidance scale."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200, ema_decay=0.9985
+            steps=2400, batch_size=64, learning_rate=1e-3, warmup_steps=200, ema_decay=0.9985
         )
     )
 
@@ -213,6 +213,7 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         config.training,
         examples=len(corpus),
         checkpoint=checkpoint,
+        made_from=[config, inputs],
         accelerator=accelerator,
         description="generator",
     )

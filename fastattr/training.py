@@ -80,6 +80,7 @@ def fit(
     *,
     examples: int,
     checkpoint: Path,
+    made_from: object = None,
     accelerator: Accelerator | None = None,
     description: str = "train",
 ) -> nn.Module:
@@ -91,6 +92,8 @@ def fit(
         config: the run's settings.
         examples: number of training examples that `rows` index.
         checkpoint: safetensors file to resume from and write to; removed by the caller once the result is saved.
+        made_from: whatever else determines the run (the stage's config and input fingerprints, JSON-able); a checkpoint
+            of anything else is refused.
         accelerator: device, precision and processes; made from `config` if not given.
         description: label of the progress bar.
 
@@ -105,7 +108,7 @@ def fit(
         loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
-    start = _load_checkpoint(checkpoint, config, loss_module, average, optimizer)
+    start = _load_checkpoint(checkpoint, config, made_from, loss_module, average, optimizer)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     model.train()
     per_process = config.batch_size // accelerator.num_processes
@@ -140,7 +143,7 @@ def fit(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 and accelerator.is_main_process:
-            _save_checkpoint(checkpoint, config, step + 1, accelerator.unwrap_model(model), average, optimizer)
+            _save_checkpoint(checkpoint, config, made_from, step + 1, accelerator.unwrap_model(model), average, optimizer)
     accelerator.wait_for_everyone()
     result: nn.Module = average.module
     return result.eval()
@@ -158,19 +161,24 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 def _save_checkpoint(
-    path: Path, config: TrainingConfig, step: int, model: nn.Module, average: AveragedModel, optimizer: Any
+    path: Path, config: TrainingConfig, made_from: object, step: int, model: nn.Module, average: AveragedModel, optimizer: Any
 ) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": fingerprint(config)}
+    metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": fingerprint([config, made_from])}
     with atomic_path(path) as temporary:
         save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
 
 
 def _load_checkpoint(
-    path: Path, config: TrainingConfig, model: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+    path: Path,
+    config: TrainingConfig,
+    made_from: object,
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
     """Restore everything and return the step to go on from; 0 without a checkpoint."""
     if not path.exists():
@@ -179,9 +187,9 @@ def _load_checkpoint(
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    if metadata["fingerprint"] != fingerprint(config):
+    if metadata["fingerprint"] != fingerprint([config, made_from]):
         raise ArtifactMismatchError(
-            f"{path} was written with {metadata['config']}, now {json.dumps(vars(config))} is wanted. "
+            f"{path} was written with {metadata['config']}, now {json.dumps(vars(config))} is wanted, or its inputs differ. "
             "Delete it to start afresh, or run with the old settings."
         )
     tensors = load_file(path)

@@ -1,6 +1,6 @@
 """Train the student on a score table, evaluate it on the test queries and put the attributor together.
 
-    accelerate launch hub_scripts/distill.py --config hub_scripts/configs/emoji.yaml
+accelerate launch hub_scripts/distill.py --config hub_scripts/configs/emoji.yaml
 """
 
 import sys

@@ -1,0 +1,1 @@
+"""Tests: one claim a test, offline, on CPU."""

@@ -11,11 +11,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.tiny import write_config, write_folder  # noqa: E402
+from tests.tiny import write_config, write_folder
 
 
 @pytest.fixture(scope="session")

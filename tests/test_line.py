@@ -17,7 +17,7 @@ from fastattr.config import load_config
 from fastattr.corpus import Corpus
 from fastattr.queries import Queries
 from fastattr.scores import read_scores
-from tests.tiny import draw, write_config
+from tests.tiny import draw
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,8 @@ def test_training_and_test_queries_share_no_prompt_subject(tiny_run: Path):
     """A test prompt seen in training would make the student look better than it is."""
     queries = Queries(tiny_run / "queries")
     subjects = {
-        split: {queries.prompts[row].split(", ")[0] for row in queries.of_split(split)} for split in ("train", "validation", "test")
+        split: {queries.prompts[row].split(", ")[0] for row in queries.of_split(split)}
+        for split in ("train", "validation", "test")
     }
     assert not subjects["train"] & subjects["test"]
     assert not subjects["train"] & subjects["validation"]
@@ -183,10 +184,30 @@ def test_newer_format_is_refused(tiny_run: Path, tmp_path: Path):
 def test_command_line_prints_the_promised_json(tiny_run: Path, tmp_path: Path, capsys):
     """Scripts parse these keys."""
     picture = tmp_path / "x.png"
-    arguments = ["generate", str(tiny_run / "generator"), "--prompt", "red circle", "--seed", "3", "--out", str(picture), "--json"]
+    arguments = [
+        "generate",
+        str(tiny_run / "generator"),
+        "--prompt",
+        "red circle",
+        "--seed",
+        "3",
+        "--out",
+        str(picture),
+        "--json",
+    ]
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["seed"] == 3
-    arguments = ["attribute", str(tiny_run / "attributor"), "--image", str(picture), "--prompt", "red circle", "--top-k", "4", "--json"]
+    arguments = [
+        "attribute",
+        str(tiny_run / "attributor"),
+        "--image",
+        str(picture),
+        "--prompt",
+        "red circle",
+        "--top-k",
+        "4",
+        "--json",
+    ]
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {"results", "seconds", "model"} <= set(printed)

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": "#e02020", "green": "#20a040", "blue": "#2040e0", "yellow": "#f0d020", "purple": "#8030c0", "orange": "#f08020"}
+COLOURS = {
+    "red": "#e02020",
+    "green": "#20a040",
+    "blue": "#2040e0",
+    "yellow": "#f0d020",
+    "purple": "#8030c0",
+    "orange": "#f08020",
+}
 SHAPES = ("circle", "square", "triangle", "ring")
 STYLES = ("plain", "framed")
 

@@ -1,0 +1,163 @@
+"""EKFAC factors against brute force and against kronfluence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastattr.ekfac import FACTOR_FILES, Factors, fit_ekfac
+from fastattr.errors import ArtifactMismatchError, NonFiniteError
+
+T, IN, OUT, N = 3, 5, 4, 40
+
+
+def problem() -> tuple[nn.ModuleDict, torch.Tensor, torch.Tensor]:
+    """Two linear layers on sequences of T positions, inputs (N, T, IN) and targets (N, T, OUT)."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(IN, IN, bias=False), "second": nn.Linear(IN, OUT, bias=False)}).double()
+    return model, torch.randn(N, T, IN, dtype=torch.float64), torch.randn(N, T, OUT, dtype=torch.float64)
+
+
+def losses_of(model: nn.ModuleDict, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    hidden = torch.tanh(model["first"](inputs))
+    return (model["second"](hidden) - targets).square().sum(dim=(1, 2))
+
+
+def fit(batch_size: int = 7) -> tuple[Factors, nn.ModuleDict, torch.Tensor, torch.Tensor]:
+    model, inputs, targets = problem()
+
+    def batches():
+        for start in range(0, N, batch_size):
+            yield losses_of(model, inputs[start : start + batch_size], targets[start : start + batch_size])
+
+    return fit_ekfac({name: model[name] for name in model}, batches), model, inputs, targets
+
+
+def per_example_gradients(model: nn.ModuleDict, inputs: torch.Tensor, targets: torch.Tensor, name: str) -> torch.Tensor:
+    """(N, out, in), one backward pass an example."""
+    gradients = []
+    for example in range(N):
+        model.zero_grad()
+        losses_of(model, inputs[[example]], targets[[example]]).sum().backward()
+        gradients.append(model[name].weight.grad.clone())
+    return torch.stack(gradients)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_eigenvalues_equal_second_moments_of_brute_force_gradients(name: str):
+    """Summing over positions before or after squaring gives another matrix, and no error."""
+    factors, model, inputs, targets = fit()
+    gradients = per_example_gradients(model, inputs, targets, name)
+    left, right = factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name]
+    expected = (left.T @ gradients @ right).square().mean(dim=0)
+    torch.testing.assert_close(factors.eigenvalues[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_factors_do_not_depend_on_the_batch_size():
+    """A mean instead of a sum over the batch would rescale eigenvalues by its square."""
+    one, many = fit(1)[0], fit(16)[0]
+    for name in one.eigenvalues:
+        torch.testing.assert_close(one.eigenvalues[name], many.eigenvalues[name], rtol=1e-8, atol=1e-12)
+
+
+def test_precondition_inverts_the_damped_curvature():
+    """Applying the damped curvature to the natural gradient must give the gradient back."""
+    factors, model, *_ = fit()
+    torch.manual_seed(1)
+    gradients = {name: torch.randn_like(model[name].weight) for name in model}
+    natural = factors.precondition(gradients, damping=0.1)
+    for name, gradient in gradients.items():
+        left, right, eigenvalues = (
+            factors.gradient_eigenvectors[name],
+            factors.activation_eigenvectors[name],
+            factors.eigenvalues[name],
+        )
+        damped = eigenvalues + 0.1 * eigenvalues.mean()
+        torch.testing.assert_close(left @ ((left.T @ natural[name] @ right) * damped) @ right.T, gradient)
+
+
+def test_a_layer_used_twice_counts_both_uses():
+    """Pairing the second call's inputs with the first call's gradients gives wrong eigenvalues without an error."""
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, IN, bias=False).double()
+    inputs = torch.randn(N, T, IN, dtype=torch.float64)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return layer(torch.tanh(layer(rows))).square().sum(dim=(1, 2))
+
+    factors = fit_ekfac({"layer": layer}, lambda: (loss(inputs[start : start + 8]) for start in range(0, N, 8)))
+    gradients = torch.stack([torch.autograd.grad(loss(inputs[[i]]).sum(), layer.weight)[0] for i in range(N)])
+    left, right = factors.gradient_eigenvectors["layer"], factors.activation_eigenvectors["layer"]
+    torch.testing.assert_close(factors.eigenvalues["layer"], (left.T @ gradients @ right).square().mean(dim=0))
+
+
+def test_not_finite_factors_name_the_layer():
+    """A NaN in one layer would spread to every score."""
+    layer = nn.Linear(2, 2, bias=False)
+    bad = torch.tensor([[[1.0, float("nan")]]])
+    with pytest.raises(NonFiniteError, match="layer middle"):
+        fit_ekfac({"middle": layer}, lambda: iter([layer(bad).square().sum(dim=(1, 2))]))
+
+
+def test_saved_factors_load_again_for_the_same_layers_only(tmp_path: Path):
+    """Factors of another generator's layers would precondition with noise."""
+    factors, model, *_ = fit()
+    factors.save(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == set(FACTOR_FILES)
+    again = Factors.load(tmp_path, list(model))
+    for name in model:
+        torch.testing.assert_close(again.eigenvalues[name], factors.eigenvalues[name])
+    with pytest.raises(ArtifactMismatchError, match="Fit factors"):
+        Factors.load(tmp_path, ["first"])
+
+
+def test_factors_agree_with_kronfluence(tmp_path: Path):
+    """Kronfluence is the independent reference: same covariances up to eigenvector signs, same eigenvalues."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.task import Task
+
+    model, inputs, targets = problem()
+    model = model.float()
+    inputs, targets = inputs.float(), targets.float()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = model["first"], model["second"]
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.tanh(self.first(rows)))
+
+    class OurTask(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            return (model(batch[0]) - batch[1]).square().sum()
+
+        def compute_measurement(self, batch, model):
+            return self.compute_train_loss(batch, model)
+
+    import copy
+
+    net = Net()
+    ours = fit_ekfac(
+        {"first": net.first, "second": net.second},
+        lambda: ((net(inputs[s : s + 10]) - targets[s : s + 10]).square().sum(dim=(1, 2)) for s in range(0, N, 10)),
+    )
+    prepared = prepare_model(copy.deepcopy(net), OurTask())
+    analyzer = Analyzer("test", prepared, OurTask(), cpu=True, output_dir=str(tmp_path), disable_tqdm=True)
+    dataset = torch.utils.data.TensorDataset(inputs, targets)
+    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+    analyzer.fit_all_factors("f", dataset, per_device_batch_size=10, factor_args=arguments, overwrite_output_dir=True)
+    theirs = Factors.load(tmp_path / "test" / "factors_f", ["first", "second"])
+    for name in ("first", "second"):
+        # Eigenvectors are unique up to sign; natural gradients don't know the sign.
+        gradient = {name: torch.randn(ours.eigenvalues[name].shape, dtype=torch.float64)}
+        torch.testing.assert_close(
+            ours.precondition(gradient, damping=0.1)[name],
+            theirs.precondition(gradient, damping=0.1)[name],
+            rtol=1e-4,
+            atol=1e-5,
+        )

@@ -1,0 +1,37 @@
+"""Two processes of `accelerate launch` give what one gives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fastattr.artifacts import read_json
+from fastattr.scores import read_scores
+
+LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+"""`--cpu --num_processes 2` would silently run one process; with ACCELERATE_USE_CPU this runs two, by gloo."""
+
+
+def test_teacher_gives_the_same_scores_on_two_processes(tiny_run: Path, tiny_config: Path, tmp_path: Path):
+    """A query lost between processes, or noise drawn per process, would only show at scale."""
+    again = tmp_path / "run"
+    shutil.copytree(tiny_run, again)
+    for stage in ("scores", "ekfac", "base_loss"):
+        shutil.rmtree(again / stage)
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    script = Path(__file__).parent.parent / "hub_scripts" / "teacher.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), str(script)]
+    command += ["--config", str(tiny_config), "--run", str(again)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert read_json(again / "scores" / "manifest.json")["processes"] == 2
+    ours, theirs = read_scores(again / "scores"), read_scores(tiny_run / "scores")
+    assert [query.query_id for query in ours] == [query.query_id for query in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one.influence, other.influence, atol=1e-5)
+        assert np.abs(one.influence).max() > 0

@@ -1,0 +1,150 @@
+"""The teacher: losses tied to ids, an unlearning step that raises the query's loss, scores in the right direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastattr.corpus import Corpus
+from fastattr.ekfac import fit_ekfac
+from fastattr.errors import InputError, NonFiniteError
+from fastattr.generator import Generator, noise_for
+from fastattr.teacher import (
+    EncodedImages,
+    TeacherConfig,
+    encode_corpus,
+    factor_batches,
+    image_losses,
+    influence_scores,
+    query_gradient,
+    score_query,
+    unlearned,
+    unlearning_step,
+)
+
+CONFIG = TeacherConfig(factor_examples=48, query_draws=16, loss_draws=8, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_run: Path):
+    generator = Generator.from_pretrained(tiny_run / "generator")
+    images = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16)
+    layers = generator.modules_to_unlearn()
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    factors = fit_ekfac(layers, factor_batches(generator, images, CONFIG))
+    return generator, images, layers, factors
+
+
+def step_of(setting, row: int, **changed):
+    generator, images, layers, factors = setting
+    gradients, loss = query_gradient(
+        generator, layers, images.latents[[row]], images.conditioning[[row]], query_id="q", draws=16, batch_size=16, seed=0
+    )
+    return unlearning_step(
+        gradients, factors, **{"damping": 0.1, "loss": loss, "rise": 0.02, "step_size": None} | changed
+    ), loss
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_losses_ignore_batching_and_order(setting, batch_size: int):
+    """Noise tied to batch position instead of image id would move every score and crash nothing."""
+    generator, images, *_ = setting
+    rows = np.array([11, 4, 7, 2, 30])
+    alone = [image_losses(generator, images, np.array([row]), draws=3, batch_size=1, seed=0)[0] for row in rows]
+    together = image_losses(generator, images, rows, draws=3, batch_size=batch_size, seed=0)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_noise_is_a_function_of_id_draw_and_seed():
+    """Each of the three must matter, and nothing else."""
+    shape = (2, 3, 3)
+    base = noise_for(["a"], [0], seed=0, shape=shape)
+    torch.testing.assert_close(noise_for(["b", "a"], [4, 0], seed=0, shape=shape)[1:], base, rtol=0, atol=0)
+    for ids, draws, seed in ((["b"], [0], 0), (["a"], [1], 0), (["a"], [0], 1)):
+        assert not torch.allclose(noise_for(ids, draws, seed=seed, shape=shape), base)
+    many = noise_for([str(i) for i in range(500)], [0] * 500, seed=0, shape=shape)
+    assert abs(float(many.mean())) < 0.05
+    assert float(many.std()) == pytest.approx(1, abs=0.03)
+
+
+def test_unlearning_raises_the_querys_loss_by_what_was_asked(setting):
+    """A step down instead of up would turn every ranking upside down."""
+    generator, images, layers, _ = setting
+    (step, predicted), before = step_of(setting, 5)
+    with unlearned(layers, step):
+        _, after = query_gradient(
+            generator, layers, images.latents[[5]], images.conditioning[[5]], query_id="q", draws=16, batch_size=16, seed=0
+        )
+    assert predicted == pytest.approx(0.02)
+    assert after / before - 1 == pytest.approx(0.02, rel=0.25)  # second-order terms remain
+
+
+def test_weights_are_restored_bit_for_bit_even_after_an_error(setting):
+    """A drift of one bit a query adds up over thousands of queries."""
+    _, _, layers, _ = setting
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    (step, _), _ = step_of(setting, 3)
+    with pytest.raises(RuntimeError, match="midway"), unlearned(layers, step):
+        assert any(not torch.equal(before[name], layer.weight) for name, layer in layers.items())
+        raise RuntimeError("midway")
+    assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
+
+
+def test_a_copy_of_the_query_scores_highest(setting):
+    """The image that is the query must be the one most hurt by unlearning it: direction and ids at once."""
+    generator, images, layers, factors = setting
+    base = image_losses(generator, images, np.arange(48), draws=8, batch_size=16, seed=0)
+    hits = []
+    for row in (0, 17, 40):
+        scores, _ = score_query(
+            generator,
+            layers,
+            factors,
+            images,
+            base,
+            latent=images.latents[[row]],
+            prompt=caption_of(images, row),
+            query_id=images.image_ids[row],
+            candidate_rows=np.arange(48),
+            config=CONFIG,
+        )
+        hits.append(int((scores > scores[row]).sum()))
+    assert max(hits) <= 4  # among the five most influential of 48, for an almost untrained generator
+
+
+def caption_of(images: EncodedImages, row: int) -> str:
+    colour, shape, style = images.image_ids[row].split("-")
+    return f"{colour} {shape}, {style} style"
+
+
+def test_scores_are_positive_where_the_loss_rose():
+    """Higher is more influential, everywhere."""
+    np.testing.assert_allclose(influence_scores(np.array([1.0, 2.0]), np.array([1.5, 1.0])), [0.5, -1.0])
+    with pytest.raises(InputError, match="one \\(C,\\) shape"):
+        influence_scores(np.zeros(2), np.zeros(3))
+
+
+def test_pattern_without_layers_is_refused(setting):
+    """Unlearning nothing would score every image zero, after hours."""
+    with pytest.raises(InputError, match="no linear layer of the U-Net matches"):
+        setting[0].modules_to_unlearn("no_such_layer")
+
+
+def test_not_finite_gradient_names_layer_and_query(setting):
+    """A NaN step would make every score of the query NaN."""
+    generator, images, layers, _ = setting
+    with pytest.raises(NonFiniteError, match="for query q"):
+        query_gradient(
+            generator,
+            layers,
+            images.latents[[0]] * float("nan"),
+            images.conditioning[[0]],
+            query_id="q",
+            draws=4,
+            batch_size=4,
+            seed=0,
+        )
