@@ -50,7 +50,7 @@ class GeneratorConfig:
     """Share of training examples that see an empty prompt."""
     steps: int = 25
     """Default number of denoising steps."""
-    guidance: float = 4.0
+    guidance: float = 2.5
     """Default classifier-free guidance scale."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
