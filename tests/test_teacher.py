@@ -72,15 +72,20 @@ def test_noise_is_a_function_of_id_draw_and_seed():
 
 
 def test_unlearning_raises_the_querys_loss_by_what_was_asked(setting):
-    """A step down instead of up would turn every ranking upside down."""
+    """A step down instead of up would turn every ranking upside down; one of another size leaves the linear regime."""
     generator, images, layers, _ = setting
-    (step, predicted), before = step_of(setting, 5)
-    with unlearned(layers, step):
-        _, after = query_gradient(
-            generator, layers, images.latents[[5]], images.conditioning[[5]], query_id="q", draws=16, batch_size=16, seed=0
-        )
-    assert predicted == pytest.approx(0.02)
-    assert after / before - 1 == pytest.approx(0.02, rel=0.25)  # second-order terms remain
+    errors = []
+    for rise in (0.02, 0.002, 0.0002):
+        (step, predicted), before = step_of(setting, 5, rise=rise)
+        with unlearned(layers, step):
+            _, after = query_gradient(
+                generator, layers, images.latents[[5]], images.conditioning[[5]], query_id="q", draws=16, batch_size=16, seed=0
+            )
+        assert predicted == pytest.approx(rise)
+        assert after > before
+        errors.append(abs((after / before - 1) / rise - 1))
+    assert errors[2] < 0.02  # to first order it is what was asked
+    assert errors[0] > errors[1] > errors[2]  # and the rest is of higher order
 
 
 def test_weights_are_restored_bit_for_bit_even_after_an_error(setting):
