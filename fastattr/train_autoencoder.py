@@ -3,8 +3,9 @@
 Reads corpus/; writes autoencoder/ (a diffusers folder, with its scaling factor) and autoencoder/manifest.json.
 
 The encoder is set, not trained: its weights are such that it computes a principal component analysis of the image's
-patches (one patch a latent position). On flat artwork that beats an hour of joint training on a small machine, the
-latents are known before the decoder is, and denoiser and decoder can train at the same time. The decoder is trained
+patches (one patch a latent position). On flat artwork and a small machine that is far ahead of joint training
+(docs/emoji.md has the figures), and the latents are known before the decoder is, so denoiser and decoder can train at
+the same time. The decoder is trained
 on absolute error in RGB plus the same on colour differences, since RGB alone lets saturated colours drift.
 A fixed part of the images is held out, to report the reconstruction of unseen ones.
 """
