@@ -50,7 +50,7 @@ class JudgeConfig:
     """Part of the image families that is not trained on."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=1800,
+            steps=4500,
             batch_size=64,
             learning_rate=3e-3,
             weight_decay=0.05,
