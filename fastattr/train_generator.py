@@ -22,7 +22,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fastattr.artifacts import MANIFEST, finished, open_stage, read_json, sha256_file, temporary_folder, write_manifest
+from fastattr.artifacts import (
+    MANIFEST,
+    finished,
+    open_stage,
+    read_json,
+    sha256_file,
+    temporary_folder,
+    write_json,
+    write_manifest,
+)
 from fastattr.corpus import Corpus
 from fastattr.train_autoencoder import encode_latents, load_images
 from fastattr.training import TrainingConfig, fit
@@ -166,6 +175,14 @@ class DenoiserLoss(nn.Module):
         return F.mse_loss(prediction.float(), target)
 
 
+def _forget_paths(folder: Path) -> None:
+    """Remove the path that a part was loaded from out of the saved configs: it names a folder of one machine."""
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        saved = read_json(path)
+        if saved.pop("_name_or_path", None) is not None:
+            write_json(path, saved)
+
+
 def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
     """Train the generator on run_dir/corpus with run_dir/autoencoder; returns the manifest."""
     corpus = Corpus(run_dir / "corpus")
@@ -231,6 +248,7 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         )
         # Half precision is what ships, so it is also what later stages score and measure.
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
+        _forget_paths(folder)
         write_manifest(
             folder,
             stage="generator",
