@@ -157,7 +157,6 @@ def test_student_learns_what_untuned_features_do_not_show(tmp_path: Path):
     teacher = np.stack([query.influence for query in scored[100:]])
     gains = [spearman(mine, real) - spearman(raw, real) for mine, raw, real in zip(learned, untuned, teacher, strict=True)]
     assert np.mean(gains) > 0.1
-    assert min(student.log_scale.exp().item(), 1e-9) > 0
 
 
 def test_untrained_student_keeps_the_features_cosines():

@@ -99,8 +99,8 @@ def test_weights_are_restored_bit_for_bit_even_after_an_error(setting):
     assert all(torch.equal(before[name], layer.weight) for name, layer in layers.items())
 
 
-def test_a_copy_of_the_query_scores_highest(setting):
-    """The image that is the query must be the one most hurt by unlearning it: direction and ids at once."""
+def test_a_copy_of_the_query_is_among_the_most_influential(setting):
+    """The image that is the query must be among those most hurt by unlearning it: direction and ids at once."""
     generator, images, layers, factors = setting
     base = image_losses(generator, images, np.arange(48), draws=8, batch_size=16, seed=0)
     hits = []
