@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 CROSS_ATTENTION_KV = r"attn2\.to_[kv]$"
 """Key and value projections of a U-Net's cross-attention, the weights that the paper unlearns (sec. 3)."""
 
+DEFAULTS = {"steps": 50.0, "guidance": 7.5}
+"""Sampling settings of a pipeline that names none, as diffusers has them for Stable Diffusion."""
+
 
 def noise_for(ids: Sequence[str], draws: Sequence[int], *, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     """(B, *shape) standard normal noise, each row a function of its id, its draw number and the seed only.
@@ -73,7 +76,7 @@ class Generator:
             raise InputError(f"the scheduler predicts {kind!r}; 'epsilon' and 'v_prediction' are supported.")
         self.pipeline = pipeline
         self.name = name
-        self.defaults: dict[str, float] = {"steps": 50, "guidance": 7.5} | (defaults or {})
+        self.defaults = DEFAULTS | (defaults or {})
         self.pipeline.set_progress_bar_config(disable=True)
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.requires_grad_(False).eval()
@@ -116,6 +119,16 @@ class Generator:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(pipeline.to(device), name=str(name_or_path), defaults=manifest.get("defaults"))
+
+    @staticmethod
+    def read_defaults(name_or_path: str | Path) -> dict[str, float]:
+        """The `defaults` that `from_pretrained(name_or_path)` will have, without loading it.
+
+        Raises:
+            ArtifactNotFoundError: there is no such model.
+        """
+        manifest = locate(name_or_path, "generator") / "manifest.json"
+        return DEFAULTS | (read_json(manifest).get("defaults", {}) if manifest.exists() else {})
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +270,8 @@ class Generator:
         else:
             target = scheduler.get_velocity(latents, noise, timesteps)
         prediction = self.pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning).sample
-        losses: torch.Tensor = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+        precise = torch.promote_types(prediction.dtype, torch.float32)
+        losses: torch.Tensor = (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
         return losses
 
     def modules_to_unlearn(self, pattern: str = CROSS_ATTENTION_KV) -> dict[str, nn.Linear]:

@@ -2,7 +2,8 @@
 
 One EKFAC-preconditioned step raises the query's denoising loss; each candidate's loss is then measured before and
 after, with noise drawn per image id so that the two are comparable. The loss before is measured once for the whole
-corpus. The weights are restored bit for bit after each query.
+corpus. The weights are restored bit for bit after each query. Splits named in `TeacherConfig.linearised` are scored to
+first order instead (fastattr/linearised.py), for all their queries in one backward pass over the candidates.
 
 Reads corpus/, generator/, queries/, candidates/; writes ekfac/ (factors), base_loss/ and scores/ (one shard a query
 while it runs, so a killed run resumes at the next query).
@@ -12,6 +13,7 @@ Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/di
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,22 +25,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, require_same, write_manifest
 from fastattr.candidates import read_candidates
 from fastattr.corpus import Corpus
+from fastattr.denoising import EncodedImages, encode_corpus, image_losses
 from fastattr.ekfac import Factors, fit_ekfac
 from fastattr.errors import InputError, NonFiniteError
 from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for, spread_timesteps
-from fastattr.queries import Queries
+from fastattr.linearised import flat_step, linearised_scores
+from fastattr.queries import SPLITS, Queries
 from fastattr.scores import ScoredQuery, write_shard
 
 logger = logging.getLogger(__name__)
 
-BASE_LOSS_ROWS = 512
-"""Training images whose base losses go into one file."""
+PART_ROWS = 512
+"""Training images whose base losses or linearised scores go into one file; a killed run loses at most one part."""
+LINEARISED_QUERIES = 1024
+"""Queries that share one backward pass over their candidates; their steps are in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,10 @@ class TeacherConfig:
     """(timestep, noise) pairs averaged into the query's gradient; the paper takes 50,000 for COCO."""
     loss_draws: int = 4
     """(timestep, noise) pairs at which a training image's loss is taken; the paper takes 20 for COCO."""
+    symmetric: bool = False
+    """Score by half the difference between the losses after the step and after the opposite one: even orders cancel."""
+    linearised: tuple[str, ...] = ()
+    """Splits of queries that are scored to first order instead of exactly."""
     batch_size: int = 128
     seed: int = 0
 
@@ -69,67 +80,8 @@ class TeacherConfig:
             raise InputError(f"damping must be positive, got {self.damping}")
         if min(self.factor_examples, self.query_draws, self.loss_draws, self.batch_size) < 1:
             raise InputError("factor_examples, query_draws, loss_draws and batch_size must be at least 1")
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """Training images as the denoiser sees them."""
-
-    image_ids: Sequence[str]
-    latents: torch.Tensor
-    """(N, L, h, w), scaled."""
-    conditioning: torch.Tensor
-    """(N, T, W) text conditioning of the first caption."""
-
-    def rows(self, image_ids: Sequence[str]) -> np.ndarray:
-        """(C,) rows of these ids."""
-        row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        return np.array([row_of[image_id] for image_id in image_ids], dtype=np.int64)
-
-
-def encode_corpus(generator: Generator, corpus: Corpus, *, batch_size: int) -> EncodedImages:
-    """Latents and conditioning of every training image."""
-    latents, conditioning = [], []
-    for start in tqdm(range(0, len(corpus), batch_size), desc="encode corpus", unit="batch"):
-        rows = range(start, min(start + batch_size, len(corpus)))
-        latents.append(generator.encode_image([corpus.image(row) for row in rows]).cpu())
-        conditioning.append(generator.encode_prompt([corpus.captions[row][0] for row in rows]).cpu())
-    return EncodedImages(corpus.image_ids, torch.cat(latents), torch.cat(conditioning))
-
-
-@torch.no_grad()
-def image_losses(
-    generator: Generator, images: EncodedImages, rows: np.ndarray, *, draws: int, batch_size: int, seed: int
-) -> np.ndarray:
-    """Denoising loss of training images, averaged over draws.
-
-    Args:
-        generator: with the weights to measure.
-        images: the encoded corpus.
-        rows: (C,) which of them.
-        draws: timesteps spread evenly over the schedule, each with noise of its own, fixed by (image id, draw, seed).
-        batch_size: network evaluations at once; does not change the result.
-        seed: of the noise.
-
-    Returns:
-        (C,) float64, mean squared error per latent element.
-    """
-    timesteps = spread_timesteps(draws, train_timesteps=generator.train_timesteps)
-    pairs = [(row, draw) for row in rows for draw in range(draws)]
-    losses = []
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        picked, drawn = [row for row, _ in batch], [draw for _, draw in batch]
-        noise = noise_for([images.image_ids[row] for row in picked], drawn, seed=seed, shape=generator.latent_shape)
-        loss = generator.training_loss(
-            images.latents[picked].to(generator.device),
-            images.conditioning[picked].to(generator.device),
-            torch.from_numpy(timesteps[drawn]).to(generator.device),
-            noise.to(generator.device),
-        )
-        losses.append(loss.double().cpu().numpy())
-    means: np.ndarray = np.concatenate(losses).reshape(len(rows), draws).mean(axis=1)
-    return means
+        if unknown := set(self.linearised) - set(SPLITS):
+            raise InputError(f"linearised names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
 
 
 def query_gradient(
@@ -308,25 +260,11 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     factors = _factors(run_dir / "ekfac", generator, images, layers, config, accelerator, corpus.fingerprint)
     base_loss = _base_loss(run_dir / "base_loss", generator, images, config, accelerator, corpus.fingerprint)
     shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
-    todo = [row for row in range(len(queries.query_ids)) if not (shards / f"{queries.query_ids[row]}.parquet").exists()]
-    with accelerator.split_between_processes(todo) as mine:
-        for row in tqdm(mine, desc="teacher", unit="query", disable=not accelerator.is_main_process):
-            query_id = queries.query_ids[row]
-            image_ids, is_outsider = candidates[query_id]
-            influence, rise = score_query(
-                generator,
-                layers,
-                factors,
-                images,
-                base_loss,
-                latent=generator.encode_image([queries.image(row)]),
-                prompt=queries.prompts[row],
-                query_id=query_id,
-                candidate_rows=corpus.rows(image_ids),
-                config=config,
-            )
-            scored = ScoredQuery(query_id, queries.prompts[row], queries.splits[row], image_ids, influence, is_outsider, rise)
-            write_shard(shards / f"{query_id}.parquet", [scored], teacher="abu_plus_exact", config=fingerprint(vars(config)))
+    task = _Task(generator, layers, factors, images, queries, candidates, config, accelerator, shards)
+    by_first_order = [row for row, split in enumerate(queries.splits) if split in config.linearised]
+    _score_exactly(task, sorted(set(range(len(queries.query_ids))) - set(by_first_order)), base_loss)
+    for start in range(0, len(by_first_order), LINEARISED_QUERIES):
+        _score_linearised(task, by_first_order[start : start + LINEARISED_QUERIES])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tables = [pq.read_table(shards / f"{query_id}.parquet") for query_id in queries.query_ids]
@@ -337,7 +275,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             stage="scores",
             config=config,
             inputs=inputs,
-            teacher="abu_plus_exact",
+            teacher=_teacher_name(config, sorted(set(queries.splits))),
             corpus_fingerprint=corpus.fingerprint,
             queries_fingerprint=queries.fingerprint,
             generator_fingerprint=generator.fingerprint,
@@ -345,9 +283,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             seconds=round(time.monotonic() - started, 1),
             queries=len(queries.query_ids),
         )
-        for path in shards.glob("*.parquet"):
-            path.unlink()
-        shards.rmdir()
+        shutil.rmtree(shards)
     accelerator.wait_for_everyone()
     done = read_json(folder / MANIFEST)
     return done
@@ -383,6 +319,32 @@ def score_query(
     Returns:
         (C,) influence scores, higher = more influential, and the first-order relative rise of the query's loss.
     """
+    step, rise = query_step(generator, layers, factors, latent=latent, prompt=prompt, query_id=query_id, config=config)
+
+    def losses() -> np.ndarray:
+        return image_losses(
+            generator, images, candidate_rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
+        )
+
+    with unlearned(layers, step):
+        after = losses()
+    if not config.symmetric:
+        return influence_scores(base_loss[candidate_rows], after), rise
+    with unlearned(layers, {name: -change for name, change in step.items()}):
+        return influence_scores(losses(), after) / 2, rise
+
+
+def query_step(
+    generator: Generator,
+    layers: Mapping[str, nn.Linear],
+    factors: Factors,
+    *,
+    latent: torch.Tensor,
+    prompt: str,
+    query_id: str,
+    config: TeacherConfig,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The change of weights that unlearns a query, by layer, and how much it raises the query's loss to first order."""
     gradients, loss = query_gradient(
         generator,
         layers,
@@ -393,14 +355,113 @@ def score_query(
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    step, rise = unlearning_step(
+    return unlearning_step(
         gradients, factors, damping=config.damping, loss=loss, rise=config.query_loss_rise, step_size=config.step_size
     )
-    with unlearned(layers, step):
-        after = image_losses(
-            generator, images, candidate_rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What scoring any query of a run needs."""
+
+    generator: Generator
+    layers: Mapping[str, nn.Linear]
+    factors: Factors
+    images: EncodedImages
+    queries: Queries
+    candidates: Mapping[str, tuple[list[str], np.ndarray]]
+    config: TeacherConfig
+    accelerator: Accelerator
+    shards: Path
+
+    def shard(self, row: int) -> Path:
+        """Where the scores of query `row` are kept until all are there."""
+        return self.shards / f"{self.queries.query_ids[row]}.parquet"
+
+    def write(self, row: int, influence: np.ndarray, rise: float) -> None:
+        """Keep the scores of query `row`."""
+        query_id, split = self.queries.query_ids[row], self.queries.splits[row]
+        image_ids, is_outsider = self.candidates[query_id]
+        scored = ScoredQuery(query_id, self.queries.prompts[row], split, image_ids, influence, is_outsider, rise)
+        write_shard(
+            self.shard(row), [scored], teacher=_teacher_name(self.config, [split]), config=fingerprint(vars(self.config))
         )
-    return influence_scores(base_loss[candidate_rows], after), rise
+
+    def query(self, row: int) -> dict[str, Any]:
+        """The query as `query_step` takes it."""
+        return {
+            "latent": self.generator.encode_image([self.queries.image(row)]),
+            "prompt": self.queries.prompts[row],
+            "query_id": self.queries.query_ids[row],
+        }
+
+
+def _teacher_name(config: TeacherConfig, splits: Sequence[str]) -> str:
+    """'abu_plus_exact', 'abu_plus_linearised', or both where the splits differ."""
+    return "+".join(sorted({f"abu_plus_{'linearised' if split in config.linearised else 'exact'}" for split in splits}))
+
+
+def _score_exactly(task: _Task, rows: Sequence[int], base_loss: np.ndarray) -> None:
+    """Score these queries one by one, split over the processes; those with a shard are done."""
+    todo = [row for row in rows if not task.shard(row).exists()]
+    with task.accelerator.split_between_processes(todo) as mine:
+        for row in tqdm(mine, desc="teacher", unit="query", disable=not task.accelerator.is_main_process):
+            influence, rise = score_query(
+                task.generator,
+                task.layers,
+                task.factors,
+                task.images,
+                base_loss,
+                **task.query(row),
+                candidate_rows=task.images.rows(task.candidates[task.queries.query_ids[row]][0]),
+                config=task.config,
+            )
+            task.write(row, influence, rise)
+    task.accelerator.wait_for_everyone()
+
+
+def _score_linearised(task: _Task, rows: Sequence[int]) -> None:
+    """Score these queries together: their steps, split over the processes, then their candidates in parts, split too.
+
+    Steps and parts are kept in files until the queries have their shards, so a killed run goes on where it stood.
+    """
+    if all(task.shard(row).exists() for row in rows):
+        return
+    accelerator, config = task.accelerator, task.config
+    scratch = task.shards / f"linearised-{fingerprint([task.queries.query_ids[row] for row in rows])}"
+    step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
+    with accelerator.split_between_processes([row for row in rows if not step_files[row].exists()]) as mine:
+        for row in tqdm(mine, desc="query steps", unit="query", disable=not accelerator.is_main_process):
+            step, rise = query_step(task.generator, task.layers, task.factors, **task.query(row), config=config)
+            flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
+            with atomic_path(step_files[row]) as temporary:
+                save_file(flat, temporary)
+    accelerator.wait_for_everyone()
+    steps = torch.from_numpy(np.stack([load_file(step_files[row])["step"] for row in rows]))
+    candidate_rows = {row: task.images.rows(task.candidates[task.queries.query_ids[row]][0]) for row in rows}
+    union = np.unique(np.concatenate(list(candidate_rows.values())))
+    part_files = {start: scratch / f"part-{start:09d}.npy" for start in range(0, len(union), PART_ROWS)}
+    with accelerator.split_between_processes([start for start in part_files if not part_files[start].exists()]) as mine:
+        for start in tqdm(mine, desc="linearised", unit="part", disable=not accelerator.is_main_process):
+            scores = linearised_scores(
+                task.generator,
+                task.layers,
+                task.images,
+                union[start : start + PART_ROWS],
+                steps,
+                draws=config.loss_draws,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            )
+            with atomic_path(part_files[start]) as temporary:
+                np.save(temporary, scores.astype(np.float32))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        scores = np.concatenate([np.load(part_files[start]) for start in sorted(part_files)], axis=1)
+        for position, row in enumerate(rows):
+            influence = scores[position, np.searchsorted(union, candidate_rows[row])]
+            task.write(row, influence, float(load_file(step_files[row])["rise"][0]))
+    accelerator.wait_for_everyone()
 
 
 def _factors(
@@ -439,11 +500,11 @@ def _base_loss(
     """(N,) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
     folder = parent / fingerprint([generator.fingerprint, corpus_fingerprint, config.loss_draws, config.seed])
     count = len(images.image_ids)
-    starts = list(range(0, count, BASE_LOSS_ROWS))
+    starts = list(range(0, count, PART_ROWS))
     missing = [start for start in starts if not (folder / f"{start:09d}.npy").exists()]
     with accelerator.split_between_processes(missing) as mine:
         for start in tqdm(mine, desc="base loss", unit="part", disable=not accelerator.is_main_process):
-            rows = np.arange(start, min(start + BASE_LOSS_ROWS, count))
+            rows = np.arange(start, min(start + PART_ROWS, count))
             losses = image_losses(
                 generator, images, rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
             )

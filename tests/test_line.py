@@ -12,6 +12,7 @@ import torch
 
 from fastattr import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, FastAttributor, Generator, InputError
 from fastattr.build import STAGES, embed_assets, run
+from fastattr.candidates import read_candidates
 from fastattr.cli import main
 from fastattr.config import load_config
 from fastattr.corpus import Corpus
@@ -48,22 +49,36 @@ def test_killed_teacher_finishes_the_rest_with_the_same_scores(tiny_run: Path, t
     again = tmp_path / "run"
     shutil.copytree(tiny_run, again)
     shutil.rmtree(again / "scores")
-    real, calls = teacher.score_query, []
+    monkeypatch.setattr(teacher, "PART_ROWS", 10)
+    queries = Queries(again / "queries")
+    trained = [query for query, split in zip(queries.query_ids, queries.splits, strict=True) if split == "train"]
+    exact = len(queries.query_ids) - len(trained)
+    candidates = read_candidates(again / "candidates")
+    union = set().union(*(candidates[query][0] for query in trained))
+    # Exact scores first, then the other queries' steps, then one pass over their candidates in parts of 10 images.
+    deaths = {"query_step": {2, exact + 3}, "linearised_scores": {3}}
+    calls = dict.fromkeys(deaths, 0)
 
-    def dies_at_the_fifth(*args, **kwargs):
-        calls.append(kwargs["query_id"])
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
+    def dying(name, real):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            if calls[name] in deaths[name]:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(teacher, "score_query", dies_at_the_fifth)
-    with pytest.raises(KeyboardInterrupt):
-        STAGES["teach"](load_config(tiny_config), again)
+        return call
+
+    for name in deaths:
+        monkeypatch.setattr(teacher, name, dying(name, getattr(teacher, name)))
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            STAGES["teach"](load_config(tiny_config), again)
     STAGES["teach"](load_config(tiny_config), again)
-    assert len(calls) == len(Queries(again / "queries").query_ids) + 1  # only the interrupted one twice
+    # Only what was interrupted was done twice.
+    assert calls == {"query_step": len(queries.query_ids) + 2, "linearised_scores": -(-len(union) // 10) + 1}
     for ours, theirs in zip(read_scores(again / "scores"), read_scores(tiny_run / "scores"), strict=True):
         assert ours.query_id == theirs.query_id
-        np.testing.assert_array_equal(ours.influence, theirs.influence)
+        np.testing.assert_allclose(ours.influence, theirs.influence, rtol=1e-5, atol=1e-8)
 
 
 def test_training_and_test_queries_share_no_prompt_subject(tiny_run: Path):

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from fastattr.corpus import Corpus
+from fastattr.denoising import EncodedImages, encode_corpus, image_losses
 from fastattr.ekfac import fit_ekfac
 from fastattr.errors import InputError, NonFiniteError
 from fastattr.generator import Generator, noise_for
+from fastattr.linearised import flat_step, linearised_scores
 from fastattr.teacher import (
-    EncodedImages,
     TeacherConfig,
-    encode_corpus,
     factor_batches,
-    image_losses,
     influence_scores,
     query_gradient,
     score_query,
@@ -119,6 +118,46 @@ def test_a_copy_of_the_query_is_among_the_most_influential(setting):
         )
         hits.append(int((scores > scores[row]).sum()))
     assert max(hits) <= 4  # among the five most influential of 48, for an almost untrained generator
+
+
+def scores_of_steps(setting, steps, rows):
+    generator, images, layers, _ = setting
+    flat = torch.from_numpy(np.stack([flat_step(step, list(layers)) for step in steps]))
+    return linearised_scores(generator, layers, images, rows, flat, draws=3, batch_size=7, seed=0)
+
+
+def test_exact_scores_converge_to_the_linearised_ones_as_the_step_shrinks(setting, tiny_run: Path):
+    """A lost factor, sign or layer in either teacher would stop the convergence, or change its order."""
+    generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)  # the differences are small
+    layers = generator.modules_to_unlearn()
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    _, single, _, factors = setting
+    images = EncodedImages(single.image_ids, single.latents.double(), single.conditioning.double())
+    setting = generator, images, layers, factors
+    rows = np.array([5, 40, 3, 17, 22, 8])
+    one_sided, symmetric = [], []
+    for rise in (4e-4, 2e-4, 1e-4):
+        (step, _), _ = step_of(setting, 5, rise=rise)
+        expected = scores_of_steps(setting, [step], rows)[0]
+        losses = []
+        for sign in (-1, 0, 1):
+            with unlearned(layers, {name: sign * change for name, change in step.items()}):
+                losses.append(image_losses(generator, images, rows, draws=3, batch_size=16, seed=0))
+        for errors, exact in ((one_sided, losses[2] - losses[1]), (symmetric, (losses[2] - losses[0]) / 2)):
+            errors.append(np.abs(exact - expected).max() / np.abs(expected).max())
+    # The error of half the step is a half (first order), a quarter for the symmetric step (second order).
+    np.testing.assert_allclose([one_sided[0] / one_sided[1], one_sided[1] / one_sided[2]], 2, rtol=0.2)
+    np.testing.assert_allclose([symmetric[0] / symmetric[1], symmetric[1] / symmetric[2]], 4, rtol=0.3)
+
+
+def test_linearised_scores_ignore_batching_order_and_company(setting):
+    """A gradient of one image that leaks into its neighbour's score would crash nothing."""
+    steps = [step_of(setting, row)[0][0] for row in (5, 30, 11)]
+    together = scores_of_steps(setting, steps, np.array([9, 2, 40, 31, 8]))
+    for position, row in enumerate((9, 2, 40, 31, 8)):
+        alone = scores_of_steps(setting, steps[1:2], np.array([row]))
+        np.testing.assert_allclose(together[1, position], alone[0, 0], rtol=1e-4, atol=1e-9)
 
 
 def caption_of(images: EncodedImages, row: int) -> str:
