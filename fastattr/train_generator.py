@@ -34,7 +34,7 @@ from fastattr.artifacts import (
 )
 from fastattr.corpus import Corpus
 from fastattr.train_autoencoder import encode_latents, load_images
-from fastattr.training import TrainingConfig, fit
+from fastattr.training import TrainingConfig, fit, trapezoid
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -43,7 +43,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 class GeneratorConfig:
     """Settings of the denoiser and its text encoder."""
 
-    channels: tuple[int, ...] = (96, 160, 192)
+    channels: tuple[int, ...] = (96, 160, 128)
     """U-Net width at each resolution level."""
     layers_per_block: int = 1
     attention_levels: tuple[int, ...] = (1,)
@@ -57,13 +57,18 @@ class GeneratorConfig:
     text_layers: int = 2
     caption_dropout: float = 0.1
     """Share of training examples that see an empty prompt."""
+    subject_dropout: float = 0.06
+    """Share of training examples that see only what follows their caption's last comma ('openmoji style'), so that a
+    style is learned apart from the subjects that come in it."""
     steps: int = 25
     """Default number of denoising steps."""
     guidance: float = 2.5
     """Default classifier-free guidance scale."""
+    decay_share: float = 0.25
+    """Share of the steps over which the learning rate falls to zero."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=2400, batch_size=64, learning_rate=1e-3, warmup_steps=200, ema_decay=0.9985
+            steps=3500, batch_size=128, learning_rate=1.3e-3, warmup_steps=150, ema_decay=0.998, checkpoint_every=250
         )
     )
 
@@ -205,6 +210,7 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
             scratch=scratch,
         )
     tokens = tokenize(tokenizer, [captions[0] for captions in corpus.captions])
+    endings = tokenize(tokenizer, [captions[0].rpartition(", ")[2] for captions in corpus.captions])
     empty = tokenize(tokenizer, [""])
     torch.manual_seed(config.training.seed)
     scheduler = build_scheduler()
@@ -219,8 +225,9 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         # One timestep from each of B equal parts: the same uniform law with less variance over the batch.
         stratum = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
         timesteps = (stratum / len(rows) * train_timesteps).long().clamp_max(train_timesteps - 1)
-        dropped = torch.rand(len(rows), generator=generator) < config.caption_dropout
-        prompt = torch.where(dropped[:, None], empty, tokens[rows])
+        lot = torch.rand(len(rows), 1, generator=generator)
+        prompt = torch.where(lot < config.caption_dropout + config.subject_dropout, endings[rows], tokens[rows])
+        prompt = torch.where(lot < config.caption_dropout, empty, prompt)
         return picked, prompt, timesteps, torch.randn(picked.shape, generator=generator)
 
     checkpoint = folder / "checkpoint.safetensors"
@@ -230,8 +237,9 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         config.training,
         examples=len(corpus),
         checkpoint=checkpoint,
-        made_from=[config, inputs],
+        made_from=[{**vars(config), "training": None}, inputs],
         accelerator=accelerator,
+        schedule=trapezoid(config.decay_share),
         description="generator",
     )
     if accelerator.is_main_process:

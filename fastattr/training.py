@@ -73,6 +73,20 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def trapezoid(decay_share: float) -> Callable[[int, TrainingConfig], float]:
+    """A schedule: linear warm-up, the peak, then linearly to zero over the last `decay_share` of all steps.
+
+    Unlike a cosine it does not depend on the number of steps before its decay starts, so a run can be made longer
+    from any checkpoint before that. Source: arXiv:2405.18392.
+    """
+
+    def rate(step: int, config: TrainingConfig) -> float:
+        left = (config.steps - step) / max(1.0, decay_share * config.steps)
+        return config.learning_rate * max(0.0, min(1.0, (step + 1) / max(1, config.warmup_steps), left))
+
+    return rate
+
+
 def fit(
     loss_module: nn.Module,
     batch_of: Callable[[np.ndarray, torch.Generator], tuple[torch.Tensor, ...]],
@@ -82,6 +96,7 @@ def fit(
     checkpoint: Path,
     made_from: object = None,
     accelerator: Accelerator | None = None,
+    schedule: Callable[[int, TrainingConfig], float] = learning_rate_at,
     description: str = "train",
 ) -> nn.Module:
     """Train `loss_module` in place and return a copy that holds the averaged weights.
@@ -93,8 +108,9 @@ def fit(
         examples: number of training examples that `rows` index.
         checkpoint: safetensors file to resume from and write to; removed by the caller once the result is saved.
         made_from: whatever else determines the run (the stage's config and input fingerprints, JSON-able); a checkpoint
-            of anything else is refused.
+            of anything else is refused, except one with another number of steps that had the same learning rates.
         accelerator: device, precision and processes; made from `config` if not given.
+        schedule: (step, config) -> learning rate.
         description: label of the progress bar.
 
     Raises:
@@ -108,7 +124,7 @@ def fit(
         loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
-    start = _load_checkpoint(checkpoint, config, made_from, loss_module, average, optimizer)
+    start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     model.train()
     per_process = config.batch_size // accelerator.num_processes
@@ -118,7 +134,7 @@ def fit(
     running = float("nan")
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+            group["lr"] = schedule(step, config)
         rows = batch_rows(step, examples=examples, batch_size=config.batch_size, seed=config.seed)
         mine = rows[accelerator.process_index * per_process :][:per_process]
         generator = torch.Generator().manual_seed(
@@ -160,6 +176,11 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
+def _identity(config: TrainingConfig, made_from: object) -> str:
+    """What a checkpoint must agree in; the number of steps is looked at apart."""
+    return fingerprint([{**vars(config), "steps": None, "checkpoint_every": None}, made_from])
+
+
 def _save_checkpoint(
     path: Path, config: TrainingConfig, made_from: object, step: int, model: nn.Module, average: AveragedModel, optimizer: Any
 ) -> None:
@@ -167,7 +188,7 @@ def _save_checkpoint(
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": fingerprint([config, made_from])}
+    metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": _identity(config, made_from)}
     with atomic_path(path) as temporary:
         save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
 
@@ -176,6 +197,7 @@ def _load_checkpoint(
     path: Path,
     config: TrainingConfig,
     made_from: object,
+    schedule: Callable[[int, TrainingConfig], float],
     model: nn.Module,
     average: AveragedModel,
     optimizer: torch.optim.Optimizer,
@@ -187,7 +209,10 @@ def _load_checkpoint(
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    if metadata["fingerprint"] != fingerprint([config, made_from]):
+    step = int(metadata["step"])
+    same = metadata["fingerprint"] == _identity(config, made_from)
+    before = TrainingConfig(**json.loads(metadata["config"])) if same else config
+    if not same or any(schedule(past, before) != schedule(past, config) for past in range(step)):
         raise ArtifactMismatchError(
             f"{path} was written with {metadata['config']}, now {json.dumps(vars(config))} is wanted, or its inputs differ. "
             "Delete it to start afresh, or run with the old settings."
@@ -201,4 +226,4 @@ def _load_checkpoint(
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return step

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastattr.errors import ArtifactMismatchError, InputError, NonFiniteError
-from fastattr.training import TrainingConfig, batch_rows, fit, learning_rate_at
+from fastattr.training import TrainingConfig, batch_rows, fit, learning_rate_at, trapezoid
 
 CONFIG = TrainingConfig(steps=10, batch_size=4, learning_rate=1e-2, warmup_steps=2, ema_decay=0.8, checkpoint_every=3, seed=5)
 EXAMPLES = 14
@@ -107,11 +107,27 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change):
     """Going on with other settings would save a network that its manifest describes wrongly."""
     checkpoint = tmp_path / "checkpoint.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(checkpoint, Batches(stop_at=4))
+        train(checkpoint, Batches(stop_at=7))
     before = checkpoint.read_bytes()
     with pytest.raises(ArtifactMismatchError, match="Delete it to start afresh"):
         train(checkpoint, config=replace(CONFIG, **change))
     assert checkpoint.read_bytes() == before
+
+
+def test_a_run_made_longer_before_its_decay_equals_a_long_run(tmp_path):
+    """With a trapezoid a run can go on where the first plan would have ended; the learning rates must be the long run's."""
+    schedule = trapezoid(0.4)
+    settings = {"examples": EXAMPLES, "schedule": schedule}
+    longer = replace(CONFIG, steps=20)
+    whole = fit(Regression(), Batches(), longer, checkpoint=tmp_path / "whole.safetensors", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(), Batches(stop_at=7), CONFIG, checkpoint=tmp_path / "short.safetensors", **settings)
+    extended = fit(Regression(), Batches(), longer, checkpoint=tmp_path / "short.safetensors", **settings)
+    assert all(torch.equal(value, extended.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(), Batches(stop_at=9), CONFIG, checkpoint=tmp_path / "decayed.safetensors", **settings)
+    with pytest.raises(ArtifactMismatchError):
+        fit(Regression(), Batches(), longer, checkpoint=tmp_path / "decayed.safetensors", **settings)
 
 
 class Breaking(Regression):
