@@ -200,9 +200,9 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _info(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.attribute import FastAttributor
+    from fastattr.attribute import read_info
 
-    info = FastAttributor.from_pretrained(arguments.model).info()
+    info = read_info(arguments.model)
     if arguments.json:
         return info
     for key, value in info.items():

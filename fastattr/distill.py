@@ -183,9 +183,9 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
 
 
 def save_student(student: Student, path: Path) -> None:
-    """Write the weights as safetensors, atomically."""
+    """Write the weights as safetensors in half precision, atomically; later stages embed with what `load_student` reads."""
     with atomic_path(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}, temporary)
+        save_file({name: value.detach().half().cpu().contiguous() for name, value in student.state_dict().items()}, temporary)
 
 
 def load_student(path: Path, *, feature_dim: int, config: StudentConfig) -> Student:

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -242,7 +243,9 @@ def serve(demo: gr.Blocks, host: str | None = None, port: int | None = None) -> 
 def launch(
     host: str | None = None, port: int | None = None, *, generator: str | None = None, attributor: str | None = None
 ) -> gr.Blocks:
-    """Load the models, start the page in the background, print its address and return it; `block_thread()` waits.
+    """Start the page in the background, print its address, load the models, return the page; `block_thread()` waits.
+
+    The page answers before the models are loaded; what visitors ask for meanwhile waits for them.
 
     Args:
         host: as in `serve`.
@@ -251,13 +254,38 @@ def launch(
         attributor: the same, with FASTATTR_ATTRIBUTOR.
     """
     from fastattr import FastAttributor, Generator
+    from fastattr.attribute import read_info
 
     generator = generator or os.environ.get("FASTATTR_GENERATOR", "emoji")
     attributor = attributor or os.environ.get("FASTATTR_ATTRIBUTOR", "emoji")
-    print(strings.LOADING.format(generator=generator, attributor=attributor), flush=True)  # noqa: T201
-    demo = create_demo(Generator.from_pretrained(generator), FastAttributor.from_pretrained(attributor))
+    info = read_info(attributor)
+    drawing = Later(name=generator, defaults=Generator.read_defaults(generator))
+    naming = Later(info=lambda: info)
+    demo = create_demo(drawing, naming)  # type: ignore[arg-type]
     print(strings.SERVING.format(url=serve(demo, host, port)), flush=True)  # noqa: T201
+    print(strings.LOADING.format(generator=generator, attributor=attributor), flush=True)  # noqa: T201
+    try:
+        drawing.model.set_result(Generator.from_pretrained(generator))
+        naming.model.set_result(FastAttributor.from_pretrained(attributor))
+    except BaseException as error:
+        demo.close()
+        for later in (drawing, naming):
+            if not later.model.done():
+                later.model.set_exception(error)  # for those who wait
+        raise
+    print(strings.LOADED, flush=True)  # noqa: T201
     return demo
+
+
+class Later:
+    """Stands for a model that is being loaded: what is known of it is there at once, anything else waits for it."""
+
+    def __init__(self, **known: Any) -> None:
+        self.model: Future[Any] = Future()
+        vars(self).update(known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model.result(), name)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,6 +71,7 @@ FOOTER = (
 )
 SERVING = "fastattr serves its page on {url} (stop with Ctrl+C)"
 LOADING = "fastattr loads the generator {generator!r} and the attributor {attributor!r}"
+LOADED = "fastattr is ready"
 
 ERROR = "That did not work"
 EMPTY_PROMPT = "The prompt is empty. Describe the image, for example: red heart, openmoji style."
