@@ -44,7 +44,14 @@ def encode_corpus(generator: Generator, corpus: Corpus, *, batch_size: int) -> E
 
 
 def denoising_losses(
-    generator: Generator, images: EncodedImages, rows: np.ndarray, *, draws: int, batch_size: int, seed: int
+    generator: Generator,
+    images: EncodedImages,
+    rows: np.ndarray,
+    *,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    output: str = "loss",
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Losses of training images, batch by batch, with their graphs where gradients are on.
 
@@ -55,10 +62,12 @@ def denoising_losses(
         draws: timesteps spread evenly over the schedule, each with noise of its own, fixed by (image id, draw, seed).
         batch_size: network evaluations at once; does not change the losses.
         seed: of the noise.
+        output: 'loss', or 'squared_norm' of the network's prediction instead.
 
     Yields:
-        (B,) positions in `rows`, and (B,) losses of one draw each, mean squared error per latent element.
+        (B,) positions in `rows`, and (B,) values of one draw each, means per latent element.
     """
+    measure = generator.training_loss if output == "loss" else generator.squared_output
     timesteps = spread_timesteps(draws, train_timesteps=generator.train_timesteps)
     pairs = np.stack(np.divmod(np.arange(len(rows) * draws), draws), axis=1)
     for start in range(0, len(pairs), batch_size):
@@ -67,7 +76,7 @@ def denoising_losses(
         noise = noise_for([images.image_ids[row] for row in picked], drawn.tolist(), seed=seed, shape=generator.latent_shape)
         yield (
             positions,
-            generator.training_loss(
+            measure(
                 images.latents[picked].to(generator.device),
                 images.conditioning[picked].to(generator.device),
                 torch.from_numpy(timesteps[drawn]).to(generator.device),

@@ -264,15 +264,28 @@ class Generator:
             noise: (B, L, h, w) standard normal.
         """
         scheduler = self.pipeline.scheduler
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        prediction = self._predict(latents, conditioning, timesteps, noise)
         if scheduler.config.prediction_type == "epsilon":
             target = noise
         else:
             target = scheduler.get_velocity(latents, noise, timesteps)
-        prediction = self.pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning).sample
-        precise = torch.promote_types(prediction.dtype, torch.float32)
-        losses: torch.Tensor = (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
+        losses: torch.Tensor = (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
         return losses
+
+    def squared_output(
+        self, latents: torch.Tensor, conditioning: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """(B,) mean square of the network's prediction per latent element; arguments as `training_loss`. For D-TRAK."""
+        squares: torch.Tensor = self._predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
+        return squares
+
+    def _predict(
+        self, latents: torch.Tensor, conditioning: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, L, h, w) the U-Net's prediction for noised latents, in float32 or better."""
+        noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
+        prediction: torch.Tensor = self.pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning).sample
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
     def modules_to_unlearn(self, pattern: str = CROSS_ATTENTION_KV) -> dict[str, nn.Linear]:
         """The U-Net's linear layers whose name matches `pattern`, by name.

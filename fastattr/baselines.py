@@ -1,0 +1,62 @@
+"""Baselines: other ways to score training images for a query, as (Q, N) arrays, higher = more influential.
+
+TRAK (arXiv:2303.14186) and D-TRAK (arXiv:2311.00500) take gradient features (fastattr/gradient_features.py) without
+whitening and score through a ridge-regularised kernel; similarity takes any feature folder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastattr.errors import InputError
+
+
+def similarity_scores(query_features: np.ndarray, corpus_features: np.ndarray) -> np.ndarray:
+    """(Q, N) cosine similarity of (Q, F) and (N, F) features; storage F numbers an image.
+
+    Raises:
+        InputError: the widths differ.
+    """
+    _same_width(query_features, corpus_features)
+    return _unit(query_features) @ _unit(corpus_features).T
+
+
+def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
+    """TRAK's score with projected gradients as features: phi(query) (Phi^T Phi + ridge I)^-1 Phi^T.
+
+    Args:
+        query_features: (Q, k) projected gradients of the queries.
+        corpus_features: (N, k) projected gradients of the training images.
+        ridge: as a fraction of the mean eigenvalue of Phi^T Phi.
+
+    Returns:
+        (Q, N) float64; storage k numbers an image. D-TRAK is the same with gradients of the output's squared norm.
+
+    Raises:
+        InputError: the widths differ, or the ridge is not positive.
+
+    Source: arXiv:2303.14186, sec. 3.2; the ridge is that of arXiv:2311.00500.
+    """
+    _same_width(query_features, corpus_features)
+    if ridge <= 0:
+        raise InputError(f"ridge must be positive, got {ridge}")
+    corpus = corpus_features.astype(np.float64)
+    kernel = corpus.T @ corpus
+    kernel[np.diag_indices_from(kernel)] += ridge * np.trace(kernel) / len(kernel)
+    scores: np.ndarray = np.linalg.solve(kernel, query_features.astype(np.float64).T).T @ corpus.T
+    return scores
+
+
+def _same_width(query_features: np.ndarray, corpus_features: np.ndarray) -> None:
+    if query_features.shape[1] != corpus_features.shape[1]:
+        raise InputError(
+            f"query features have {query_features.shape[1]} columns, the corpus' {corpus_features.shape[1]}; "
+            "make both with the same encoder."
+        )
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    values = features.astype(np.float64)
+    lengths: np.ndarray = np.linalg.norm(values, axis=1, keepdims=True)
+    unit: np.ndarray = values / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return unit

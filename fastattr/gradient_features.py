@@ -1,0 +1,192 @@
+"""Gradient features: what an image's denoising loss asks of the unlearned layers, compressed to one short row an image.
+
+With EKFAC whitening, the inner product of a query's row and a training image's row is the linearised teacher's score
+up to the query's factor: the store serves every later query without another pass over the corpus. Without whitening
+and with a ridge-regularised kernel they are the projected gradients of TRAK (`output='loss'`, arXiv:2303.14186) and of
+D-TRAK (`output='squared_norm'`, arXiv:2311.00500).
+
+Reads an encoded corpus; writes a feature folder like any other (features.npy in half precision, ids.parquet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from fastattr.artifacts import atomic_path, fingerprint
+from fastattr.denoising import EncodedImages, denoising_losses
+from fastattr.ekfac import Factors, example_gradients, record_layers
+from fastattr.errors import InputError
+from fastattr.generator import Generator
+
+PART_ROWS = 512
+"""Images whose features go into one file; a killed run loses at most one part."""
+SCALE_ROWS = 16
+"""Images that set the scale at which features are stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientConfig:
+    """Settings of gradient features."""
+
+    output: str = "loss"
+    """What is differentiated: 'loss' (unlearning, TRAK) or 'squared_norm' of the network's output (D-TRAK)."""
+    whiten: bool = True
+    """Whether gradients are multiplied with the inverse root of the damped EKFAC curvature."""
+    damping: float = 0.1
+    """As the teacher's; used where `whiten`."""
+    width: int = 4096
+    """k, numbers an image; 0 keeps every coordinate."""
+    draws: int = 4
+    """(timestep, noise) pairs an image."""
+    batch_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.output not in {"loss", "squared_norm"}:
+            raise InputError(f"output must be 'loss' or 'squared_norm', got {self.output!r}")
+        if self.width < 0 or min(self.draws, self.batch_size) < 1:
+            raise InputError("width must not be negative; draws and batch_size must be at least 1")
+        if self.damping <= 0:
+            raise InputError(f"damping must be positive, got {self.damping}")
+
+
+class Compression:
+    """Per-layer gradients to (B, k): whitened in the EKFAC eigenbasis if asked, then count-sketched.
+
+    A count sketch adds each coordinate, with a random sign, to one of k numbers: inner products stay right in
+    expectation, at a cost of one addition a coordinate. Source: arXiv:1306.4672.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], config: GradientConfig, factors: Factors | None = None) -> None:
+        """Draw the sketch; the same for the same layers, width and seed.
+
+        Args:
+            layers: whose gradients come, in this order.
+            config: the settings.
+            factors: EKFAC factors of these layers; needed where `config.whiten`.
+
+        Raises:
+            InputError: whitening was asked for and there are no factors.
+        """
+        if config.whiten and factors is None:
+            raise InputError("whitened gradient features need EKFAC factors; fit them first, or set whiten to false.")
+        self._rotations = {}
+        if config.whiten and factors is not None:
+            for name, layer in layers.items():
+                kept = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+                eigenvalues = factors.eigenvalues[name]
+                scale = (eigenvalues + config.damping * eigenvalues.mean()).rsqrt()
+                left, right = factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name]
+                self._rotations[name] = (left.to(**kept), right.to(**kept), scale.to(**kept))
+        size = sum(layer.weight.numel() for layer in layers.values())
+        device = next(iter(layers.values())).weight.device
+        self.width = config.width or size
+        if config.width:
+            rng = np.random.default_rng([config.seed, 11])
+            self._buckets = torch.from_numpy(rng.integers(0, self.width, size)).to(device)
+            self._signs = torch.from_numpy(rng.choice(np.float32([-1, 1]), size)).to(device)
+        self._sketched = bool(config.width)
+
+    def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, out, in) gradients by layer -> (B, k)."""
+        flat = torch.cat([self._whitened(name, gradient).flatten(1) for name, gradient in gradients.items()], dim=1)
+        if not self._sketched:
+            return flat
+        sketch = flat.new_zeros(len(flat), self.width)
+        return sketch.index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
+
+    def _whitened(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        if name not in self._rotations:
+            return gradient
+        left, right, scale = self._rotations[name]
+        return (left.T @ gradient @ right) * scale
+
+
+def gradient_features(
+    generator: Generator,
+    layers: Mapping[str, nn.Linear],
+    images: EncodedImages,
+    rows: np.ndarray,
+    compression: Compression,
+    config: GradientConfig,
+) -> np.ndarray:
+    """(C, k) float32: the compressed gradient of each image's mean output over its draws.
+
+    Args:
+        generator: with base weights.
+        layers: whose gradients are taken; their weights must require gradients.
+        images: encoded images, of the corpus or queries.
+        rows: (C,) which of them.
+        compression: of the same layers.
+        config: the settings.
+    """
+    features = torch.zeros(len(rows), compression.width)
+    batches = denoising_losses(
+        generator,
+        images,
+        rows,
+        draws=config.draws,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        output=config.output,
+    )
+    with record_layers(layers) as recorded:
+        for positions, losses in batches:
+            losses.sum().backward()
+            compressed = compression({name: example_gradients(recorded[name]) for name in layers})
+            features.index_add_(0, torch.from_numpy(positions), compressed.float().cpu())
+            for calls in recorded.values():
+                calls.clear()
+    for layer in layers.values():
+        layer.weight.grad = None
+    return features.numpy() / config.draws
+
+
+def write_gradient_features(
+    folder: Path,
+    generator: Generator,
+    layers: Mapping[str, nn.Linear],
+    images: EncodedImages,
+    compression: Compression,
+    config: GradientConfig,
+    accelerator: Accelerator,
+) -> float:
+    """Write features.npy, (N, k) float16, for all images; parts are split over the processes, and kept if killed.
+
+    Returns:
+        The factor on the stored numbers: true features = stored / factor. Half precision needs them near 1.
+    """
+    sample = gradient_features(
+        generator, layers, images, np.arange(min(SCALE_ROWS, len(images.image_ids))), compression, config
+    )
+    scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
+    parts = folder / f"parts-{fingerprint([vars(config), generator.fingerprint, list(images.image_ids), sorted(layers)])}"
+    files = {start: parts / f"{start:09d}.npy" for start in range(0, len(images.image_ids), PART_ROWS)}
+    with accelerator.split_between_processes([start for start in files if not files[start].exists()]) as mine:
+        for start in tqdm(mine, desc="gradient features", unit="part", disable=not accelerator.is_main_process):
+            rows = np.arange(start, min(start + PART_ROWS, len(images.image_ids)))
+            part = gradient_features(generator, layers, images, rows, compression, config) * scale
+            with atomic_path(files[start]) as temporary:
+                np.save(temporary, part.astype(np.float16))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with atomic_path(folder / "features.npy") as temporary:
+            whole = np.lib.format.open_memmap(
+                temporary, mode="w+", dtype=np.float16, shape=(len(images.image_ids), compression.width)
+            )
+            for start, file in files.items():
+                whole[start : start + PART_ROWS] = np.load(file)
+            whole.flush()
+        for file in files.values():
+            file.unlink()
+        parts.rmdir()
+    accelerator.wait_for_everyone()
+    return scale
