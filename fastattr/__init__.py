@@ -12,6 +12,7 @@ from fastattr.errors import (
     InputError,
     MissingExtraError,
     NonFiniteError,
+    QueriesFailedError,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "NonFiniteError",
+    "QueriesFailedError",
 ]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
+from fastattr.artifacts import atomic_path
 from fastattr.corpus import Corpus
 from fastattr.generator import Generator, noise_for, spread_timesteps
 
@@ -33,14 +37,58 @@ class EncodedImages:
         return {image_id: row for row, image_id in enumerate(self.image_ids)}
 
 
-def encode_corpus(generator: Generator, corpus: Corpus, *, batch_size: int) -> EncodedImages:
-    """Latents and conditioning of every training image."""
-    latents, conditioning = [], []
-    for start in tqdm(range(0, len(corpus), batch_size), desc="encode corpus", unit="batch"):
-        rows = range(start, min(start + batch_size, len(corpus)))
-        latents.append(generator.encode_image([corpus.image(row) for row in rows]).cpu())
-        conditioning.append(generator.encode_prompt([corpus.captions[row][0] for row in rows]).cpu())
-    return EncodedImages(corpus.image_ids, torch.cat(latents), torch.cat(conditioning))
+def encode_corpus(
+    generator: Generator, corpus: Corpus, *, batch_size: int, folder: Path, accelerator: Accelerator | None = None
+) -> EncodedImages:
+    """Latents and conditioning of every training image, kept in `folder` for the next run."""
+
+    def latents(rows: range) -> np.ndarray:
+        return generator.encode_image([corpus.image(row) for row in rows]).cpu().numpy()
+
+    def conditioning(rows: range) -> np.ndarray:
+        return generator.encode_prompt([corpus.captions[row][0] for row in rows]).cpu().numpy()
+
+    encoded = [
+        torch.from_numpy(
+            np.concatenate(in_parts(folder / name, len(corpus), batch_size, encode, accelerator, description=f"encode {name}"))
+        )
+        for name, encode in (("latents", latents), ("conditioning", conditioning))
+    ]
+    return EncodedImages(corpus.image_ids, *encoded)
+
+
+def in_parts(
+    folder: Path,
+    count: int,
+    size: int,
+    compute: Callable[[range], np.ndarray],
+    accelerator: Accelerator | None,
+    *,
+    description: str,
+) -> list[np.ndarray]:
+    """Compute something for `count` rows in parts of `size`, split over the processes; what is in `folder` is not redone.
+
+    Args:
+        folder: one npy file a part; its name must say all that determines the contents.
+        count: rows in all.
+        size: rows a part; a killed run loses at most one part a process.
+        compute: rows -> their part.
+        accelerator: the processes; None is this one alone.
+        description: label of the progress bar.
+
+    Returns:
+        All parts in order, on every process.
+    """
+    parts = {start: range(start, min(start + size, count)) for start in range(0, count, size)}
+    files = {start: folder / f"{start:09d}-{size}.npy" for start in parts}
+    missing = [start for start in parts if not files[start].exists()]
+    with accelerator.split_between_processes(missing) if accelerator else nullcontext(missing) as mine:
+        for start in tqdm(mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)):
+            with atomic_path(files[start]) as temporary:
+                np.save(temporary, compute(parts[start]))
+    if accelerator:
+        accelerator.wait_for_everyone()
+    return [np.load(file) for file in files.values()]
 
 
 def denoising_losses(

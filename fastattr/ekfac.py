@@ -1,9 +1,10 @@
 """EKFAC: the curvature that shapes the unlearning step.
 
-For a linear layer with inputs a (T rows an example) and output gradients g, the Fisher block is approximated by
-Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose eigenvectors are kept, and whose eigenvalues are
-replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the gradient of one example: exact second moments
-in the Kronecker eigenbasis. Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
+For a linear layer (or a convolution, as a linear layer on patches) with inputs a (T rows an example) and output
+gradients g, the Fisher block is approximated by Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose
+eigenvectors are kept, and whose eigenvalues are replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the
+gradient of one example: exact second moments in the Kronecker eigenbasis.
+Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
 
 Files are kronfluence's (activation_eigenvectors, gradient_eigenvectors, lambda_matrix, num_lambda_processed,
 each a safetensors file with one tensor a layer; lambda is a sum over examples, shaped (out, in)).
@@ -11,17 +12,23 @@ each a safetensors file with one tensor a layer; lambda is a sum over examples, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from fastattr.artifacts import atomic_path
-from fastattr.errors import ArtifactMismatchError, ArtifactNotFoundError, NonFiniteError
+from fastattr.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
+
+logger = logging.getLogger(__name__)
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
 
@@ -104,17 +111,35 @@ class Factors:
         )
 
 
+Layer = nn.Linear | nn.Conv2d
+"""What EKFAC is defined for here; a convolution is a linear layer on the patches of its input."""
+
+
+def weight_shape(layer: Layer) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix; in = channels x kernel height x kernel width for a convolution."""
+    return layer.weight.shape[0], layer.weight[0].numel()
+
+
+def factor_bytes(layers: Mapping[str, Layer]) -> int:
+    """Memory that fitting takes for sums and factors, all in float64: covariances, eigenvectors and eigenvalues."""
+    shapes = [weight_shape(layer) for layer in layers.values()]
+    return sum(8 * (2 * out * out + 2 * inner * inner + out * inner) for out, inner in shapes)
+
+
 @contextmanager
-def record_layers(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
     """While open, collect (inputs (B, T, in), output gradients (B, T, out)) of every backward pass, by layer name."""
     recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in layers}
     handles = []
     for name, layer in layers.items():
 
-        def forward_hook(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
+        def forward_hook(layer: Layer, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
             activations = inputs[0].detach()
-            # One hook per forward call, so layers used several times in one graph pair up rightly.
-            output.register_hook(lambda gradient: recorded[name].append((_rows(activations), _rows(gradient.detach()))))
+
+            def keep(gradient: torch.Tensor) -> None:
+                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach())))
+
+            output.register_hook(keep)  # one hook a call, so layers used several times in one graph pair up rightly
 
         handles.append(layer.register_forward_hook(forward_hook))
     try:
@@ -122,6 +147,21 @@ def record_layers(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, list[tu
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _input_rows(layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
+    """(B, ..., in) -> (B, T, in); for a convolution (B, C, H, W) -> its patches, (B, T, C x kernel)."""
+    if isinstance(layer, nn.Linear):
+        return _rows(inputs)
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise InputError(f"convolutions padded with {layer.padding!r} {layer.padding_mode} are not supported by EKFAC.")
+    patches = F.unfold(inputs, layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride)
+    return patches.transpose(1, 2)
+
+
+def _output_rows(layer: Layer, gradients: torch.Tensor) -> torch.Tensor:
+    """(B, ..., out) -> (B, T, out); for a convolution from (B, out, H, W)."""
+    return _rows(gradients) if isinstance(layer, nn.Linear) else gradients.flatten(2).transpose(1, 2)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,16 +181,23 @@ def example_gradients(recorded: list[tuple[torch.Tensor, torch.Tensor]]) -> torc
 
 
 def fit_ekfac(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     batches: Callable[[], Iterable[torch.Tensor]],
+    *,
+    accelerator: Accelerator | None = None,
+    diagonal: bool = False,
 ) -> Factors:
     """Fit EKFAC factors on per-example losses.
 
     Args:
-        layers: the linear layers, by name, whose weights require gradients; biases are ignored.
-        batches: gives, each time it is called, the same sequence of (B,) losses with their graphs. It is called
-            twice: for the covariances, then for the eigenvalues. For the true Fisher the losses must be those of
-            targets sampled from the model; with the data's own targets the result is the empirical Fisher.
+        layers: linear layers and convolutions, by name, whose weights require gradients; biases are ignored.
+        batches: gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes
+            each its own part. It is called twice: for the covariances, then for the eigenvalues. For the true Fisher
+            the losses must be those of targets sampled from the model; with the data's own targets the result is the
+            empirical Fisher.
+        accelerator: the processes to sum over; None is this one alone. All get the same factors.
+        diagonal: keep the weights' own basis instead of the Kronecker factors' eigenvectors, which makes the curvature
+            the diagonal of the Fisher matrix (AbU, arXiv:2406.09408).
 
     Returns:
         Factors in float64.
@@ -158,55 +205,76 @@ def fit_ekfac(
     Raises:
         NonFiniteError: a covariance or an eigenvalue is NaN or infinite; the layer is named.
     """
-    activation = {
-        name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64) for name, layer in layers.items()
-    }
-    gradient = {
-        name: torch.zeros(layer.out_features, layer.out_features, dtype=torch.float64) for name, layer in layers.items()
-    }
+    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    logger.info("EKFAC factors of %d layers take %.1f MB of memory", len(layers), factor_bytes(layers) / 1e6)
+    if diagonal:
+        right = {name: torch.eye(inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
+        left = {name: torch.eye(out, dtype=torch.float64) for name, (out, _) in shapes.items()}
+    else:
+        left, right = _eigenbasis(layers, shapes, batches, accelerator)
+    eigenvalues = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     examples = 0
+    kept = {name: {"device": layer.weight.device, "dtype": layer.weight.dtype} for name, layer in layers.items()}
+    rotations = {name: (right[name].to(**kept[name]), left[name].to(**kept[name])) for name in layers}
     with record_layers(layers) as recorded:
         for losses in batches():
             losses.sum().backward()
             examples += len(losses)
+            for name, calls in recorded.items():
+                # Rotating inputs and output gradients is cheaper than rotating each example's gradient.
+                inner, outer = rotations[name]
+                rotated = calls if diagonal else [(inputs @ inner, gradients @ outer) for inputs, gradients in calls]
+                eigenvalues[name] += example_gradients(rotated).square().sum(dim=0).double().cpu()
+                calls.clear()
+    for layer in layers.values():
+        layer.weight.grad = None
+    total = int(_summed(torch.tensor(float(examples), dtype=torch.float64), accelerator))
+    for name in layers:
+        eigenvalues[name] = _summed(eigenvalues[name], accelerator) / total
+        if not torch.isfinite(eigenvalues[name]).all():
+            raise NonFiniteError(f"the EKFAC eigenvalues of layer {name} are not finite; check the losses, or use float32.")
+    return Factors(right, left, eigenvalues, total)
+
+
+def _eigenbasis(
+    layers: Mapping[str, Layer],
+    shapes: Mapping[str, tuple[int, int]],
+    batches: Callable[[], Iterable[torch.Tensor]],
+    accelerator: Accelerator | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Eigenvectors of the output gradients' and of the inputs' covariances, by layer, the same on all processes."""
+    gradient = {name: torch.zeros(out, out, dtype=torch.float64) for name, (out, _) in shapes.items()}
+    activation = {name: torch.zeros(inner, inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
+    with record_layers(layers) as recorded:
+        for losses in batches():
+            losses.sum().backward()
             for name, calls in recorded.items():
                 for inputs, output_gradients in calls:
                     flat_inputs, flat_gradients = inputs.flatten(0, 1), output_gradients.flatten(0, 1)
                     activation[name] += (flat_inputs.T @ flat_inputs).double().cpu()
                     gradient[name] += (flat_gradients.T @ flat_gradients).double().cpu()
                 calls.clear()
-    activation_vectors = {
-        name: _eigenvectors(value / examples, f"inputs of layer {name}") for name, value in activation.items()
-    }
-    gradient_vectors = {
-        name: _eigenvectors(value / examples, f"output gradients of layer {name}") for name, value in gradient.items()
-    }
-    eigenvalues = {
-        name: torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64) for name, layer in layers.items()
-    }
-    device = {name: layer.weight.device for name, layer in layers.items()}
-    left = {name: value.to(device[name], layers[name].weight.dtype) for name, value in gradient_vectors.items()}
-    right = {name: value.to(device[name], layers[name].weight.dtype) for name, value in activation_vectors.items()}
-    with record_layers(layers) as recorded:
-        for losses in batches():
-            losses.sum().backward()
-            for name, calls in recorded.items():
-                # Rotating inputs and output gradients is cheaper than rotating each example's gradient.
-                rotated = [(inputs @ right[name], output_gradients @ left[name]) for inputs, output_gradients in calls]
-                eigenvalues[name] += example_gradients(rotated).square().sum(dim=0).double().cpu()
-                calls.clear()
-    for name, value in eigenvalues.items():
-        if not torch.isfinite(value).all():
-            raise NonFiniteError(f"the EKFAC eigenvalues of layer {name} are not finite; check the losses, or use float32.")
-    for layer in layers.values():
-        layer.weight.grad = None
-    mean = {name: value / examples for name, value in eigenvalues.items()}
-    return Factors(activation_vectors, gradient_vectors, mean, examples)
+    left, right = {}, {}
+    for name in layers:
+        right[name] = _eigenvectors(_summed(activation[name], accelerator), f"inputs of layer {name}", accelerator)
+        left[name] = _eigenvectors(_summed(gradient[name], accelerator), f"output gradients of layer {name}", accelerator)
+    return left, right
 
 
-def _eigenvectors(covariance: torch.Tensor, what: str) -> torch.Tensor:
-    """(W, W) eigenvectors, as columns, of a symmetric matrix."""
+def _summed(tensor: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
+    """The sum over all processes."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return tensor
+    total: torch.Tensor = accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
+    return total
+
+
+def _eigenvectors(covariance: torch.Tensor, what: str, accelerator: Accelerator | None) -> torch.Tensor:
+    """(W, W) eigenvectors, as columns, of a symmetric matrix; those of the first process, for signs and order may differ."""
     if not torch.isfinite(covariance).all():
         raise NonFiniteError(f"the covariance of the {what} is not finite; check the losses, or use float32.")
     vectors: torch.Tensor = torch.linalg.eigh(covariance).eigenvectors
-    return vectors
+    if accelerator is None or accelerator.num_processes == 1:
+        return vectors
+    shared: torch.Tensor = broadcast(vectors.contiguous().to(accelerator.device), from_process=0).cpu()
+    return shared

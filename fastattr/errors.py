@@ -30,5 +30,9 @@ class NonFiniteError(FastattrError, ArithmeticError):
     """A loss, factor or gradient became NaN or infinite; the text names where."""
 
 
+class QueriesFailedError(FastattrError):
+    """Some queries could not be scored; the text lists them with their errors, and the others are kept."""
+
+
 class MissingExtraError(FastattrError, ImportError):
     """An optional dependency is not installed; the text says which extra brings it."""

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from fastattr.artifacts import fingerprint, read_json, sha256_file
+from fastattr.ekfac import Layer
 from fastattr.errors import ArtifactDamagedError, InputError
 from fastattr.hub import locate
 
@@ -77,6 +78,8 @@ class Generator:
         self.pipeline = pipeline
         self.name = name
         self.defaults = DEFAULTS | (defaults or {})
+        self.evaluations = {"forward": 0, "backward": 0}
+        """Latents that went through the U-Net for a loss, and those of them whose gradient could be taken."""
         self.pipeline.set_progress_bar_config(disable=True)
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.requires_grad_(False).eval()
@@ -272,6 +275,25 @@ class Generator:
         losses: torch.Tensor = (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
         return losses
 
+    def sampled_loss(
+        self,
+        latents: torch.Tensor,
+        conditioning: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        target_noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B,) losses against targets drawn from the model's own Gaussian; their gradients' second moment is the true Fisher.
+
+        The variance is half the number of latent elements, so that the Fisher equals the Gauss-Newton matrix of
+        `training_loss`; `target_noise` (B, L, h, w) is standard normal, the other arguments are those of `training_loss`.
+        """
+        prediction = self._predict(latents, conditioning, timesteps, noise)
+        spread = (prediction[0].numel() / 2) ** 0.5
+        target = prediction.detach() + spread * target_noise.to(prediction.dtype)
+        losses: torch.Tensor = (prediction - target).square().mean(dim=(1, 2, 3))
+        return losses
+
     def squared_output(
         self, latents: torch.Tensor, conditioning: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
@@ -283,20 +305,26 @@ class Generator:
         self, latents: torch.Tensor, conditioning: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """(B, L, h, w) the U-Net's prediction for noised latents, in float32 or better."""
+        self.evaluations["forward"] += len(latents)
+        self.evaluations["backward"] += len(latents) if torch.is_grad_enabled() else 0
         noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
         prediction: torch.Tensor = self.pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning).sample
         return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
-    def modules_to_unlearn(self, pattern: str = CROSS_ATTENTION_KV) -> dict[str, nn.Linear]:
-        """The U-Net's linear layers whose name matches `pattern`, by name.
+    def modules_to_unlearn(self, pattern: str = CROSS_ATTENTION_KV) -> dict[str, Layer]:
+        """The U-Net's linear layers and convolutions whose name matches `pattern`, by name.
 
         Raises:
             InputError: no layer matches.
         """
-        linear = {name: module for name, module in self.pipeline.unet.named_modules() if isinstance(module, nn.Linear)}
-        found = {name: module for name, module in linear.items() if re.search(pattern, name)}
+        layers: dict[str, Layer] = {
+            name: module
+            for name, module in self.pipeline.unet.named_modules()
+            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        }
+        found = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
         if not found:
-            raise InputError(f"no linear layer of the U-Net matches {pattern!r}; it has e.g. {sorted(linear)[:5]}.")
+            raise InputError(f"no layer of the U-Net matches {pattern!r}; it has e.g. {sorted(layers)[:5]}.")
         return found
 
 

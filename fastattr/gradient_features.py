@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 from tqdm import tqdm
 
 from fastattr.artifacts import atomic_path, fingerprint
 from fastattr.denoising import EncodedImages, denoising_losses
-from fastattr.ekfac import Factors, example_gradients, record_layers
+from fastattr.ekfac import Factors, Layer, example_gradients, record_layers
 from fastattr.errors import InputError
 from fastattr.generator import Generator
 
@@ -65,7 +64,7 @@ class Compression:
     expectation, at a cost of one addition a coordinate. Source: arXiv:1306.4672.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear], config: GradientConfig, factors: Factors | None = None) -> None:
+    def __init__(self, layers: Mapping[str, Layer], config: GradientConfig, factors: Factors | None = None) -> None:
         """Draw the sketch; the same for the same layers, width and seed.
 
         Args:
@@ -112,7 +111,7 @@ class Compression:
 
 def gradient_features(
     generator: Generator,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     images: EncodedImages,
     rows: np.ndarray,
     compression: Compression,
@@ -153,7 +152,7 @@ def gradient_features(
 def write_gradient_features(
     folder: Path,
     generator: Generator,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     images: EncodedImages,
     compression: Compression,
     config: GradientConfig,

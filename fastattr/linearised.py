@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastattr.denoising import EncodedImages, denoising_losses
-from fastattr.ekfac import example_gradients, record_layers
+from fastattr.ekfac import Layer, example_gradients, record_layers
 from fastattr.generator import Generator
 
 
@@ -27,7 +26,7 @@ def flat_step(step: Mapping[str, torch.Tensor], layers: Sequence[str]) -> np.nda
 
 def linearised_scores(
     generator: Generator,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     images: EncodedImages,
     rows: np.ndarray,
     steps: torch.Tensor,

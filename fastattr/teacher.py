@@ -13,6 +13,7 @@ Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/di
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,15 +27,24 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from safetensors.numpy import load_file, save_file
-from torch import nn
 from tqdm import tqdm
 
-from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, require_same, write_manifest
+from fastattr.artifacts import (
+    MANIFEST,
+    atomic_path,
+    fingerprint,
+    finished,
+    open_stage,
+    read_json,
+    require_same,
+    write_json,
+    write_manifest,
+)
 from fastattr.candidates import read_candidates
 from fastattr.corpus import Corpus
-from fastattr.denoising import EncodedImages, encode_corpus, image_losses
-from fastattr.ekfac import Factors, fit_ekfac
-from fastattr.errors import InputError, NonFiniteError
+from fastattr.denoising import EncodedImages, encode_corpus, image_losses, in_parts
+from fastattr.ekfac import Factors, Layer, fit_ekfac
+from fastattr.errors import FastattrError, InputError, NonFiniteError, QueriesFailedError
 from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for, spread_timesteps
 from fastattr.linearised import flat_step, linearised_scores
 from fastattr.queries import SPLITS, Queries
@@ -44,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 PART_ROWS = 512
 """Training images whose base losses or linearised scores go into one file; a killed run loses at most one part."""
+TRIES = 3
+"""How often a failing query is tried before it is passed over."""
 LINEARISED_QUERIES = 1024
 """Queries that share one backward pass over their candidates; their steps are in memory together."""
 
@@ -60,16 +72,24 @@ class TeacherConfig:
     """A fixed factor on the natural gradient instead, as in the paper; None uses `query_loss_rise`."""
     damping: float = 0.1
     """EKFAC damping, as a fraction of each layer's mean eigenvalue (the authors' 0.1)."""
+    curvature: str = "ekfac"
+    """'ekfac' (AbU+), or 'diagonal', the Fisher matrix' diagonal (AbU, arXiv:2406.09408)."""
+    fisher: str = "empirical"
+    """'empirical' takes the data's own targets, 'true' targets drawn from the model's Gaussian."""
     factor_examples: int = 4096
-    """(image, timestep, noise) triples on which the EKFAC factors are fitted."""
+    """(image, timestep, noise) triples on which the curvature is fitted; an image may come several times."""
     query_draws: int = 256
     """(timestep, noise) pairs averaged into the query's gradient; the paper takes 50,000 for COCO."""
     loss_draws: int = 4
     """(timestep, noise) pairs at which a training image's loss is taken; the paper takes 20 for COCO."""
+    unlearning_steps: int = 1
+    """Steps that share the rise (or are `step_size` long each); the gradient is taken anew before each."""
     symmetric: bool = False
     """Score by half the difference between the losses after the step and after the opposite one: even orders cancel."""
     linearised: tuple[str, ...] = ()
     """Splits of queries that are scored to first order instead of exactly."""
+    allow_failures: int = 0
+    """Queries that may fail `TRIES` times each before the score table is refused; it then lacks them."""
     batch_size: int = 128
     seed: int = 0
 
@@ -78,15 +98,21 @@ class TeacherConfig:
             raise InputError(f"query_loss_rise must be above 0, e.g. 0.02 for 2%, got {self.query_loss_rise}")
         if self.damping <= 0:
             raise InputError(f"damping must be positive, got {self.damping}")
-        if min(self.factor_examples, self.query_draws, self.loss_draws, self.batch_size) < 1:
-            raise InputError("factor_examples, query_draws, loss_draws and batch_size must be at least 1")
+        sizes = ("factor_examples", "query_draws", "loss_draws", "unlearning_steps", "batch_size")
+        if min(getattr(self, name) for name in sizes) < 1:
+            raise InputError(f"{', '.join(sizes)} must be at least 1")
+        if self.curvature not in {"ekfac", "diagonal"} or self.fisher not in {"empirical", "true"}:
+            raise InputError(
+                "curvature must be 'ekfac' or 'diagonal' and fisher 'empirical' or 'true', "
+                f"got {self.curvature!r} and {self.fisher!r}"
+            )
         if unknown := set(self.linearised) - set(SPLITS):
             raise InputError(f"linearised names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
 
 
 def query_gradient(
     generator: Generator,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     latent: torch.Tensor,
     conditioning: torch.Tensor,
     *,
@@ -108,7 +134,7 @@ def query_gradient(
         seed: of the noise.
 
     Returns:
-        (out, in) gradient by layer, and the mean loss.
+        (out, in) gradient by layer (a convolution's as `ekfac.weight_shape`), and the mean loss.
     """
     timesteps = spread_timesteps(draws, train_timesteps=generator.train_timesteps)
     total = 0.0
@@ -130,7 +156,7 @@ def query_gradient(
         gradient = layer.weight.grad
         if gradient is None or not torch.isfinite(gradient).all():
             raise NonFiniteError(f"the gradient of layer {name} for query {query_id} is missing or not finite.")
-        gradients[name] = gradient.clone()
+        gradients[name] = gradient.flatten(1).clone()
         layer.weight.grad = None
     return gradients, total / draws
 
@@ -166,14 +192,14 @@ def unlearning_step(
 class unlearned:  # noqa: N801  (a context manager, named as it reads: `with unlearned(layers, step):`)
     """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
 
-    def __init__(self, layers: Mapping[str, nn.Linear], step: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, layers: Mapping[str, Layer], step: Mapping[str, torch.Tensor]) -> None:
         self._layers, self._step = layers, step
 
     @torch.no_grad()
     def __enter__(self) -> None:
         self._kept = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
-            layer.weight += self._step[name]
+            layer.weight += self._step[name].view(layer.weight.shape)
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:
@@ -202,26 +228,34 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
     return rise
 
 
-def factor_batches(generator: Generator, images: EncodedImages, config: TeacherConfig) -> Callable[[], Iterator[torch.Tensor]]:
-    """What `fit_ekfac` asks for: per-example training losses on random images of the corpus (empirical Fisher)."""
+def factor_batches(
+    generator: Generator, images: EncodedImages, config: TeacherConfig, accelerator: Accelerator | None = None
+) -> Callable[[], Iterator[torch.Tensor]]:
+    """What `fit_ekfac` asks for: per-example losses on random images of the corpus; each process gets its own batches."""
     rng = np.random.default_rng([config.seed, 7])
     rows = rng.choice(
         len(images.image_ids), size=config.factor_examples, replace=config.factor_examples > len(images.image_ids)
     )
     timesteps = rng.integers(0, generator.train_timesteps, size=config.factor_examples)
+    index, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
 
     def batches() -> Iterator[torch.Tensor]:
-        starts = range(0, config.factor_examples, config.batch_size)
-        for start in tqdm(starts, desc="EKFAC factors", unit="batch"):
+        starts = range(0, config.factor_examples, config.batch_size)[index::processes]
+        for start in tqdm(starts, desc="EKFAC factors", unit="batch", disable=index > 0):
             part = slice(start, start + config.batch_size)
             ids = [f"factor/{position}" for position in range(config.factor_examples)[part]]
-            noise = noise_for(ids, [0] * len(ids), seed=config.seed, shape=generator.latent_shape)
-            yield generator.training_loss(
+            noise, target_noise = (
+                noise_for(ids, [draw] * len(ids), seed=config.seed, shape=generator.latent_shape).to(generator.device)
+                for draw in (0, 1)
+            )
+            arguments = (
                 images.latents[rows[part]].to(generator.device),
                 images.conditioning[rows[part]].to(generator.device),
                 torch.from_numpy(timesteps[part]).to(generator.device),
-                noise.to(generator.device),
+                noise,
             )
+            true = config.fisher == "true"
+            yield generator.sampled_loss(*arguments, target_noise) if true else generator.training_loss(*arguments)
 
     return batches
 
@@ -233,6 +267,12 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
         The manifest of run_dir/scores.
     """
     accelerator = Accelerator()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise InputError(
+            f"{launched} processes were launched and each believes to be one of {accelerator.num_processes}; on CPUs set "
+            "ACCELERATE_USE_CPU=true and launch with --multi_gpu, or launch one process."
+        )
     corpus, queries = Corpus(run_dir / "corpus"), Queries(run_dir / "queries")
     manifest = open_stage(run_dir / "candidates", "candidates")
     require_same(
@@ -253,21 +293,36 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
         done: dict[str, Any] = read_json(folder / MANIFEST)
         return done
     started = time.monotonic()
-    images = encode_corpus(generator, corpus, batch_size=config.batch_size)
+    images = encode_corpus(
+        generator,
+        corpus,
+        batch_size=config.batch_size,
+        folder=run_dir / "encoded" / fingerprint([generator.fingerprint, corpus.fingerprint]),
+        accelerator=accelerator,
+    )
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
     factors = _factors(run_dir / "ekfac", generator, images, layers, config, accelerator, corpus.fingerprint)
     base_loss = _base_loss(run_dir / "base_loss", generator, images, config, accelerator, corpus.fingerprint)
-    shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
+    shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
     task = _Task(generator, layers, factors, images, queries, candidates, config, accelerator, shards)
     by_first_order = [row for row, split in enumerate(queries.splits) if split in config.linearised]
     _score_exactly(task, sorted(set(range(len(queries.query_ids))) - set(by_first_order)), base_loss)
     for start in range(0, len(by_first_order), LINEARISED_QUERIES):
         _score_linearised(task, by_first_order[start : start + LINEARISED_QUERIES])
     accelerator.wait_for_everyone()
+    spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
+    evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
+    failures = task.failures()
+    if len(failures) > config.allow_failures:
+        table = "\n".join(f"  {query_id}  {error}" for query_id, error in failures.items())
+        raise QueriesFailedError(
+            f"{len(failures)} of {len(queries.query_ids)} queries failed {TRIES} times each:\n{table}\n"
+            "The others are kept. Run again to try these again, or set teacher.allow_failures to go on without them."
+        )
     if accelerator.is_main_process:
-        tables = [pq.read_table(shards / f"{query_id}.parquet") for query_id in queries.query_ids]
+        tables = [pq.read_table(path) for path in map(task.shard, range(len(queries.query_ids))) if path.exists()]
         with atomic_path(folder / "data-00000.parquet") as temporary:
             pq.write_table(pa.concat_tables(tables), temporary)
         write_manifest(
@@ -281,7 +336,9 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             generator_fingerprint=generator.fingerprint,
             processes=accelerator.num_processes,
             seconds=round(time.monotonic() - started, 1),
-            queries=len(queries.query_ids),
+            queries=len(tables),
+            failures=failures,
+            evaluations=evaluations,
         )
         shutil.rmtree(shards)
     accelerator.wait_for_everyone()
@@ -291,7 +348,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
 
 def score_query(
     generator: Generator,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     factors: Factors,
     images: EncodedImages,
     base_loss: np.ndarray,
@@ -336,7 +393,7 @@ def score_query(
 
 def query_step(
     generator: Generator,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     factors: Factors,
     *,
     latent: torch.Tensor,
@@ -345,19 +402,32 @@ def query_step(
     config: TeacherConfig,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The change of weights that unlearns a query, by layer, and how much it raises the query's loss to first order."""
-    gradients, loss = query_gradient(
-        generator,
-        layers,
-        latent,
-        generator.encode_prompt([prompt]),
-        query_id=query_id,
-        draws=config.query_draws,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    return unlearning_step(
-        gradients, factors, damping=config.damping, loss=loss, rise=config.query_loss_rise, step_size=config.step_size
-    )
+    conditioning = generator.encode_prompt([prompt])
+    total = {name: torch.zeros_like(layer.weight).flatten(1) for name, layer in layers.items()}
+    total_rise = 0.0
+    for _ in range(config.unlearning_steps):
+        with unlearned(layers, total):
+            gradients, loss = query_gradient(
+                generator,
+                layers,
+                latent,
+                conditioning,
+                query_id=query_id,
+                draws=config.query_draws,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            )
+        step, rise = unlearning_step(
+            gradients,
+            factors,
+            damping=config.damping,
+            loss=loss,
+            rise=config.query_loss_rise / config.unlearning_steps,
+            step_size=config.step_size,
+        )
+        total = {name: total[name] + change for name, change in step.items()}
+        total_rise += rise
+    return total, total_rise
 
 
 @dataclass(frozen=True)
@@ -365,7 +435,7 @@ class _Task:
     """What scoring any query of a run needs."""
 
     generator: Generator
-    layers: Mapping[str, nn.Linear]
+    layers: Mapping[str, Layer]
     factors: Factors
     images: EncodedImages
     queries: Queries
@@ -387,6 +457,27 @@ class _Task:
             self.shard(row), [scored], teacher=_teacher_name(self.config, [split]), config=fingerprint(vars(self.config))
         )
 
+    def failure(self, row: int) -> Path:
+        """Where it is recorded that query `row` failed."""
+        return self.shards / f"{self.queries.query_ids[row]}.failed.json"
+
+    def attempt(self, row: int, work: Callable[[int], None]) -> None:
+        """Do `work` for query `row`; if it fails `TRIES` times, record the error and pass on."""
+        for trial in range(TRIES):
+            try:
+                work(row)
+            except (FastattrError, RuntimeError, OSError) as error:  # RuntimeError: torch, also out of memory
+                logger.warning("query %s failed (try %d of %d): %s", self.queries.query_ids[row], trial + 1, TRIES, error)
+                write_json(self.failure(row), {"error": f"{type(error).__name__}: {error}"})
+            else:
+                self.failure(row).unlink(missing_ok=True)
+                return
+
+    def failures(self) -> dict[str, str]:
+        """Error by query id, of all queries that have no scores."""
+        rows = [row for row in range(len(self.queries.query_ids)) if not self.shard(row).exists()]
+        return {self.queries.query_ids[row]: read_json(self.failure(row))["error"] for row in rows}
+
     def query(self, row: int) -> dict[str, Any]:
         """The query as `query_step` takes it."""
         return {
@@ -397,26 +488,31 @@ class _Task:
 
 
 def _teacher_name(config: TeacherConfig, splits: Sequence[str]) -> str:
-    """'abu_plus_exact', 'abu_plus_linearised', or both where the splits differ."""
-    return "+".join(sorted({f"abu_plus_{'linearised' if split in config.linearised else 'exact'}" for split in splits}))
+    """'abu_plus_exact' (EKFAC), 'abu_linearised' (diagonal) and so on; both, with a +, where the splits differ."""
+    method = "abu_plus" if config.curvature == "ekfac" else "abu"
+    return "+".join(sorted({f"{method}_{'linearised' if split in config.linearised else 'exact'}" for split in splits}))
 
 
 def _score_exactly(task: _Task, rows: Sequence[int], base_loss: np.ndarray) -> None:
     """Score these queries one by one, split over the processes; those with a shard are done."""
+
+    def score(row: int) -> None:
+        influence, rise = score_query(
+            task.generator,
+            task.layers,
+            task.factors,
+            task.images,
+            base_loss,
+            **task.query(row),
+            candidate_rows=task.images.rows(task.candidates[task.queries.query_ids[row]][0]),
+            config=task.config,
+        )
+        task.write(row, influence, rise)
+
     todo = [row for row in rows if not task.shard(row).exists()]
     with task.accelerator.split_between_processes(todo) as mine:
         for row in tqdm(mine, desc="teacher", unit="query", disable=not task.accelerator.is_main_process):
-            influence, rise = score_query(
-                task.generator,
-                task.layers,
-                task.factors,
-                task.images,
-                base_loss,
-                **task.query(row),
-                candidate_rows=task.images.rows(task.candidates[task.queries.query_ids[row]][0]),
-                config=task.config,
-            )
-            task.write(row, influence, rise)
+            task.attempt(row, score)
     task.accelerator.wait_for_everyone()
 
 
@@ -430,35 +526,43 @@ def _score_linearised(task: _Task, rows: Sequence[int]) -> None:
     accelerator, config = task.accelerator, task.config
     scratch = task.shards / f"linearised-{fingerprint([task.queries.query_ids[row] for row in rows])}"
     step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
+
+    def keep_step(row: int) -> None:
+        step, rise = query_step(task.generator, task.layers, task.factors, **task.query(row), config=config)
+        flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
+        with atomic_path(step_files[row]) as temporary:
+            save_file(flat, temporary)
+
     with accelerator.split_between_processes([row for row in rows if not step_files[row].exists()]) as mine:
         for row in tqdm(mine, desc="query steps", unit="query", disable=not accelerator.is_main_process):
-            step, rise = query_step(task.generator, task.layers, task.factors, **task.query(row), config=config)
-            flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
-            with atomic_path(step_files[row]) as temporary:
-                save_file(flat, temporary)
+            task.attempt(row, keep_step)
     accelerator.wait_for_everyone()
+    rows = [row for row in rows if step_files[row].exists()]
+    if not rows:
+        return
     steps = torch.from_numpy(np.stack([load_file(step_files[row])["step"] for row in rows]))
     candidate_rows = {row: task.images.rows(task.candidates[task.queries.query_ids[row]][0]) for row in rows}
     union = np.unique(np.concatenate(list(candidate_rows.values())))
-    part_files = {start: scratch / f"part-{start:09d}.npy" for start in range(0, len(union), PART_ROWS)}
-    with accelerator.split_between_processes([start for start in part_files if not part_files[start].exists()]) as mine:
-        for start in tqdm(mine, desc="linearised", unit="part", disable=not accelerator.is_main_process):
-            scores = linearised_scores(
-                task.generator,
-                task.layers,
-                task.images,
-                union[start : start + PART_ROWS],
-                steps,
-                draws=config.loss_draws,
-                batch_size=config.batch_size,
-                seed=config.seed,
-            )
-            with atomic_path(part_files[start]) as temporary:
-                np.save(temporary, scores.astype(np.float32))
-    accelerator.wait_for_everyone()
+
+    def scores_of(positions: range) -> np.ndarray:
+        return linearised_scores(
+            task.generator,
+            task.layers,
+            task.images,
+            union[positions.start : positions.stop],
+            steps,
+            draws=config.loss_draws,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        ).astype(np.float32)
+
+    folder = scratch / f"parts-{fingerprint([task.queries.query_ids[row] for row in rows])}"
+    parts = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
     if accelerator.is_main_process:
-        scores = np.concatenate([np.load(part_files[start]) for start in sorted(part_files)], axis=1)
+        scores = np.concatenate(parts, axis=1)
         for position, row in enumerate(rows):
+            if task.shard(row).exists():
+                continue
             influence = scores[position, np.searchsorted(union, candidate_rows[row])]
             task.write(row, influence, float(load_file(step_files[row])["rise"][0]))
     accelerator.wait_for_everyone()
@@ -468,23 +572,33 @@ def _factors(
     parent: Path,
     generator: Generator,
     images: EncodedImages,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     config: TeacherConfig,
     accelerator: Accelerator,
     corpus_fingerprint: str,
 ) -> Factors:
-    """Fitted EKFAC factors: read if they are there, else fitted by the first process."""
+    """Fitted curvature: read if it is there, else fitted by all processes together."""
     identity = [
         generator.fingerprint,
         corpus_fingerprint,
         sorted(layers),
+        config.curvature,
+        config.fisher,
         config.factor_examples,
         config.batch_size,
         config.seed,
     ]
     folder = parent / fingerprint(identity)
-    if accelerator.is_main_process and not (folder / "num_lambda_processed.safetensors").exists():
-        fit_ekfac(layers, factor_batches(generator, images, config)).save(folder)
+    accelerator.wait_for_everyone()
+    if not (folder / "num_lambda_processed.safetensors").exists():
+        factors = fit_ekfac(
+            layers,
+            factor_batches(generator, images, config, accelerator),
+            accelerator=accelerator,
+            diagonal=config.curvature == "diagonal",
+        )
+        if accelerator.is_main_process:
+            factors.save(folder)
     accelerator.wait_for_everyone()
     return Factors.load(folder, layers)
 
@@ -499,16 +613,11 @@ def _base_loss(
 ) -> np.ndarray:
     """(N,) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
     folder = parent / fingerprint([generator.fingerprint, corpus_fingerprint, config.loss_draws, config.seed])
-    count = len(images.image_ids)
-    starts = list(range(0, count, PART_ROWS))
-    missing = [start for start in starts if not (folder / f"{start:09d}.npy").exists()]
-    with accelerator.split_between_processes(missing) as mine:
-        for start in tqdm(mine, desc="base loss", unit="part", disable=not accelerator.is_main_process):
-            rows = np.arange(start, min(start + PART_ROWS, count))
-            losses = image_losses(
-                generator, images, rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
-            )
-            with atomic_path(folder / f"{start:09d}.npy") as temporary:
-                np.save(temporary, losses)
-    accelerator.wait_for_everyone()
-    return np.concatenate([np.load(folder / f"{start:09d}.npy") for start in starts])
+
+    def losses(rows: range) -> np.ndarray:
+        return image_losses(
+            generator, images, np.array(rows), draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
+        )
+
+    parts = in_parts(folder, len(images.image_ids), PART_ROWS, losses, accelerator, description="base loss")
+    return np.concatenate(parts)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastattr.ekfac import FACTOR_FILES, Factors, fit_ekfac
 from fastattr.errors import ArtifactMismatchError, NonFiniteError
+from fastattr.generator import Generator
 
 T, IN, OUT, N = 3, 5, 4, 40
 
@@ -92,6 +93,62 @@ def test_a_layer_used_twice_counts_both_uses():
     gradients = torch.stack([torch.autograd.grad(loss(inputs[[i]]).sum(), layer.weight)[0] for i in range(N)])
     left, right = factors.gradient_eigenvectors["layer"], factors.activation_eigenvectors["layer"]
     torch.testing.assert_close(factors.eigenvalues["layer"], (left.T @ gradients @ right).square().mean(dim=0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"padding": 1, "stride": 2}, {"padding": 2, "dilation": 2}])
+def test_a_convolution_is_a_linear_layer_on_its_patches(settings: dict[str, int]):
+    """Another order of channels and kernel positions than the weight's gives eigenvalues of another matrix."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, (3, 2), bias=False, **settings).double()
+    inputs = torch.randn(N, 2, 7, 6, dtype=torch.float64)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(layer(rows)).square().sum(dim=(1, 2, 3))
+
+    factors = fit_ekfac({"layer": layer}, lambda: (loss(inputs[start : start + 8]) for start in range(0, N, 8)))
+    gradients = torch.stack([torch.autograd.grad(loss(inputs[[i]]).sum(), layer.weight)[0].flatten(1) for i in range(N)])
+    left, right = factors.gradient_eigenvectors["layer"], factors.activation_eigenvectors["layer"]
+    torch.testing.assert_close(factors.eigenvalues["layer"], (left.T @ gradients @ right).square().mean(dim=0))
+
+
+def test_diagonal_curvature_divides_by_the_mean_squared_gradient():
+    """AbU's curvature, through the same code: a rotation left in would not show in the shape."""
+    model, inputs, targets = problem()
+    layers = {name: model[name] for name in model}
+    factors = fit_ekfac(layers, lambda: iter([losses_of(model, inputs, targets)]), diagonal=True)
+    for name in model:
+        squares = per_example_gradients(model, inputs, targets, name).square().mean(dim=0)
+        torch.testing.assert_close(factors.eigenvalues[name], squares)
+        natural = factors.precondition({name: squares}, damping=0.5)[name]
+        torch.testing.assert_close(natural, squares / (squares + 0.5 * squares.mean()))
+
+
+class Line(Generator):
+    """A generator whose prediction is linear in two weights, so that its Gauss-Newton matrix is known."""
+
+    def __init__(self) -> None:
+        self.weight = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+        self.design = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def _predict(self, latents, conditioning, timesteps, noise):
+        return (self.design @ self.weight).reshape(1, 6, 1, 1).expand(len(latents), -1, -1, -1)
+
+
+def test_true_fisher_is_the_gauss_newton_matrix():
+    """The scale of the sampled targets is what makes them equal; 1 instead of D/2 would shrink the curvature."""
+    line = Line()
+    gauss_newton = 2 / 6 * line.design.T @ line.design
+    one = torch.zeros(1, 6, 1, 1, dtype=torch.float64)
+    noise = torch.randn(20_000, 6, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # The loss is quadratic in the target's noise, so its gradient is linear in it: one Jacobian gives all gradients.
+    slopes = torch.stack(
+        [
+            torch.autograd.grad(line.sampled_loss(one, one, one, one, row[None]).sum(), line.weight)[0]
+            for row in torch.eye(6, dtype=torch.float64).reshape(6, 6, 1, 1)
+        ]
+    )
+    gradients = noise.flatten(1) @ slopes
+    torch.testing.assert_close(gradients.T @ gradients / len(noise), gauss_newton, rtol=0.05, atol=0.01)
 
 
 def test_not_finite_factors_name_the_layer():

@@ -25,10 +25,10 @@ CONFIG = GradientConfig(width=0, draws=3, batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_run: Path):
+def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     """A generator in double precision, since whitening multiplies tiny gradients with large numbers."""
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
-    encoded = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16)
+    encoded = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
     images = EncodedImages(encoded.image_ids, encoded.latents.double(), encoded.conditioning.double())
     layers = generator.modules_to_unlearn()
     for layer in layers.values():
