@@ -214,8 +214,7 @@ def fit_ekfac(
         left, right = _eigenbasis(layers, shapes, batches, accelerator)
     eigenvalues = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     examples = 0
-    kept = {name: {"device": layer.weight.device, "dtype": layer.weight.dtype} for name, layer in layers.items()}
-    rotations = {name: (right[name].to(**kept[name]), left[name].to(**kept[name])) for name in layers}
+    rotations = {name: (right[name].to(layer.weight), left[name].to(layer.weight)) for name, layer in layers.items()}
     with record_layers(layers) as recorded:
         for losses in batches():
             losses.sum().backward()

@@ -80,18 +80,17 @@ class Compression:
         self._rotations = {}
         if config.whiten and factors is not None:
             for name, layer in layers.items():
-                kept = {"device": layer.weight.device, "dtype": layer.weight.dtype}
                 eigenvalues = factors.eigenvalues[name]
                 scale = (eigenvalues + config.damping * eigenvalues.mean()).rsqrt()
                 left, right = factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name]
-                self._rotations[name] = (left.to(**kept), right.to(**kept), scale.to(**kept))
+                self._rotations[name] = (left.to(layer.weight), right.to(layer.weight), scale.to(layer.weight))
         size = sum(layer.weight.numel() for layer in layers.values())
         device = next(iter(layers.values())).weight.device
         self.width = config.width or size
         if config.width:
             rng = np.random.default_rng([config.seed, 11])
             self._buckets = torch.from_numpy(rng.integers(0, self.width, size)).to(device)
-            self._signs = torch.from_numpy(rng.choice(np.float32([-1, 1]), size)).to(device)
+            self._signs = torch.from_numpy(rng.choice(np.array([-1, 1], dtype=np.float32), size)).to(device)
         self._sketched = bool(config.width)
 
     def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -106,7 +105,8 @@ class Compression:
         if name not in self._rotations:
             return gradient
         left, right, scale = self._rotations[name]
-        return (left.T @ gradient @ right) * scale
+        whitened: torch.Tensor = (left.T @ gradient @ right) * scale
+        return whitened
 
 
 def gradient_features(
