@@ -18,7 +18,8 @@ def similarity_scores(query_features: np.ndarray, corpus_features: np.ndarray) -
         InputError: the widths differ.
     """
     _same_width(query_features, corpus_features)
-    return _unit(query_features) @ _unit(corpus_features).T
+    scores: np.ndarray = _unit(query_features) @ _unit(corpus_features).T
+    return scores
 
 
 def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
