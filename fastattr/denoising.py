@@ -5,31 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import ImageOps
 from tqdm import tqdm
 
 from fastattr.artifacts import atomic_path
 from fastattr.corpus import Corpus
+from fastattr.errors import InputError
 from fastattr.generator import Generator, noise_for, spread_timesteps
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Training images as the denoiser sees them."""
+    """Training images as the denoiser sees them: V views (the image, perhaps its mirror image), one or more captions each."""
 
     image_ids: Sequence[str]
     latents: torch.Tensor
-    """(N, L, h, w), scaled."""
+    """(N, V, L, h, w), scaled."""
     conditioning: torch.Tensor
-    """(N, T, W) text conditioning of the first caption."""
+    """(M, T, W) text conditioning of all captions, image after image; M = N where each has one."""
+    first_caption: np.ndarray
+    """(N + 1,) rows of `conditioning`: the captions of image i are first_caption[i] to first_caption[i + 1] - 1."""
+
+    @property
+    def views(self) -> int:
+        """V, 1 or 2."""
+        return int(self.latents.shape[1])
 
     def rows(self, image_ids: Sequence[str]) -> np.ndarray:
-        """(C,) rows of these ids."""
+        """(C,) rows of these ids.
+
+        Raises:
+            InputError: an id is not among the images.
+        """
+        unknown = [image_id for image_id in image_ids if image_id not in self._row_of]
+        if unknown:
+            raise InputError(f"{len(unknown)} image ids are not in the corpus, e.g. {unknown[:3]}; choose candidates again.")
         return np.array([self._row_of[image_id] for image_id in image_ids], dtype=np.int64)
 
     @cached_property
@@ -38,23 +54,50 @@ class EncodedImages:
 
 
 def encode_corpus(
-    generator: Generator, corpus: Corpus, *, batch_size: int, folder: Path, accelerator: Accelerator | None = None
+    generator: Generator,
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    folder: Path,
+    captions: str = "first",
+    mirrored: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> EncodedImages:
-    """Latents and conditioning of every training image, kept in `folder` for the next run."""
+    """Latents and conditioning of every training image.
 
-    def latents(rows: range) -> np.ndarray:
-        return generator.encode_image([corpus.image(row) for row in rows]).cpu().numpy()
+    Args:
+        generator: whose VAE and text encoder to use.
+        corpus: the images.
+        batch_size: images or captions at once.
+        folder: what is computed is kept there for the next run; its name must say generator and corpus.
+        captions: 'first' or 'all'.
+        mirrored: whether to encode the mirror images as a second view.
+        accelerator: the processes to split the work over; None is this one alone.
+    """
+    chosen = [texts if captions == "all" else texts[:1] for texts in corpus.captions]
+    texts = [text for own in chosen for text in own]
+
+    def view(rows: range, *, mirror: bool) -> np.ndarray:
+        images = [corpus.image(row) for row in rows]
+        encoded = generator.encode_image([ImageOps.mirror(image) for image in images] if mirror else images)
+        return encoded.cpu().numpy()
 
     def conditioning(rows: range) -> np.ndarray:
-        return generator.encode_prompt([corpus.captions[row][0] for row in rows]).cpu().numpy()
+        return generator.encode_prompt([texts[row] for row in rows]).cpu().numpy()
 
-    encoded = [
-        torch.from_numpy(
-            np.concatenate(in_parts(folder / name, len(corpus), batch_size, encode, accelerator, description=f"encode {name}"))
-        )
-        for name, encode in (("latents", latents), ("conditioning", conditioning))
-    ]
-    return EncodedImages(corpus.image_ids, *encoded)
+    def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> torch.Tensor:
+        parts = in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}")
+        return torch.from_numpy(np.concatenate(parts))
+
+    latents = [computed("latents", len(corpus), partial(view, mirror=False))]
+    if mirrored:
+        latents.append(computed("mirrored", len(corpus), partial(view, mirror=True)))
+    return EncodedImages(
+        corpus.image_ids,
+        torch.stack(latents, dim=1),
+        computed(f"{captions}-captions", len(texts), conditioning),
+        np.cumsum([0, *map(len, chosen)]),
+    )
 
 
 def in_parts(
@@ -113,32 +156,37 @@ def denoising_losses(
         output: 'loss', or 'squared_norm' of the network's prediction instead.
 
     Yields:
-        (B,) positions in `rows`, and (B,) values of one draw each, means per latent element.
+        (B,) positions in the flattened (C, V) images x views, and (B,) losses, means per latent element, each divided by
+        the number of draws and captions: their sum over a position is its mean loss.
     """
     measure = generator.training_loss if output == "loss" else generator.squared_output
     timesteps = spread_timesteps(draws, train_timesteps=generator.train_timesteps)
-    pairs = np.stack(np.divmod(np.arange(len(rows) * draws), draws), axis=1)
-    for start in range(0, len(pairs), batch_size):
-        positions, drawn = pairs[start : start + batch_size].T
-        picked = rows[positions]
-        noise = noise_for([images.image_ids[row] for row in picked], drawn.tolist(), seed=seed, shape=generator.latent_shape)
-        yield (
-            positions,
-            measure(
-                images.latents[picked].to(generator.device),
-                images.conditioning[picked].to(generator.device),
-                torch.from_numpy(timesteps[drawn]).to(generator.device),
-                noise.to(generator.device),
-            ),
+    counts = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
+    position = np.arange(len(rows) * images.views).repeat(counts * draws)
+    within = np.arange(len(position)) - np.repeat(np.cumsum(counts * draws) - counts * draws, counts * draws)
+    caption, draw = np.divmod(within, draws)
+    image, view = np.divmod(position, images.views)
+    for start in range(0, len(position), batch_size):
+        part = slice(start, start + batch_size)
+        picked = rows[image[part]]
+        ids = [images.image_ids[row] for row in picked]
+        noise = noise_for(ids, draw[part].tolist(), seed=seed, shape=generator.latent_shape)
+        losses = measure(
+            images.latents[picked, view[part]].to(generator.device),
+            images.conditioning[images.first_caption[picked] + caption[part]].to(generator.device),
+            torch.from_numpy(timesteps[draw[part]]).to(generator.device),
+            noise.to(generator.device),
         )
+        share = torch.from_numpy(1.0 / (draws * counts[position[part]]))
+        yield position[part], losses * share.to(losses.device, losses.dtype)
 
 
 @torch.no_grad()
 def image_losses(
     generator: Generator, images: EncodedImages, rows: np.ndarray, *, draws: int, batch_size: int, seed: int
 ) -> np.ndarray:
-    """(C,) float64 denoising losses of training images, averaged over draws; see `denoising_losses`."""
-    losses = np.zeros(len(rows))
+    """(C, V) float64 denoising losses of training images, averaged over draws and captions; see `denoising_losses`."""
+    losses = np.zeros(len(rows) * images.views)
     for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
         np.add.at(losses, positions, part.double().cpu().numpy())
-    return losses / draws
+    return losses.reshape(len(rows), images.views)

@@ -127,7 +127,7 @@ def gradient_features(
         compression: of the same layers.
         config: the settings.
     """
-    features = torch.zeros(len(rows), compression.width)
+    features = torch.zeros(len(rows) * images.views, compression.width)
     batches = denoising_losses(
         generator,
         images,
@@ -146,7 +146,8 @@ def gradient_features(
                 calls.clear()
     for layer in layers.values():
         layer.weight.grad = None
-    return features.numpy() / config.draws
+    mean: np.ndarray = features.reshape(len(rows), images.views, -1).mean(dim=1).numpy()
+    return mean
 
 
 def write_gradient_features(

@@ -48,9 +48,9 @@ def linearised_scores(
         seed: of the noise.
 
     Returns:
-        (Q, C) float64 scores, higher = more influential, in the unit of the losses.
+        (Q, C) float64 scores, higher = more influential, in the unit of the losses; the larger of two views'.
     """
-    scores = torch.zeros(len(rows), len(steps), dtype=torch.float64)
+    scores = torch.zeros(len(rows) * images.views, len(steps), dtype=torch.float64)
     steps = steps.to(generator.device)
     with record_layers(layers) as recorded:
         for positions, losses in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
@@ -61,5 +61,5 @@ def linearised_scores(
                 calls.clear()
     for layer in layers.values():
         layer.weight.grad = None
-    mean: np.ndarray = (scores / draws).T.numpy()
-    return mean
+    largest: np.ndarray = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).T.numpy()
+    return largest

@@ -82,6 +82,12 @@ class TeacherConfig:
     """(timestep, noise) pairs averaged into the query's gradient; the paper takes 50,000 for COCO."""
     loss_draws: int = 4
     """(timestep, noise) pairs at which a training image's loss is taken; the paper takes 20 for COCO."""
+    captions: str = "first"
+    """'first' or 'all': the captions over which a training image's loss is averaged; the paper takes all five for COCO."""
+    mirrored: bool = False
+    """Also score each training image's mirror image and keep the larger rise, for generators trained with mirroring."""
+    antithetic: bool = False
+    """Take the query's draws in pairs of opposite noise at one timestep."""
     unlearning_steps: int = 1
     """Steps that share the rise (or are `step_size` long each); the gradient is taken anew before each."""
     symmetric: bool = False
@@ -101,6 +107,10 @@ class TeacherConfig:
         sizes = ("factor_examples", "query_draws", "loss_draws", "unlearning_steps", "batch_size")
         if min(getattr(self, name) for name in sizes) < 1:
             raise InputError(f"{', '.join(sizes)} must be at least 1")
+        if self.captions not in {"first", "all"}:
+            raise InputError(f"captions must be 'first' or 'all', got {self.captions!r}")
+        if self.antithetic and self.query_draws % 2:
+            raise InputError(f"antithetic draws come in pairs: query_draws must be even, got {self.query_draws}")
         if self.curvature not in {"ekfac", "diagonal"} or self.fisher not in {"empirical", "true"}:
             raise InputError(
                 "curvature must be 'ekfac' or 'diagonal' and fisher 'empirical' or 'true', "
@@ -120,6 +130,7 @@ def query_gradient(
     draws: int,
     batch_size: int,
     seed: int,
+    antithetic: bool = False,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Mean gradient of the query's denoising loss.
 
@@ -132,17 +143,22 @@ def query_gradient(
         draws: timesteps spread evenly over the schedule, one noise each.
         batch_size: draws at once.
         seed: of the noise.
+        antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
 
     Returns:
         (out, in) gradient by layer (a convolution's as `ekfac.weight_shape`), and the mean loss.
     """
-    timesteps = spread_timesteps(draws, train_timesteps=generator.train_timesteps)
+    pairs = 2 if antithetic else 1
+    timesteps = spread_timesteps(draws // pairs, train_timesteps=generator.train_timesteps).repeat(pairs)
     total = 0.0
     for layer in layers.values():
         layer.weight.grad = None
     for start in range(0, draws, batch_size):
         drawn = list(range(start, min(start + batch_size, draws)))
-        noise = noise_for([query_id] * len(drawn), drawn, seed=seed, shape=generator.latent_shape).to(generator.device)
+        noise = noise_for([query_id] * len(drawn), [draw // pairs for draw in drawn], seed=seed, shape=generator.latent_shape)
+        if antithetic:
+            noise = noise * torch.tensor([1.0 - 2 * (draw % 2) for draw in drawn])[:, None, None, None]
+        noise = noise.to(generator.device)
         loss = generator.training_loss(
             latent.to(generator.device).expand_as(noise),
             conditioning.to(generator.device).expand(len(drawn), -1, -1),
@@ -211,20 +227,21 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
     """Score each candidate by how much unlearning the query hurt it.
 
     Args:
-        base_loss: (C,) denoising loss before unlearning, mean squared error per latent element.
-        unlearned_loss: (C,) the same after unlearning, with the same noise draws.
+        base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
+        unlearned_loss: (C, V) the same after unlearning, with the same noise draws.
 
     Returns:
-        (C,) in the unit of the losses. Higher is more influential; values may be negative.
+        (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
+        influential; values may be negative.
 
     Raises:
         InputError: the shapes differ.
 
     Source: arXiv:2511.10721, sec. 3.
     """
-    if base_loss.shape != unlearned_loss.shape:
-        raise InputError(f"losses must share one (C,) shape, got {base_loss.shape} and {unlearned_loss.shape}")
-    rise: np.ndarray = unlearned_loss - base_loss  # positive where unlearning the query hurt
+    if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
+        raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
+    rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
     return rise
 
 
@@ -237,6 +254,8 @@ def factor_batches(
         len(images.image_ids), size=config.factor_examples, replace=config.factor_examples > len(images.image_ids)
     )
     timesteps = rng.integers(0, generator.train_timesteps, size=config.factor_examples)
+    views = rng.integers(0, images.views, size=config.factor_examples)
+    captions = rng.integers(images.first_caption[rows], images.first_caption[rows + 1])
     index, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
 
     def batches() -> Iterator[torch.Tensor]:
@@ -249,8 +268,8 @@ def factor_batches(
                 for draw in (0, 1)
             )
             arguments = (
-                images.latents[rows[part]].to(generator.device),
-                images.conditioning[rows[part]].to(generator.device),
+                images.latents[rows[part], views[part]].to(generator.device),
+                images.conditioning[captions[part]].to(generator.device),
                 torch.from_numpy(timesteps[part]).to(generator.device),
                 noise,
             )
@@ -298,6 +317,8 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
         corpus,
         batch_size=config.batch_size,
         folder=run_dir / "encoded" / fingerprint([generator.fingerprint, corpus.fingerprint]),
+        captions=config.captions,
+        mirrored=config.mirrored,
         accelerator=accelerator,
     )
     for layer in layers.values():
@@ -366,7 +387,7 @@ def score_query(
         layers: those to unlearn.
         factors: EKFAC factors of these layers.
         images: the encoded corpus.
-        base_loss: (N,) losses of the whole corpus before unlearning.
+        base_loss: (N, V) losses of the whole corpus before unlearning.
         latent: (1, L, h, w) of the query's image.
         prompt: the query's.
         query_id: fixes the noise of the query's gradient.
@@ -388,7 +409,7 @@ def score_query(
     if not config.symmetric:
         return influence_scores(base_loss[candidate_rows], after), rise
     with unlearned(layers, {name: -change for name, change in step.items()}):
-        return influence_scores(losses(), after) / 2, rise
+        return influence_scores(losses() / 2, after / 2), rise
 
 
 def query_step(
@@ -416,6 +437,7 @@ def query_step(
                 draws=config.query_draws,
                 batch_size=config.batch_size,
                 seed=config.seed,
+                antithetic=config.antithetic,
             )
         step, rise = unlearning_step(
             gradients,
@@ -585,6 +607,8 @@ def _factors(
         config.curvature,
         config.fisher,
         config.factor_examples,
+        config.captions,
+        config.mirrored,
         config.batch_size,
         config.seed,
     ]
@@ -611,8 +635,9 @@ def _base_loss(
     accelerator: Accelerator,
     corpus_fingerprint: str,
 ) -> np.ndarray:
-    """(N,) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
-    folder = parent / fingerprint([generator.fingerprint, corpus_fingerprint, config.loss_draws, config.seed])
+    """(N, V) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
+    settings = [config.loss_draws, config.captions, config.mirrored, config.seed]
+    folder = parent / fingerprint([generator.fingerprint, corpus_fingerprint, *settings])
 
     def losses(rows: range) -> np.ndarray:
         return image_losses(

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from fastattr import gradient_features as module
 from fastattr.baselines import kernel_scores, similarity_scores
 from fastattr.corpus import Corpus
-from fastattr.denoising import EncodedImages, encode_corpus
+from fastattr.denoising import encode_corpus
 from fastattr.ekfac import fit_ekfac
 from fastattr.errors import InputError
 from fastattr.generator import Generator
@@ -29,7 +29,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     """A generator in double precision, since whitening multiplies tiny gradients with large numbers."""
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
     encoded = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
-    images = EncodedImages(encoded.image_ids, encoded.latents.double(), encoded.conditioning.double())
+    images = replace(encoded, latents=encoded.latents.double(), conditioning=encoded.conditioning.double())
     layers = generator.modules_to_unlearn()
     for layer in layers.values():
         layer.weight.requires_grad_(True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
 
 from fastattr.corpus import Corpus
 from fastattr.denoising import EncodedImages, encode_corpus, image_losses
@@ -41,7 +43,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
 def step_of(setting, row: int, **changed):
     generator, images, layers, factors = setting
     gradients, loss = query_gradient(
-        generator, layers, images.latents[[row]], images.conditioning[[row]], query_id="q", draws=16, batch_size=16, seed=0
+        generator, layers, images.latents[row], images.conditioning[[row]], query_id="q", draws=16, batch_size=16, seed=0
     )
     return unlearning_step(
         gradients, factors, **{"damping": 0.1, "loss": loss, "rise": 0.02, "step_size": None} | changed
@@ -56,6 +58,62 @@ def test_losses_ignore_batching_and_order(setting, batch_size: int):
     alone = [image_losses(generator, images, np.array([row]), draws=3, batch_size=1, seed=0)[0] for row in rows]
     together = image_losses(generator, images, rows, draws=3, batch_size=batch_size, seed=0)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_losses_average_over_captions_and_keep_views_apart(setting):
+    """Captions of one image counted for the next, or a view at another image's place, would crash nothing."""
+    generator, images, *_ = setting
+
+    def losses(latents: torch.Tensor, conditioning: list[int], first_caption: list[int]) -> np.ndarray:
+        some = EncodedImages(images.image_ids[:2], latents, images.conditioning[conditioning], np.array(first_caption))
+        return image_losses(generator, some, np.array([0, 1]), draws=3, batch_size=4, seed=0)
+
+    plain, flipped = images.latents[:2], images.latents[:2].flip(-1)
+    together = losses(torch.cat([plain, flipped], dim=1), [0, 5, 1], [0, 2, 3])  # the first image has two captions
+    first, second, mirrored = (
+        losses(plain, [0, 1], [0, 1, 2]),
+        losses(plain, [5, 1], [0, 1, 2]),
+        losses(flipped, [0, 1], [0, 1, 2]),
+    )
+    assert together.shape == (2, 2)
+    np.testing.assert_allclose(together[0, 0], (first[0, 0] + second[0, 0]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(together[1], [first[1, 0], mirrored[1, 0]], rtol=1e-5)
+
+
+def test_mirrored_views_and_all_captions_are_encoded(tiny_run: Path, tmp_path: Path, setting):
+    generator, corpus = setting[0], Corpus(tiny_run / "corpus")
+    images = encode_corpus(generator, corpus, batch_size=16, folder=tmp_path, captions="all", mirrored=True)
+    assert images.first_caption.tolist() == np.cumsum([0, *map(len, corpus.captions)]).tolist()
+    assert len(images.conditioning) == images.first_caption[-1]
+    expected = generator.encode_image([ImageOps.mirror(corpus.image(7))])
+    torch.testing.assert_close(images.latents[7, 1:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_antithetic_draws_come_in_opposite_pairs(setting, monkeypatch):
+    """Opposite noise at another timestep would cancel nothing."""
+    generator, images, layers, _ = setting
+    real, seen = generator.training_loss, []
+
+    def watched(latents, conditioning, timesteps, noise):
+        seen.append((timesteps, noise))
+        return real(latents, conditioning, timesteps, noise)
+
+    monkeypatch.setattr(generator, "training_loss", watched)
+    query_gradient(
+        generator,
+        layers,
+        images.latents[0],
+        images.conditioning[[0]],
+        query_id="q",
+        draws=6,
+        batch_size=3,
+        seed=0,
+        antithetic=True,
+    )
+    timesteps, noise = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    torch.testing.assert_close(noise[::2], -noise[1::2])
+    assert timesteps[::2].tolist() == timesteps[1::2].tolist() == [166, 500, 833]
+    assert not torch.allclose(noise[0], noise[2])
 
 
 def test_noise_is_a_function_of_id_draw_and_seed():
@@ -78,7 +136,7 @@ def test_unlearning_raises_the_querys_loss_by_what_was_asked(setting):
         (step, predicted), before = step_of(setting, 5, rise=rise)
         with unlearned(layers, step):
             _, after = query_gradient(
-                generator, layers, images.latents[[5]], images.conditioning[[5]], query_id="q", draws=16, batch_size=16, seed=0
+                generator, layers, images.latents[5], images.conditioning[[5]], query_id="q", draws=16, batch_size=16, seed=0
             )
         assert predicted == pytest.approx(rise)
         assert after > before
@@ -110,7 +168,7 @@ def test_a_copy_of_the_query_is_among_the_most_influential(setting):
             factors,
             images,
             base,
-            latent=images.latents[[row]],
+            latent=images.latents[row],
             prompt=caption_of(images, row),
             query_id=images.image_ids[row],
             candidate_rows=np.arange(48),
@@ -133,7 +191,7 @@ def test_exact_scores_converge_to_the_linearised_ones_as_the_step_shrinks(settin
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     _, single, _, factors = setting
-    images = EncodedImages(single.image_ids, single.latents.double(), single.conditioning.double())
+    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.double())
     setting = generator, images, layers, factors
     rows = np.array([5, 40, 3, 17, 22, 8])
     one_sided, symmetric = [], []
@@ -145,7 +203,7 @@ def test_exact_scores_converge_to_the_linearised_ones_as_the_step_shrinks(settin
             with unlearned(layers, {name: sign * change for name, change in step.items()}):
                 losses.append(image_losses(generator, images, rows, draws=3, batch_size=16, seed=0))
         for errors, exact in ((one_sided, losses[2] - losses[1]), (symmetric, (losses[2] - losses[0]) / 2)):
-            errors.append(np.abs(exact - expected).max() / np.abs(expected).max())
+            errors.append(np.abs(exact[:, 0] - expected).max() / np.abs(expected).max())
     # The error of half the step is a half (first order), a quarter for the symmetric step (second order).
     np.testing.assert_allclose([one_sided[0] / one_sided[1], one_sided[1] / one_sided[2]], 2, rtol=0.2)
     np.testing.assert_allclose([symmetric[0] / symmetric[1], symmetric[1] / symmetric[2]], 4, rtol=0.3)
@@ -167,9 +225,10 @@ def caption_of(images: EncodedImages, row: int) -> str:
 
 def test_scores_are_positive_where_the_loss_rose():
     """Higher is more influential, everywhere."""
-    np.testing.assert_allclose(influence_scores(np.array([1.0, 2.0]), np.array([1.5, 1.0])), [0.5, -1.0])
-    with pytest.raises(InputError, match="one \\(C,\\) shape"):
-        influence_scores(np.zeros(2), np.zeros(3))
+    base, after = np.array([[1.0, 4.0], [2.0, 4.0]]), np.array([[1.5, 3.0], [1.0, 4.0]])
+    np.testing.assert_allclose(influence_scores(base, after), [0.5, 0.0])  # the larger rise of two views
+    with pytest.raises(InputError, match="one \\(C, V\\) shape"):
+        influence_scores(np.zeros((2, 1)), np.zeros((3, 1)))
 
 
 def test_pattern_without_layers_is_refused(setting):
@@ -185,7 +244,7 @@ def test_not_finite_gradient_names_layer_and_query(setting):
         query_gradient(
             generator,
             layers,
-            images.latents[[0]] * float("nan"),
+            images.latents[0] * float("nan"),
             images.conditioning[[0]],
             query_id="q",
             draws=4,
