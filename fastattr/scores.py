@@ -1,6 +1,7 @@
 """Score tables: what a teacher says of each (query, training image) pair; the public data set of this project.
 
-scores/data-*.parquet has one row a query with list columns (they stream and compress better than one row a pair):
+scores/SPLIT-*.parquet, each a split of `datasets.load_dataset("scores")`, has one row a query with list columns (they
+stream and compress better than one row a pair):
 query_id, prompt, split, image_ids, influence (float32, higher = more influential), rank (int32, 0 = most),
 is_outsider, query_loss_rise, teacher, config. scores/manifest.json says how they were made.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from fastattr.artifacts import atomic_path, open_stage
 from fastattr.errors import NonFiniteError
+from fastattr.queries import SPLITS
 
 SCHEMA = pa.schema(
     [
@@ -84,10 +85,9 @@ def write_shard(path: Path, rows: Iterable[ScoredQuery], *, teacher: str, config
 def read_scores(folder: Path, *, split: str | None = None) -> list[ScoredQuery]:
     """Read a finished score table, or one split of it, in query order."""
     open_stage(folder, "scores")
-    filters: Any = None if split is None else [("split", "=", split)]
     rows = []
-    for path in sorted(folder.glob("data-*.parquet")):
-        for record in pq.read_table(path, filters=filters).to_pylist():
+    for path in [path for name in SPLITS if split in {None, name} for path in sorted(folder.glob(f"{name}-*.parquet"))]:
+        for record in pq.read_table(path).to_pylist():
             rows.append(
                 ScoredQuery(
                     query_id=record["query_id"],

@@ -343,9 +343,11 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             "The others are kept. Run again to try these again, or set teacher.allow_failures to go on without them."
         )
     if accelerator.is_main_process:
-        tables = [pq.read_table(path) for path in map(task.shard, range(len(queries.query_ids))) if path.exists()]
-        with atomic_path(folder / "data-00000.parquet") as temporary:
-            pq.write_table(pa.concat_tables(tables), temporary)
+        for split in SPLITS:
+            tables = [pq.read_table(path) for path in map(task.shard, queries.of_split(split)) if path.exists()]
+            if tables:
+                with atomic_path(folder / f"{split}-00000.parquet") as temporary:
+                    pq.write_table(pa.concat_tables(tables), temporary)
         write_manifest(
             folder,
             stage="scores",
@@ -357,7 +359,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             generator_fingerprint=generator.fingerprint,
             processes=accelerator.num_processes,
             seconds=round(time.monotonic() - started, 1),
-            queries=len(tables),
+            queries=len(queries.query_ids) - len(failures),
             failures=failures,
             evaluations=evaluations,
         )

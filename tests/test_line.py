@@ -142,6 +142,21 @@ def test_training_and_test_queries_share_no_prompt_subject(tiny_run: Path):
     assert not subjects["validation"] & subjects["test"]
 
 
+def test_score_table_loads_with_plain_datasets(tiny_run: Path, tmp_path: Path):
+    """Splits, list columns and order as written, whole or streamed."""
+    import datasets
+
+    expected = {split: read_scores(tiny_run / "scores", split=split) for split in ("train", "validation", "test")}
+    for streaming in (False, True):
+        loaded = datasets.load_dataset(str(tiny_run / "scores"), streaming=streaming, cache_dir=str(tmp_path))
+        assert set(loaded) == set(expected)
+        for split, queries in expected.items():
+            for record, query in zip(loaded[split], queries, strict=True):
+                assert (record["query_id"], record["image_ids"]) == (query.query_id, query.image_ids)
+                np.testing.assert_array_equal(np.float32(record["influence"]), query.influence)
+                assert record["rank"][int(np.argmax(query.influence))] == 0
+
+
 def test_generator_folder_loads_with_plain_diffusers(tiny_run: Path):
     """The generator is promised as a StableDiffusionPipeline that needs nothing of ours."""
     from diffusers import DiffusionPipeline
