@@ -51,7 +51,7 @@ class JudgeConfig:
     """Part of the image families that is not trained on."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=8000,
+            steps=5000,
             batch_size=64,
             learning_rate=3e-3,
             weight_decay=0.05,

@@ -21,6 +21,7 @@ PUBLIC_NAMES = [
     "InputError",
     "MissingExtraError",
     "NonFiniteError",
+    "QueriesFailedError",
 ]
 
 
