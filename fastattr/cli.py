@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattr.errors import FastattrError, InputError, MissingExtraError
+from fastattr.errors import FastattrError, InputError, MissingExtraError, for_terminal
 
 GUIDE = """\
 fastattr names the training images that influenced a generated image most, and whose they are.
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = arguments.run(arguments)
     except FastattrError as error:
-        print(f"fastattr: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastattr: error: {for_terminal(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastattr: stopped; run the same command again to resume.", file=sys.stderr)

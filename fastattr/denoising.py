@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from fastattr.artifacts import atomic_path
 from fastattr.corpus import Corpus
-from fastattr.errors import InputError
 from fastattr.generator import Generator, noise_for, spread_timesteps
 
 
@@ -36,21 +35,6 @@ class EncodedImages:
     def views(self) -> int:
         """V, 1 or 2."""
         return int(self.latents.shape[1])
-
-    def rows(self, image_ids: Sequence[str]) -> np.ndarray:
-        """(C,) rows of these ids.
-
-        Raises:
-            InputError: an id is not among the images.
-        """
-        unknown = [image_id for image_id in image_ids if image_id not in self._row_of]
-        if unknown:
-            raise InputError(f"{len(unknown)} image ids are not in the corpus, e.g. {unknown[:3]}; choose candidates again.")
-        return np.array([self._row_of[image_id] for image_id in image_ids], dtype=np.int64)
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {image_id: row for row, image_id in enumerate(self.image_ids)}
 
 
 def encode_corpus(

@@ -36,3 +36,8 @@ class QueriesFailedError(FastattrError):
 
 class MissingExtraError(FastattrError, ImportError):
     """An optional dependency is not installed; the text says which extra brings it."""
+
+
+def for_terminal(error: FastattrError) -> str:
+    """The error's text as one line, except for a table of failed queries, which keeps its lines."""
+    return str(error) if isinstance(error, QueriesFailedError) else " ".join(str(error).split())

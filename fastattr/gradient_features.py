@@ -5,11 +5,12 @@ up to the query's factor: the store serves every later query without another pas
 and with a ridge-regularised kernel they are the projected gradients of TRAK (`output='loss'`, arXiv:2303.14186) and of
 D-TRAK (`output='squared_norm'`, arXiv:2311.00500).
 
-Reads an encoded corpus; writes a feature folder like any other (features.npy in half precision, ids.parquet).
+Reads an encoded corpus; writes features.npy (half precision) and ids.parquet as other features have them, no manifest yet.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from fastattr.artifacts import atomic_path, fingerprint
-from fastattr.denoising import EncodedImages, denoising_losses
+from fastattr.artifacts import fingerprint
+from fastattr.denoising import EncodedImages, denoising_losses, in_parts
 from fastattr.ekfac import Factors, Layer, example_gradients, record_layers
 from fastattr.errors import InputError
+from fastattr.features import write_features
 from fastattr.generator import Generator
 
 PART_ROWS = 512
@@ -159,7 +160,7 @@ def write_gradient_features(
     config: GradientConfig,
     accelerator: Accelerator,
 ) -> float:
-    """Write features.npy, (N, k) float16, for all images; parts are split over the processes, and kept if killed.
+    """Write features.npy, (N, k) float16, and ids.parquet for all images, in parts split over the processes and kept if killed.
 
     Returns:
         The factor on the stored numbers: true features = stored / factor. Half precision needs them near 1.
@@ -169,24 +170,14 @@ def write_gradient_features(
     )
     scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
     parts = folder / f"parts-{fingerprint([vars(config), generator.fingerprint, list(images.image_ids), sorted(layers)])}"
-    files = {start: parts / f"{start:09d}.npy" for start in range(0, len(images.image_ids), PART_ROWS)}
-    with accelerator.split_between_processes([start for start in files if not files[start].exists()]) as mine:
-        for start in tqdm(mine, desc="gradient features", unit="part", disable=not accelerator.is_main_process):
-            rows = np.arange(start, min(start + PART_ROWS, len(images.image_ids)))
-            part = gradient_features(generator, layers, images, rows, compression, config) * scale
-            with atomic_path(files[start]) as temporary:
-                np.save(temporary, part.astype(np.float16))
+
+    def part(rows: range) -> np.ndarray:
+        return (gradient_features(generator, layers, images, np.array(rows), compression, config) * scale).astype(np.float16)
+
+    stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
+    if accelerator.is_main_process:
+        write_features(folder, np.concatenate(stored), images.image_ids)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with atomic_path(folder / "features.npy") as temporary:
-            whole = np.lib.format.open_memmap(
-                temporary, mode="w+", dtype=np.float16, shape=(len(images.image_ids), compression.width)
-            )
-            for start, file in files.items():
-                whole[start : start + PART_ROWS] = np.load(file)
-            whole.flush()
-        for file in files.values():
-            file.unlink()
-        parts.rmdir()
-    accelerator.wait_for_everyone()
+        shutil.rmtree(parts)
     return scale

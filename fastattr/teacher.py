@@ -327,7 +327,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     factors = _factors(run_dir / "ekfac", generator, images, layers, config, accelerator, corpus.fingerprint)
     base_loss = _base_loss(run_dir / "base_loss", generator, images, config, accelerator, corpus.fingerprint)
     shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
-    task = _Task(generator, layers, factors, images, queries, candidates, config, accelerator, shards)
+    task = _Task(generator, layers, factors, corpus, images, queries, candidates, config, accelerator, shards)
     by_first_order = [row for row, split in enumerate(queries.splits) if split in config.linearised]
     _score_exactly(task, sorted(set(range(len(queries.query_ids))) - set(by_first_order)), base_loss)
     for start in range(0, len(by_first_order), LINEARISED_QUERIES):
@@ -336,6 +336,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
     evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
     failures = task.failures()
+    accelerator.wait_for_everyone()  # all have looked before the first process removes the shards
     if len(failures) > config.allow_failures:
         table = "\n".join(f"  {query_id}  {error}" for query_id, error in failures.items())
         raise QueriesFailedError(
@@ -461,6 +462,7 @@ class _Task:
     generator: Generator
     layers: Mapping[str, Layer]
     factors: Factors
+    corpus: Corpus
     images: EncodedImages
     queries: Queries
     candidates: Mapping[str, tuple[list[str], np.ndarray]]
@@ -492,7 +494,7 @@ class _Task:
                 work(row)
             except (FastattrError, RuntimeError, OSError) as error:  # RuntimeError: torch, also out of memory
                 logger.warning("query %s failed (try %d of %d): %s", self.queries.query_ids[row], trial + 1, TRIES, error)
-                write_json(self.failure(row), {"error": f"{type(error).__name__}: {error}"})
+                write_json(self.failure(row), {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
             else:
                 self.failure(row).unlink(missing_ok=True)
                 return
@@ -528,7 +530,7 @@ def _score_exactly(task: _Task, rows: Sequence[int], base_loss: np.ndarray) -> N
             task.images,
             base_loss,
             **task.query(row),
-            candidate_rows=task.images.rows(task.candidates[task.queries.query_ids[row]][0]),
+            candidate_rows=task.corpus.rows(task.candidates[task.queries.query_ids[row]][0]),
             config=task.config,
         )
         task.write(row, influence, rise)
@@ -565,7 +567,7 @@ def _score_linearised(task: _Task, rows: Sequence[int]) -> None:
     if not rows:
         return
     steps = torch.from_numpy(np.stack([load_file(step_files[row])["step"] for row in rows]))
-    candidate_rows = {row: task.images.rows(task.candidates[task.queries.query_ids[row]][0]) for row in rows}
+    candidate_rows = {row: task.corpus.rows(task.candidates[task.queries.query_ids[row]][0]) for row in rows}
     union = np.unique(np.concatenate(list(candidate_rows.values())))
 
     def scores_of(positions: range) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastattr.build import STAGES
 from fastattr.config import load_config
-from fastattr.errors import FastattrError
+from fastattr.errors import FastattrError, for_terminal
 
 
 def run_stages(stages: Sequence[str], description: str | None) -> int:
@@ -31,7 +31,7 @@ def run_stages(stages: Sequence[str], description: str | None) -> int:
         for stage in stages:
             STAGES[stage](config, run_dir)
     except FastattrError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {for_terminal(error)}", file=sys.stderr)
         return 2
     print(f"{', '.join(stages)}: done, in {run_dir}")
     return 0

@@ -93,7 +93,7 @@ def test_killed_teacher_finishes_the_rest_with_the_same_scores(tiny_run: Path, t
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_failing_query_is_tried_three_times_then_passed_over(
-    tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch, split: str
+    tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch, capsys, split: str
 ):
     """One bad query in weeks of scoring must cost neither the others nor go unseen."""
     from fastattr import teacher
@@ -117,6 +117,9 @@ def test_a_failing_query_is_tried_three_times_then_passed_over(
         with pytest.raises(QueriesFailedError, match=f"{bad}  NonFiniteError: the loss is nan"):
             STAGES["teach"](config, again)
         assert calls.count(bad) == 3
+        assert main(["teach", str(tiny_config), "--run", str(again)]) == 2
+        assert any(line.split()[:1] == [bad] for line in capsys.readouterr().err.splitlines())  # a line of the table
+        calls = calls[: len(calls) - 3]
         assert len(calls) == len(queries.query_ids) + 2
         tolerant = replace(config, teacher=replace(config.teacher, allow_failures=1))
         copy = tmp_path / "tolerant"
