@@ -40,6 +40,17 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     return generator, images, layers, factors
 
 
+def in_double_precision(setting, tiny_run: Path):
+    """The same setting for tests of small differences, which float32 rounds away."""
+    generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
+    layers = generator.modules_to_unlearn()
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    _, single, _, factors = setting
+    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.double())
+    return generator, images, layers, factors
+
+
 def step_of(setting, row: int, **changed):
     generator, images, layers, factors = setting
     gradients, loss = query_gradient(
@@ -128,9 +139,9 @@ def test_noise_is_a_function_of_id_draw_and_seed():
     assert float(many.std()) == pytest.approx(1, abs=0.03)
 
 
-def test_unlearning_raises_the_querys_loss_by_what_was_asked(setting):
+def test_unlearning_raises_the_querys_loss_by_what_was_asked(setting, tiny_run: Path):
     """A step down instead of up would turn every ranking upside down; one of another size leaves the linear regime."""
-    generator, images, layers, _ = setting
+    setting = generator, images, layers, _ = in_double_precision(setting, tiny_run)
     errors = []
     for rise in (0.02, 0.002, 0.0002):
         (step, predicted), before = step_of(setting, 5, rise=rise)
@@ -186,13 +197,7 @@ def scores_of_steps(setting, steps, rows):
 
 def test_exact_scores_converge_to_the_linearised_ones_as_the_step_shrinks(setting, tiny_run: Path):
     """A lost factor, sign or layer in either teacher would stop the convergence, or change its order."""
-    generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)  # the differences are small
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
-    _, single, _, factors = setting
-    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.double())
-    setting = generator, images, layers, factors
+    setting = generator, images, layers, _ = in_double_precision(setting, tiny_run)
     rows = np.array([5, 40, 3, 17, 22, 8])
     one_sided, symmetric = [], []
     for rise in (4e-4, 2e-4, 1e-4):
