@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastattr.artifacts import atomic_path
 from fastattr.corpus import Corpus
+from fastattr.errors import InputError, NonFiniteError
 from fastattr.generator import Generator, noise_for, spread_timesteps
 
 
@@ -70,15 +71,15 @@ def encode_corpus(
         return generator.encode_prompt([texts[row] for row in rows]).cpu().numpy()
 
     def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> torch.Tensor:
-        parts = in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}")
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}"))
 
-    latents = [computed("latents", len(corpus), partial(view, mirror=False))]
+    latents = computed("latents", len(corpus), partial(view, mirror=False)).unsqueeze(1)
     if mirrored:
-        latents.append(computed("mirrored", len(corpus), partial(view, mirror=True)))
+        other = computed("mirrored", len(corpus), partial(view, mirror=True)).unsqueeze(1)
+        latents = torch.cat([latents, other], dim=1)
     return EncodedImages(
         corpus.image_ids,
-        torch.stack(latents, dim=1),
+        latents,
         computed(f"{captions}-captions", len(texts), conditioning),
         np.cumsum([0, *map(len, chosen)]),
     )
@@ -92,19 +93,19 @@ def in_parts(
     accelerator: Accelerator | None,
     *,
     description: str,
-) -> list[np.ndarray]:
+) -> np.ndarray:
     """Compute something for `count` rows in parts of `size`, split over the processes; what is in `folder` is not redone.
 
     Args:
         folder: one npy file a part; its name must say all that determines the contents.
         count: rows in all.
         size: rows a part; a killed run loses at most one part a process.
-        compute: rows -> their part.
+        compute: rows -> (rows, ...) array, their part.
         accelerator: the processes; None is this one alone.
         description: label of the progress bar.
 
     Returns:
-        All parts in order, on every process.
+        (count, ...) array of all parts in order, on every process.
     """
     parts = {start: range(start, min(start + size, count)) for start in range(0, count, size)}
     files = {start: folder / f"{start:09d}-{size}.npy" for start in parts}
@@ -115,7 +116,15 @@ def in_parts(
                 np.save(temporary, compute(parts[start]))
     if accelerator:
         accelerator.wait_for_everyone()
-    return [np.load(file) for file in files.values()]
+    whole: np.ndarray | None = None
+    for start, rows in parts.items():  # one part at a time, as the whole may be most of the memory
+        part = np.load(files[start])
+        if whole is None:
+            whole = np.empty((count, *part.shape[1:]), part.dtype)
+        whole[rows.start : rows.stop] = part
+    if whole is None:
+        raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")
+    return whole
 
 
 def denoising_losses(
@@ -169,8 +178,15 @@ def denoising_losses(
 def image_losses(
     generator: Generator, images: EncodedImages, rows: np.ndarray, *, draws: int, batch_size: int, seed: int
 ) -> np.ndarray:
-    """(C, V) float64 denoising losses of training images, averaged over draws and captions; see `denoising_losses`."""
+    """(C, V) float64 denoising losses of training images, averaged over draws and captions; see `denoising_losses`.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite; the image is named.
+    """
     losses = np.zeros(len(rows) * images.views)
     for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
         np.add.at(losses, positions, part.double().cpu().numpy())
+    if not np.isfinite(losses).all():
+        worst = images.image_ids[rows[np.flatnonzero(~np.isfinite(losses))[0] // images.views]]
+        raise NonFiniteError(f"the loss of image {worst} is not finite; check the image, or use float32.")
     return losses.reshape(len(rows), images.views)

@@ -12,6 +12,7 @@ each a safetensors file with one tensor a layer; lambda is a sum over examples, 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,12 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from fastattr.artifacts import atomic_path
+from fastattr.artifacts import atomic_path, read_json, require_same, write_json
 from fastattr.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
 
 logger = logging.getLogger(__name__)
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+MADE_OF = "made_of.json"
+"""Fingerprints of the generator and the corpus that factors belong to; beside kronfluence's own files there is none."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,17 @@ class Factors:
             natural[name] = (left @ (rotated / damped) @ right.T).to(gradient.dtype)
         return natural
 
-    def save(self, folder: Path) -> None:
-        """Write kronfluence's factor files."""
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the factors' numbers."""
+        digest = hashlib.sha256()
+        for tensors in (self.activation_eigenvectors, self.gradient_eigenvectors, self.eigenvalues):
+            for name in sorted(tensors):
+                digest.update(tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path, *, made_of: Mapping[str, str] | None = None) -> None:
+        """Write kronfluence's factor files, and `made_of`, fingerprints by name, beside them; that one comes last."""
         folder.mkdir(parents=True, exist_ok=True)
         contents = {
             "activation_eigenvectors": dict(self.activation_eigenvectors),
@@ -80,15 +92,28 @@ class Factors:
         for file, tensors in contents.items():
             with atomic_path(folder / f"{file}.safetensors") as temporary:
                 save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        write_json(folder / MADE_OF, dict(made_of or {}))
 
     @classmethod
-    def load(cls, folder: Path, layers: Iterable[str]) -> Factors:
+    def load(cls, folder: Path, layers: Mapping[str, Layer], *, made_of: Mapping[str, str] | None = None) -> Factors:
         """Read kronfluence's factor files.
+
+        Args:
+            folder: where they are.
+            layers: those that they must be of.
+            made_of: fingerprints that those saved beside them must agree with; kronfluence's own have none, which is logged.
 
         Raises:
             ArtifactNotFoundError: a file is missing.
-            ArtifactMismatchError: they belong to other layers than `layers`.
+            ArtifactMismatchError: they belong to other layers, another generator or another corpus.
         """
+        if (folder / MADE_OF).exists():
+            found = read_json(folder / MADE_OF)
+            for what, expected in (made_of or {}).items():
+                fix = "Fit factors for this one, or point teacher.factors at those of it."
+                require_same(f"the {what} of the factors in {folder}", found.get(what), expected, fix)
+        elif made_of and folder.exists():
+            logger.warning("%s does not say which generator and corpus its factors are of; they are taken as they are", folder)
         contents = {}
         for file in FACTOR_FILES:
             path = folder / f"{file}.safetensors"
@@ -101,6 +126,12 @@ class Factors:
                 f"{folder} holds factors of {sorted(contents['lambda_matrix'])[:3]}..., "
                 f"expected those of {sorted(wanted)[:3]}... Fit factors for this generator and pattern."
             )
+        for name, layer in layers.items():
+            if contents["lambda_matrix"][name].shape != weight_shape(layer):
+                raise ArtifactMismatchError(
+                    f"{folder} holds factors of shape {tuple(contents['lambda_matrix'][name].shape)} for layer {name}, "
+                    f"expected {weight_shape(layer)}. Fit factors for this generator."
+                )
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
         eigenvalues = {name: value.double() / examples for name, value in contents["lambda_matrix"].items()}
         return cls(

@@ -5,7 +5,7 @@ up to the query's factor: the store serves every later query without another pas
 and with a ridge-regularised kernel they are the projected gradients of TRAK (`output='loss'`, arXiv:2303.14186) and of
 D-TRAK (`output='squared_norm'`, arXiv:2311.00500).
 
-Reads an encoded corpus; writes features.npy (half precision) and ids.parquet as other features have them, no manifest yet.
+Reads an encoded corpus; writes features.npy (half precision), ids.parquet and manifest.json as other features have them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from fastattr.artifacts import fingerprint
+from fastattr.artifacts import MANIFEST, fingerprint, finished, read_json, write_manifest
 from fastattr.denoising import EncodedImages, denoising_losses, in_parts
 from fastattr.ekfac import Factors, Layer, example_gradients, record_layers
 from fastattr.errors import InputError
@@ -96,18 +97,27 @@ class Compression:
 
     def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, out, in) gradients by layer -> (B, k)."""
-        flat = torch.cat([self._whitened(name, gradient).flatten(1) for name, gradient in gradients.items()], dim=1)
+        return self._sketch({name: self._rotated(name, gradient, 1) for name, gradient in gradients.items()})
+
+    def of_step(self, step: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(k,) from the (out, in) changes by layer: its inner product with a compressed gradient is gradient times change."""
+        rotated = {name: self._rotated(name, change.unsqueeze(0), -1) for name, change in step.items()}
+        return self._sketch(rotated)[0]
+
+    def _sketch(self, rotated: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        flat = torch.cat([values.flatten(1) for values in rotated.values()], dim=1)
         if not self._sketched:
             return flat
         sketch = flat.new_zeros(len(flat), self.width)
         return sketch.index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
 
-    def _whitened(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    def _rotated(self, name: str, values: torch.Tensor, power: int) -> torch.Tensor:
+        """Into the EKFAC eigenbasis, where whitening is a factor a coordinate; that factor to `power`."""
         if name not in self._rotations:
-            return gradient
+            return values
         left, right, scale = self._rotations[name]
-        whitened: torch.Tensor = (left.T @ gradient @ right) * scale
-        return whitened
+        rotated: torch.Tensor = (left.T @ values @ right) * scale**power
+        return rotated
 
 
 def gradient_features(
@@ -159,12 +169,29 @@ def write_gradient_features(
     compression: Compression,
     config: GradientConfig,
     accelerator: Accelerator,
-) -> float:
-    """Write features.npy, (N, k) float16, and ids.parquet for all images, in parts split over the processes and kept if killed.
+    *,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write the gradient features of all images, in parts split over the processes and kept if killed.
+
+    Args:
+        folder: gets features.npy, (N, k) float16, ids.parquet and manifest.json; if it has them already, nothing is done.
+        generator: with base weights.
+        layers: whose gradients are taken; their weights must require gradients.
+        images: the encoded corpus.
+        compression: of the same layers.
+        config: the settings.
+        accelerator: the processes.
+        inputs: fingerprints of what the features are made from besides the generator: 'source' (the corpus) and others.
 
     Returns:
-        The factor on the stored numbers: true features = stored / factor. Half precision needs them near 1.
+        The manifest. Its 'scale' is the factor on the stored numbers, since half precision needs them near 1: true
+        features = stored / scale. 'bytes_per_image' is what the store keeps of each.
     """
+    inputs = {"generator": generator.fingerprint, **inputs}
+    if finished(folder, stage="features", config=config, inputs=inputs):
+        done: dict[str, Any] = read_json(folder / MANIFEST)
+        return done
     sample = gradient_features(
         generator, layers, images, np.arange(min(SCALE_ROWS, len(images.image_ids))), compression, config
     )
@@ -176,8 +203,17 @@ def write_gradient_features(
 
     stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
     if accelerator.is_main_process:
-        write_features(folder, np.concatenate(stored), images.image_ids)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        write_features(folder, stored, images.image_ids)
+        write_manifest(
+            folder,
+            stage="features",
+            config=config,
+            inputs=inputs,
+            layers=sorted(layers),
+            scale=scale,
+            bytes_per_image=stored[0].nbytes,
+        )
         shutil.rmtree(parts)
-    return scale
+    accelerator.wait_for_everyone()
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest

@@ -5,8 +5,10 @@ after, with noise drawn per image id so that the two are comparable. The loss be
 corpus. The weights are restored bit for bit after each query. Splits named in `TeacherConfig.linearised` are scored to
 first order instead (fastattr/linearised.py), for all their queries in one backward pass over the candidates.
 
-Reads corpus/, generator/, queries/, candidates/; writes ekfac/ (factors), base_loss/ and scores/ (one shard a query
-while it runs, so a killed run resumes at the next query).
+Baselines (TRAK, D-TRAK, similarity) score the same candidates into the same table.
+
+Reads corpus/, generator/, queries/, candidates/; writes encoded/, ekfac/ (factors), base_loss/, gradients/ (stored
+gradients, where the settings ask for them) and scores/ (one shard a query while it runs, so a killed run resumes).
 Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/differences.md.
 """
 
@@ -17,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,19 @@ from fastattr.artifacts import (
     write_json,
     write_manifest,
 )
+from fastattr.baselines import kernel_scores, similarity_scores
 from fastattr.candidates import read_candidates
 from fastattr.corpus import Corpus
 from fastattr.denoising import EncodedImages, encode_corpus, image_losses, in_parts
-from fastattr.ekfac import Factors, Layer, fit_ekfac
-from fastattr.errors import FastattrError, InputError, NonFiniteError, QueriesFailedError
-from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for, spread_timesteps
+from fastattr.ekfac import MADE_OF, Factors, Layer, fit_ekfac
+from fastattr.errors import FastattrError, InputError, QueriesFailedError
+from fastattr.features import check_source, folders, read_features
+from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for
+from fastattr.gradient_features import Compression, GradientConfig, gradient_features, write_gradient_features
 from fastattr.linearised import flat_step, linearised_scores
 from fastattr.queries import SPLITS, Queries
 from fastattr.scores import ScoredQuery, write_shard
+from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +62,15 @@ PART_ROWS = 512
 """Training images whose base losses or linearised scores go into one file; a killed run loses at most one part."""
 TRIES = 3
 """How often a failing query is tried before it is passed over."""
-LINEARISED_QUERIES = 1024
-"""Queries that share one backward pass over their candidates; their steps are in memory together."""
+METHODS = ("unlearning", "trak", "d-trak", "similarity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Settings of the unlearning teacher, AbU+."""
+    """Settings of the teacher: AbU+ unless `method` or `curvature` say otherwise."""
 
+    method: str = "unlearning"
+    """'unlearning', or a baseline: 'trak' (arXiv:2303.14186), 'd-trak' (arXiv:2311.00500), 'similarity'."""
     pattern: str = CROSS_ATTENTION_KV
     """Linear layers of the U-Net to unlearn, as a regular expression on their names."""
     query_loss_rise: float = 0.02
@@ -76,6 +83,8 @@ class TeacherConfig:
     """'ekfac' (AbU+), or 'diagonal', the Fisher matrix' diagonal (AbU, arXiv:2406.09408)."""
     fisher: str = "empirical"
     """'empirical' takes the data's own targets, 'true' targets drawn from the model's Gaussian."""
+    factors: str = ""
+    """A folder of factor files to use (ours or kronfluence's) instead of fitting; ours are checked to be of this corpus."""
     factor_examples: int = 4096
     """(image, timestep, noise) triples on which the curvature is fitted; an image may come several times."""
     query_draws: int = 256
@@ -94,6 +103,18 @@ class TeacherConfig:
     """Score by half the difference between the losses after the step and after the opposite one: even orders cancel."""
     linearised: tuple[str, ...] = ()
     """Splits of queries that are scored to first order instead of exactly."""
+    gradients: str = "auto"
+    """How first-order scores are computed: 'contracted' holds all queries' steps in memory while the corpus passes by, in
+    as many passes as they need; 'stored' keeps `gradient_width` numbers of each image's gradient, which serve later
+    queries too; 'auto' contracts where one pass is enough, and stores otherwise."""
+    gradient_width: int = 4096
+    """k, numbers kept of an image's gradient where gradients are stored (half precision); 0 keeps every coordinate."""
+    memory_gb: float = 4.0
+    """Memory for the steps of the queries that share one pass."""
+    ridge: float = 0.1
+    """Of TRAK and D-TRAK, as a fraction of the kernel's mean eigenvalue."""
+    similarity_features: tuple[str, ...] = ()
+    """Encoders of the features stage whose features, side by side, 'similarity' compares."""
     allow_failures: int = 0
     """Queries that may fail `TRIES` times each before the score table is refused; it then lacks them."""
     batch_size: int = 128
@@ -116,133 +137,17 @@ class TeacherConfig:
                 "curvature must be 'ekfac' or 'diagonal' and fisher 'empirical' or 'true', "
                 f"got {self.curvature!r} and {self.fisher!r}"
             )
+        if self.method not in METHODS or (self.method == "similarity") != bool(self.similarity_features):
+            raise InputError(
+                f"method must be one of {', '.join(METHODS)}, and 'similarity' alone needs similarity_features; "
+                f"got {self.method!r} with {list(self.similarity_features)}"
+            )
+        if self.gradients not in {"auto", "contracted", "stored"} or self.memory_gb <= 0 or self.ridge <= 0:
+            raise InputError("gradients must be 'auto', 'contracted' or 'stored'; memory_gb and ridge must be positive")
+        if self.gradients == "stored" and self.mirrored:
+            raise InputError("stored gradients serve one view: with mirrored, set gradients to 'contracted'")
         if unknown := set(self.linearised) - set(SPLITS):
             raise InputError(f"linearised names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
-
-
-def query_gradient(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    latent: torch.Tensor,
-    conditioning: torch.Tensor,
-    *,
-    query_id: str,
-    draws: int,
-    batch_size: int,
-    seed: int,
-    antithetic: bool = False,
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Mean gradient of the query's denoising loss.
-
-    Args:
-        generator: with base weights.
-        layers: those to unlearn; their weights must require gradients.
-        latent: (1, L, h, w).
-        conditioning: (1, T, W).
-        query_id: fixes the noise, together with draw number and seed.
-        draws: timesteps spread evenly over the schedule, one noise each.
-        batch_size: draws at once.
-        seed: of the noise.
-        antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
-
-    Returns:
-        (out, in) gradient by layer (a convolution's as `ekfac.weight_shape`), and the mean loss.
-    """
-    pairs = 2 if antithetic else 1
-    timesteps = spread_timesteps(draws // pairs, train_timesteps=generator.train_timesteps).repeat(pairs)
-    total = 0.0
-    for layer in layers.values():
-        layer.weight.grad = None
-    for start in range(0, draws, batch_size):
-        drawn = list(range(start, min(start + batch_size, draws)))
-        noise = noise_for([query_id] * len(drawn), [draw // pairs for draw in drawn], seed=seed, shape=generator.latent_shape)
-        if antithetic:
-            noise = noise * torch.tensor([1.0 - 2 * (draw % 2) for draw in drawn])[:, None, None, None]
-        noise = noise.to(generator.device)
-        loss = generator.training_loss(
-            latent.to(generator.device).expand_as(noise),
-            conditioning.to(generator.device).expand(len(drawn), -1, -1),
-            torch.from_numpy(timesteps[drawn]).to(generator.device),
-            noise,
-        )
-        (loss.sum() / draws).backward()
-        total += float(loss.detach().double().sum())
-    gradients = {}
-    for name, layer in layers.items():
-        gradient = layer.weight.grad
-        if gradient is None or not torch.isfinite(gradient).all():
-            raise NonFiniteError(f"the gradient of layer {name} for query {query_id} is missing or not finite.")
-        gradients[name] = gradient.flatten(1).clone()
-        layer.weight.grad = None
-    return gradients, total / draws
-
-
-def unlearning_step(
-    gradients: Mapping[str, torch.Tensor],
-    factors: Factors,
-    *,
-    damping: float,
-    loss: float,
-    rise: float,
-    step_size: float | None,
-) -> tuple[dict[str, torch.Tensor], float]:
-    """The change of weights that unlearns a query: uphill in its loss, along the natural gradient.
-
-    Args:
-        gradients: (out, in) gradient of the query's loss, by layer.
-        factors: EKFAC factors of the same layers.
-        damping: as a fraction of each layer's mean eigenvalue.
-        loss: the query's loss.
-        rise: the relative rise of that loss that the step should give, to first order.
-        step_size: a fixed factor instead, or None.
-
-    Returns:
-        (out, in) change by layer, and the relative rise that it gives to first order.
-    """
-    natural = factors.precondition(gradients, damping=damping)
-    slope = sum(float((gradients[name].double() * natural[name].double()).sum()) for name in gradients)
-    factor = rise * loss / slope if step_size is None else step_size
-    return {name: factor * value for name, value in natural.items()}, factor * slope / loss
-
-
-class unlearned:  # noqa: N801  (a context manager, named as it reads: `with unlearned(layers, step):`)
-    """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
-
-    def __init__(self, layers: Mapping[str, Layer], step: Mapping[str, torch.Tensor]) -> None:
-        self._layers, self._step = layers, step
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self._kept = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
-        for name, layer in self._layers.items():
-            layer.weight += self._step[name].view(layer.weight.shape)
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for name, layer in self._layers.items():
-            layer.weight.copy_(self._kept[name])
-
-
-def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.ndarray:
-    """Score each candidate by how much unlearning the query hurt it.
-
-    Args:
-        base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
-        unlearned_loss: (C, V) the same after unlearning, with the same noise draws.
-
-    Returns:
-        (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
-        influential; values may be negative.
-
-    Raises:
-        InputError: the shapes differ.
-
-    Source: arXiv:2511.10721, sec. 3.
-    """
-    if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
-        raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
-    rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
-    return rise
 
 
 def factor_batches(
@@ -304,6 +209,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     empty = [query_id for query_id in queries.query_ids if not candidates.get(query_id, ([], None))[0]]
     if empty:
         raise InputError(f"{len(empty)} queries have no candidates, e.g. {empty[:3]}; run `fastattr candidates` again.")
+    candidate_rows = {query_id: corpus.rows(ids) for query_id, (ids, _) in candidates.items()}  # refuses unknown ids
     generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
     layers = generator.modules_to_unlearn(config.pattern)
     folder = run_dir / "scores"
@@ -312,26 +218,16 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
         done: dict[str, Any] = read_json(folder / MANIFEST)
         return done
     started = time.monotonic()
-    images = encode_corpus(
-        generator,
-        corpus,
-        batch_size=config.batch_size,
-        folder=run_dir / "encoded" / fingerprint([generator.fingerprint, corpus.fingerprint]),
-        captions=config.captions,
-        mirrored=config.mirrored,
-        accelerator=accelerator,
-    )
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
-    factors = _factors(run_dir / "ekfac", generator, images, layers, config, accelerator, corpus.fingerprint)
-    base_loss = _base_loss(run_dir / "base_loss", generator, images, config, accelerator, corpus.fingerprint)
     shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
-    task = _Task(generator, layers, factors, corpus, images, queries, candidates, config, accelerator, shards)
-    by_first_order = [row for row, split in enumerate(queries.splits) if split in config.linearised]
-    _score_exactly(task, sorted(set(range(len(queries.query_ids))) - set(by_first_order)), base_loss)
-    for start in range(0, len(by_first_order), LINEARISED_QUERIES):
-        _score_linearised(task, by_first_order[start : start + LINEARISED_QUERIES])
+    task = _Task(generator, layers, corpus, queries, candidates, candidate_rows, config, accelerator, run_dir, shards)
+    if config.method == "unlearning":
+        _score_by_unlearning(task)
+    elif config.method == "similarity":
+        _score_by_similarity(task)
+    else:
+        _score_by_kernel(task)
     accelerator.wait_for_everyone()
     spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
     evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
@@ -461,14 +357,30 @@ class _Task:
 
     generator: Generator
     layers: Mapping[str, Layer]
-    factors: Factors
     corpus: Corpus
-    images: EncodedImages
     queries: Queries
     candidates: Mapping[str, tuple[list[str], np.ndarray]]
+    candidate_rows: Mapping[str, np.ndarray]
     config: TeacherConfig
     accelerator: Accelerator
+    run_dir: Path
     shards: Path
+
+    def encode_corpus(self) -> EncodedImages:
+        """The corpus as the denoiser sees it; kept for the next run."""
+        return encode_corpus(
+            self.generator,
+            self.corpus,
+            batch_size=self.config.batch_size,
+            folder=self.run_dir / "encoded" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint]),
+            captions=self.config.captions,
+            mirrored=self.config.mirrored,
+            accelerator=self.accelerator,
+        )
+
+    def rows_of(self, row: int) -> np.ndarray:
+        """(C,) rows in the corpus of the candidates of query `row`."""
+        return self.candidate_rows[self.queries.query_ids[row]]
 
     def shard(self, row: int) -> Path:
         """Where the scores of query `row` are kept until all are there."""
@@ -499,6 +411,14 @@ class _Task:
                 self.failure(row).unlink(missing_ok=True)
                 return
 
+    def attempt_all(self, rows: Sequence[int], work: Callable[[int], None], *, description: str) -> None:
+        """`attempt` these queries, split over the processes; those with a shard are done."""
+        todo = [row for row in rows if not self.shard(row).exists()]
+        with self.accelerator.split_between_processes(todo) as mine:
+            for row in tqdm(mine, desc=description, unit="query", disable=not self.accelerator.is_main_process):
+                self.attempt(row, work)
+        self.accelerator.wait_for_everyone()
+
     def failures(self) -> dict[str, str]:
         """Error by query id, of all queries that have no scores."""
         rows = [row for row in range(len(self.queries.query_ids)) if not self.shard(row).exists()]
@@ -515,34 +435,63 @@ class _Task:
 
 def _teacher_name(config: TeacherConfig, splits: Sequence[str]) -> str:
     """'abu_plus_exact' (EKFAC), 'abu_linearised' (diagonal) and so on; both, with a +, where the splits differ."""
+    if config.method != "unlearning":
+        return config.method.replace("-", "_")
     method = "abu_plus" if config.curvature == "ekfac" else "abu"
     return "+".join(sorted({f"{method}_{'linearised' if split in config.linearised else 'exact'}" for split in splits}))
 
 
-def _score_exactly(task: _Task, rows: Sequence[int], base_loss: np.ndarray) -> None:
+def stores_gradients(config: TeacherConfig, *, queries: int, parameters: int) -> bool:
+    """Whether first-order scores of `queries` queries on `parameters` unlearned weights are taken from stored gradients."""
+    if config.gradients == "auto":
+        return not config.mirrored and queries > queries_a_pass(config, parameters)
+    return config.gradients == "stored"
+
+
+def queries_a_pass(config: TeacherConfig, parameters: int) -> int:
+    """Queries whose steps, float32, fit into `config.memory_gb` together."""
+    return max(1, int(config.memory_gb * 1e9 / (4 * parameters)))
+
+
+def _score_by_unlearning(task: _Task) -> None:
+    """AbU+ or AbU: the splits in `linearised` to first order, the others exactly."""
+    config, splits = task.config, task.queries.splits
+    images = task.encode_corpus()
+    # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
+    factors = _factors(task, images)
+    by_first_order = [row for row, split in enumerate(splits) if split in config.linearised]
+    if exact := [row for row, split in enumerate(splits) if split not in config.linearised]:
+        _score_exactly(task, images, factors, exact)
+    parameters = sum(layer.weight.numel() for layer in task.layers.values())
+    if by_first_order and stores_gradients(config, queries=len(by_first_order), parameters=parameters):
+        _score_from_store(task, images, factors, by_first_order)
+    else:
+        size = queries_a_pass(config, parameters)
+        for start in range(0, len(by_first_order), size):
+            _score_linearised(task, images, factors, by_first_order[start : start + size])
+
+
+def _score_exactly(task: _Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
     """Score these queries one by one, split over the processes; those with a shard are done."""
+    base_loss = _base_loss(task, images)
 
     def score(row: int) -> None:
         influence, rise = score_query(
             task.generator,
             task.layers,
-            task.factors,
-            task.images,
+            factors,
+            images,
             base_loss,
             **task.query(row),
-            candidate_rows=task.corpus.rows(task.candidates[task.queries.query_ids[row]][0]),
+            candidate_rows=task.rows_of(row),
             config=task.config,
         )
         task.write(row, influence, rise)
 
-    todo = [row for row in rows if not task.shard(row).exists()]
-    with task.accelerator.split_between_processes(todo) as mine:
-        for row in tqdm(mine, desc="teacher", unit="query", disable=not task.accelerator.is_main_process):
-            task.attempt(row, score)
-    task.accelerator.wait_for_everyone()
+    task.attempt_all(rows, score, description="teacher")
 
 
-def _score_linearised(task: _Task, rows: Sequence[int]) -> None:
+def _score_linearised(task: _Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
     """Score these queries together: their steps, split over the processes, then their candidates in parts, split too.
 
     Steps and parts are kept in files until the queries have their shards, so a killed run goes on where it stood.
@@ -554,99 +503,171 @@ def _score_linearised(task: _Task, rows: Sequence[int]) -> None:
     step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
 
     def keep_step(row: int) -> None:
-        step, rise = query_step(task.generator, task.layers, task.factors, **task.query(row), config=config)
+        step, rise = query_step(task.generator, task.layers, factors, **task.query(row), config=config)
         flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
         with atomic_path(step_files[row]) as temporary:
             save_file(flat, temporary)
 
-    with accelerator.split_between_processes([row for row in rows if not step_files[row].exists()]) as mine:
-        for row in tqdm(mine, desc="query steps", unit="query", disable=not accelerator.is_main_process):
-            task.attempt(row, keep_step)
-    accelerator.wait_for_everyone()
+    task.attempt_all([row for row in rows if not step_files[row].exists()], keep_step, description="query steps")
     rows = [row for row in rows if step_files[row].exists()]
     if not rows:
         return
-    steps = torch.from_numpy(np.stack([load_file(step_files[row])["step"] for row in rows]))
-    candidate_rows = {row: task.corpus.rows(task.candidates[task.queries.query_ids[row]][0]) for row in rows}
-    union = np.unique(np.concatenate(list(candidate_rows.values())))
+    steps = torch.empty(len(rows), sum(layer.weight.numel() for layer in task.layers.values()))
+    for position, row in enumerate(rows):
+        steps[position] = torch.from_numpy(load_file(step_files[row])["step"])
+    union = np.unique(np.concatenate([task.rows_of(row) for row in rows]))
 
     def scores_of(positions: range) -> np.ndarray:
-        return linearised_scores(
+        scores = linearised_scores(
             task.generator,
             task.layers,
-            task.images,
+            images,
             union[positions.start : positions.stop],
             steps,
             draws=config.loss_draws,
             batch_size=config.batch_size,
             seed=config.seed,
-        ).astype(np.float32)
+        )
+        return scores.T.astype(np.float32)
 
     folder = scratch / f"parts-{fingerprint([task.queries.query_ids[row] for row in rows])}"
-    parts = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
+    scores = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
     if accelerator.is_main_process:
-        scores = np.concatenate(parts, axis=1)
         for position, row in enumerate(rows):
             if task.shard(row).exists():
                 continue
-            influence = scores[position, np.searchsorted(union, candidate_rows[row])]
+            influence = scores[np.searchsorted(union, task.rows_of(row)), position]
             task.write(row, influence, float(load_file(step_files[row])["rise"][0]))
     accelerator.wait_for_everyone()
 
 
-def _factors(
-    parent: Path,
-    generator: Generator,
+def _score_from_store(task: _Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
+    """Score these queries to first order from stored whitened gradients: one inner product an image."""
+    if all(task.shard(row).exists() for row in rows):
+        return
+    config = task.config
+    settings = _gradient_config(config, output="loss", whiten=True)
+    compression = Compression(task.layers, settings, factors)
+    store, scale = _stored_gradients(task, images, compression, settings, factors=factors)
+
+    def score(row: int) -> None:
+        step, rise = query_step(task.generator, task.layers, factors, **task.query(row), config=config)
+        influence = store[task.rows_of(row)].astype(np.float32) @ (compression.of_step(step).cpu().numpy() / scale)
+        task.write(row, influence, rise)
+
+    task.attempt_all(rows, score, description="teacher")
+
+
+def _score_by_kernel(task: _Task) -> None:
+    """TRAK and D-TRAK: projected gradients of training images and queries, and a ridge-regularised kernel."""
+    config = task.config
+    images = task.encode_corpus()
+    settings = _gradient_config(config, output="loss" if config.method == "trak" else "squared_norm", whiten=False)
+    compression = Compression(task.layers, settings)
+    store, scale = _stored_gradients(task, images, compression, settings)
+    ids = task.queries.query_ids
+    encoded = [task.query(row) for row in range(len(ids))]
+    queries = EncodedImages(
+        ids,
+        torch.stack([query["latent"] for query in encoded]),
+        torch.cat([task.generator.encode_prompt([query["prompt"]]) for query in encoded]),
+        np.arange(len(ids) + 1),
+    )
+
+    def features_of(rows: range) -> np.ndarray:
+        drawn = replace(settings, draws=config.query_draws)
+        return gradient_features(task.generator, task.layers, queries, np.array(rows), compression, drawn)
+
+    features = in_parts(task.shards / "features", len(ids), 1, features_of, task.accelerator, description="query gradients")
+    if task.accelerator.is_main_process:
+        scores = kernel_scores(features, store.astype(np.float32) / scale, ridge=config.ridge)
+        for row in range(len(ids)):
+            task.write(row, scores[row, task.rows_of(row)], 0.0)
+    task.accelerator.wait_for_everyone()
+
+
+def _score_by_similarity(task: _Task) -> None:
+    """Cosine similarity of the features that `similarity_features` names, side by side."""
+
+    def features_of(name: str, source: str, ids: Sequence[str]) -> np.ndarray:
+        found = folders(task.run_dir, name, task.config.similarity_features)
+        for path in found:
+            check_source(path, source)
+        return read_features(found, ids)
+
+    if task.accelerator.is_main_process:
+        corpus = features_of("features", task.corpus.fingerprint, task.corpus.image_ids)
+        queries = features_of("query_features", task.queries.fingerprint, task.queries.query_ids)
+        for row in range(len(queries)):
+            task.write(row, similarity_scores(queries[[row]], corpus[task.rows_of(row)])[0], 0.0)
+    task.accelerator.wait_for_everyone()
+
+
+def _gradient_config(config: TeacherConfig, *, output: str, whiten: bool) -> GradientConfig:
+    """The gradient features that these settings of the teacher ask for."""
+    return GradientConfig(
+        output=output,
+        whiten=whiten,
+        damping=config.damping,
+        width=config.gradient_width,
+        draws=config.loss_draws,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _stored_gradients(
+    task: _Task,
     images: EncodedImages,
-    layers: Mapping[str, Layer],
-    config: TeacherConfig,
-    accelerator: Accelerator,
-    corpus_fingerprint: str,
-) -> Factors:
-    """Fitted curvature: read if it is there, else fitted by all processes together."""
-    identity = [
-        generator.fingerprint,
-        corpus_fingerprint,
-        sorted(layers),
-        config.curvature,
-        config.fisher,
-        config.factor_examples,
-        config.captions,
-        config.mirrored,
-        config.batch_size,
-        config.seed,
-    ]
-    folder = parent / fingerprint(identity)
+    compression: Compression,
+    settings: GradientConfig,
+    *,
+    factors: Factors | None = None,
+) -> tuple[np.ndarray, float]:
+    """(N, k) half-precision gradient features of the corpus, memory-mapped, and the factor on them."""
+    inputs = {"source": task.corpus.fingerprint, "layers": fingerprint(sorted(task.layers))}
+    inputs |= {"views": str(images.views), "captions": task.config.captions}
+    if factors is not None:
+        inputs["factors"] = factors.fingerprint
+    folder = task.run_dir / "gradients" / fingerprint([task.generator.fingerprint, inputs, vars(settings)])
+    manifest = write_gradient_features(
+        folder, task.generator, task.layers, images, compression, settings, task.accelerator, inputs=inputs
+    )
+    return np.load(folder / "features.npy", mmap_mode="r"), manifest["scale"]
+
+
+def _factors(task: _Task, images: EncodedImages) -> Factors:
+    """Curvature: the user's, one fitted earlier, or one fitted now by all processes together."""
+    config, accelerator = task.config, task.accelerator
+    made_of = {"generator": task.generator.fingerprint, "corpus": task.corpus.fingerprint}
+    if config.factors:
+        return Factors.load(Path(config.factors), task.layers, made_of=made_of)
+    settings = ("curvature", "fisher", "factor_examples", "captions", "mirrored", "batch_size", "seed")
+    identity = [made_of, sorted(task.layers), [getattr(config, name) for name in settings]]
+    folder = task.run_dir / "ekfac" / fingerprint(identity)
     accelerator.wait_for_everyone()
-    if not (folder / "num_lambda_processed.safetensors").exists():
+    if not (folder / MADE_OF).exists():
         factors = fit_ekfac(
-            layers,
-            factor_batches(generator, images, config, accelerator),
+            task.layers,
+            factor_batches(task.generator, images, config, accelerator),
             accelerator=accelerator,
             diagonal=config.curvature == "diagonal",
         )
         if accelerator.is_main_process:
-            factors.save(folder)
+            factors.save(folder, made_of=made_of)
     accelerator.wait_for_everyone()
-    return Factors.load(folder, layers)
+    return Factors.load(folder, task.layers, made_of=made_of)
 
 
-def _base_loss(
-    parent: Path,
-    generator: Generator,
-    images: EncodedImages,
-    config: TeacherConfig,
-    accelerator: Accelerator,
-    corpus_fingerprint: str,
-) -> np.ndarray:
+def _base_loss(task: _Task, images: EncodedImages) -> np.ndarray:
     """(N, V) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
+    config = task.config
     settings = [config.loss_draws, config.captions, config.mirrored, config.seed]
-    folder = parent / fingerprint([generator.fingerprint, corpus_fingerprint, *settings])
+    folder = task.run_dir / "base_loss" / fingerprint([task.generator.fingerprint, task.corpus.fingerprint, *settings])
 
     def losses(rows: range) -> np.ndarray:
         return image_losses(
-            generator, images, np.array(rows), draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
+            task.generator, images, np.array(rows), draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
         )
 
-    parts = in_parts(folder, len(images.image_ids), PART_ROWS, losses, accelerator, description="base loss")
-    return np.concatenate(parts)
+    return in_parts(folder, len(images.image_ids), PART_ROWS, losses, task.accelerator, description="base loss")

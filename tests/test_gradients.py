@@ -115,14 +115,17 @@ def test_a_killed_store_finishes_with_the_same_rows(setting, tmp_path: Path, mon
     monkeypatch.setattr(module, "gradient_features", dies_at_the_fourth)
     settings = (generator, layers, images, compression, config, Accelerator())
     with pytest.raises(KeyboardInterrupt):
-        write_gradient_features(tmp_path, *settings)
-    scale = write_gradient_features(tmp_path, *settings)
+        write_gradient_features(tmp_path, *settings, inputs={"source": "corpus"})
+    manifest = write_gradient_features(tmp_path, *settings, inputs={"source": "corpus"})
+    assert manifest["bytes_per_image"] == 60
     assert len(calls) == 4 + 1 + 3  # each run looks at a sample for the scale; two parts of five were done before the kill
     stored = np.load(tmp_path / "features.npy")
     assert stored.dtype == np.float16
-    assert {path.name for path in tmp_path.iterdir()} == {"features.npy", "ids.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {"features.npy", "ids.parquet", "manifest.json"}
+    assert write_gradient_features(tmp_path, *settings, inputs={"source": "corpus"}) == manifest
+    assert len(calls) == 8  # nothing was done again
     expected = real(generator, layers, images, np.arange(len(images.image_ids)), compression, config)
-    np.testing.assert_allclose(stored / scale, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(stored / manifest["scale"], expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_kernel_scores_are_those_of_the_dual_form():

@@ -1,0 +1,90 @@
+"""The plan: what it counts is what the teacher then spends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastattr import InputError
+from fastattr.build import STAGES
+from fastattr.cli import main
+from fastattr.config import load_config
+from fastattr.generator import Generator
+from fastattr.plan import Probe, Sizes, Step, run_sizes, teacher_plan
+from fastattr.teacher import TeacherConfig
+
+NOTHING = Probe(loaded=0, forward=0, backward=0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"linearised": ()},
+        {"linearised": ("train", "validation", "test"), "gradients": "stored", "gradient_width": 8},
+        {"curvature": "diagonal", "symmetric": True, "mirrored": True, "captions": "all"},
+        {"unlearning_steps": 2, "memory_gb": 1e-4},
+    ],
+)
+def test_planned_evaluations_are_those_spent(tiny_run: Path, tiny_config: Path, tmp_path: Path, changed: dict[str, object]):
+    """A plan that forgets a pass would promise days for weeks."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(tiny_run, run_dir)
+    for stage in ("scores", "ekfac", "base_loss"):
+        shutil.rmtree(run_dir / stage)
+    config = load_config(tiny_config)
+    teacher = replace(config.teacher, **changed)
+    generator = Generator.from_pretrained(run_dir / "generator")
+    steps = teacher_plan(teacher, run_sizes(teacher, run_dir, generator, generator.modules_to_unlearn()), NOTHING)
+    spent = STAGES["teach"](replace(config, teacher=teacher), run_dir)["evaluations"]
+    backward = sum(step.backward for step in steps)
+    planned = {"forward": sum(step.forward for step in steps), "backward": backward}
+    sample = 16 * teacher.loss_draws if teacher.gradients == "stored" else 0  # sets the scale of what is stored
+    assert {name: spent[name] - planned[name] for name in planned} == {"forward": sample, "backward": sample}
+
+
+def test_memory_grows_with_what_is_held():
+    """Each array must count once: the corpus, and the steps of the queries that share a pass."""
+    sizes = Sizes(
+        images=1000,
+        captions=1000,
+        latent=100,
+        conditioning=50,
+        parameters=10_000,
+        factors=0,
+        exact=(),
+        linearised=(500,) * 80,
+        union=900,
+    )
+    config = TeacherConfig(linearised=("train",), gradients="contracted", batch_size=4)
+
+    def last(config: TeacherConfig, sizes: Sizes) -> Step:
+        return teacher_plan(config, sizes, NOTHING)[-1]
+
+    held = last(config, sizes).memory
+    assert last(config, replace(sizes, latent=200)).memory - held == 1000 * 100 * 4
+    assert last(config, replace(sizes, linearised=(500,) * 81)).memory - held == 10_000 * 4 + 900 * 4 + 8 * 512
+    one_at_a_time = last(replace(config, memory_gb=1e-6), sizes)
+    assert held - one_at_a_time.memory == 79 * (10_000 * 4 + 900 * 4 + 8 * 512)
+    assert one_at_a_time.forward == 80 * (config.query_draws + 900 * config.loss_draws)
+
+
+def test_plan_command_measures_memory_and_prints_a_table(tiny_run: Path, tiny_config: Path, capsys):
+    """The probe runs in a process of its own, whose peak is that of the libraries and one batch."""
+    assert main(["plan", str(tiny_config), "--run", str(tiny_run), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["peak_memory"] > 100e6  # torch alone
+    assert [step["name"] for step in result["steps"]] == ["encode", "factors", "base loss", "exact", "first order"]
+    assert main(["plan", str(tiny_config), "--run", str(tiny_run)]) == 0
+    assert "first order" in capsys.readouterr().out
+
+
+def test_plan_of_a_baseline_is_refused(tiny_run: Path):
+    from fastattr.plan import run
+
+    with pytest.raises(InputError, match="plan knows what unlearning costs"):
+        run(TeacherConfig(method="trak"), tiny_run)
