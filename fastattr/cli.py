@@ -115,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--json", action="store_true")
     corpus.set_defaults(run=_corpus)
 
+    plan = commands.add_parser("plan", help="what the teacher of a config will cost: evaluations, memory, disk")
+    _config_arguments(plan)
+    plan.set_defaults(run=_plan)
+
     for name, text in STAGE_HELP.items():
         stage = commands.add_parser(name, help=text)
         _config_arguments(stage)
@@ -245,6 +249,27 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.json:
         return result
     print(f"{arguments.stage}: done, in {run_dir}")
+    return None
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import plan
+    from fastattr.config import load_config
+
+    config = load_config(arguments.config)
+    result = plan.run(config.teacher, arguments.run_dir or Path("runs") / config.name)
+    if arguments.json:
+        return result
+    print(f"{'part':16s} {'forward':>14s} {'backward':>14s} {'memory':>10s} {'disk':>10s}")
+    totals = {
+        "name": "in all",
+        "memory": result["peak_memory"],
+        **{name: result[name] for name in ("forward", "backward", "disk")},
+    }
+    for step in [*result["steps"], totals]:
+        memory, disk = (f"{step[name] / 1e6:,.0f} MB" for name in ("memory", "disk"))
+        print(f"{step['name']:16s} {step['forward']:14,d} {step['backward']:14,d} {memory:>10s} {disk:>10s}")
+    print("forward and backward count latents through the network, over all processes; memory is the peak of one process")
     return None
 
 
