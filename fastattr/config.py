@@ -7,7 +7,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -23,6 +23,8 @@ from fastattr.teacher import TeacherConfig
 from fastattr.train_autoencoder import AutoencoderConfig
 from fastattr.train_encoder import EncoderConfig
 from fastattr.train_generator import GeneratorConfig
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,16 @@ class BuildConfig:
 
 
 def load_config(path: str | Path) -> BuildConfig:
+    """Read and check the config file of a whole line; see `read_config`."""
+    return read_config(path, BuildConfig)
+
+
+def read_config(path: str | Path, kind: type[Config]) -> Config:
     """Read and check a config file.
+
+    Args:
+        path: a YAML file.
+        kind: the dataclass that it fills; a section may be a dataclass too, and what is left out keeps its default.
 
     Raises:
         ArtifactNotFoundError: there is no such file.
@@ -60,8 +71,8 @@ def load_config(path: str | Path) -> BuildConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
-    config = _build(BuildConfig, values, where=str(path))
-    assert isinstance(config, BuildConfig)
+    config = _build(kind, values, where=str(path))
+    assert isinstance(config, kind)
     return config
 
 

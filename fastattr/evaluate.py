@@ -1,27 +1,52 @@
-"""Evaluate: how well student, untuned features and chance follow the teacher on the test queries.
+"""Evaluate: how well a student follows its teacher, and how well any method foretells what retraining does.
 
-Reads scores/ (test split), features/, query_features/, student/; writes evaluation/metrics.json. Rankings are
-compared within each query's candidate set, the images that the teacher scored. mAP(L) takes the teacher's first
-L candidates as relevant, with L in percent of the whole corpus. Standard errors are over queries.
+Against a teacher: reads scores/ (test split), features/, query_features/, student/; writes evaluation/metrics.json.
+Rankings are compared within each query's candidate set, the images that the teacher scored. mAP(L) takes the teacher's
+first L candidates as relevant, with L in percent of the whole corpus. Standard errors are over queries.
+
+Against a ground truth (fastattr/truth.py): reads the ground truth and scores by any method, an attributor among them;
+writes metrics.json (under 'ground_truth', beside what is there) and figures. Scores are of the whole corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-from fastattr.artifacts import finished, open_stage, read_json, require_same, write_json, write_manifest
+from fastattr.artifacts import atomic_path, finished, open_stage, read_json, require_same, write_json, write_manifest
 from fastattr.corpus import Corpus
 from fastattr.distill import load_student
 from fastattr.errors import InputError
 from fastattr.features import features_fingerprint, folders, read_features, slug
-from fastattr.metrics import paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
+from fastattr.metrics import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
 from fastattr.scores import ScoredQuery, read_scores
 from fastattr.student import StudentConfig, embed
+from fastattr.truth import (
+    GroundTruth,
+    bootstrap,
+    group_shares,
+    interval,
+    noise_ceiling,
+    outputs_of,
+    predictions_of,
+    rank_correlations,
+    residual_outputs,
+    residual_scores,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ScoreFunction = Callable[[Image.Image, str], Mapping[str, float]]
+"""(query's image, its prompt) -> score of every training image by id, higher = more influential."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +74,8 @@ def compare(
         overlap_k: k of the top-k overlap.
 
     Returns:
-        method -> metric -> (Q,) values; metrics 'map', 'spearman', 'top_k_overlap'.
+        method -> metric -> (Q,) values; metrics 'map', 'spearman', 'top_k_overlap', and 'ndcg', where an image is as
+        relevant as its influence above the query's least.
     """
     table = {}
     for name, scores in methods.items():
@@ -58,6 +84,7 @@ def compare(
             "map": np.array([teacher_average_precision(own, teacher, positives=positives) for own, teacher in pairs]),
             "spearman": np.array([spearman(own, teacher) for own, teacher in pairs]),
             "top_k_overlap": np.array([top_k_overlap(own, teacher, overlap_k) for own, teacher in pairs]),
+            "ndcg": np.array([ndcg(own, teacher - teacher.min()) for own, teacher in pairs]),
         }
     return table
 
@@ -140,3 +167,331 @@ def _cosines(queries: np.ndarray, corpus: np.ndarray, rows: Sequence[np.ndarray]
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     corpus = corpus / np.linalg.norm(corpus, axis=1, keepdims=True)
     return [corpus[part] @ query for part, query in zip(rows, queries, strict=True)]
+
+
+def score_queries(score: ScoreFunction, truth: GroundTruth, query_ids: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Ask a method for the scores of all training images for each query.
+
+    Args:
+        score: the method.
+        truth: whose queries and images.
+        query_ids: Q of them.
+
+    Returns:
+        (Q, N) scores in the order of the truth's images, and the median seconds a query.
+
+    Raises:
+        InputError: the method gives no score for an image.
+    """
+    scores = np.empty((len(query_ids), len(truth.image_ids)))
+    seconds = []
+    for row, query_id in enumerate(tqdm(query_ids, desc="score", unit="query")):
+        image, prompt = truth.image(query_id), truth.prompt(query_id)
+        started = time.perf_counter()
+        found = score(image, prompt)
+        seconds.append(time.perf_counter() - started)
+        missing = [image_id for image_id in truth.image_ids if image_id not in found]
+        if missing:
+            raise InputError(f"{len(missing)} training images have no score for query {query_id}, e.g. {missing[:3]}.")
+        scores[row] = [found[image_id] for image_id in truth.image_ids]
+    return scores, float(np.median(seconds))
+
+
+def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
+    """The similarities that an attributor gives all of its training images.
+
+    Raises:
+        ArtifactMismatchError: it was built from another corpus than the ground truth.
+    """
+    from fastattr.attribute import Attribution, FastAttributor, read_info
+
+    require_same(
+        f"the corpus of attributor {name_or_path!r}",
+        read_info(name_or_path)["versions"]["corpus"],
+        truth.corpus_fingerprint,
+        f"The ground truth {truth.folder} is of another corpus: evaluate an attributor that was built on that one.",
+    )
+    attributor = FastAttributor.from_pretrained(name_or_path)
+
+    def score(image: Image.Image, prompt: str) -> dict[str, float]:
+        result = attributor.attribute(image, prompt, k=len(attributor))
+        assert isinstance(result, Attribution)
+        return {row.image_id: row.similarity for row in result.results}
+
+    return score
+
+
+def score_function(specification: str) -> ScoreFunction:
+    """A function 'MODULE:FUNCTION' that can be imported.
+
+    Raises:
+        InputError: there is none.
+    """
+    module, _, name = specification.partition(":")
+    try:
+        found: ScoreFunction = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"score function {specification!r} cannot be imported ({error}); write MODULE:FUNCTION.") from error
+    return found
+
+
+def table_scores(folder: Path, truth: GroundTruth, query_ids: Sequence[str]) -> np.ndarray:
+    """(Q, N) scores from a score table folder that covers these queries and the whole corpus.
+
+    Raises:
+        ArtifactMismatchError: the table belongs to another corpus.
+        InputError: a query or an image is missing.
+    """
+    require_same(
+        f"the corpus of {folder}",
+        open_stage(folder, "scores")["corpus_fingerprint"],
+        truth.corpus_fingerprint,
+        f"The ground truth {truth.folder} is of another corpus: score the queries of that one.",
+    )
+    rows = {query.query_id: query for query in read_scores(folder)}
+    missing = [query_id for query_id in query_ids if query_id not in rows]
+    if missing:
+        raise InputError(f"{folder} has no scores of {len(missing)} queries of the ground truth, e.g. {missing[:3]}.")
+    scores = np.empty((len(query_ids), len(truth.image_ids)))
+    for position, query_id in enumerate(query_ids):
+        found = dict(zip(rows[query_id].image_ids, rows[query_id].influence.tolist(), strict=True))
+        if len(found) < len(truth.image_ids):
+            raise InputError(f"{folder} scores {len(found)} of {len(truth.image_ids)} images for {query_id}; all are needed.")
+        scores[position] = [found[image_id] for image_id in truth.image_ids]
+    return scores
+
+
+def compare_with_truth(
+    methods: Mapping[str, np.ndarray],
+    truth: GroundTruth,
+    query_ids: Sequence[str],
+    *,
+    seconds: Mapping[str, float] | None = None,
+    teacher: str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that a ground truth says about several methods.
+
+    Args:
+        methods: by name (Q, N) scores of all training images, in the order of the truth's images.
+        truth: the ground truth.
+        query_ids: the Q queries.
+        seconds: by name, seconds a query, where they were measured.
+        teacher: the method whose first 1% of the corpus are the relevant images of mAP(1%).
+        pairs: (first, second) methods whose difference in LDS gets an interval.
+        resamples: of the bootstrap, over models (by subset) and queries at once.
+        seed: of the bootstrap.
+
+    Returns:
+        'n_models', 'n_queries', 'noise_ceiling' and 'noise_ceiling_plain', 'methods' (see `truth_metrics`), and 'gains':
+        for each pair 'lds' and 'lds_residual', each with mean, low and high.
+
+    Raises:
+        InputError: the truth holds no models on random halves.
+    """
+    halves = truth.retrained("half", query_ids)
+    if not len(halves.kept):
+        raise InputError(f"{truth.folder} holds no models on random halves; run benchmarks/ground_truth.py first.")
+    outputs = outputs_of(halves.losses)
+    targets = {"lds": outputs, "lds_residual": residual_outputs(outputs)}
+    predicted = {
+        "lds": {name: predictions_of(scores, halves.kept) for name, scores in methods.items()},
+        "lds_residual": {name: predictions_of(residual_scores(scores), halves.kept) for name, scores in methods.items()},
+    }
+    drawn = {
+        metric: bootstrap(predicted[metric], target, halves.subsets, resamples=resamples, seed=seed)
+        for metric, target in targets.items()
+    }
+    means = {
+        metric: {name: float(rank_correlations(values, targets[metric]).mean()) for name, values in of_metric.items()}
+        for metric, of_metric in predicted.items()
+    }
+    table: dict[str, dict[str, Any]] = {}
+    for name, scores in methods.items():
+        row: dict[str, Any] = {}
+        for metric in targets:
+            low, high = interval(drawn[metric][name])
+            row |= {metric: means[metric][name], f"{metric}_low": low, f"{metric}_high": high}
+        row["map_1pct"] = None if teacher is None else _mean_average_precision(scores, methods[teacher])
+        row |= leave_k_out(truth, name, query_ids) | {"group_spearman_residual": _group_agreement(truth, scores, query_ids)}
+        row["seconds_per_query"] = (seconds or {}).get(name)
+        table[name] = row
+    gains = {}
+    for first, second in pairs:
+        gains[f"{first} - {second}"] = {
+            metric: dict(
+                zip(
+                    ("mean", "low", "high"),
+                    (means[metric][first] - means[metric][second], *interval(drawn[metric][first] - drawn[metric][second])),
+                    strict=True,
+                )
+            )
+            for metric in targets
+        }
+    ceilings = {}
+    rows = halves.seed_pairs()
+    for key, target in (("noise_ceiling", targets["lds_residual"]), ("noise_ceiling_plain", targets["lds"])):
+        ceilings[key] = noise_ceiling(target[rows[0]], target[rows[1]]) if len(rows[0]) > 1 else None
+    return {
+        "n_models": len(halves.kept),
+        "n_subsets": len(set(halves.subsets)),
+        "n_queries": len(query_ids),
+        **ceilings,
+        "methods": table,
+        "gains": gains,
+    }
+
+
+def _mean_average_precision(scores: np.ndarray, teacher: np.ndarray) -> float:
+    """mAP(L) with L = 1% of the corpus."""
+    positives = max(1, round(scores.shape[1] / 100))
+    pairs = zip(scores, teacher, strict=True)
+    return float(np.mean([teacher_average_precision(own, theirs, positives=positives) for own, theirs in pairs]))
+
+
+def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> dict[str, float | None]:
+    """What became of queries whose most influential images, by this method, were left out of the training.
+
+    Returns:
+        'leave_k_out_dloss' (rise of the query's loss over the full model's), 'leave_k_out_mse' and
+        'leave_k_out_similarity' (of the query drawn again), each a mean over the queries with its standard error
+        (`_se`); None for a method whose images were never left out.
+    """
+    table = truth.counterfactuals
+    rows = table[(table["method"] == method) & table["query_id"].isin(list(query_ids))]
+    keys = {"leave_k_out_dloss": "dloss", "leave_k_out_mse": "mse", "leave_k_out_similarity": "similarity"}
+    if rows.empty:
+        return {key: None for name in keys for key in (name, f"{name}_se")}
+    base = truth.losses(["full"], rows["query_id"].tolist())[0]
+    by_query = rows.assign(dloss=rows["loss"].to_numpy() - base).groupby("query_id")[list(keys.values())].mean()
+    found: dict[str, float | None] = {}
+    for name, column in keys.items():
+        values = by_query[column].to_numpy()
+        found |= {name: float(values.mean()), f"{name}_se": standard_error(values)}
+    return found
+
+
+def group_points(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, G) shares of the groups in a method's positive scores, and (Q, G) rises of the log loss once each is left out."""
+    removed = truth.retrained("group", query_ids)
+    full = outputs_of(truth.losses(["full"], query_ids))
+    rises = (full - outputs_of(removed.losses)).T if len(removed.kept) else np.zeros((len(query_ids), 0))
+    return group_shares(scores, ~removed.kept), rises
+
+
+def _group_agreement(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> float | None:
+    """Mean over queries of the rank correlation of shares and rises over the groups, both residual; None without groups."""
+    shares, rises = group_points(truth, scores, query_ids)
+    if shares.shape[1] < 3:
+        return None
+    return float(rank_correlations(residual_scores(shares).T, residual_outputs(rises.T)).mean())
+
+
+def lds_figure(result: Mapping[str, Any]) -> Figure:
+    """Residual LDS, with its interval, against seconds a query, for the methods whose time is known."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, row in result["methods"].items():
+        if row["seconds_per_query"] is None:
+            continue
+        x, y = row["seconds_per_query"], row["lds_residual"]
+        axes.errorbar(x, y, yerr=[[y - row["lds_residual_low"]], [row["lds_residual_high"] - y]], fmt="o", capsize=2)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    if result["noise_ceiling"] is not None:
+        axes.axhline(result["noise_ceiling"], color="grey", linestyle="--", linewidth=0.8)
+    if axes.has_data():
+        axes.set_xscale("log")
+    axes.set(xlabel="seconds a query", ylabel="residual LDS (95% interval; dashed: noise ceiling)")
+    return figure
+
+
+def leave_k_out_figure(truth: GroundTruth, query_ids: Sequence[str]) -> Figure:
+    """For each method: in which part of the queries the loss rose by more than x once its first K images were left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    table = truth.counterfactuals
+    for method, rows in table[table["query_id"].isin(list(query_ids))].groupby("method"):
+        base = truth.losses(["full"], rows["query_id"].tolist())[0]
+        rises = rows.assign(rise=rows["loss"].to_numpy() - base).groupby("query_id")["rise"].mean().sort_values()
+        axes.step(rises, 1 - np.arange(len(rises)) / len(rises), where="pre", label=f"{method} (mean {rises.mean():.4f})")
+    axes.set(xlabel="rise of the query's loss after retraining without the first K", ylabel="part of the queries above")
+    if axes.has_data():
+        axes.legend(fontsize=7)
+    return figure
+
+
+def reliability_figure(truth: GroundTruth, methods: Mapping[str, np.ndarray], query_ids: Sequence[str]) -> Figure:
+    """Groups' shares by each method in eight equal parts, against the mean rise of the log loss once the group is left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, scores in methods.items():
+        shares, rises = group_points(truth, scores, query_ids)
+        order = np.argsort(shares.ravel(), kind="stable")
+        parts = [part for part in np.array_split(order, 8) if len(part)]
+        x = [shares.ravel()[part].mean() for part in parts]
+        y = [rises.ravel()[part].mean() for part in parts]
+        axes.errorbar(x, y, yerr=[standard_error(rises.ravel()[part]) for part in parts], marker="o", capsize=2, label=name)
+    axes.set(xlabel="share of the positive scores that a group holds", ylabel="rise of the query's log loss without the group")
+    if axes.has_data():
+        axes.legend(fontsize=7)
+    return figure
+
+
+def write_truth_report(
+    folder: Path,
+    result: Mapping[str, Any],
+    truth: GroundTruth,
+    methods: Mapping[str, np.ndarray],
+    query_ids: Sequence[str],
+) -> None:
+    """Write metrics.json (its 'ground_truth'; what else it holds is kept) and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.json"
+    write_json(path, {**(read_json(path) if path.exists() else {}), "ground_truth": dict(result)})
+    figures = {"lds.png": lds_figure(result)}
+    if len(truth.counterfactuals):
+        figures["leave-k-out.png"] = leave_k_out_figure(truth, query_ids)
+    if len(truth.retrained("group", query_ids).kept):
+        figures["shares.png"] = reliability_figure(truth, methods, query_ids)
+    for name, figure in figures.items():
+        with atomic_path(folder / name) as temporary:
+            figure.savefig(temporary, dpi=150)
+
+
+def run_truth(method: str, truth_dir: Path, out: Path, *, split: str = "test") -> dict[str, Any]:
+    """Evaluate one method against a ground truth, with chance beside it; writes `out`, returns what metrics.json gains.
+
+    Args:
+        method: an attributor (folder or Hub id), a score table folder, or a score function 'MODULE:FUNCTION'.
+        truth_dir: the ground truth folder.
+        out: where metrics.json and the figures go.
+        split: 'test' or 'validation'.
+
+    Raises:
+        ArtifactMismatchError: the method belongs to another corpus.
+    """
+    truth = GroundTruth(truth_dir)
+    query_ids = truth.of_split(split)
+    seconds = {}
+    if (Path(method) / "manifest.json").exists() and open_stage(Path(method), "scores"):
+        scores = table_scores(Path(method), truth, query_ids)
+    else:
+        score = score_function(method) if ":" in method else attributor_scores(method, truth)
+        scores, seconds[method] = score_queries(score, truth, query_ids)
+    methods = {method: scores, "random": np.random.default_rng(0).random(scores.shape)}
+    result = {
+        "truth": truth.manifest["fingerprint"],
+        "split": split,
+        **compare_with_truth(methods, truth, query_ids, seconds=seconds, pairs=[(method, "random")]),
+    }
+    write_truth_report(out, result, truth, {method: scores}, query_ids)
+    return result

@@ -57,6 +57,29 @@ def top_k_overlap(first: np.ndarray, second: np.ndarray, k: int) -> float:
     return len(set(np.argsort(-first, kind="stable")[:k]) & set(np.argsort(-second, kind="stable")[:k])) / k
 
 
+def ndcg(scores: np.ndarray, relevance: np.ndarray, *, k: int | None = None) -> float:
+    """Normalised discounted cumulative gain: the discounted relevance of a ranking over that of the best one.
+
+    Args:
+        scores: (N,) higher = ranked earlier; equal scores are ranked pessimistically, less relevant first.
+        relevance: (N,) not negative; a training image's is e.g. max(influence, 0).
+        k: only the first k places count; None counts all.
+
+    Raises:
+        InputError: a relevance is negative, none is positive, or k is out of range.
+
+    Source: Järvelin and Kekäläinen, ACM TOIS 20 (2002), with linear gain and the discount 1 / log2(place + 1).
+    """
+    if (relevance < 0).any() or not (relevance > 0).any():
+        raise InputError("relevance must not be negative, and somewhere positive.")
+    k = len(scores) if k is None else k
+    if not 1 <= k <= len(scores):
+        raise InputError(f"k must be between 1 and {len(scores)}, got {k}")
+    discount = 1 / np.log2(np.arange(k) + 2)
+    gained = relevance[np.lexsort((relevance, -scores))][:k] @ discount
+    return float(gained / (np.sort(relevance)[::-1][:k] @ discount))
+
+
 def standard_error(values: np.ndarray) -> float:
     """Standard error of the mean of (Q,) values; 0 for a single one."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, ndcg_score
 
 from fastattr.candidates import choose_candidates
 from fastattr.distill import DistillConfig, load_student, save_student, targets_of, train_student
 from fastattr.errors import ArtifactDamagedError, InputError, NonFiniteError
 from fastattr.index import build_index, load_index, save_index, search
-from fastattr.metrics import average_precision, paired_bootstrap, spearman, teacher_average_precision, top_k_overlap
+from fastattr.metrics import average_precision, ndcg, paired_bootstrap, spearman, teacher_average_precision, top_k_overlap
 from fastattr.scores import ScoredQuery, ranks_of
 from fastattr.student import Student, StudentConfig, embed
 from fastattr.training import TrainingConfig
@@ -68,6 +68,30 @@ def test_metrics_are_highest_for_the_teachers_own_ranking_and_lowest_reversed():
     assert teacher_average_precision(-teacher, teacher, positives=5) < 0.2
     assert spearman(-teacher, teacher) == pytest.approx(-1)
     assert top_k_overlap(-teacher, teacher, 5) == 0
+
+
+@pytest.mark.parametrize("k", [None, 7])
+def test_ndcg_equals_scikit_learn(k: int | None):
+    """An independent implementation, whole and cut off."""
+    rng = np.random.default_rng(12)
+    for _ in range(20):
+        scores, relevance = rng.random(40), rng.random(40) * (rng.random(40) < 0.4)
+        assert ndcg(scores, relevance, k=k) == pytest.approx(ndcg_score(relevance[None], scores[None], k=k))
+
+
+def test_ndcg_of_a_hand_computed_ranking():
+    """Relevances 1, 3 in that order: (1 / log2(2) + 3 / log2(3)) over (3 / log2(2) + 1 / log2(3))."""
+    found = ndcg(np.array([2.0, 1.0]), np.array([1.0, 3.0]))
+    assert found == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
+    assert ndcg(np.zeros(2), np.array([1.0, 3.0])) == found  # equal scores are placed worst
+
+
+def test_ndcg_refuses_what_has_no_gain():
+    """A division by zero would become NaN in a mean."""
+    with pytest.raises(InputError, match="somewhere positive"):
+        ndcg(np.arange(3.0), np.zeros(3))
+    with pytest.raises(InputError, match="k must be between 1 and 3"):
+        ndcg(np.arange(3.0), np.ones(3), k=4)
 
 
 def test_paired_bootstrap_sees_a_constant_gain_and_no_gain():
