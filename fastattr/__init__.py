@@ -8,11 +8,17 @@ from fastattr.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
     ArtifactNotFoundError,
+    EncoderMismatchError,
     FastattrError,
+    FormatVersionError,
+    HubError,
+    IncompleteDownloadError,
     InputError,
     MissingExtraError,
+    MissingFileError,
     NonFiniteError,
     QueriesFailedError,
+    RevisionNotFoundError,
 )
 
 if TYPE_CHECKING:
@@ -26,13 +32,19 @@ __all__ = [
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
     "Attribution",
+    "EncoderMismatchError",
     "FastAttributor",
     "FastattrError",
+    "FormatVersionError",
     "Generator",
+    "HubError",
+    "IncompleteDownloadError",
     "InputError",
     "MissingExtraError",
+    "MissingFileError",
     "NonFiniteError",
     "QueriesFailedError",
+    "RevisionNotFoundError",
 ]
 
 

@@ -2,7 +2,8 @@
 
 `FastAttributor` holds encoders, student, index and catalogue; `Attribution` is the answer to one query.
 An attributor folder holds config.json (shape, encoders, fingerprints, SHA-256 of every other file),
-model.safetensors, index.faiss, catalog.parquet, metrics.json and, where it brings its own, encoder/.
+model.safetensors, index.faiss (or its shards), catalog.parquet, thumbnails.parquet, metrics.json and, where it brings
+its own, encoder/.
 """
 
 from __future__ import annotations
@@ -10,32 +11,35 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from fastattr.artifacts import atomic_path, open_stage, read_json, sha256_file, write_json
+from fastattr.artifacts import atomic_path, fingerprint, open_stage, read_json, sha256_file, write_json
 from fastattr.corpus import Corpus, load_rgb, to_rgb
 from fastattr.distill import load_student, save_student
-from fastattr.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, InputError
+from fastattr.errors import ArtifactDamagedError, EncoderMismatchError, FormatVersionError, InputError, MissingFileError
 from fastattr.features import Encoder, folders, open_encoder, read_features
-from fastattr.hub import locate
-from fastattr.index import IndexConfig, build_index, load_index, save_index, search
+from fastattr.hub import commit_of, locate, split_revision
+from fastattr.index import IndexConfig, Searchable, Shards, load_index, save_index, search, split_index
 from fastattr.student import Student, StudentConfig, embed
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import torch
     from matplotlib.figure import Figure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 keeps the thumbnails apart from the catalogue, and may split the index; 1 is read, too."""
 CATALOG_COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
 THUMBNAIL_SIDE = 48
 """Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
@@ -75,6 +79,8 @@ class Attribution:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a training image, most influential first."""
+        import pandas as pd
+
         return pd.DataFrame([asdict(result) for result in self.results])
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +114,8 @@ class Attribution:
         """
         if by not in {"creator", "license", "source"}:
             raise InputError(f"shares can be taken by creator, license or source, not by {by!r}")
+        import pandas as pd
+
         table = pd.DataFrame({by: [getattr(result, by) for result in self.results], "share": self._weights, "images": 1})
         grouped = table.groupby(by, as_index=False).sum()
         grouped["share"] /= grouped["share"].sum()
@@ -117,8 +125,10 @@ class Attribution:
         """Small RGB picture of one of the results.
 
         Raises:
-            InputError: it is none of them.
+            InputError: it is none of them, or the attributor was loaded without thumbnails.
         """
+        if self.results and not self._thumbnails:
+            raise InputError("the attributor has no thumbnails, or was loaded with thumbnails=False.")
         if image_id not in self._thumbnails:
             raise InputError(f"{image_id!r} is not among the {len(self.results)} results of this attribution.")
         return load_rgb(self._thumbnails[image_id])
@@ -147,7 +157,7 @@ class FastAttributor:
         config: dict[str, Any],
         encoders: Sequence[Encoder],
         student: Student,
-        index: faiss.Index,
+        index: Searchable,
         catalog: pa.Table,
         metrics: dict[str, Any],
         folder: Path,
@@ -157,7 +167,7 @@ class FastAttributor:
         self.config = config
         self.name = name
         self.catalog = catalog
-        """(N rows) image_id, caption, creator, license, source, url, group, subgroup, family, thumbnail (WebP)."""
+        """(N rows) image_id, caption, creator, license, source, url, group, subgroup, family; thumbnail (WebP) if loaded."""
         self.metrics = metrics
         self._encoders, self._student, self._index, self._folder = list(encoders), student, index, folder
 
@@ -170,46 +180,68 @@ class FastAttributor:
         cache_dir: str | Path | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device: str | None = None,
+        dtype: torch.dtype | None = None,
+        thumbnails: bool = True,
+        shards: Sequence[int] | None = None,
     ) -> FastAttributor:
-        """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name'.
+        """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
 
         Args:
             name_or_path: which one.
             revision: branch, tag or commit on the Hub.
             cache_dir: where the Hub client keeps downloads.
-            token: Hub access token.
+            token: Hub access token; None takes the stored one.
             local_files_only: take the cached copy, ask no network.
+            force_download: fetch again what the cache holds.
             device: where the feature encoders run; None takes CUDA if there is one.
+            dtype: of the feature encoders; None is float32.
+            thumbnails: whether to fetch and load the training images' thumbnails.
+            shards: which shards of the index to fetch and search, counted from 0; None takes all.
 
         Raises:
-            ArtifactNotFoundError: there is no such model, or a file of it is missing.
+            ArtifactNotFoundError: there is no such model (RevisionNotFoundError: no such revision of it;
+                MissingFileError: a file of it is missing; IncompleteDownloadError: the cache holds a part of it only).
             ArtifactDamagedError: a file's checksum is not that of config.json.
-            ArtifactMismatchError: it was written by a newer fastattr, or its encoders have other weights.
+            FormatVersionError: it was written by a newer fastattr.
+            EncoderMismatchError: its feature encoders have other weights than those the student was trained on.
+            HubError: the Hub refuses, or can't be reached.
+            InputError: there is no such shard.
         """
         import torch
 
         folder, config = _open_folder(
-            name_or_path, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            name_or_path,
+            lambda config: _files(config, thumbnails=thumbnails, shards=shards),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
         )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoders = [
-            open_encoder(specification, folder=folder, captions=config["captions"], device=device)
+            open_encoder(specification, folder=folder, captions=config["captions"], device=device, dtype=dtype or torch.float32)
             for specification in config["encoders"]
         ]
         found = [encoder.fingerprint for encoder in encoders]
         if found != config["encoder_fingerprints"]:
-            raise ArtifactMismatchError(
-                f"{folder} needs encoders with fingerprints {config['encoder_fingerprints']}, those loaded have {found}. "
-                "Install the revision of the encoders that the attributor's card names."
+            raise EncoderMismatchError(
+                f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, those "
+                f"loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the attributor "
+                "that was trained on these."
             )
-        shape = StudentConfig(embed_dim=config["student"]["embed_dim"], hidden=tuple(config["student"]["hidden"]))
+        shape = StudentConfig(**{**config["student"], "hidden": tuple(config["student"]["hidden"])})
+        catalog = pq.read_table(folder / "catalog.parquet")
+        if thumbnails and "thumbnails.parquet" in config["sha256"]:
+            catalog = _with_thumbnails(catalog, pq.read_table(folder / "thumbnails.parquet"))
         return cls(
             config=config,
             encoders=encoders,
             student=load_student(folder / "model.safetensors", feature_dim=config["feature_dim"], config=shape),
-            index=load_index(folder / "index.faiss", sha256=config["sha256"]["index.faiss"]),
-            catalog=pq.read_table(folder / "catalog.parquet"),
+            index=_load_shards(folder, config, shards),
+            catalog=catalog,
             metrics=read_json(folder / "metrics.json"),
             folder=folder,
             name=str(name_or_path),
@@ -249,12 +281,34 @@ class FastAttributor:
                 raise InputError("the prompt is empty; give the prompt that the image was made from.")
         if not 1 <= k <= len(self):
             raise InputError(f"top-k must be between 1 and {len(self)} (the images in the corpus), got {k}.")
+        if not self._encoders:
+            raise InputError(f"{self.name} has no feature encoders; give features to `attribute_features` instead.")
         started = time.perf_counter()
         features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in self._encoders], axis=1)
-        encoded = time.perf_counter()
+        return self._search(features, prompts, k, {"features": time.perf_counter() - started})
+
+    def attribute_features(self, features: np.ndarray, prompts: Sequence[str], k: int = 20) -> list[Attribution]:
+        """Name the k training images that influenced each of Q images most, from features computed elsewhere.
+
+        Args:
+            features: (Q, F) finite, the encoders' outputs side by side, as the student was trained on.
+            prompts: Q prompts, kept in the answers.
+            k: how many training images, 1 to the size of the corpus.
+
+        Raises:
+            InputError: the features have another shape or are not finite, or k is out of range.
+        """
+        width = self.config["feature_dim"]
+        if features.ndim != 2 or features.shape[1] != width or len(features) != len(prompts):
+            raise InputError(f"features must be ({len(prompts)}, {width}), one row a prompt, got {features.shape}.")
+        if not np.isfinite(features).all():
+            raise InputError("features must be finite; some are NaN or infinite.")
+        return self._search(features, prompts, k, {})
+
+    def _search(self, features: np.ndarray, prompts: Sequence[str], k: int, seconds: dict[str, float]) -> list[Attribution]:
+        started = time.perf_counter()
         rows, similarities = search(self._index, embed(self._student, features), k)
-        searched = time.perf_counter()
-        seconds = {"features": encoded - started, "search": searched - encoded}
+        seconds = {**seconds, "search": time.perf_counter() - started}
         return [
             self._attribution(text, own_rows, own_similarities, seconds)
             for text, own_rows, own_similarities in zip(prompts, rows, similarities, strict=True)
@@ -277,9 +331,9 @@ class FastAttributor:
             "corpus_fingerprint": self.config["corpus_fingerprint"],
             "generator_fingerprint": self.config["generator_fingerprint"],
             "model_sha256": self.config["sha256"]["model.safetensors"],
-            "index_sha256": self.config["sha256"]["index.faiss"],
+            "index_sha256": _index_sha256(self.config),
         }
-        thumbnails = {record["image_id"]: record["thumbnail"] for record in records}
+        thumbnails = {record["image_id"]: record["thumbnail"] for record in records if "thumbnail" in record}
         return Attribution(results, prompt, dict(seconds), model, [], weights, thumbnails)
 
     def info(self) -> dict[str, Any]:
@@ -291,11 +345,67 @@ class FastAttributor:
         target = Path(folder)
         if target.resolve() == self._folder.resolve():
             return
+        absent = [file for file in self.config["sha256"] if not (self._folder / file).exists()]
+        if absent:
+            raise MissingFileError(
+                f"{self.name} was loaded without {', '.join(absent)}; load it whole (thumbnails=True, shards=None) to save it."
+            )
         with atomic_path(target) as temporary:
             temporary.mkdir(parents=True)
             for file in ["config.json", *self.config["sha256"]]:
                 (temporary / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._folder / file, temporary / file)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        tag: str | None = None,
+        generator: str | None = None,
+        scores: str | None = None,
+    ) -> str:
+        """Push the attributor with a card made from its metrics to a model repository, which is created if need be.
+
+        Args:
+            repo_id: 'org/name'.
+            private: of a repository that is created; None leaves it to the account.
+            token: Hub access token; None takes the stored one.
+            revision: branch, created if need be; None is 'main'.
+            create_pr: open a pull request instead of committing.
+            commit_message: None says what is pushed.
+            tag: name for the commit.
+            generator: Hub id of the generator that it belongs to, for the card.
+            scores: Hub id of the score table that it was distilled from, for the card.
+
+        Returns:
+            URL of the commit (or pull request); of the commit that is there, if nothing has changed.
+
+        Raises:
+            HubError: the Hub refuses, or can't be reached.
+            InputError: `repo_id` is none, or the tag names other contents.
+            MissingFileError: the attributor was loaded in part only.
+        """
+        from fastattr.publish import push_attributor
+
+        with tempfile.TemporaryDirectory() as name:
+            self.save_pretrained(Path(name) / "attributor")
+            return push_attributor(
+                Path(name) / "attributor",
+                repo_id,
+                generator=generator,
+                scores=scores,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                message=commit_message,
+                tag=tag,
+            ).url
 
 
 def read_info(name_or_path: str | Path) -> dict[str, Any]:
@@ -304,27 +414,91 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         As `FastAttributor.from_pretrained`.
     """
-    folder, config = _open_folder(name_or_path)
+    folder, config = _open_folder(name_or_path, lambda _: ["catalog.parquet", "metrics.json"])
     return _describe(str(name_or_path), config, pq.read_table(folder / "catalog.parquet"), read_json(folder / "metrics.json"))
 
 
-def _open_folder(name_or_path: str | Path, **where: Any) -> tuple[Path, dict[str, Any]]:
-    """An attributor's folder and its config.json, once every file's checksum has been compared."""
-    folder = locate(name_or_path, "attributor", **where)
+def _open_folder(
+    name_or_path: str | Path, files: Callable[[dict[str, Any]], list[str]], *, revision: str | None = None, **where: Any
+) -> tuple[Path, dict[str, Any]]:
+    """An attributor's folder and its config.json, once the checksums of the files that are asked for have been compared."""
+    name, revision = split_revision(name_or_path, revision)
+    folder = locate(name, "attributor", files=["config.json"], revision=revision, **where)
+    config = _read_config(folder)
+    wanted = files(config)
+    # The rest comes from the commit that config.json came from, even if another has been pushed since.
+    folder = locate(name, "attributor", files=wanted, revision=commit_of(folder) or revision, **where)
+    for file in wanted:
+        if not (folder / file).exists():
+            raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
+        if file.endswith(".faiss"):
+            continue  # `load_index` does it, right before FAISS reads it
+        if sha256_file(folder / file) != config["sha256"].get(file):
+            raise ArtifactDamagedError(
+                f"{folder / file} is not the file of config.json (SHA-256 differs); fetch it again with force_download=True."
+            )
+    return folder, config
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """An attributor's config.json, checked as far as everything else relies on it."""
+    if not (folder / "config.json").exists():
+        raise MissingFileError(f"{folder} has no config.json; it is no attributor, or an incomplete one.")
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or "format_version" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
         raise ArtifactDamagedError(f"{folder / 'config.json'} is not an attributor's; fetch the attributor again.")
     if config["format_version"] > FORMAT_VERSION:
-        raise ArtifactMismatchError(
+        raise FormatVersionError(
             f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}; "
-            "upgrade fastattr."
+            "upgrade fastattr (`pip install -U fastattr`), or take an earlier revision of the attributor."
         )
-    for file, expected in config["sha256"].items():
-        if not (folder / file).exists():
-            raise ArtifactNotFoundError(f"{folder / file} does not exist; fetch or build the attributor again.")
-        if sha256_file(folder / file) != expected:
-            raise ArtifactDamagedError(f"{folder / file} is not the file of config.json (SHA-256 differs); fetch it again.")
-    return folder, config
+    for file in config.get("sha256", {}):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ArtifactDamagedError(f"{folder / 'config.json'} names {file!r}, outside its folder; do not use it.")
+    return config
+
+
+def _shards(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files of the index with their first rows."""
+    shards: list[dict[str, Any]] = config.get("index_shards", [{"file": "index.faiss", "first_row": 0}])
+    return shards
+
+
+def _files(config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None) -> list[str]:
+    """The files of an attributor that `from_pretrained` needs."""
+    index = [shard["file"] for shard in _shards(config)]
+    unknown = [number for number in shards or [] if not 0 <= number < len(index)]
+    if unknown or (shards is not None and not shards):
+        raise InputError(f"the index has the shards 0 to {len(index) - 1}, got {list(shards or [])}.")
+    left_out = {file for number, file in enumerate(index) if shards is not None and number not in shards}
+    if not thumbnails:
+        left_out.add("thumbnails.parquet")
+    return [file for file in config["sha256"] if file not in left_out]
+
+
+def _load_shards(folder: Path, config: dict[str, Any], numbers: Sequence[int] | None) -> Searchable:
+    """The index, or the shards of it that are asked for."""
+    shards = _shards(config)
+    chosen = [shards[number] for number in (range(len(shards)) if numbers is None else sorted(set(numbers)))]
+    loaded = [
+        (load_index(folder / shard["file"], sha256=config["sha256"][shard["file"]]), int(shard["first_row"]))
+        for shard in chosen
+    ]
+    whole: Searchable = loaded[0][0] if len(shards) == 1 else Shards(loaded)
+    return whole
+
+
+def _with_thumbnails(catalog: pa.Table, thumbnails: pa.Table) -> pa.Table:
+    """The catalogue with its images' thumbnails, matched by image id."""
+    if thumbnails["image_id"] != catalog["image_id"]:
+        raise ArtifactDamagedError("catalog.parquet and thumbnails.parquet list other images; fetch the attributor again.")
+    return catalog.append_column("thumbnail", thumbnails["thumbnail"])
+
+
+def _index_sha256(config: dict[str, Any]) -> str:
+    """Identifies the index: the checksum of its file, or of its shards' checksums."""
+    checksums = [config["sha256"][shard["file"]] for shard in _shards(config)]
+    return str(checksums[0]) if len(checksums) == 1 else fingerprint(checksums)
 
 
 def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -392,8 +566,6 @@ def build_attributor(
         captions: 'first' or 'mean', as the features were made.
         thumbnail_quality: of the WebP thumbnails, 1 to 100.
     """
-    from fastattr import __version__
-
     corpus = Corpus(run_dir / "corpus")
     manifest = open_stage(run_dir / "student", "student")
     shape = StudentConfig(**{**manifest["config"]["student"], "hidden": tuple(manifest["config"]["student"]["hidden"])})
@@ -403,33 +575,52 @@ def build_attributor(
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         save_student(student, temporary / "model.safetensors")
-        save_index(build_index(embed(student, features), config.factory), temporary / "index.faiss")
+        shards = save_shards(split_index(embed(student, features), config), temporary)
         catalog = {
             "image_id": corpus.image_ids,
             "caption": [captions[0] for captions in corpus.captions],
             **{column: corpus.column(column) for column in CATALOG_COLUMNS[2:]},
-            "thumbnail": [thumbnail_bytes(corpus.image(row), quality=thumbnail_quality) for row in range(len(corpus))],
         }
-        pq.write_table(pa.table(catalog), temporary / "catalog.parquet", compression="zstd", compression_level=12)
+        thumbnails = [thumbnail_bytes(corpus.image(row), quality=thumbnail_quality) for row in range(len(corpus))]
+        for name, table in (("catalog", catalog), ("thumbnails", {"image_id": corpus.image_ids, "thumbnail": thumbnails})):
+            pq.write_table(pa.table(table), temporary / f"{name}.parquet", compression="zstd", compression_level=12)
         write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
         opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
-        files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-        write_json(
-            temporary / "config.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "fastattr_version": __version__,
-                "encoders": list(encoders),
-                "encoder_fingerprints": [encoder.fingerprint for encoder in opened],
-                "captions": captions,
-                "feature_dim": manifest["feature_dim"],
-                "student": asdict(shape),
-                "index": config.factory,
-                "corpus_fingerprint": manifest["corpus_fingerprint"],
-                "generator_fingerprint": manifest["generator_fingerprint"],
-                "teacher": manifest["teacher"],
-                "sha256": {file: sha256_file(temporary / file) for file in files},
-            },
+        write_config(
+            temporary,
+            encoders=list(encoders),
+            encoder_fingerprints=[encoder.fingerprint for encoder in opened],
+            captions=captions,
+            feature_dim=manifest["feature_dim"],
+            student=asdict(shape),
+            index=config.factory,
+            index_shards=shards,
+            corpus_fingerprint=manifest["corpus_fingerprint"],
+            generator_fingerprint=manifest["generator_fingerprint"],
+            teacher=manifest["teacher"],
+            training_queries=manifest["training_queries"],
         )
+
+
+def save_shards(shards: Sequence[faiss.Index], folder: Path) -> list[dict[str, Any]]:
+    """Write the shards of an index; returns 'file', 'first_row' and 'rows' of each, for config.json."""
+    listed = []
+    first_row = 0
+    for number, shard in enumerate(shards):
+        file = "index.faiss" if len(shards) == 1 else f"index-{number:05d}-of-{len(shards):05d}.faiss"
+        save_index(shard, folder / file)
+        listed.append({"file": file, "first_row": first_row, "rows": shard.ntotal})
+        first_row += shard.ntotal
+    return listed
+
+
+def write_config(folder: Path, **settings: Any) -> None:
+    """Finish an attributor folder: write config.json with these settings and the checksums of all files there."""
+    from fastattr import __version__
+
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    checksums = {file: sha256_file(folder / file) for file in files}
+    versions = {"format_version": FORMAT_VERSION, "fastattr_version": __version__}
+    write_json(folder / "config.json", {**versions, **settings, "sha256": checksums})

@@ -18,12 +18,36 @@ class ArtifactNotFoundError(FastattrError, FileNotFoundError):
     """A folder, file or model name does not exist where it was looked for."""
 
 
+class MissingFileError(ArtifactNotFoundError):
+    """A folder or repository lacks a file that its own list of files names."""
+
+
+class RevisionNotFoundError(ArtifactNotFoundError):
+    """A Hub repository has no such branch, tag or commit; the text lists those it has."""
+
+
+class IncompleteDownloadError(ArtifactNotFoundError):
+    """Only a part of a repository is in the cache, and the rest can't be fetched now."""
+
+
 class ArtifactDamagedError(FastattrError):
     """A file's checksum or structure is not what its manifest says."""
 
 
 class ArtifactMismatchError(FastattrError):
     """Two artifacts that must belong together were made from different inputs."""
+
+
+class FormatVersionError(ArtifactMismatchError):
+    """A folder was written in a newer format than this fastattr reads."""
+
+
+class EncoderMismatchError(ArtifactMismatchError):
+    """The feature encoders that were loaded are not those that the student was trained on."""
+
+
+class HubError(FastattrError, OSError):
+    """The Hub refused a request or can't be reached; the text says which, and what to do."""
 
 
 class NonFiniteError(FastattrError, ArithmeticError):

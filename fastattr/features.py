@@ -5,8 +5,9 @@ ids.parquet and manifest.json. An encoder is named by a specification:
 
     open_clip-image:REF   open_clip-text:REF   transformers-image:REF
 
-where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id, a local folder, or the name of an
-embedded model ('emoji'). The text encoder reads the first caption (as the authors' code does) or averages all.
+where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id (for transformers also
+'org/name@revision'), a local folder, or the name of an embedded model ('emoji'). The text encoder reads the first
+caption (as the authors' code does) or averages all.
 Sources: arXiv:2511.10721, sec. 4 (image and text features, concatenated).
 """
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, require_same, write_manifest
 from fastattr.corpus import Corpus
 from fastattr.errors import InputError
-from fastattr.hub import ASSETS, embedded_models
+from fastattr.hub import ASSETS, embedded_models, split_revision
 
 
 class Encoder(Protocol):
@@ -63,7 +64,15 @@ class FeaturesConfig:
 class OpenClipEncoder:
     """The image tower or the text tower of a CLIP that open_clip loads."""
 
-    def __init__(self, reference: str, modality: str, *, captions: str = "first", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        reference: str,
+        modality: str,
+        *,
+        captions: str = "first",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Load it.
 
         Args:
@@ -71,23 +80,24 @@ class OpenClipEncoder:
             modality: 'image' or 'text'.
             captions: 'first' or 'mean'.
             device: where to run.
+            dtype: of weights and activations.
         """
         import open_clip
 
         self.specification = f"open_clip-{modality}:{reference}"
         name, pretrained = _open_clip_name(reference)
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
-        self._model = model.eval().requires_grad_(False)
+        self.fingerprint = _weights_fingerprint(model, f"{modality}/{captions}/{preprocess}")
+        self._model = model.eval().requires_grad_(False).to(dtype)
         self._preprocess = preprocess
         self._tokenizer = open_clip.get_tokenizer(name)
-        self._modality, self._captions, self._device = modality, captions, device
-        self.fingerprint = _weights_fingerprint(model, f"{modality}/{captions}/{preprocess}")
+        self._modality, self._captions, self._device, self._dtype = modality, captions, device, dtype
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
         if self._modality == "image":
-            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images]).to(self._device)
+            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images]).to(self._device, self._dtype)
             return _unit(self._model.encode_image(pixels))
         return encode_captions(captions, self._encode_texts, average=self._captions == "mean")
 
@@ -98,22 +108,24 @@ class OpenClipEncoder:
 class TransformersImageEncoder:
     """A vision model of transformers (DINO, DINOv2, SigLIP, ...): its class token or pooled output."""
 
-    def __init__(self, reference: str, *, device: str = "cpu") -> None:
-        """Load `reference`, a Hub id or a folder, with its own image processor."""
+    def __init__(self, reference: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own image processor."""
         from transformers import AutoImageProcessor, AutoModel
 
         self.specification = f"transformers-image:{reference}"
-        self._processor = AutoImageProcessor.from_pretrained(reference)
-        model = AutoModel.from_pretrained(reference, use_safetensors=True)
+        name, revision = split_revision(reference, None)
+        self._processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
+        model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True)
         model = getattr(model, "vision_model", model)  # of a two-tower model, the image half
-        self._model = model.eval().requires_grad_(False).to(device)
-        self._device = device
         self.fingerprint = _weights_fingerprint(model, str(self._processor.to_dict()))
+        self._model = model.eval().requires_grad_(False).to(device, dtype)
+        self._device, self._dtype = device, dtype
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
-        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt").to(self._device)
+        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        inputs = inputs.to(self._device, self._dtype)
         return _unit(self._model(**inputs).last_hidden_state[:, 0])
 
 
@@ -163,7 +175,14 @@ def _weights_fingerprint(model: torch.nn.Module, preprocessing: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_encoder(specification: str, *, folder: Path | None = None, captions: str = "first", device: str = "cpu") -> Encoder:
+def open_encoder(
+    specification: str,
+    *,
+    folder: Path | None = None,
+    captions: str = "first",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
     """Load the encoder that a specification names.
 
     Args:
@@ -171,6 +190,7 @@ def open_encoder(specification: str, *, folder: Path | None = None, captions: st
         folder: where a REF of 'encoder' is found (a run folder or an attributor's folder).
         captions: 'first' or 'mean', for text encoders.
         device: where to run.
+        dtype: of weights and activations; features are float32 in any case.
 
     Raises:
         InputError: the specification is not of a known form.
@@ -184,9 +204,9 @@ def open_encoder(specification: str, *, folder: Path | None = None, captions: st
         reference = str(ASSETS / reference / "attributor" / "encoder")
     encoder: Encoder
     if kind in {"open_clip-image", "open_clip-text"}:
-        encoder = OpenClipEncoder(reference, kind.removeprefix("open_clip-"), captions=captions, device=device)
+        encoder = OpenClipEncoder(reference, kind.removeprefix("open_clip-"), captions=captions, device=device, dtype=dtype)
     elif kind == "transformers-image":
-        encoder = TransformersImageEncoder(reference, device=device)
+        encoder = TransformersImageEncoder(reference, device=device, dtype=dtype)
     else:
         raise InputError(f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text or transformers-image.")
     encoder.specification = specification

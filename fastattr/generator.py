@@ -23,7 +23,7 @@ from torch import nn
 from fastattr.artifacts import fingerprint, read_json, sha256_file
 from fastattr.ekfac import Layer
 from fastattr.errors import ArtifactDamagedError, InputError
-from fastattr.hub import locate
+from fastattr.hub import PIPELINE_FILES, locate
 
 logger = logging.getLogger(__name__)
 
@@ -94,19 +94,30 @@ class Generator:
         cache_dir: str | Path | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Generator:
-        """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository.
+        """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository 'org/name[@revision]'.
+
+        The arguments are those of `FastAttributor.from_pretrained`.
 
         Raises:
             ArtifactNotFoundError: there is no such model.
+            HubError: the Hub refuses, or can't be reached.
             ArtifactDamagedError: its files cannot be loaded, or their checksums are not those of its manifest.
         """
         from diffusers import DiffusionPipeline
 
         folder = locate(
-            name_or_path, "generator", revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            name_or_path,
+            "generator",
+            files=PIPELINE_FILES,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
         )
         manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
         for file, expected in manifest.get("sha256", {}).items():
@@ -116,7 +127,7 @@ class Generator:
                 )
         try:
             with _quiet_diffusers():
-                pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+                pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         except Exception as error:  # diffusers raises many types for a damaged folder
             raise ArtifactDamagedError(f"{folder} cannot be loaded as a diffusers pipeline: {_first_line(error)}") from error
         if device is None:
@@ -130,7 +141,7 @@ class Generator:
         Raises:
             ArtifactNotFoundError: there is no such model.
         """
-        manifest = locate(name_or_path, "generator") / "manifest.json"
+        manifest = locate(name_or_path, "generator", files=["manifest.json"]) / "manifest.json"
         return DEFAULTS | (read_json(manifest).get("defaults", {}) if manifest.exists() else {})
 
     @property

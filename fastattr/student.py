@@ -25,6 +25,8 @@ class StudentConfig:
     """D, width of the embedding."""
     hidden: tuple[int, ...] = (512, 512)
     """Widths of the hidden layers."""
+    input_norm: bool = False
+    """Normalise each feature vector (layer norm, learned) before the network."""
 
     def __post_init__(self) -> None:
         if self.embed_dim < 1 or any(width < 1 for width in self.hidden):
@@ -36,6 +38,7 @@ class Student(nn.Module):
 
     def __init__(self, feature_dim: int, config: StudentConfig) -> None:
         super().__init__()
+        self.input_norm = nn.LayerNorm(feature_dim) if config.input_norm else nn.Identity()
         widths = [feature_dim, *config.hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -51,6 +54,7 @@ class Student(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F) -> (B, D) unit vectors."""
+        features = self.input_norm(features)
         return F.normalize(self.linear(features) + self.mlp(features), dim=-1)
 
     @torch.no_grad()

@@ -15,13 +15,19 @@ PUBLIC_NAMES = [
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
     "Attribution",
+    "EncoderMismatchError",
     "FastAttributor",
     "FastattrError",
+    "FormatVersionError",
     "Generator",
+    "HubError",
+    "IncompleteDownloadError",
     "InputError",
     "MissingExtraError",
+    "MissingFileError",
     "NonFiniteError",
     "QueriesFailedError",
+    "RevisionNotFoundError",
 ]
 
 
