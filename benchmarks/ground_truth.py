@@ -489,7 +489,10 @@ def regenerations(generator: Generator, queries: Queries, query_ids: Sequence[st
 
 
 def measure(bench: Bench, model: Model) -> None:
-    """Measure a trained model on validation and test queries; does nothing if it has been done."""
+    """Measure a trained model on the queries that it draws again, or, without any, on all validation and test queries.
+
+    Does nothing if it has been done.
+    """
     path = bench.folder(model) / "measured.json"
     config = bench.config
     training = read_json(bench.folder(model) / "training.json")
@@ -500,7 +503,9 @@ def measure(bench: Bench, model: Model) -> None:
         return
     started = time.monotonic()
     generator = bench.generator(model)
-    rows = [*bench.queries.of_split("validation"), *bench.queries.of_split("test")]
+    rows = [row for split in ("validation", "test") for row in bench.queries.of_split(split)]
+    if model.regenerate:
+        rows = [row for row in rows if bench.queries.query_ids[row] in model.regenerate]
     losses = query_losses(
         generator,
         bench.queries,

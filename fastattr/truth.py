@@ -230,8 +230,6 @@ class Retrained:
     """(M,)."""
     seeds: np.ndarray
     """(M,)."""
-    names: list[str]
-    """(M,) what was left out, for groups."""
 
     def seed_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the models that were trained on a subset with a first and with a second seed."""
@@ -322,7 +320,6 @@ class GroundTruth:
             losses.reshape(len(models), len(query_ids)),
             [model["subset"] for model in models],
             np.array([model["seed"] for model in models]),
-            [model["method"] for model in models],
         )
 
 

@@ -1,0 +1,781 @@
+"""The table of truth: every method and every null against emoji-bench's retrained models.
+
+    python benchmarks/truth.py [--quick]     the table, docs/truth.md and benchmarks/results/truth.json
+    python benchmarks/truth.py --sweep       choose settings on the validation queries: SETTINGS in the ground truth folder
+    python benchmarks/truth.py --exact       the exact teacher's scores of the test queries, kept in the ground truth folder
+    python benchmarks/truth.py --rankings    whom leave-K-out removes: RUN/rankings.parquet, for benchmarks/ground_truth.py
+
+The order for a new ground truth: ground_truth.py --only lds --only groups, --sweep, --exact, --rankings, ground_truth.py
+--only leave-k-out, and the table. Scores of test queries play no part in --sweep; students learn from training queries
+alone. Everything is computed with the generator that drew the queries; the null 'student_other_teacher' alone has
+another one's. Seconds a query are those of the query (its features or its own gradient, and the comparison with all
+images), without what is done once for all queries; for first-order scores, whose pass over the corpus serves all queries,
+each query bears its part of the pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ground_truth
+import machine
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from ground_truth import AUTOENCODER, BenchConfig, chosen_queries, prepare, removed_count
+from tqdm import tqdm
+
+from fastattr.artifacts import (
+    atomic_path,
+    fingerprint,
+    open_stage,
+    read_json,
+    require_same,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
+from fastattr.baselines import kernel_scores, similarity_scores
+from fastattr.config import read_config
+from fastattr.corpus import Corpus
+from fastattr.denoising import EncodedImages, image_losses
+from fastattr.distill import DistillConfig, train_student
+from fastattr.ekfac import Factors, Layer, fit_ekfac
+from fastattr.errors import FastattrError, InputError
+from fastattr.evaluate import compare_with_truth, table_scores, write_truth_report
+from fastattr.features import encode_all, open_encoder
+from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for
+from fastattr.gradient_features import Compression, GradientConfig, gradient_features
+from fastattr.linearised import flat_step, linearised_scores
+from fastattr.queries import Queries
+from fastattr.scores import ScoredQuery, write_shard
+from fastattr.student import embed
+from fastattr.teacher import TeacherConfig, factor_batches
+from fastattr.truth import GroundTruth, popularity
+from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
+
+DOCS = Path(__file__).parents[1] / "docs" / "truth.md"
+RESULTS = Path(__file__).parent / "results" / "truth.json"
+SETTINGS = "settings.json"
+"""In the ground truth folder: what --sweep chose, and all that it tried."""
+EXACT = "exact"
+"""In the ground truth folder: the exact teacher's score table of the test queries."""
+ENCODERS = {"image": "open_clip-image:emoji", "text": "open_clip-text:emoji"}
+DIFFUSION_TIMESTEPS = (100, 300, 500)
+"""Noise levels at which the denoiser's own features are taken."""
+SIMILARITIES = ("similarity_image", "similarity_text", "similarity_both", "diffusion_features")
+TEACHERS = ("abu_plus_exact", "abu_plus_linearised")
+LEAVE_K_OUT = ("similarity_both", "d_trak", "abu_plus_exact", "abu_plus_linearised", "student")
+PATTERNS = {"cross-attention k, v": CROSS_ATTENTION_KV, "cross-attention": r"attn2\.", "attention blocks": r"attentions\."}
+"""Weights to unlearn that --sweep tries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What --sweep chooses; the defaults are those of fastattr's teacher."""
+
+    pattern: str = CROSS_ATTENTION_KV
+    damping: float = 0.1
+    diagonal_damping: float = 0.1
+    query_draws: int = 256
+    """(timestep, noise) pairs of a query's gradient; training queries take a quarter."""
+    loss_draws: int = 8
+    """(timestep, noise) pairs of a training image's gradient or loss."""
+    rise: float = 0.02
+    """By how much the exact step raises the query's loss, to first order, as a part of it."""
+    trak_pattern: str = CROSS_ATTENTION_KV
+    trak_ridge: float = 0.1
+    d_trak_pattern: str = CROSS_ATTENTION_KV
+    d_trak_ridge: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is computed."""
+
+    factor_examples: int = 4096
+    exact_draws: int = 4
+    """(timestep, noise) pairs of a training image's loss under the exact teacher."""
+    sketch: int = 4096
+    """Width of TRAK's and D-TRAK's projected gradients."""
+    train_queries: int = 300
+    """Of which the students learn."""
+    test_queries: int = 1000
+    """At most; all there are."""
+    swept_exact_queries: int = 12
+    """Validation queries on which the exact step's size is chosen."""
+    student: DistillConfig = field(default_factory=DistillConfig)
+    resamples: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+
+
+QUICK = Sizes(factor_examples=512, sketch=1024, train_queries=40, test_queries=24, resamples=200)
+
+
+def open_generator(folder: Path, autoencoder_sha256: str) -> Generator:
+    """A generator of a ground truth folder, with the embedded emoji model's autoencoder.
+
+    Raises:
+        ArtifactMismatchError: that is another autoencoder than the ground truth was made with.
+    """
+    require_same(
+        "the embedded autoencoder",
+        sha256_file(AUTOENCODER / "diffusion_pytorch_model.safetensors"),
+        autoencoder_sha256,
+        "The ground truth was made with another one; make it again, or use the fastattr that it was made with.",
+    )
+    autoencoder = AutoencoderKL.from_pretrained(AUTOENCODER)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, vae=autoencoder, local_files_only=True)
+    return Generator(pipeline.to(dtype=torch.float32), name=folder.name)
+
+
+class Lab:
+    """One generator's view of the corpus and of some queries, and what gradient methods make of it."""
+
+    def __init__(self, generator: Generator, corpus: EncodedImages, sizes: Sizes) -> None:
+        self.generator, self.corpus, self.sizes = generator, corpus, sizes
+        self._factors: dict[tuple[str, bool], Factors] = {}
+
+    @classmethod
+    def open(cls, folder: Path, truth: GroundTruth, corpus: Corpus, latents: torch.Tensor, sizes: Sizes) -> Lab:
+        """Of the generator in `folder`."""
+        generator = open_generator(folder, truth.manifest["inputs"]["autoencoder"])
+        conditioning = _in_batches(generator.encode_prompt, [captions[0] for captions in corpus.captions])
+        return cls(generator, EncodedImages(corpus.image_ids, latents[:, None], conditioning, _one_each(len(corpus))), sizes)
+
+    def queries(self, truth: GroundTruth, query_ids: Sequence[str]) -> EncodedImages:
+        """Queries, encoded as training images are."""
+        latents = _in_batches(self.generator.encode_image, [truth.image(query_id) for query_id in query_ids])
+        conditioning = _in_batches(self.generator.encode_prompt, [truth.prompt(query_id) for query_id in query_ids])
+        return EncodedImages(list(query_ids), latents[:, None], conditioning, _one_each(len(query_ids)))
+
+    def layers(self, pattern: str) -> dict[str, Layer]:
+        """Those that match, and they alone ready for gradients."""
+        self.generator.pipeline.unet.requires_grad_(False)
+        found = self.generator.modules_to_unlearn(pattern)
+        for layer in found.values():
+            layer.weight.requires_grad_(True)
+        return found
+
+    def factors(self, pattern: str, *, diagonal: bool = False) -> Factors:
+        """Curvature of these layers, fitted once."""
+        key = (pattern, diagonal)
+        if key not in self._factors:
+            config = TeacherConfig(
+                pattern=pattern,
+                factor_examples=self.sizes.factor_examples,
+                batch_size=self.sizes.batch_size,
+                seed=self.sizes.seed,
+            )
+            batches = factor_batches(self.generator, self.corpus, config)
+            self._factors[key] = fit_ekfac(self.layers(pattern), batches, diagonal=diagonal)
+        return self._factors[key]
+
+    def gradients(self, queries: EncodedImages, pattern: str, draws: int) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+        """Each query's mean gradient by layer, and its loss."""
+        layers = self.layers(pattern)
+        for row, query_id in enumerate(tqdm(queries.image_ids, desc="query gradients", unit="query")):
+            yield query_gradient(
+                self.generator,
+                layers,
+                queries.latents[row],
+                queries.conditioning[row : row + 1],
+                query_id=query_id,
+                draws=draws,
+                batch_size=self.sizes.batch_size,
+                seed=self.sizes.seed,
+                antithetic=True,
+            )
+
+    def first_order(self, pattern: str, steps: Sequence[np.ndarray], draws: int) -> list[np.ndarray]:
+        """Each (Q, P) array of steps -> (Q, N) loss changes to first order, all in one backward pass over the corpus."""
+        rows = np.arange(len(self.corpus.image_ids))
+        parts = []
+        stacked = torch.from_numpy(np.concatenate(steps))
+        for part in tqdm(np.array_split(rows, max(1, len(rows) // 64)), desc="corpus gradients", unit="part"):
+            parts.append(
+                linearised_scores(
+                    self.generator,
+                    self.layers(pattern),
+                    self.corpus,
+                    part,
+                    stacked,
+                    draws=draws,
+                    batch_size=self.sizes.batch_size,
+                    seed=self.sizes.seed,
+                )
+            )
+        return np.split(np.concatenate(parts, axis=1), np.cumsum([len(one) for one in steps])[:-1])
+
+    def exact(self, queries: EncodedImages, settings: Settings) -> Iterator[np.ndarray]:
+        """Each query's (N,) exact scores: losses after the unlearning step less losses before it."""
+        factors = self.factors(settings.pattern)
+        rows = np.arange(len(self.corpus.image_ids))
+
+        def losses() -> np.ndarray:
+            return image_losses(
+                self.generator,
+                self.corpus,
+                rows,
+                draws=self.sizes.exact_draws,
+                batch_size=2 * self.sizes.batch_size,
+                seed=self.sizes.seed,
+            )
+
+        before = losses()
+        for gradients, loss in self.gradients(queries, settings.pattern, settings.query_draws):
+            step, _ = unlearning_step(
+                gradients, factors, damping=settings.damping, loss=loss, rise=settings.rise, step_size=None
+            )
+            with unlearned(self.layers(settings.pattern), step):
+                yield influence_scores(before, losses())
+
+    def projected(self, images: EncodedImages, pattern: str, output: str, draws: int) -> np.ndarray:
+        """(N, k) projected gradients of an output function, for TRAK ('loss') and D-TRAK ('squared_norm')."""
+        layers = self.layers(pattern)
+        config = GradientConfig(
+            output=output,
+            whiten=False,
+            width=self.sizes.sketch,
+            draws=draws,
+            batch_size=self.sizes.batch_size,
+            seed=self.sizes.seed,
+        )
+        compression = Compression(layers, config)
+        parts = np.array_split(np.arange(len(images.image_ids)), max(1, len(images.image_ids) // 64))
+        bar = tqdm(parts, desc=f"projected gradients of {output}", unit="part")
+        return np.concatenate([gradient_features(self.generator, layers, images, part, compression, config) for part in bar])
+
+    @torch.no_grad()
+    def diffusion_features(self, images: EncodedImages) -> np.ndarray:
+        """(N, F) activations of the U-Net's middle block at three noise levels, side by side."""
+        kept: list[torch.Tensor] = []
+        unet = self.generator.pipeline.unet
+        handle = unet.mid_block.register_forward_hook(lambda *call: kept.append(call[2].flatten(1)))
+        features = []
+        try:
+            for start in range(0, len(images.image_ids), self.sizes.batch_size):
+                part = slice(start, start + self.sizes.batch_size)
+                ids = list(images.image_ids[part])
+                kept.clear()
+                for draw, timestep in enumerate(DIFFUSION_TIMESTEPS):
+                    noise = noise_for(ids, [draw] * len(ids), seed=self.sizes.seed, shape=self.generator.latent_shape)
+                    timesteps = torch.full((len(ids),), timestep)
+                    self.generator.training_loss(images.latents[part, 0], images.conditioning[part], timesteps, noise)
+                features.append(torch.cat(kept, dim=1).numpy())
+        finally:
+            handle.remove()
+        return np.concatenate(features)
+
+
+def _in_batches(encode: Any, items: Sequence[Any]) -> torch.Tensor:
+    return torch.cat([encode(items[start : start + 128]) for start in range(0, len(items), 128)])
+
+
+def _one_each(count: int) -> np.ndarray:
+    """`first_caption` of images with one caption each."""
+    return np.arange(count + 1)
+
+
+def natural_steps(
+    gradients: Sequence[Mapping[str, torch.Tensor]], factors: Factors | None, damping: float, layers: Sequence[str]
+) -> np.ndarray:
+    """(Q, P) preconditioned gradients, flat; without factors the gradients themselves."""
+    natural = [factors.precondition(one, damping=damping) if factors else one for one in gradients]
+    return np.stack([flat_step(one, layers) for one in natural])
+
+
+class Timed:
+    """Seconds a query, by method."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, queries: int, *methods: str) -> Iterator[None]:
+        """Add the time spent inside, divided by the number of queries, to each of these methods."""
+        started = time.perf_counter()
+        yield
+        spent = (time.perf_counter() - started) / queries
+        for name in methods:
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+@dataclass(frozen=True)
+class Data:
+    """Ground truth, corpus and the generator that drew the queries, opened."""
+
+    truth: GroundTruth
+    config: BenchConfig
+    run_dir: Path
+    corpus: Corpus
+    latents: torch.Tensor
+    lab: Lab
+
+    def images(self) -> dict[str, np.ndarray]:
+        """(N, F) frozen features of the training images, by encoder."""
+        captions = self.corpus.captions
+        return {name: _encode(name, self.corpus.image, captions) for name in ENCODERS}
+
+    def queries(self, query_ids: Sequence[str], name: str) -> np.ndarray:
+        """(Q, F) frozen features of queries by one encoder."""
+        prompts = [[self.truth.prompt(query_id)] for query_id in query_ids]
+        return _encode(name, lambda row: self.truth.image(query_ids[row]), prompts)
+
+
+def _encode(name: str, images: Any, captions: Sequence[Sequence[str]]) -> np.ndarray:
+    encoder = open_encoder(ENCODERS[name])
+    return encode_all(encoder, images, captions, batch_size=128, description=f"{name} features").astype(np.float32)
+
+
+def open_data(truth_dir: Path, run_dir: Path, config: BenchConfig, sizes: Sizes, source: Path | None) -> Data:
+    """Open everything; the corpus is taken from RUN or built there."""
+    truth = GroundTruth(truth_dir)
+    bench = prepare(config, run_dir, source)
+    require_same(
+        f"the corpus of {run_dir}",
+        bench.corpus.fingerprint,
+        truth.corpus_fingerprint,
+        f"The ground truth {truth_dir} belongs to another corpus; give another run folder.",
+    )
+    lab = Lab.open(truth.folder / "generator", truth, bench.corpus, bench.latents, sizes)
+    require_same(
+        "the generator of the ground truth",
+        lab.generator.fingerprint,
+        truth.queries["generator"][0].as_py(),
+        "It did not draw the queries; make the ground truth again.",
+    )
+    return Data(truth, config, run_dir, bench.corpus, bench.latents, lab)
+
+
+def read_settings(truth: GroundTruth) -> Settings:
+    """What --sweep chose.
+
+    Raises:
+        ArtifactNotFoundError: it has not run.
+    """
+    return Settings(**read_json(truth.folder / SETTINGS)["chosen"])
+
+
+def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
+    """Try settings on the validation queries alone, by residual LDS; returns the chosen ones and all that was tried."""
+    lab, truth = data.lab, data.truth
+    query_ids = truth.of_split("validation")
+    queries = lab.queries(truth, query_ids)
+    tried: list[dict[str, Any]] = []
+    chosen: dict[str, Any] = dataclasses.asdict(Settings())
+
+    def judge(scores: Mapping[str, np.ndarray], facts: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> dict[str, Any]:
+        """Keep all results; return the facts of the best."""
+        rows = compare_with_truth(scores, truth, ids, resamples=min(sizes.resamples, 500), seed=sizes.seed)["methods"]
+        keys = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high")
+        tried.extend({**facts[name], **{key: rows[name][key] for key in keys}, "queries": len(ids)} for name in scores)
+        return dict(facts[max(scores, key=lambda name: rows[name]["lds_residual"])])
+
+    found: dict[str, Any] = {}
+    scores: dict[str, np.ndarray] = {}
+    for weights, pattern in PATTERNS.items():
+        layers = list(lab.layers(pattern))
+        gradients = [one for one, _ in lab.gradients(queries, pattern, chosen["query_draws"])]
+        curvatures: list[tuple[str, Factors | None, float]] = [("none", None, 1.0)]
+        for name, factors in (("ekfac", lab.factors(pattern)), ("diagonal", lab.factors(pattern, diagonal=True))):
+            curvatures += [(name, factors, damping) for damping in (0.01, 0.1, 1.0, 10.0)]
+        steps = [natural_steps(gradients, factors, damping, layers) for _, factors, damping in curvatures]
+        swept = lab.first_order(pattern, steps, chosen["loss_draws"])
+        for (curvature, _, damping), of_setting in zip(curvatures, swept, strict=True):
+            name = f"{weights}/{curvature}/{damping}"
+            scores[name] = of_setting
+            found[name] = {"method": "first order", "weights": weights, "curvature": curvature, "damping": damping}
+    ekfac = {name: values for name, values in scores.items() if found[name]["curvature"] == "ekfac"}
+    best = judge(ekfac, found, query_ids)
+    chosen |= {"pattern": PATTERNS[best["weights"]], "damping": best["damping"]}
+    same = {name: values for name, values in scores.items() if found[name]["weights"] == best["weights"]}
+    diagonal = {name: values for name, values in same.items() if found[name]["curvature"] == "diagonal"}
+    chosen["diagonal_damping"] = judge(diagonal, found, query_ids)["damping"]
+    judge({name: values for name, values in scores.items() if found[name]["curvature"] == "none"}, found, query_ids)
+
+    pattern, layers = chosen["pattern"], list(lab.layers(chosen["pattern"]))
+    factors = lab.factors(pattern)
+    draws = (32, 64, 128, 256)
+    steps = [
+        natural_steps([one for one, _ in lab.gradients(queries, pattern, count)], factors, chosen["damping"], layers)
+        for count in draws
+    ]
+    scores, found = {}, {}
+    for loss_draws in (2, 4, 8, 16):
+        for count, values in zip(draws, lab.first_order(pattern, steps, loss_draws), strict=True):
+            name = f"{count}/{loss_draws}"
+            scores[name] = values
+            found[name] = {"method": "first order", "query_draws": count, "loss_draws": loss_draws}
+    best = judge(scores, found, query_ids)
+    chosen |= {"query_draws": best["query_draws"], "loss_draws": best["loss_draws"]}
+
+    few = query_ids[: sizes.swept_exact_queries]
+    some = lab.queries(truth, few)
+    scores, found = {}, {}
+    for rise in (0.005, 0.02, 0.1, 0.5):
+        name = f"{rise:.1%}"
+        scores[name] = np.stack(list(lab.exact(some, Settings(**{**chosen, "rise": rise}))))
+        found[name] = {"method": "exact", "rise": rise}
+    chosen["rise"] = judge(scores, found, few)["rise"]
+
+    for method, output in (("trak", "loss"), ("d_trak", "squared_norm")):
+        scores, found = {}, {}
+        for weights in ("cross-attention k, v", "attention blocks"):
+            own, theirs = (
+                lab.projected(images, PATTERNS[weights], output, count)
+                for images, count in ((queries, chosen["query_draws"]), (lab.corpus, chosen["loss_draws"]))
+            )
+            for ridge in (0.001, 0.01, 0.1, 1.0):
+                name = f"{weights}/{ridge}"
+                scores[name] = kernel_scores(own, theirs, ridge=ridge)
+                found[name] = {"method": method, "weights": weights, "ridge": ridge}
+        best = judge(scores, found, query_ids)
+        chosen |= {f"{method}_pattern": PATTERNS[best["weights"]], f"{method}_ridge": best["ridge"]}
+    return {"chosen": chosen, "tried": tried, "split": "validation", "seed": sizes.seed}
+
+
+def score_exactly(data: Data, sizes: Sizes, settings: Settings) -> None:
+    """Write the exact teacher's score table of the test queries into the ground truth folder; resumes query by query."""
+    truth, lab = data.truth, data.lab
+    folder = truth.folder / EXACT
+    query_ids = truth.of_split("test")
+    config = {"settings": settings, "draws": sizes.exact_draws, "factor_examples": sizes.factor_examples, "seed": sizes.seed}
+    inputs = {"ground_truth": truth.manifest["fingerprint"], "generator": lab.generator.fingerprint}
+    shards = data.run_dir / f"exact-{fingerprint([config, inputs])}"
+    missing = [query_id for query_id in query_ids if not (shards / f"{query_id}.parquet").exists()]
+    started = time.perf_counter()
+    if missing:
+        for query_id, scores in zip(missing, lab.exact(lab.queries(truth, missing), settings), strict=True):
+            nobody = np.zeros(len(scores), dtype=bool)
+            row = ScoredQuery(
+                query_id, truth.prompt(query_id), "test", truth.image_ids, _in_order(data, scores), nobody, settings.rise
+            )
+            write_shard(shards / f"{query_id}.parquet", [row], teacher="abu_plus_exact", config=fingerprint(config))
+    spent = time.perf_counter() - started
+    table = pa.concat_tables([pq.read_table(shards / f"{query_id}.parquet") for query_id in query_ids])
+    with atomic_path(folder / "test-00000.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    write_manifest(
+        folder,
+        stage="scores",
+        config=config,
+        inputs=inputs,
+        teacher="abu_plus_exact",
+        corpus_fingerprint=truth.corpus_fingerprint,
+        generator_fingerprint=lab.generator.fingerprint,
+        seconds_per_query=round(spent / max(1, len(missing)), 2),
+    )
+
+
+def _in_order(data: Data, scores: np.ndarray) -> np.ndarray:
+    """(..., N) scores in the corpus' order -> in the order of the ground truth's images."""
+    return scores[..., data.corpus.rows(data.truth.image_ids)]
+
+
+def all_scores(data: Data, query_ids: Sequence[str], sizes: Sizes, settings: Settings, timed: Timed) -> dict[str, np.ndarray]:
+    """(Q, N) scores of every method and null but the exact teacher, in the order of the ground truth's images."""
+    truth, lab = data.truth, data.lab
+    count = len(query_ids)
+    methods: dict[str, np.ndarray] = {"random": np.random.default_rng(sizes.seed).random((count, len(truth.image_ids)))}
+
+    theirs = data.images()
+    own = {}
+    for name in ENCODERS:
+        with timed.measure(count, f"similarity_{name}", "similarity_both", *STUDENTS):
+            own[name] = data.queries(query_ids, name)
+        with timed.measure(count, f"similarity_{name}"):
+            methods[f"similarity_{name}"] = similarity_scores(own[name], theirs[name])
+    both = [np.concatenate([features[name] for name in ENCODERS], axis=1) for features in (own, theirs)]
+    with timed.measure(count, "similarity_both"):
+        methods["similarity_both"] = similarity_scores(*both)
+    queries = lab.queries(truth, query_ids)
+    corpus_features = lab.diffusion_features(lab.corpus)
+    with timed.measure(count, "diffusion_features"):
+        methods["diffusion_features"] = similarity_scores(lab.diffusion_features(queries), corpus_features)
+
+    for method, output in (("trak", "loss"), ("d_trak", "squared_norm")):
+        pattern, ridge = getattr(settings, f"{method}_pattern"), getattr(settings, f"{method}_ridge")
+        stored = lab.projected(lab.corpus, pattern, output, settings.loss_draws)
+        with timed.measure(count, method):
+            methods[method] = kernel_scores(lab.projected(queries, pattern, output, settings.query_draws), stored, ridge=ridge)
+
+    methods |= _unlearning(lab, queries, settings, timed)
+    methods |= _students(data, both[0], both[1], sizes, settings, timed)
+    methods["popularity"] = popularity(methods["abu_plus_linearised"])
+    return {name: _in_order(data, scores) for name, scores in methods.items()}
+
+
+STUDENTS = ("student", "student_shuffled_teacher", "student_other_teacher")
+
+
+def _unlearning(lab: Lab, queries: EncodedImages, settings: Settings, timed: Timed) -> dict[str, np.ndarray]:
+    """First-order scores under several curvatures and dampings, in one pass over the corpus."""
+    pattern, layers = settings.pattern, list(lab.layers(settings.pattern))
+    ekfac, diagonal = lab.factors(pattern), lab.factors(pattern, diagonal=True)
+    variants: dict[str, tuple[Factors | None, float]] = {
+        "abu_plus_linearised": (ekfac, settings.damping),
+        "abu_plus_linearised_damping_0.1": (ekfac, 0.1),
+        "abu_plus_linearised_damping_1.0": (ekfac, 1.0),
+        "abu_diagonal": (diagonal, settings.diagonal_damping),
+        "gradient_no_curvature": (None, 1.0),
+    }
+    count = len(queries.image_ids)
+    with timed.measure(count, *variants):
+        gradients = [one for one, _ in lab.gradients(queries, pattern, settings.query_draws)]
+        steps = [natural_steps(gradients, *variant, layers) for variant in variants.values()]
+        scores = lab.first_order(pattern, steps, settings.loss_draws)
+    return dict(zip(variants, scores, strict=True))
+
+
+def _students(
+    data: Data,
+    query_features: np.ndarray,
+    corpus_features: np.ndarray,
+    sizes: Sizes,
+    settings: Settings,
+    timed: Timed,
+) -> dict[str, np.ndarray]:
+    """Similarities by students of the teacher, of the teacher with its queries mixed up, and of another generator's teacher."""
+    truth = data.truth
+    train_ids = truth.of_split("train")[: sizes.train_queries]
+    features = np.concatenate([data.queries(train_ids, name) for name in ENCODERS], axis=1)
+    labels = _teacher_labels(data.lab, truth, train_ids, settings)
+    other = Lab.open(truth.folder / "other_generator", truth, data.corpus, data.latents, sizes)
+    tables = {
+        "student": labels,
+        "student_shuffled_teacher": np.roll(labels, 1, axis=0),  # each query is taught another one's scores
+        "student_other_teacher": _teacher_labels(other, truth, train_ids, settings),
+    }
+    found = {}
+    for name, table in tables.items():
+        nobody = np.zeros(table.shape[1], dtype=bool)
+        scored = [
+            ScoredQuery(query_id, truth.prompt(query_id), "train", data.corpus.image_ids, influence, nobody, settings.rise)
+            for query_id, influence in zip(train_ids, table, strict=True)
+        ]
+        with tempfile.TemporaryDirectory() as scratch:
+            student = train_student(
+                scored,
+                features,
+                corpus_features,
+                [np.arange(len(data.corpus))] * len(scored),
+                sizes.student,
+                checkpoint=Path(scratch) / "checkpoint.safetensors",
+            )
+        index = embed(student, corpus_features)
+        with timed.measure(len(query_features), name):
+            found[name] = embed(student, query_features) @ index.T
+    return found
+
+
+def _teacher_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
+    """(Q, N) first-order scores by the chosen teacher, with a quarter of the test queries' draws."""
+    queries = lab.queries(truth, query_ids)
+    draws = max(2, settings.query_draws // 4 // 2 * 2)
+    gradients = [one for one, _ in lab.gradients(queries, settings.pattern, draws)]
+    layers = list(lab.layers(settings.pattern))
+    steps = natural_steps(gradients, lab.factors(settings.pattern), settings.damping, layers)
+    return lab.first_order(settings.pattern, [steps], settings.loss_draws)[0].astype(np.float32)
+
+
+def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
+    """Every method and null on the test queries; returns the results, the (Q, N) scores by method and the Q query ids."""
+    truth, settings = data.truth, read_settings(data.truth)
+    query_ids = truth.of_split("test")[: sizes.test_queries]
+    timed = Timed()
+    started = time.perf_counter()
+    methods = all_scores(data, query_ids, sizes, settings, timed)
+    exact = truth.folder / EXACT
+    methods["abu_plus_exact"] = table_scores(exact, truth, query_ids)
+    manifest = open_stage(exact, "scores")
+    require_same(
+        f"the generator of {exact}",
+        manifest["generator_fingerprint"],
+        data.lab.generator.fingerprint,
+        "Run with --exact again.",
+    )
+    timed.seconds["abu_plus_exact"] = manifest["seconds_per_query"]
+    rivals = (*SIMILARITIES, "popularity", "random")
+    pairs = [(teacher, rival) for teacher in TEACHERS for rival in rivals]
+    pairs += [("student", rival) for rival in (*SIMILARITIES, *STUDENTS[1:], "popularity")]
+    result = compare_with_truth(
+        methods,
+        truth,
+        query_ids,
+        seconds=timed.seconds,
+        teacher="abu_plus_exact",
+        pairs=pairs,
+        resamples=sizes.resamples,
+        seed=sizes.seed,
+    )
+    return (
+        {
+            **result,
+            "settings": dataclasses.asdict(settings),
+            "ground_truth": truth.manifest["fingerprint"],
+            "seed": sizes.seed,
+            "quick": sizes == QUICK,
+            "benchmark_seconds": round(time.perf_counter() - started, 1),
+            **machine.describe(),
+        },
+        methods,
+        query_ids,
+    )
+
+
+def write_rankings(data: Data, sizes: Sizes) -> None:
+    """Write RUN/rankings.parquet: each method's first K images for each query that leave-K-out takes."""
+    truth, settings = data.truth, read_settings(data.truth)
+    drawn = data.run_dir / "queries"
+    require_same("the queries of the run", Queries(drawn).fingerprint, truth.manifest["queries_fingerprint"], "Compact again.")
+    query_ids = chosen_queries(Queries(drawn), data.config)
+    methods = all_scores(data, query_ids, sizes, settings, Timed())
+    methods["abu_plus_exact"] = table_scores(truth.folder / EXACT, truth, query_ids)
+    count = removed_count(len(data.corpus), data.config)
+    ids = np.array(truth.image_ids)
+    rows = [
+        {"method": method, "query_id": query_id, "image_ids": ids[np.argsort(-scores, kind="stable")[:count]].tolist()}
+        for method in LEAVE_K_OUT
+        for query_id, scores in zip(query_ids, methods[method], strict=True)
+    ]
+    with atomic_path(data.run_dir / "rankings.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+def table_lines(result: Mapping[str, Any]) -> list[str]:
+    """The table of docs/truth.md."""
+    lines = [
+        "| method | residual LDS | plain LDS | mAP(1%) | leave-K-out dL x 1000 | MSE x 100 | similarity | groups | s / query |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows = sorted(result["methods"].items(), key=lambda item: -item[1]["lds_residual"])
+    for name, row in rows:
+        scaled = [("leave_k_out_dloss", 1000, 2), ("leave_k_out_mse", 100, 2), ("leave_k_out_similarity", 1, 3)]
+        cells = [
+            name,
+            *(f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]" for key in ("lds_residual", "lds")),
+            _cell(row["map_1pct"], 3),
+            *(
+                "" if row[key] is None else f"{row[key] * factor:.{digits}f} ± {row[f'{key}_se'] * factor:.{digits}f}"
+                for key, factor, digits in scaled
+            ),
+            _cell(row["group_spearman_residual"], 3),
+            _cell(row["seconds_per_query"], 4),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def gain_lines(result: Mapping[str, Any]) -> list[str]:
+    """The paired differences of docs/truth.md."""
+    lines = ["| difference in residual LDS | mean | 95% interval |", "| --- | --- | --- |"]
+    for pair, of_metric in result["gains"].items():
+        gain = of_metric["lds_residual"]
+        lines.append(f"| {pair} | {gain['mean']:.3f} | [{gain['low']:.3f}, {gain['high']:.3f}] |")
+    return lines
+
+
+def sweep_lines(swept: Mapping[str, Any]) -> list[str]:
+    """The sweep of docs/truth.md."""
+    lines = ["| method | settings | residual LDS | plain LDS | queries |", "| --- | --- | --- | --- | --- |"]
+    for row in swept["tried"]:
+        figures = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}
+        settings = ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures)
+        residual = f"{row['lds_residual']:.3f} [{row['lds_residual_low']:.3f}, {row['lds_residual_high']:.3f}]"
+        lines.append(f"| {row['method']} | {settings} | {residual} | {row['lds']:.3f} | {row['queries']} |")
+    return lines
+
+
+def head_lines(result: Mapping[str, Any]) -> list[str]:
+    """What stands above the table: how much was measured, where, how long."""
+    ceilings = [_cell(result[key], 3) or "unknown" for key in ("noise_ceiling", "noise_ceiling_plain")]
+    return [
+        f"`{result['command']}`, seed {result['seed']}: {result['n_models']} models on {result['n_subsets']} random halves, "
+        f"{result['n_queries']} test queries; noise ceiling {ceilings[0]} (residual), {ceilings[1]} (plain). "
+        f"{result['cpu']}, {result['cores']} cores, {result['benchmark_seconds'] / 60:.1f} minutes, {result['date'][:10]}."
+    ]
+
+
+def fill(path: Path, parts: Mapping[str, Iterable[str]]) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- end NAME -->` in a document.
+
+    Raises:
+        InputError: the document lacks a pair of marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, lines in parts.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        before, found, rest = text.partition(opening)
+        _, ended, after = rest.partition(closing)
+        if not found or not ended:
+            raise InputError(f"{path} lacks the marks {opening.strip()} and {closing}.")
+        text = before + opening + "\n".join(lines) + "\n" + closing + after
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do one of the four things."""
+    parser = argparse.ArgumentParser(description="Compare all methods with what retraining does.")
+    parser.add_argument("--truth", type=Path, default=ground_truth.OUT, help="ground truth folder (%(default)s)")
+    parser.add_argument("--run", type=Path, default=Path("runs/bench"), help="run folder with the corpus (%(default)s)")
+    parser.add_argument("--config", type=Path, default=ground_truth.CONFIG, help="the benchmark's settings (%(default)s)")
+    parser.add_argument("--corpus", type=Path, help="a finished emoji corpus; else it is built in the run folder")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers are written (%(default)s)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="document whose tables are replaced (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="fewer queries, no document: about 2 minutes")
+    what = parser.add_mutually_exclusive_group()
+    for name in ("sweep", "exact", "rankings"):
+        what.add_argument(f"--{name}", action="store_true")
+    options = parser.parse_args(arguments)
+    sizes = QUICK if options.quick else Sizes()
+    config = read_config(options.config, BenchConfig)
+    data = open_data(options.truth, options.run, config, sizes, options.corpus)
+    if options.sweep:
+        write_json(data.truth.folder / SETTINGS, sweep(data, sizes))
+    elif options.exact:
+        score_exactly(data, sizes, read_settings(data.truth))
+    elif options.rankings:
+        write_rankings(data, sizes)
+    else:
+        result, methods, query_ids = report(data, sizes)
+        print("\n".join([*head_lines(result), "", *table_lines(result), "", *gain_lines(result)]))
+        if not options.quick:
+            write_json(options.json, result)
+            shown = {name: methods[name] for name in (*TEACHERS, "student", "similarity_both")}
+            write_truth_report(options.docs.parent / "truth", result, data.truth, shown, query_ids)
+            swept = read_json(data.truth.folder / SETTINGS)
+            fill(
+                options.docs,
+                {
+                    "measured": head_lines(result),
+                    "table": table_lines(result),
+                    "gains": gain_lines(result),
+                    "sweep": sweep_lines(swept),
+                },
+            )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FastattrError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
