@@ -38,7 +38,7 @@ STAGE_HELP = {
     "candidates": "choose the training images that the teacher scores for each query",
     "teach": "score the candidates by unlearning (the slow stage; `accelerate launch` splits it)",
     "distill": "train the student on the teacher's rankings",
-    "evaluate": "compare student and untuned features with the teacher on the test queries",
+    "evaluate": "compare a student with its teacher, or any method with what retraining does",
     "index": "build the FAISS index and put the attributor together",
 }
 
@@ -123,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text)
         _config_arguments(stage)
         stage.set_defaults(run=_stage, stage=name)
+        if name == "evaluate":
+            stage.description = (
+                "Compare a run's student with its teacher (CONFIG.yaml), or, with --truth, any method with what retraining "
+                "without images does: an attributor (folder or Hub id), a score table folder or MODULE:FUNCTION."
+            )
+            stage.add_argument("--truth", type=Path, help="ground truth folder, e.g. benchmarks/truth/emoji-bench")
+            stage.add_argument("--out", type=Path, default=Path("evaluation"), help="with --truth: where the results go")
+            stage.add_argument("--split", default="test", help="with --truth: test or validation queries")
+            stage.set_defaults(run=_evaluate)
     return parser
 
 
@@ -270,6 +279,25 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
         memory, disk = (f"{step[name] / 1e6:,.0f} MB" for name in ("memory", "disk"))
         print(f"{step['name']:16s} {step['forward']:14,d} {step['backward']:14,d} {memory:>10s} {disk:>10s}")
     print("forward and backward count latents through the network, over all processes; memory is the peak of one process")
+    return None
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.truth is None:
+        return _stage(arguments)
+    from fastattr.evaluate import run_truth
+
+    result = run_truth(str(arguments.config), arguments.truth, arguments.out, split=arguments.split)
+    if arguments.json:
+        return result
+    ceiling = "unknown" if result["noise_ceiling"] is None else f"{result['noise_ceiling']:.3f}"
+    print(f"{result['n_models']} models, {result['n_queries']} queries, noise ceiling of residual LDS {ceiling}")
+    print(f"{'residual LDS':>25s}  {'plain LDS':>25s}  {'s/query':>8s}  method")
+    for name, row in result["methods"].items():
+        columns = [f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]" for key in ("lds_residual", "lds")]
+        seconds = "" if row["seconds_per_query"] is None else f"{row['seconds_per_query']:.4f}"
+        print(f"{columns[0]:>25s}  {columns[1]:>25s}  {seconds:>8s}  {name}")
+    print(f"wrote {arguments.out / 'metrics.json'} and figures")
     return None
 
 
