@@ -215,7 +215,7 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
     data = DatasetCardData(
         pretty_name=f"Influence scores: {repo_id.split('/')[1]}",
         task_categories=["image-feature-extraction", "text-to-image"],
-        size_categories=_size_category(pairs),
+        size_categories=[_size_category(pairs)],
         tags=[*TAGS, "influence-functions"],
         configs=configs,
         **license_data([*entries, *({"license": name} for name in imported)]),
@@ -401,7 +401,7 @@ def _size_category(rows: int) -> str:
 
 
 def _settings_table(settings: Mapping[str, Any]) -> str:
-    rows = [[key, f"`{value}`"] for key, value in settings.items()]
+    rows = [[key, "not set" if value is None else f"`{value}`"] for key, value in settings.items()]
     return _table(["setting", "value"], rows) if rows else "Not recorded."
 
 

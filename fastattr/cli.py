@@ -25,6 +25,10 @@ see it:
   fastattr attribute emoji --image heart.png --prompt "red heart, openmoji style" --top-k 10
   fastattr info emoji
 
+publish it, and import what others released:
+  fastattr push attributor emoji org/emoji-attributor --dry-run
+  fastattr import fastgda --weights dino+clip_text.pth --features data_feats.npy --ids ids.txt OUT
+
 build your own, all at once (resumes where it stands) or stage by stage:
   fastattr build hub_scripts/configs/emoji.yaml
 """
@@ -119,6 +123,20 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(plan)
     plan.set_defaults(run=_plan)
 
+    _push_parsers(commands.add_parser("push", help="push score tables, attributor, generator or Space to the Hub"))
+
+    importing = commands.add_parser("import", help="turn what others released into an attributor or a score table")
+    importing.add_argument("kind", choices=["fastgda"], help="fastgda: the paper's authors' checkpoint, features and rankings")
+    importing.add_argument("--weights", type=Path, help="checkpoint, e.g. dino+clip_text.pth (with --features: an attributor)")
+    importing.add_argument("--features", type=Path, help="features of the training images, e.g. data_feats.npy")
+    importing.add_argument("--influence", type=Path, nargs="+", help="influence_SPLIT.pkl instead: a score table")
+    importing.add_argument("--prompts", type=Path, nargs="+", default=[], help="for --influence: a query's prompt a line")
+    importing.add_argument(
+        "--ids", type=Path, required=True, help="ids of the training images in order: .txt, .json, .npy, .parquet"
+    )
+    importing.add_argument("out", type=Path, help="folder to write")
+    importing.set_defaults(run=_import)
+
     for name, text in STAGE_HELP.items():
         stage = commands.add_parser(name, help=text)
         _config_arguments(stage)
@@ -139,6 +157,72 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file; see hub_scripts/configs/")
     parser.add_argument("--run", type=Path, dest="run_dir", help="run folder (default: runs/NAME)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _push_parsers(push: argparse.ArgumentParser) -> None:
+    kinds = push.add_subparsers(title="what to push", required=True, metavar="WHAT", dest="kind")
+    source = "'emoji', a run folder, or the folder itself"
+    for kind, text, what in (
+        ("attributor", "student, index and catalogue with a model card", source),
+        ("generator", "a diffusers pipeline with a model card", source),
+        ("scores", "a score table as one configuration of a dataset", "a run folder, or the folder of the table"),
+        ("space", "the page, showing models that are on the Hub", ""),
+    ):
+        parser = kinds.add_parser(kind, help=text)
+        if what:
+            parser.add_argument("source", help=what)
+        parser.add_argument("repo_id", help="org/name")
+        if kind in {"attributor", "space"}:
+            parser.add_argument("--generator", required=kind == "space", help="Hub id of the generator it belongs to")
+            parser.add_argument("--scores", help="Hub id of the score table")
+        if kind == "space":
+            parser.add_argument("--attributor", required=True, help="Hub id of the attributor")
+        if kind == "scores":
+            parser.add_argument("--config-name", help="configuration (default: teacher and generator)")
+        parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+        parser.add_argument("--revision", help="branch (default: main)")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+        parser.add_argument("--message", help="of the commit")
+        parser.add_argument("--tag", default="auto", help="release tag; 'auto' names version and contents, '' makes none")
+        parser.add_argument("--dry-run", action="store_true", help="say what would be sent")
+        parser.add_argument("--json", action="store_true")
+        parser.set_defaults(run=_push)
+
+
+def _push(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import publish
+
+    names = ("private", "revision", "create_pr", "message", "dry_run")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    options["tag"] = None if arguments.create_pr else arguments.tag or None
+    for name in ("generator", "scores", "attributor", "config_name"):
+        if name in vars(arguments):
+            options[name] = getattr(arguments, name)
+    if arguments.kind == "space":
+        push = publish.push_space(arguments.repo_id, **options)
+    else:
+        folder = publish.part_of(arguments.source, arguments.kind)
+        if arguments.kind == "generator":
+            options["images"] = publish.training_images(arguments.source)
+        send = {"attributor": publish.push_attributor, "generator": publish.push_generator, "scores": publish.push_scores}
+        push = send[arguments.kind](folder, arguments.repo_id, **options)
+    if arguments.json:
+        return vars(push)
+    print(push.in_words())
+    return None
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from fastattr import import_fastgda
+
+    if arguments.influence and not (arguments.weights or arguments.features):
+        manifest = import_fastgda.import_scores(arguments.influence, arguments.ids, arguments.out, prompts=arguments.prompts)
+        print(f"score table of {manifest['queries']} queries in {arguments.out} (licence of the source: {manifest['license']})")
+    elif arguments.weights and arguments.features and not arguments.influence:
+        import_fastgda.import_attributor(arguments.weights, arguments.features, arguments.ids, arguments.out)
+        print(f"attributor in {arguments.out} (licence of the source: {import_fastgda.LICENSE})")
+    else:
+        raise InputError("give --weights and --features for an attributor, or --influence for a score table.")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

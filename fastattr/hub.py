@@ -71,6 +71,12 @@ def split_revision(name_or_path: str | Path, revision: str | None) -> tuple[str,
     return name, pinned
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise InputError unless it is of the form 'org/name'."""
+    if not REPO_ID.fullmatch(repo_id):
+        raise InputError(f"{repo_id!r} is no repository id; write 'org/name'.")
+
+
 def locate(
     name_or_path: str | Path,
     part: str,
@@ -221,9 +227,8 @@ def push_folder(
         InputError: there are too many files, or `tag` already names other contents.
         HubError: the Hub refuses, or can't be reached.
     """
+    check_repo_id(repo_id)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    if not REPO_ID.fullmatch(repo_id):
-        raise InputError(f"{repo_id!r} is no repository id; write 'org/name'.")
     if len(files) > MAX_FILES:
         raise InputError(f"{folder} has {len(files)} files, a push takes at most {MAX_FILES}; write fewer, larger shards.")
     if create_pr and (tag or revision not in {None, "main"}):
@@ -393,8 +398,8 @@ def _errors_in_words(
     except FastattrError:
         raise
     except (errors.HfHubHTTPError, TransportError, OSError, ValueError) as error:
-        # 'Force download failed' is a ValueError whose cause is what happened.
-        reason = error.__cause__ if isinstance(error, ValueError) and error.__cause__ else error
+        forced = isinstance(error, ValueError) and str(error).startswith("Force download failed")
+        reason = error.__cause__ if forced and error.__cause__ else error
         translated = _in_words(reason, repo_id, repo_type, revision, token, offline)
         if translated is None:
             raise

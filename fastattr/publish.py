@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fastattr.artifacts import fingerprint, open_stage, read_json, sha256_file, write_json
 from fastattr.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
 from fastattr.errors import ArtifactNotFoundError, HubError, InputError
-from fastattr.hub import ASSETS, Push, embedded_models, fetch, push_folder
+from fastattr.hub import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
 from fastattr.queries import SPLITS, Queries, query_schema
 from fastattr.scores import SCHEMA
 
@@ -58,6 +58,7 @@ def push_attributor(
     Raises:
         As `hub.push_folder`.
     """
+    check_repo_id(repo_id)
     config = read_json(folder / "config.json")
     catalog = pq.read_table(folder / "catalog.parquet", columns=["caption", "source", "license", "creator"])
     entries = provenance(catalog)
@@ -102,6 +103,7 @@ def push_generator(
         ArtifactNotFoundError: the folder holds no pipeline.
         As `hub.push_folder`.
     """
+    check_repo_id(repo_id)
     if not (folder / "model_index.json").exists():
         raise ArtifactNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
     entries = provenance(images) if images is not None else []
@@ -111,6 +113,8 @@ def push_generator(
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "generator"
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.ckpt", "*.pt", "*.pth"))
+        if manifest:
+            _load_in_full_precision(staged)
         replaces = ("*.safetensors", "*/*.json", "*/*.txt")
         licences = license_text(entries)
         return _push(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
@@ -132,6 +136,7 @@ def push_scores(
         ArtifactNotFoundError: there is no finished table.
         As `hub.push_folder`.
     """
+    check_repo_id(repo_id)
     scores = open_stage(folder, "scores")
     queries = Queries(folder.parent / "queries") if (folder.parent / "queries").is_dir() else None
     parts = [scores["teacher"], scores["generator_fingerprint"][:8]]
@@ -277,6 +282,18 @@ def _push(staged: Path, repo_id: str, card: str, licences: str, **target: Any) -
 
 def _send(staged: Path, repo_id: str, *, tag: str | None = None, **target: Any) -> Push:
     return push_folder(staged, repo_id, tag=release_tag(staged) if tag == AUTO else tag, **target)
+
+
+def _load_in_full_precision(pipeline: Path) -> None:
+    """Make a plain `DiffusionPipeline.from_pretrained` give parts of one precision.
+
+    fastattr keeps weights in half precision, to be small. Of those, diffusers loads its own parts in float32, transformers
+    its parts as their config.json says: it must say the same.
+    """
+    for path in pipeline.glob("*/config.json"):
+        config = read_json(path)
+        if config.get("dtype") == "float16":
+            write_json(path, {**config, "dtype": "float32"})
 
 
 def _copy(source: Path, target: Path) -> None:
