@@ -9,7 +9,8 @@ Every model has one recipe (benchmarks/emoji-bench.yaml); the training images an
     repeat        the first half and its seed once more: how far do two equal trainings agree?
     group-I       all but the images of one creator or set
     random-I      all but a random 1%
-    METHOD-QUERY  all but the 1% that METHOD holds most influential for QUERY (RUN/rankings.parquet, which
+    METHOD-QUERY-DIGEST
+                  all but the 1% that METHOD holds most influential for QUERY (RUN/rankings.parquet, which
                   benchmarks/truth.py --rankings writes)
 
 Each model is a process of its own with one thread, --processes of them side by side. A process trains, resuming from its
@@ -136,8 +137,8 @@ class BenchConfig:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What all models of one run must share; the numbers of models may grow."""
-        return {"part": self.part, "generator": self.generator, "queries": self.queries}
+        """What all models of one run must share; queries may be drawn anew, and the numbers of models may grow."""
+        return {"part": self.part, "generator": self.generator}
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def removals(corpus: Corpus, queries: Queries, rankings: Path, config: BenchConf
         corpus.rows(top)  # refuses unknown ids
         if len(top) < count:
             raise InputError(f"{rankings}: {row['method']} names {len(top)} images for {row['query_id']}, {count} are needed.")
-        name = f"{row['method']}-{row['query_id']}"
+        name = f"{row['method']}-{row['query_id']}-{fingerprint(sorted(top))[:6]}"  # another ranking is another model
         models.append(Model(name, "leave_k_out", config.seed, frozenset(top), name, row["method"], (row["query_id"],)))
     return models
 
@@ -321,7 +322,6 @@ class Bench:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.to(dtype=torch.float32)
         return Generator(pipeline, name=model.model_id)
 
 
@@ -375,10 +375,22 @@ def _training_images(corpus: Corpus, rows: np.ndarray) -> Iterable[TrainingImage
         )
 
 
+def training_identity(bench: Bench, model: Model) -> dict[str, Any]:
+    """All that determines a model's weights."""
+    return {"recipe": bench.config.recipe, "seed": model.seed, "removed": sorted(model.removed)}
+
+
+def measurement_identity(bench: Bench, model: Model) -> str:
+    """All that determines what is measured of a model."""
+    config = bench.config
+    noise = [config.loss_timesteps, config.seed]
+    return fingerprint([training_identity(bench, model), bench.queries.fingerprint, noise, model.regenerate])
+
+
 def train(bench: Bench, model: Model) -> None:
     """Train one model from scratch and keep its weights in half precision; resumes, and does nothing if they are there."""
     path = bench.folder(model) / "weights.safetensors"
-    identity = {"recipe": bench.config.recipe, "seed": model.seed, "removed": sorted(model.removed)}
+    identity = training_identity(bench, model)
     if path.exists():
         found = read_json(path.with_name("training.json"))["identity"]
         require_same(f"the training of {path}", found, fingerprint(identity), "Delete that folder to train it again.")
@@ -495,10 +507,7 @@ def measure(bench: Bench, model: Model) -> None:
     """
     path = bench.folder(model) / "measured.json"
     config = bench.config
-    training = read_json(bench.folder(model) / "training.json")
-    identity = fingerprint(
-        [training["identity"], bench.queries.fingerprint, config.loss_timesteps, config.seed, model.regenerate]
-    )
+    identity = measurement_identity(bench, model)
     if path.exists() and read_json(path)["identity"] == identity:
         return
     started = time.monotonic()
@@ -520,15 +529,16 @@ def measure(bench: Bench, model: Model) -> None:
             "identity": identity,
             "losses": {bench.queries.query_ids[row]: loss for row, loss in zip(rows, losses.tolist(), strict=True)},
             "regenerated": regenerations(generator, bench.queries, model.regenerate),
-            "seconds": {"train": training["seconds"], "measure": round(time.monotonic() - started, 1)},
+            "seconds": {
+                "train": read_json(path.with_name("training.json"))["seconds"],
+                "measure": round(time.monotonic() - started, 1),
+            },
         },
     )
 
 
 def save_generator(bench: Bench, model: Model, folder: Path) -> None:
     """Write a trained model as a pipeline folder in half precision, which `Generator.from_pretrained` loads."""
-    if (folder / "model_index.json").exists():
-        return
     pipeline = bench.generator(model).pipeline
     with atomic_path(folder) as temporary:
         pipeline.to(dtype=torch.float16).save_pretrained(temporary)
@@ -592,11 +602,11 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
     Raises:
         ArtifactNotFoundError: the full model or the other generator is not there yet.
     """
-    measured = {
-        model.model_id: read_json(bench.folder(model) / "measured.json")
-        for model in models
-        if (bench.folder(model) / "measured.json").exists()
-    }
+    measured = {}
+    for model in models:
+        path = bench.folder(model) / "measured.json"
+        if path.exists() and (found := read_json(path))["identity"] == measurement_identity(bench, model):
+            measured[model.model_id] = found
     for needed in ("full", OTHER):
         if needed not in measured:
             raise ArtifactNotFoundError(f"model {needed!r} is not measured yet; run with --only lds first.")

@@ -16,13 +16,12 @@ each query bears its part of the pass.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,8 @@ def open_generator(folder: Path, autoencoder_sha256: str) -> Generator:
         "The ground truth was made with another one; make it again, or use the fastattr that it was made with.",
     )
     autoencoder = AutoencoderKL.from_pretrained(AUTOENCODER)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, vae=autoencoder, local_files_only=True)
-    return Generator(pipeline.to(dtype=torch.float32), name=folder.name)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, vae=autoencoder, dtype=torch.float32, local_files_only=True)
+    return Generator(pipeline, name=folder.name)
 
 
 class Lab:
@@ -375,7 +374,7 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
     query_ids = truth.of_split("validation")
     queries = lab.queries(truth, query_ids)
     tried: list[dict[str, Any]] = []
-    chosen: dict[str, Any] = dataclasses.asdict(Settings())
+    chosen: dict[str, Any] = asdict(Settings())
 
     def judge(scores: Mapping[str, np.ndarray], facts: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> dict[str, Any]:
         """Keep all results; return the facts of the best."""
@@ -427,7 +426,7 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
     scores, found = {}, {}
     for rise in (0.005, 0.02, 0.1, 0.5):
         name = f"{rise:.1%}"
-        scores[name] = np.stack(list(lab.exact(some, Settings(**{**chosen, "rise": rise}))))
+        scores[name] = np.stack(list(lab.exact(some, replace(Settings(**chosen), rise=rise))))
         found[name] = {"method": "exact", "rise": rise}
     chosen["rise"] = judge(scores, found, few)["rise"]
 
@@ -624,7 +623,7 @@ def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarr
     return (
         {
             **result,
-            "settings": dataclasses.asdict(settings),
+            "settings": asdict(settings),
             "ground_truth": truth.manifest["fingerprint"],
             "seed": sizes.seed,
             "quick": sizes == QUICK,
