@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -345,16 +344,20 @@ class FastAttributor:
         target = Path(folder)
         if target.resolve() == self._folder.resolve():
             return
-        absent = [file for file in self.config["sha256"] if not (self._folder / file).exists()]
-        if absent:
-            raise MissingFileError(
-                f"{self.name} was loaded without {', '.join(absent)}; load it whole (thumbnails=True, shards=None) to save it."
-            )
+        self._require_whole()
         with atomic_path(target) as temporary:
             temporary.mkdir(parents=True)
             for file in ["config.json", *self.config["sha256"]]:
                 (temporary / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._folder / file, temporary / file)
+
+    def _require_whole(self) -> None:
+        """Raise MissingFileError if it was loaded without some of its files."""
+        absent = [file for file in self.config["sha256"] if not (self._folder / file).exists()]
+        if absent:
+            raise MissingFileError(
+                f"{self.name} was loaded without {', '.join(absent)}; load it whole (thumbnails, all shards) to pass it on."
+            )
 
     def push_to_hub(
         self,
@@ -392,20 +395,19 @@ class FastAttributor:
         """
         from fastattr.publish import push_attributor
 
-        with tempfile.TemporaryDirectory() as name:
-            self.save_pretrained(Path(name) / "attributor")
-            return push_attributor(
-                Path(name) / "attributor",
-                repo_id,
-                generator=generator,
-                scores=scores,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                message=commit_message,
-                tag=tag,
-            ).url
+        self._require_whole()
+        return push_attributor(
+            self._folder,
+            repo_id,
+            generator=generator,
+            scores=scores,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            message=commit_message,
+            tag=tag,
+        ).url
 
 
 def read_info(name_or_path: str | Path) -> dict[str, Any]:

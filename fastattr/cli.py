@@ -129,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("kind", choices=["fastgda"], help="fastgda: the paper's authors' checkpoint, features and rankings")
     importing.add_argument("--weights", type=Path, help="checkpoint, e.g. dino+clip_text.pth (with --features: an attributor)")
     importing.add_argument("--features", type=Path, help="features of the training images, e.g. data_feats.npy")
-    importing.add_argument("--influence", type=Path, nargs="+", help="influence_SPLIT.pkl instead: a score table")
-    importing.add_argument("--prompts", type=Path, nargs="+", default=[], help="for --influence: a query's prompt a line")
+    importing.add_argument("--influence", type=Path, action="append", help="influence_SPLIT.pkl: a score table; once a split")
+    importing.add_argument("--prompts", type=Path, action="append", default=[], help="a query's prompt a line, as often")
     importing.add_argument(
         "--ids", type=Path, required=True, help="ids of the training images in order: .txt, .json, .npy, .parquet"
     )

@@ -263,7 +263,7 @@ def push_folder(
         if not dry_run:
             sdk = "gradio" if repo_type == "space" else None
             _with_retries(lambda: api.create_repo(**where, private=private, exist_ok=True, space_sdk=sdk))
-            if revision not in {None, "main"}:
+            if revision not in {None, "main"} and not str(revision).startswith("refs/"):
                 _with_retries(lambda: api.create_branch(**where, branch=str(revision), exist_ok=True))
             if variables:
                 _with_retries(lambda: _set_variables(api, repo_id, variables))

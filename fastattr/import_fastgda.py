@@ -187,7 +187,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
     if not features.is_file():
         raise ArtifactNotFoundError(f"there is no file {features}; give the training images' features, e.g. data_feats.npy.")
     try:
-        values = np.load(features, mmap_mode="r", allow_pickle=False)
+        values = np.load(features, mmap_mode="c", allow_pickle=False)
     except ValueError as error:
         raise ArtifactDamagedError(f"{features} can't be read as an array: {error}") from error
     catalog = read_ids(ids)

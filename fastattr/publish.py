@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from fastattr.artifacts import fingerprint, open_stage, read_json, sha256_file, write_json
 from fastattr.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
-from fastattr.errors import ArtifactNotFoundError, HubError, InputError
+from fastattr.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
 from fastattr.hub import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
 from fastattr.queries import SPLITS, Queries, query_schema
 from fastattr.scores import SCHEMA
@@ -56,6 +56,8 @@ def push_attributor(
         target: private, token, revision, create_pr, tag, dry_run, as `hub.push_folder`; the tag 'auto' names the contents.
 
     Raises:
+        MissingFileError: the folder lacks a file that its config.json names.
+        ArtifactDamagedError: a file's checksum is not that of config.json.
         As `hub.push_folder`.
     """
     check_repo_id(repo_id)
@@ -73,8 +75,15 @@ def push_attributor(
     )
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "attributor"
-        for file in ["config.json", *config["sha256"]]:
+        _copy(folder / "config.json", staged / "config.json")
+        for file, expected in config["sha256"].items():
+            if not (folder / file).exists():
+                raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
             _copy(folder / file, staged / file)
+            if sha256_file(staged / file) != expected:
+                raise ArtifactDamagedError(
+                    f"{folder / file} is not the file of config.json (SHA-256 differs); it is not pushed."
+                )
         replaces = ("*.faiss", "*.parquet", "*.safetensors", "encoder/*")
         return _push(
             staged,
@@ -247,11 +256,12 @@ def part_of(source: str | Path, part: str) -> Path:
     Raises:
         ArtifactNotFoundError: there is no such folder.
     """
-    folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
+    embedded = str(source) in embedded_models()
+    folder = ASSETS / str(source) if embedded else Path(source)
     if (folder / part).is_dir():
         return folder / part
     file = {"generator": "model_index.json", "attributor": "config.json", "scores": "manifest.json"}[part]
-    if not (folder / file).exists():
+    if embedded or not (folder / file).exists():
         raise ArtifactNotFoundError(f"{source} holds no {part}; give a run folder or an embedded model that has one.")
     return folder
 

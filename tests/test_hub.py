@@ -315,6 +315,18 @@ def test_nothing_in_the_cache_is_said_so(hub, folder):
         FastAttributor.from_pretrained(ID, local_files_only=True)
 
 
+def test_damaged_folder_is_not_pushed(hub, folder, tmp_path):
+    """The Hub would hand the damage on to everyone, each with an error of their own."""
+    from fastattr.publish import push_attributor
+
+    shutil.copytree(folder, tmp_path / "damaged")
+    with (tmp_path / "damaged" / "index.faiss").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ArtifactDamagedError, match="it is not pushed"):
+        push_attributor(tmp_path / "damaged", ID)
+    assert hub.repos == {}
+
+
 def test_config_that_points_outside_its_folder_is_refused(hub, folder, tmp_path):
     """A hostile repository must not make us read a user's other files."""
 

@@ -130,9 +130,10 @@ def test_rankings_become_score_tables_in_their_order(released, tmp_path, monkeyp
     monkeypatch.setattr(import_fastgda, "SCORES_PER_SHARD", 120)
     test_rank, train_rank = write_rankings(tmp_path)
     (tmp_path / "captions.txt").write_text("\n".join(f"caption {query}" for query in range(Q)))
-    files = [str(tmp_path / "influence_test.pkl"), str(tmp_path / "influence_train.pkl")]
-    options = ["--ids", str(tmp_path / "ids.txt"), "--prompts", *[str(tmp_path / "captions.txt")] * 2]
-    assert main(["import", "fastgda", "--influence", *files, *options, str(tmp_path / "scores")]) == 0
+    options = ["--ids", str(tmp_path / "ids.txt")]
+    for split in ("test", "train"):
+        options += ["--influence", str(tmp_path / f"influence_{split}.pkl"), "--prompts", str(tmp_path / "captions.txt")]
+    assert main(["import", "fastgda", *options, str(tmp_path / "scores")]) == 0
     for split, expected in (("test", test_rank), ("train", train_rank)):
         found = read_scores(tmp_path / "scores", split=split)
         assert [query.prompt for query in found] == [f"caption {query}" for query in range(Q)]
