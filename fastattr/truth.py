@@ -199,7 +199,7 @@ def noise_ceiling(first: np.ndarray, second: np.ndarray) -> float:
     """
     a, b = (values - values.mean(axis=0) for values in (first, second))
     reliability = float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
-    return max(reliability, 0.0) ** 0.5
+    return float(max(reliability, 0.0) ** 0.5)
 
 
 def group_shares(scores: np.ndarray, members: np.ndarray) -> np.ndarray:
