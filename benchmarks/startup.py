@@ -61,8 +61,9 @@ print(json.dumps(dict(zip(names, (seconds, cpu_seconds, again)))))
 
 def fresh_process(code: str, **settings: str) -> str:
     """Run code in a new Python; its standard output."""
-    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **settings}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    switched_off = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_XET")
+    environment = {**os.environ, **dict.fromkeys(switched_off, "1"), **settings}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
 
 
