@@ -387,6 +387,13 @@ def measurement_identity(bench: Bench, model: Model) -> str:
     return fingerprint([training_identity(bench, model), bench.queries.fingerprint, noise, model.regenerate])
 
 
+def read_measured(bench: Bench, model: Model) -> dict[str, Any] | None:
+    """What `measure` wrote for this very model and these very queries; None if it has not."""
+    path = bench.folder(model) / "measured.json"
+    found: dict[str, Any] | None = read_json(path) if path.exists() else None
+    return found if found and found["identity"] == measurement_identity(bench, model) else None
+
+
 def train(bench: Bench, model: Model) -> None:
     """Train one model from scratch and keep its weights in half precision; resumes, and does nothing if they are there."""
     path = bench.folder(model) / "weights.safetensors"
@@ -505,11 +512,9 @@ def measure(bench: Bench, model: Model) -> None:
 
     Does nothing if it has been done.
     """
-    path = bench.folder(model) / "measured.json"
-    config = bench.config
-    identity = measurement_identity(bench, model)
-    if path.exists() and read_json(path)["identity"] == identity:
+    if read_measured(bench, model):
         return
+    folder, config = bench.folder(model), bench.config
     started = time.monotonic()
     generator = bench.generator(model)
     rows = [row for split in ("validation", "test") for row in bench.queries.of_split(split)]
@@ -524,13 +529,13 @@ def measure(bench: Bench, model: Model) -> None:
         seed=config.seed,
     )
     write_json(
-        path,
+        folder / "measured.json",
         {
-            "identity": identity,
+            "identity": measurement_identity(bench, model),
             "losses": {bench.queries.query_ids[row]: loss for row, loss in zip(rows, losses.tolist(), strict=True)},
             "regenerated": regenerations(generator, bench.queries, model.regenerate),
             "seconds": {
-                "train": read_json(path.with_name("training.json"))["seconds"],
+                "train": read_json(folder / "training.json")["seconds"],
                 "measure": round(time.monotonic() - started, 1),
             },
         },
@@ -602,11 +607,7 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
     Raises:
         ArtifactNotFoundError: the full model or the other generator is not there yet.
     """
-    measured = {}
-    for model in models:
-        path = bench.folder(model) / "measured.json"
-        if path.exists() and (found := read_json(path))["identity"] == measurement_identity(bench, model):
-            measured[model.model_id] = found
+    measured = {model.model_id: found for model in models if (found := read_measured(bench, model))}
     for needed in ("full", OTHER):
         if needed not in measured:
             raise ArtifactNotFoundError(f"model {needed!r} is not measured yet; run with --only lds first.")
@@ -728,7 +729,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_generator(bench, bench.full(), bench.run_dir / "generator")
     queries_stage.run(bench.config.queries, bench.run_dir)
     wanted = [model for what in options.only or WHAT for model in planned(bench, what)]
-    train_all([bench.full(), *{model.model_id: model for model in [other, *wanted]}.values()], "models")
+    distinct = {model.model_id: model for model in [bench.full(), other, *wanted]}.values()
+    train_all([model for model in distinct if not read_measured(bench, model)], "models")
     everything = [bench.full(), *(model for what in WHAT for model in planned(bench, what))]
     manifest = compact(bench, everything, options.out)
     print(f"{options.out}: {manifest['models']}")
