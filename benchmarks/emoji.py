@@ -5,7 +5,8 @@
 Models come from the installed package alone. Real images come from RUN/corpus, or, if there is none, from a corpus that
 is built into a temporary folder (about a minute; needs npm). A drawn image is right in style or subgroup if
 benchmarks/judge/ says so: a classifier of the real images, used for nothing else. Seen prompts are captions that the
-generator was trained on; recombined ones ask for a subject in the style of a set that has no such subject.
+generator was trained on; recombined ones ask for a subject in the style of a set that has no such subject, drawn evenly
+from all there are; recombined_known_kind takes those alone whose kind (subgroup) the set draws.
 Everything random follows --seed. Accuracies carry a standard error (_se) and a sample size (_n).
 """
 
@@ -88,13 +89,16 @@ def choose_seen(captions: Sequence[str], count: int, *, seed: int) -> np.ndarray
     return np.random.default_rng([seed, 0]).choice(rows, count, replace=False)
 
 
-def choose_recombined(captions: Sequence[str], count: int, *, seed: int) -> list[tuple[int, str]]:
+def choose_recombined(
+    captions: Sequence[str], count: int, *, seed: int, kinds: Sequence[str] | None = None
+) -> list[tuple[int, str]]:
     """(row, set) pairs: the set has no subject of that row's name; uniform among all such, at most `count`.
 
     Args:
         captions: (N,) 'SUBJECT, SET style'.
         count: how many; all of them if there are fewer.
         seed: of the choice.
+        kinds: (N,) the subjects' kinds; given, only pairs count where the set has a subject of that kind, '' not being one.
 
     Returns:
         The row is that of the subject's first caption.
@@ -105,8 +109,11 @@ def choose_recombined(captions: Sequence[str], count: int, *, seed: int) -> list
         subject, style = split_caption(caption)
         rows.setdefault(subject, row)
         known.setdefault(subject, set()).add(style)
+    drawn = {(kind, split_caption(caption)[1]) for kind, caption in zip(kinds or (), captions, strict=False) if kind}
     styles = sorted(set().union(*known.values()))
     absent = [(rows[subject], style) for subject in sorted(rows) for style in styles if style not in known[subject]]
+    if kinds is not None:
+        absent = [(row, style) for row, style in absent if (kinds[row], style) in drawn]
     order = np.random.default_rng([seed, 1]).permutation(len(absent))[:count]
     return [absent[index] for index in order]
 
@@ -246,12 +253,20 @@ def measure(
     recombined = choose_recombined(captions, sizes.recombined, seed=seed)
     if len(recombined) < sizes.recombined:
         print(f"only {len(recombined)} recombined prompts: the corpus has no more", file=sys.stderr)
-    prompts = [recombine(captions[row], style) for row, style in recombined]
-    redrawn = draw(generator, prompts, first_seed=seed * 1_000_000 + 500_000, what="recombined prompts")
+    of_known_kind = choose_recombined(captions, sizes.recombined, seed=seed, kinds=subgroups.tolist())
+
+    def redraw(pairs: Sequence[tuple[int, str]], what: str) -> list[Image.Image]:
+        prompts = [recombine(captions[row], style) for row, style in pairs]
+        return draw(generator, prompts, first_seed=seed * 1_000_000 + 500_000, what=what)
+
+    def of_pairs(images: Sequence[Image.Image], pairs: Sequence[tuple[int, str]], suffix: str) -> dict[str, float | int]:
+        return accuracies(images, [style for _, style in pairs], [subgroups[row] for row, _ in pairs], suffix)
+
     unseen = np.flatnonzero(judging.held_out_rows(corpus, judge_config["config"]["held_out_share"]))
     results = {
         **accuracies(drawn, styles[seen], subgroups[seen], "seen"),
-        **accuracies(redrawn, [style for _, style in recombined], [subgroups[row] for row, _ in recombined], "recombined"),
+        **of_pairs(redraw(recombined, "recombined prompts"), recombined, "recombined"),
+        **of_pairs(redraw(of_known_kind, "prompts of known kinds"), of_known_kind, "recombined_known_kind"),
         **accuracies(real(seen), styles[seen], subgroups[seen], "real"),
         **accuracies(real(unseen), styles[unseen], subgroups[unseen], "real_held_out"),
     }

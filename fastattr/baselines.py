@@ -41,10 +41,15 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
     _same_width(query_features, corpus_features)
     if ridge <= 0:
         raise InputError(f"ridge must be positive, got {ridge}")
-    corpus = corpus_features.astype(np.float64)
-    kernel = corpus.T @ corpus
-    kernel[np.diag_indices_from(kernel)] += ridge * np.trace(kernel) / len(kernel)
-    scores: np.ndarray = np.linalg.solve(kernel, query_features.astype(np.float64).T).T @ corpus.T
+    corpus, queries = corpus_features.astype(np.float64), query_features.astype(np.float64)
+    images, width = corpus.shape
+    added = ridge * float(np.square(corpus).sum()) / width
+    # The same numbers from the smaller of the two kernels, (k, k) or (N, N).
+    kernel = corpus.T @ corpus if width <= images else corpus @ corpus.T
+    kernel[np.diag_indices_from(kernel)] += added
+    scores: np.ndarray = (
+        np.linalg.solve(kernel, queries.T).T @ corpus.T if width <= images else np.linalg.solve(kernel, corpus @ queries.T).T
+    )
     return scores
 
 

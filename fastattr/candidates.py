@@ -7,7 +7,7 @@ learns to place last. Source: arXiv:2511.10721, sec. 4 (two-stage curation).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +84,33 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
     similarities = []
     for ours, theirs in zip(query_folders, corpus_folders, strict=True):
         similarities.append(read_features([ours], queries.query_ids) @ read_features([theirs], corpus.image_ids).T)
-    rows = []
-    for query, query_id in enumerate(queries.query_ids):
-        chosen, is_outsider = choose_candidates(
+    chosen = [
+        choose_candidates(
             [values[query] for values in similarities],
             size=config.per_query,
             outsiders=round(config.per_query * config.outsider_share),
             rng=np.random.default_rng([config.seed, query]),
         )
-        rows.append(
-            {"query_id": query_id, "image_ids": [corpus.image_ids[row] for row in chosen], "is_outsider": is_outsider.tolist()}
-        )
+        for query in range(len(queries.query_ids))
+    ]
+    return write_candidates(folder, corpus, queries, chosen, config=config, inputs=inputs, encoders=list(encoders))
+
+
+def write_candidates(
+    folder: Path,
+    corpus: Corpus,
+    queries: Queries,
+    chosen: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    config: Any,
+    inputs: Mapping[str, str],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write a candidates folder: for each query in turn (C,) rows of the corpus and (C,) is_outsider; returns the manifest."""
+    rows = [
+        {"query_id": query_id, "image_ids": [corpus.image_ids[row] for row in rows], "is_outsider": is_outsider.tolist()}
+        for query_id, (rows, is_outsider) in zip(queries.query_ids, chosen, strict=True)
+    ]
     with atomic_path(folder / "data.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
     return write_manifest(
@@ -104,7 +120,7 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
         inputs=inputs,
         corpus_fingerprint=corpus.fingerprint,
         queries_fingerprint=queries.fingerprint,
-        encoders=list(encoders),
+        **facts,
     )
 
 

@@ -368,6 +368,12 @@ class Corpus:
         """The decoded RGB image of one row."""
         return load_rgb(self.image_bytes(row))
 
+    def training_images(self, rows: Iterable[int]) -> Iterator[TrainingImage]:
+        """The training images of these rows, in their order: what `write_corpus` takes to write a part of this corpus."""
+        for row in rows:
+            values = self.table.slice(row, 1).drop_columns(["image", "sha256"]).to_pylist()[0]
+            yield TrainingImage(image=self.image_bytes(row), **values)
+
     def catalog(self) -> pa.Table:
         """Everything but the images: what an attributor shows about each of them."""
         return self.table.drop_columns(["image"])

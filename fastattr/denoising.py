@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastattr.artifacts import atomic_path
 from fastattr.corpus import Corpus
 from fastattr.errors import InputError, NonFiniteError
 from fastattr.generator import Generator, noise_for, spread_timesteps
+from fastattr.processes import split_between
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,10 @@ def in_parts(
     parts = {start: range(start, min(start + size, count)) for start in range(0, count, size)}
     files = {start: folder / f"{start:09d}-{size}.npy" for start in parts}
     missing = [start for start in parts if not files[start].exists()]
-    with accelerator.split_between_processes(missing) if accelerator else nullcontext(missing) as mine:
+    with split_between(accelerator, missing) as mine:
         for start in tqdm(mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)):
             with atomic_path(files[start]) as temporary:
                 np.save(temporary, compute(parts[start]))
-    if accelerator:
-        accelerator.wait_for_everyone()
     whole: np.ndarray | None = None
     for start, rows in parts.items():  # one part at a time, as the whole may be most of the memory
         part = np.load(files[start])

@@ -1,9 +1,9 @@
 """Gradient features: what an image's denoising loss asks of the unlearned layers, compressed to one short row an image.
 
-With EKFAC whitening, the inner product of a query's row and a training image's row is the linearised teacher's score
-up to the query's factor: the store serves every later query without another pass over the corpus. Without whitening
-and with a ridge-regularised kernel they are the projected gradients of TRAK (`output='loss'`, arXiv:2303.14186) and of
-D-TRAK (`output='squared_norm'`, arXiv:2311.00500).
+With EKFAC whitening and its leading coordinates kept, the inner product of a query's row and a training image's row is the
+linearised teacher's score up to the query's factor: the store serves every later query without another pass over the
+corpus. Without whitening, sketched, and with a ridge-regularised kernel they are the projected gradients of TRAK
+(`output='loss'`, arXiv:2303.14186) and of D-TRAK (`output='squared_norm'`, arXiv:2311.00500).
 
 Reads an encoded corpus; writes features.npy (half precision), ids.parquet and manifest.json as other features have them.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ PART_ROWS = 512
 """Images whose features go into one file; a killed run loses at most one part."""
 SCALE_ROWS = 16
 """Images that set the scale at which features are stored."""
+SAMPLE_ROWS = 256
+"""Images, spread over the corpus, that tell which coordinates lead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +62,27 @@ class GradientConfig:
 
 
 class Compression:
-    """Per-layer gradients to (B, k): whitened in the EKFAC eigenbasis if asked, then count-sketched.
+    """Per-layer gradients to (B, k): whitened in the EKFAC eigenbasis if asked, then cut to some coordinates or count-sketched.
 
-    A count sketch adds each coordinate, with a random sign, to one of k numbers: inner products stay right in
-    expectation, at a cost of one addition a coordinate. Source: arXiv:1306.4672.
+    In the eigenbasis few coordinates carry most of a gradient, so keeping those serves better than sketching all. A count
+    sketch adds each coordinate, with a random sign, to one of k numbers: inner products stay right in expectation, at a cost
+    of one addition a coordinate. Source of the sketch: arXiv:1306.4672.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], config: GradientConfig, factors: Factors | None = None) -> None:
-        """Draw the sketch; the same for the same layers, width and seed.
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        config: GradientConfig,
+        factors: Factors | None = None,
+        coordinates: np.ndarray | None = None,
+    ) -> None:
+        """Prepare rotation and sketch; the same for the same arguments.
 
         Args:
             layers: whose gradients come, in this order.
             config: the settings.
             factors: EKFAC factors of these layers; needed where `config.whiten`.
+            coordinates: (k,) those to keep, as `leading_coordinates` finds them; without them all are sketched.
 
         Raises:
             InputError: whitening was asked for and there are no factors.
@@ -88,24 +98,27 @@ class Compression:
                 self._rotations[name] = (left.to(layer.weight), right.to(layer.weight), scale.to(layer.weight))
         size = sum(layer.weight.numel() for layer in layers.values())
         device = next(iter(layers.values())).weight.device
-        self.width = config.width or size
-        if config.width:
+        self._coordinates = None if coordinates is None else torch.from_numpy(coordinates).to(device)
+        self.width = size if not config.width else config.width if coordinates is None else len(coordinates)
+        self._sketched = bool(config.width) and coordinates is None
+        if self._sketched:
             rng = np.random.default_rng([config.seed, 11])
             self._buckets = torch.from_numpy(rng.integers(0, self.width, size)).to(device)
             self._signs = torch.from_numpy(rng.choice(np.array([-1, 1], dtype=np.float32), size)).to(device)
-        self._sketched = bool(config.width)
 
     def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, out, in) gradients by layer -> (B, k)."""
-        return self._sketch({name: self._rotated(name, gradient, 1) for name, gradient in gradients.items()})
+        return self._shortened({name: self._rotated(name, gradient, 1) for name, gradient in gradients.items()})
 
     def of_step(self, step: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(k,) from the (out, in) changes by layer: its inner product with a compressed gradient is gradient times change."""
         rotated = {name: self._rotated(name, change.unsqueeze(0), -1) for name, change in step.items()}
-        return self._sketch(rotated)[0]
+        return self._shortened(rotated)[0]
 
-    def _sketch(self, rotated: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _shortened(self, rotated: Mapping[str, torch.Tensor]) -> torch.Tensor:
         flat = torch.cat([values.flatten(1) for values in rotated.values()], dim=1)
+        if self._coordinates is not None:
+            return flat[:, self._coordinates]
         if not self._sketched:
             return flat
         sketch = flat.new_zeros(len(flat), self.width)
@@ -159,6 +172,28 @@ def gradient_features(
         layer.weight.grad = None
     mean: np.ndarray = features.reshape(len(rows), images.views, -1).mean(dim=1).numpy()
     return mean
+
+
+def leading_coordinates(
+    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, factors: Factors, config: GradientConfig
+) -> np.ndarray:
+    """(k,) coordinates, of all layers' whitened gradients side by side, with the largest mean square over a sample of images.
+
+    Args:
+        generator: with base weights.
+        layers: whose gradients are taken; their weights must require gradients.
+        images: the encoded corpus.
+        factors: EKFAC factors of the layers.
+        config: the settings; k is its width, or all coordinates if they are fewer.
+    """
+    whole = replace(config, width=0)
+    compression = Compression(layers, whole, factors)
+    rows = np.unique(np.linspace(0, len(images.image_ids) - 1, SAMPLE_ROWS).astype(np.int64))
+    energy = np.zeros(compression.width)
+    for start in range(0, len(rows), SCALE_ROWS):
+        features = gradient_features(generator, layers, images, rows[start : start + SCALE_ROWS], compression, whole)
+        energy += np.square(features, dtype=np.float64).sum(axis=0)
+    return np.sort(np.argsort(-energy, kind="stable")[: config.width])
 
 
 def write_gradient_features(

@@ -23,6 +23,7 @@ from fastattr.corpus import Corpus
 from fastattr.ekfac import Layer, factor_bytes
 from fastattr.errors import FastattrError, InputError
 from fastattr.generator import Generator
+from fastattr.gradient_features import SAMPLE_ROWS, SCALE_ROWS
 from fastattr.queries import Queries
 from fastattr.teacher import PART_ROWS, TeacherConfig, queries_a_pass, stores_gradients
 
@@ -121,7 +122,8 @@ def teacher_plan(config: TeacherConfig, sizes: Sizes, probe: Probe) -> list[Step
         if stores_gradients(config, queries=count, parameters=sizes.parameters):
             width = config.gradient_width or sizes.parameters
             store = 2 * sizes.images * width
-            passes = round(sizes.images * per_caption)
+            sample = min(SCALE_ROWS, sizes.images) + (min(SAMPLE_ROWS, sizes.images) if config.gradient_width else 0)
+            passes = round((sizes.images + sample) * per_caption)
             memory = probe.backward + held + gradients + one_query + PART_ROWS * width * 4 + store
             steps.append(Step(name="gradient store", forward=passes, backward=passes, memory=memory, disk=store))
             name, memory, disk = "first order", probe.backward + held + one_query + store, _table_bytes(sizes.linearised)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, ope
 from fastattr.corpus import Corpus, load_rgb
 from fastattr.errors import InputError
 from fastattr.generator import Generator
+from fastattr.processes import split_between
 
 SPLITS = ("train", "validation", "test")
 
@@ -161,9 +163,10 @@ def query_schema() -> pa.Schema:
 
 
 def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
-    """Draw the queries of run_dir/corpus with run_dir/generator; returns the manifest."""
+    """Draw the queries of run_dir/corpus with run_dir/generator, on all processes; returns the manifest."""
+    accelerator = Accelerator()
     corpus = Corpus(run_dir / "corpus")
-    generator = Generator.from_pretrained(run_dir / "generator")
+    generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
     folder = run_dir / "queries"
     inputs = {"corpus": corpus.fingerprint, "generator": generator.fingerprint}
     if finished(folder, stage="queries", config=config, inputs=inputs):
@@ -172,13 +175,21 @@ def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
     prompts = choose_prompts([captions[0] for captions in corpus.captions], config)
     # Shards of an unfinished run with other settings lie under another name and are never mixed in.
     shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
-    for start in tqdm(range(0, len(prompts), config.batch_size), desc="queries", unit="batch"):
-        path = shards / f"{start:06d}.parquet"
-        if not path.exists():
-            batch = prompts[start : start + config.batch_size]
-            rows = draw_queries(generator, batch, first=start, config=config)
-            with atomic_path(path) as temporary:
+    files = {start: shards / f"{start:06d}.parquet" for start in range(0, len(prompts), config.batch_size)}
+    with split_between(accelerator, [start for start, path in files.items() if not path.exists()]) as mine:
+        for start in tqdm(mine, desc="queries", unit="batch", disable=not accelerator.is_main_process):
+            rows = draw_queries(generator, prompts[start : start + config.batch_size], first=start, config=config)
+            with atomic_path(files[start]) as temporary:
                 pq.write_table(pa.Table.from_pylist(rows, schema=query_schema()), temporary)
+    if accelerator.is_main_process:
+        _finish(folder, shards, config, inputs)
+    accelerator.wait_for_everyone()
+    manifest = read_json(folder / MANIFEST)
+    return manifest
+
+
+def _finish(folder: Path, shards: Path, config: QueriesConfig, inputs: dict[str, str]) -> None:
+    """Put the shards together as one table and record what made it."""
     table = pa.concat_tables([pq.read_table(path) for path in sorted(shards.glob("*.parquet"))])
     with atomic_path(folder / "data.parquet") as temporary:
         pq.write_table(table, temporary)
@@ -186,7 +197,7 @@ def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
     images = [hashlib.sha256(image["bytes"]).hexdigest() for image in table["image"].to_pylist()]
     identity = [table["query_id"].to_pylist(), table["prompt"].to_pylist(), table["split"].to_pylist(), images]
     counts = {split: table["split"].to_pylist().count(split) for split in SPLITS}
-    return write_manifest(
+    write_manifest(
         folder, stage="queries", config=config, inputs=inputs, queries_fingerprint=fingerprint(identity), queries=counts
     )
 

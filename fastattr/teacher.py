@@ -19,7 +19,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,15 @@ from fastattr.ekfac import MADE_OF, Factors, Layer, fit_ekfac
 from fastattr.errors import FastattrError, InputError, QueriesFailedError
 from fastattr.features import check_source, folders, read_features
 from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for
-from fastattr.gradient_features import Compression, GradientConfig, gradient_features, write_gradient_features
+from fastattr.gradient_features import (
+    Compression,
+    GradientConfig,
+    gradient_features,
+    leading_coordinates,
+    write_gradient_features,
+)
 from fastattr.linearised import flat_step, linearised_scores
+from fastattr.processes import split_between
 from fastattr.queries import SPLITS, Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
@@ -60,6 +68,8 @@ logger = logging.getLogger(__name__)
 
 PART_ROWS = 512
 """Training images whose base losses or linearised scores go into one file; a killed run loses at most one part."""
+ENCODED_ROWS = 128
+"""Training images that are encoded at once, whatever the settings, so that all find what is kept of them."""
 TRIES = 3
 """How often a failing query is tried before it is passed over."""
 METHODS = ("unlearning", "trak", "d-trak", "similarity")
@@ -107,8 +117,9 @@ class TeacherConfig:
     """How first-order scores are computed: 'contracted' holds all queries' steps in memory while the corpus passes by, in
     as many passes as they need; 'stored' keeps `gradient_width` numbers of each image's gradient, which serve later
     queries too; 'auto' contracts where one pass is enough, and stores otherwise."""
-    gradient_width: int = 4096
-    """k, numbers kept of an image's gradient where gradients are stored (half precision); 0 keeps every coordinate."""
+    gradient_width: int = 16_384
+    """k, numbers kept of an image's gradient where gradients are stored (half precision): the leading coordinates, or a
+    sketch for TRAK and D-TRAK; 0 keeps every coordinate."""
     memory_gb: float = 4.0
     """Memory for the steps of the queries that share one pass."""
     ridge: float = 0.1
@@ -256,6 +267,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             generator_fingerprint=generator.fingerprint,
             processes=accelerator.num_processes,
             seconds=round(time.monotonic() - started, 1),
+            seconds_by_part=task.seconds,
             queries=len(queries.query_ids) - len(failures),
             failures=failures,
             evaluations=evaluations,
@@ -365,18 +377,28 @@ class _Task:
     accelerator: Accelerator
     run_dir: Path
     shards: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the parts of the work, of the run that finished."""
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time until its end to `seconds[part]`."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - started, 2)
 
     def encode_corpus(self) -> EncodedImages:
         """The corpus as the denoiser sees it; kept for the next run."""
-        return encode_corpus(
-            self.generator,
-            self.corpus,
-            batch_size=self.config.batch_size,
-            folder=self.run_dir / "encoded" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint]),
-            captions=self.config.captions,
-            mirrored=self.config.mirrored,
-            accelerator=self.accelerator,
-        )
+        with self.timed("encode"):
+            return encode_corpus(
+                self.generator,
+                self.corpus,
+                batch_size=ENCODED_ROWS,
+                folder=self.run_dir / "encoded" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint]),
+                captions=self.config.captions,
+                mirrored=self.config.mirrored,
+                accelerator=self.accelerator,
+            )
 
     def rows_of(self, row: int) -> np.ndarray:
         """(C,) rows in the corpus of the candidates of query `row`."""
@@ -414,10 +436,9 @@ class _Task:
     def attempt_all(self, rows: Sequence[int], work: Callable[[int], None], *, description: str) -> None:
         """`attempt` these queries, split over the processes; those with a shard are done."""
         todo = [row for row in rows if not self.shard(row).exists()]
-        with self.accelerator.split_between_processes(todo) as mine:
+        with self.timed(description), split_between(self.accelerator, todo) as mine:
             for row in tqdm(mine, desc=description, unit="query", disable=not self.accelerator.is_main_process):
                 self.attempt(row, work)
-        self.accelerator.wait_for_everyone()
 
     def failures(self) -> dict[str, str]:
         """Error by query id, of all queries that have no scores."""
@@ -458,7 +479,8 @@ def _score_by_unlearning(task: _Task) -> None:
     config, splits = task.config, task.queries.splits
     images = task.encode_corpus()
     # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
-    factors = _factors(task, images)
+    with task.timed("factors"):
+        factors = _factors(task, images)
     by_first_order = [row for row, split in enumerate(splits) if split in config.linearised]
     if exact := [row for row, split in enumerate(splits) if split not in config.linearised]:
         _score_exactly(task, images, factors, exact)
@@ -473,7 +495,8 @@ def _score_by_unlearning(task: _Task) -> None:
 
 def _score_exactly(task: _Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
     """Score these queries one by one, split over the processes; those with a shard are done."""
-    base_loss = _base_loss(task, images)
+    with task.timed("base loss"):
+        base_loss = _base_loss(task, images)
 
     def score(row: int) -> None:
         influence, rise = score_query(
@@ -531,7 +554,8 @@ def _score_linearised(task: _Task, images: EncodedImages, factors: Factors, rows
         return scores.T.astype(np.float32)
 
     folder = scratch / f"parts-{fingerprint([task.queries.query_ids[row] for row in rows])}"
-    scores = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
+    with task.timed("linearised pass"):
+        scores = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
     if accelerator.is_main_process:
         for position, row in enumerate(rows):
             if task.shard(row).exists():
@@ -547,8 +571,7 @@ def _score_from_store(task: _Task, images: EncodedImages, factors: Factors, rows
         return
     config = task.config
     settings = _gradient_config(config, output="loss", whiten=True)
-    compression = Compression(task.layers, settings, factors)
-    store, scale = _stored_gradients(task, images, compression, settings, factors=factors)
+    store, scale, compression = _stored_gradients(task, images, settings, factors)
 
     def score(row: int) -> None:
         step, rise = query_step(task.generator, task.layers, factors, **task.query(row), config=config)
@@ -563,8 +586,7 @@ def _score_by_kernel(task: _Task) -> None:
     config = task.config
     images = task.encode_corpus()
     settings = _gradient_config(config, output="loss" if config.method == "trak" else "squared_norm", whiten=False)
-    compression = Compression(task.layers, settings)
-    store, scale = _stored_gradients(task, images, compression, settings)
+    store, scale, compression = _stored_gradients(task, images, settings, None)
     ids = task.queries.query_ids
     encoded = [task.query(row) for row in range(len(ids))]
     queries = EncodedImages(
@@ -617,23 +639,27 @@ def _gradient_config(config: TeacherConfig, *, output: str, whiten: bool) -> Gra
 
 
 def _stored_gradients(
-    task: _Task,
-    images: EncodedImages,
-    compression: Compression,
-    settings: GradientConfig,
-    *,
-    factors: Factors | None = None,
-) -> tuple[np.ndarray, float]:
-    """(N, k) half-precision gradient features of the corpus, memory-mapped, and the factor on them."""
+    task: _Task, images: EncodedImages, settings: GradientConfig, factors: Factors | None
+) -> tuple[np.ndarray, float, Compression]:
+    """(N, k) half-precision gradient features of the corpus, memory-mapped, the factor on them, and their compression."""
     inputs = {"source": task.corpus.fingerprint, "layers": fingerprint(sorted(task.layers))}
     inputs |= {"views": str(images.views), "captions": task.config.captions}
     if factors is not None:
         inputs["factors"] = factors.fingerprint
     folder = task.run_dir / "gradients" / fingerprint([task.generator.fingerprint, inputs, vars(settings)])
-    manifest = write_gradient_features(
-        folder, task.generator, task.layers, images, compression, settings, task.accelerator, inputs=inputs
-    )
-    return np.load(folder / "features.npy", mmap_mode="r"), manifest["scale"]
+    coordinates, kept = None, folder / "coordinates.npy"
+    with task.timed("gradient store"):
+        if factors is not None and settings.width:
+            if task.accelerator.is_main_process and not kept.exists():
+                with atomic_path(kept) as temporary:
+                    np.save(temporary, leading_coordinates(task.generator, task.layers, images, factors, settings))
+            task.accelerator.wait_for_everyone()
+            coordinates = np.load(kept)
+        compression = Compression(task.layers, settings, factors, coordinates)
+        manifest = write_gradient_features(
+            folder, task.generator, task.layers, images, compression, settings, task.accelerator, inputs=inputs
+        )
+    return np.load(folder / "features.npy", mmap_mode="r"), manifest["scale"], compression
 
 
 def _factors(task: _Task, images: EncodedImages) -> Factors:

@@ -153,6 +153,20 @@ def test_recombined_prompts_are_in_no_caption(captions):
     assert {benchmark.split_caption(prompt)[0] for prompt in prompts} <= {f"subject, {number}" for number in range(60)}
 
 
+def test_recombined_prompts_of_known_kinds_name_sets_that_draw_the_kind(corpus, captions):
+    """A flag in the style of a set without flags has no right answer that the judge could know."""
+    kinds = corpus.column("subgroup")
+    drawn = {(kind, style) for kind, style in zip(kinds, corpus.column("source"), strict=True)}
+    drawn -= {("heart", "noto")}
+    without = [
+        ("" if (kind, style) == ("heart", "noto") else kind) for kind, style in zip(kinds, corpus.column("source"), strict=True)
+    ]
+    pairs = benchmark.choose_recombined(captions, 10_000, seed=0, kinds=without)
+    every = benchmark.choose_recombined(captions, 10_000, seed=0)
+    assert set(pairs) == {(row, style) for row, style in every if without[row] and (without[row], style) in drawn}
+    assert len(pairs) < len(every)
+
+
 def test_share_agrees_with_a_simulation():
     """An error of the mean that lacks the root, or that is 0 at all right, would claim too much."""
     rng = np.random.default_rng(0)

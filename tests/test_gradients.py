@@ -17,7 +17,13 @@ from fastattr.denoising import encode_corpus
 from fastattr.ekfac import fit_ekfac
 from fastattr.errors import InputError
 from fastattr.generator import Generator
-from fastattr.gradient_features import Compression, GradientConfig, gradient_features, write_gradient_features
+from fastattr.gradient_features import (
+    Compression,
+    GradientConfig,
+    gradient_features,
+    leading_coordinates,
+    write_gradient_features,
+)
 from fastattr.linearised import flat_step, linearised_scores
 from fastattr.teacher import TeacherConfig, factor_batches
 
@@ -128,6 +134,21 @@ def test_a_killed_store_finishes_with_the_same_rows(setting, tmp_path: Path, mon
     np.testing.assert_allclose(stored / manifest["scale"], expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
 
 
+def test_leading_coordinates_are_those_of_most_energy(setting):
+    """Coordinates of another order, or of unwhitened gradients, would be no better than chance."""
+    generator, images, layers, factors = setting
+    rows = np.arange(48)
+    whole = features_of(setting, rows, CONFIG)
+    config = replace(CONFIG, width=128)
+    kept = leading_coordinates(generator, layers, images, factors, config)
+    assert kept.shape == (128,)
+    energy = np.square(whole.astype(np.float64)).sum(axis=0)
+    assert energy[kept].sum() == pytest.approx(np.sort(energy)[-128:].sum(), rel=1e-6)  # of all 48 images
+    cut = Compression(layers, config, factors, kept)
+    short = gradient_features(generator, layers, images, rows, cut, config)
+    np.testing.assert_allclose(short, whole[:, kept], rtol=1e-5, atol=1e-8)
+
+
 def test_kernel_scores_are_those_of_the_dual_form():
     """Ridge regression has two forms; the other one, over training images, must give the same numbers."""
     rng = np.random.default_rng(0)
@@ -135,6 +156,9 @@ def test_kernel_scores_are_those_of_the_dual_form():
     ridge = 0.3 * np.trace(corpus.T @ corpus) / 8
     dual = queries @ corpus.T @ np.linalg.inv(corpus @ corpus.T + ridge * np.eye(30))
     np.testing.assert_allclose(kernel_scores(queries, corpus, ridge=0.3), dual, rtol=1e-9)
+    few = corpus[:5]  # fewer images than numbers: the other kernel is the smaller one
+    primal = queries @ np.linalg.inv(few.T @ few + 0.3 * np.trace(few.T @ few) / 8 * np.eye(8)) @ few.T
+    np.testing.assert_allclose(kernel_scores(queries, few, ridge=0.3), primal, rtol=1e-9)
 
 
 def test_scores_of_other_widths_are_refused():

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from fastattr.artifacts import read_json
+from fastattr.processes import split_between
 from fastattr.scores import read_scores
 
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
@@ -35,3 +37,33 @@ def test_teacher_gives_the_same_scores_on_two_processes(tiny_run: Path, tiny_con
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one.influence, other.influence, atol=1e-5)
         assert np.abs(one.influence).max() > 0
+
+
+class TwoProcesses:
+    """The second of two processes; the first does its part of the work as soon as both have come to a meeting."""
+
+    def __init__(self, done: set[int]) -> None:
+        self.done = done
+        self.meetings = 0
+
+    def wait_for_everyone(self) -> None:
+        self.meetings += 1
+        if self.meetings == 1:
+            self.done |= {0, 1}
+
+    @contextmanager
+    def split_between_processes(self, todo: list[int]):
+        yield todo[len(todo) // 2 :]
+
+
+def test_nobody_starts_before_all_have_listed_the_work():
+    """A process that lists what is missing after another has begun would take another's part, and leave its own undone."""
+    done: set[int] = set()
+    everything = TwoProcesses(done)
+    with split_between(everything, [item for item in range(4) if item not in done]) as mine:
+        assert everything.meetings == 1
+        done |= set(mine)
+    assert done == {0, 1, 2, 3}
+    assert everything.meetings == 2
+    with split_between(None, [1, 2]) as mine:
+        assert mine == [1, 2]
