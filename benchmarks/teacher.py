@@ -31,7 +31,7 @@ from emoji import open_corpus
 from scipy.stats import spearmanr
 
 from fastattr import FastattrError, teacher
-from fastattr.artifacts import MANIFEST, fingerprint, read_json, write_json
+from fastattr.artifacts import MANIFEST, fingerprint, read_json
 from fastattr.candidates import write_candidates
 from fastattr.corpus import Corpus, CorpusConfig, write_corpus
 from fastattr.hub import ASSETS
@@ -94,8 +94,6 @@ class Taught:
     scores: np.ndarray
     """(Q, C), queries and candidates in the order of their ids."""
     manifest: Mapping[str, Any]
-    peak_memory: int
-    """Bytes that a process held at most; 0 where the teacher ran in the benchmark's own process."""
 
 
 class Bench:
@@ -148,32 +146,26 @@ class Bench:
         count = self.processes if processes is None else processes
         kept = run_dir / f"scores-{fingerprint([vars(config), count, alone])}"
         if not (kept / MANIFEST).exists():
-            peak = self._launch(run_dir, config, count) if alone or count > 1 else _call(run_dir, config)
-            write_json(run_dir / "scores" / "peak.json", peak)
+            if alone or count > 1:
+                self._launch(run_dir, config, count)
+            else:
+                teacher.run(config, run_dir)
             shutil.move(run_dir / "scores", kept)
         manifest = read_json(kept / MANIFEST)
         if manifest["processes"] != count:
             raise FastattrError(f"{count} processes were launched, {manifest['processes']} ran.")
         rows = sorted(read_scores(kept), key=lambda row: row.query_id)
         scores = np.stack([row.influence[np.argsort(row.image_ids)] for row in rows])
-        return Taught(scores, manifest, read_json(kept / "peak.json"))
+        return Taught(scores, manifest)
 
-    def _launch(self, run_dir: Path, config: TeacherConfig, count: int) -> int:
+    def _launch(self, run_dir: Path, config: TeacherConfig, count: int) -> None:
         path = run_dir / "config.yaml"
         path.write_text(yaml.safe_dump({"name": run_dir.name, "teacher": json.loads(json.dumps(vars(config)))}))
         launcher = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "--num_processes", str(count)]
         command = [*(launcher if count > 1 else [sys.executable]), str(SCRIPT), "--config", str(path), "--run", str(run_dir)]
-        process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise FastattrError(f"the teacher ended with code {process.returncode}: {' '.join(command)}")
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _call(run_dir: Path, config: TeacherConfig) -> int:
-    teacher.run(config, run_dir)
-    return 0
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise FastattrError(f"the teacher ended with code {done.returncode}: {' '.join(command)}")
 
 
 def agreement(name: str, first: np.ndarray, second: np.ndarray, *, seed: int) -> dict[str, float | int]:
@@ -239,8 +231,8 @@ def enough_draws(bench: Bench) -> dict[str, float | int]:
     return {**results, "draws_for_spearman_099": enough, "reference_draws": sizes.reference_draws}
 
 
-def memory(bench: Bench) -> tuple[dict[str, float | int], Taught]:
-    """Peak memory of a process over what `fastattr plan` says, exact and to first order; also the latter run."""
+def memory(bench: Bench) -> dict[str, float | int]:
+    """Peak memory of a process over what `fastattr plan` says, exact and to first order."""
     sizes = bench.sizes
     exact_dir = bench.folder("exactness", queries=2, candidates=min(64, sizes.candidates))
     many_dir = bench.folder("together", queries=sizes.together, candidates=sizes.candidates, steps=2)
@@ -248,13 +240,12 @@ def memory(bench: Bench) -> tuple[dict[str, float | int], Taught]:
     many_config = bench.config(linearised=("test",), gradients="contracted", query_draws=4)
     results = {}
     for name, run_dir, config in (("exact", exact_dir, exact_config), ("linearised", many_dir, many_config)):
-        taught = bench.teach(run_dir, config, processes=1, alone=True)
-        planned = plan(config, run_dir)["peak_memory"]
+        peak = bench.teach(run_dir, config, processes=1, alone=True).manifest["peak_memory"]
         results |= {
-            f"peak_memory_over_plan_{name}": taught.peak_memory / planned,
-            f"peak_memory_mb_{name}": taught.peak_memory / 1e6,
+            f"peak_memory_over_plan_{name}": peak / plan(config, run_dir)["peak_memory"],
+            f"peak_memory_mb_{name}": peak / 1e6,
         }
-    return results, taught
+    return results
 
 
 def evaluations(config: TeacherConfig, sizes: PlanSizes) -> int:
@@ -338,8 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(work, corpus, sizes, processes=processes, seed=options.seed)
         results, exact, linearised = first_order(bench)
         results |= exactness(bench)
-        in_memory, _ = memory(bench)
-        results |= in_memory
+        results |= memory(bench)
         together_dir = bench.folder("together", queries=sizes.together, candidates=sizes.candidates, steps=2)
         together = bench.teach(together_dir, bench.config(linearised=("test",), gradients="contracted", query_draws=4))
         results |= enough_draws(bench)

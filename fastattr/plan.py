@@ -8,7 +8,6 @@ Reads corpus/, generator/, queries/ and candidates/ of a run folder; writes noth
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from fastattr.ekfac import Layer, factor_bytes
 from fastattr.errors import FastattrError, InputError
 from fastattr.generator import Generator
 from fastattr.gradient_features import SAMPLE_ROWS, SCALE_ROWS
+from fastattr.processes import peak_memory
 from fastattr.queries import Queries
 from fastattr.teacher import PART_ROWS, TeacherConfig, queries_a_pass, stores_gradients
 
@@ -182,7 +182,7 @@ def measure(config: TeacherConfig, run_dir: Path) -> Probe:
     layers = generator.modules_to_unlearn(config.pattern)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    loaded = _peak()
+    loaded = peak_memory()
     count = config.batch_size
     images = EncodedImages(
         [str(row) for row in range(count)],
@@ -191,17 +191,11 @@ def measure(config: TeacherConfig, run_dir: Path) -> Probe:
         np.arange(count + 1),
     )
     image_losses(generator, images, np.arange(count), draws=1, batch_size=count, seed=config.seed)
-    forward = _peak()
+    forward = peak_memory()
     with record_layers(layers):
         for _, losses in denoising_losses(generator, images, np.arange(count), draws=1, batch_size=count, seed=config.seed):
             losses.sum().backward()
-    return Probe(loaded=loaded, forward=forward, backward=_peak())
-
-
-def _peak() -> int:
-    """Bytes that this process has held at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return Probe(loaded=loaded, forward=forward, backward=peak_memory())
 
 
 def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:

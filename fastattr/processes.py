@@ -1,9 +1,12 @@
-"""Several processes of `accelerate launch`: how a stage splits its work over them."""
+"""Processes of `accelerate launch`: how a stage splits its work over them, and what each has held in memory."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
@@ -27,3 +30,15 @@ def split_between(accelerator: Accelerator | None, todo: Sequence[Item]) -> Iter
     with accelerator.split_between_processes(list(todo)) as mine:
         yield mine
     accelerator.wait_for_everyone()
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held in memory at most.
+
+    On Linux not what `getrusage` says, which starts from the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

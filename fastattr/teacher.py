@@ -59,7 +59,7 @@ from fastattr.gradient_features import (
     write_gradient_features,
 )
 from fastattr.linearised import flat_step, linearised_scores
-from fastattr.processes import split_between
+from fastattr.processes import peak_memory, split_between
 from fastattr.queries import SPLITS, Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
@@ -242,6 +242,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
     evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
+    peaks = accelerator.gather(torch.tensor([peak_memory()], device=accelerator.device))
     failures = task.failures()
     accelerator.wait_for_everyone()  # all have looked before the first process removes the shards
     if len(failures) > config.allow_failures:
@@ -271,6 +272,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
             queries=len(queries.query_ids) - len(failures),
             failures=failures,
             evaluations=evaluations,
+            peak_memory=int(peaks.max()),
         )
         shutil.rmtree(shards)
     accelerator.wait_for_everyone()
