@@ -58,13 +58,25 @@ def digest(data: bytes) -> str:
 
 def fresh_process(code: str, *arguments: str, home: Path) -> str:
     """Run code with an empty cache against the loopback Hub; its standard output."""
-    settings = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "TQDM_DISABLE": "1"}
+    settings = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
 
 
+@pytest.fixture
+def one_thread():
+    """As `fresh_process` has: the number of threads decides in which order products are summed, and so the last bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_everything_pushed_is_pulled_by_a_fresh_process_to_the_bit(hub: LoopbackHub, tiny_run: Path, tmp_path: Path):
     """The promise of the whole Hub: whoever pulls gets exactly what was made, with the libraries they already know."""
     import torch
