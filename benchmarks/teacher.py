@@ -250,7 +250,7 @@ def memory(bench: Bench) -> dict[str, float | int]:
 
 def evaluations(config: TeacherConfig, sizes: PlanSizes) -> int:
     """Latents through the network, forward or backward, for all queries, without fitting the curvature."""
-    steps = teacher_plan(config, sizes, Probe(loaded=0, forward=0, backward=0))
+    steps = teacher_plan(config, sizes, Probe(loaded=0, backward=0))
     return sum(step.forward + step.backward for step in steps if step.name != "factors")
 
 

@@ -184,7 +184,14 @@ def image_losses(
     losses = np.zeros(len(rows) * images.views)
     for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
         np.add.at(losses, positions, part.double().cpu().numpy())
-    if not np.isfinite(losses).all():
-        worst = images.image_ids[rows[np.flatnonzero(~np.isfinite(losses))[0] // images.views]]
-        raise NonFiniteError(f"the loss of image {worst} is not finite; check the image, or use float32.")
-    return losses.reshape(len(rows), images.views)
+    losses = losses.reshape(len(rows), images.views)
+    require_finite(losses, images, rows, "loss")
+    return losses
+
+
+def require_finite(values: np.ndarray, images: EncodedImages, rows: np.ndarray, what: str) -> None:
+    """Raise NonFiniteError, which names the first such image, if any of (C, ...) `values` of these rows is NaN or infinite."""
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(rows), -1).all(axis=1))
+    if len(bad):
+        name = images.image_ids[rows[bad[0]]]
+        raise NonFiniteError(f"the {what} of image {name} is not finite; check the image, or use float32.")

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from fastattr.artifacts import MANIFEST, fingerprint, finished, read_json, write_manifest
-from fastattr.denoising import EncodedImages, denoising_losses, in_parts
+from fastattr.denoising import EncodedImages, denoising_losses, in_parts, require_finite
 from fastattr.ekfac import Factors, Layer, example_gradients, record_layers
 from fastattr.errors import InputError
 from fastattr.features import write_features
@@ -171,6 +171,7 @@ def gradient_features(
     for layer in layers.values():
         layer.weight.grad = None
     mean: np.ndarray = features.reshape(len(rows), images.views, -1).mean(dim=1).numpy()
+    require_finite(mean, images, rows, "gradient")
     return mean
 
 

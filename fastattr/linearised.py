@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from fastattr.denoising import EncodedImages, denoising_losses
+from fastattr.denoising import EncodedImages, denoising_losses, require_finite
 from fastattr.ekfac import Layer, example_gradients, record_layers
 from fastattr.generator import Generator
 
@@ -49,6 +49,9 @@ def linearised_scores(
 
     Returns:
         (Q, C) float64 scores, higher = more influential, in the unit of the losses; the larger of two views'.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite; the image is named.
     """
     scores = torch.zeros(len(rows) * images.views, len(steps), dtype=torch.float64)
     steps = steps.to(generator.device)
@@ -61,5 +64,6 @@ def linearised_scores(
                 calls.clear()
     for layer in layers.values():
         layer.weight.grad = None
-    largest: np.ndarray = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).T.numpy()
-    return largest
+    largest: np.ndarray = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).numpy()
+    require_finite(largest, images, rows, "first-order score")
+    return largest.T

@@ -54,10 +54,9 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Peak memory of a process in bytes, measured: after loading, and once a batch went through."""
+    """Peak memory of a process in bytes, measured: after loading, and once a batch went forward and back."""
 
     loaded: int
-    forward: int
     backward: int
 
 
@@ -191,11 +190,10 @@ def measure(config: TeacherConfig, run_dir: Path) -> Probe:
         np.arange(count + 1),
     )
     image_losses(generator, images, np.arange(count), draws=1, batch_size=count, seed=config.seed)
-    forward = peak_memory()
     with record_layers(layers):
         for _, losses in denoising_losses(generator, images, np.arange(count), draws=1, batch_size=count, seed=config.seed):
             losses.sum().backward()
-    return Probe(loaded=loaded, forward=forward, backward=peak_memory())
+    return Probe(loaded=loaded, backward=peak_memory())
 
 
 def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:

@@ -225,6 +225,10 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     layers = generator.modules_to_unlearn(config.pattern)
     folder = run_dir / "scores"
     inputs = {"candidates": manifest["fingerprint"], "generator": generator.fingerprint}
+    made_of = {"generator": generator.fingerprint, "corpus": corpus.fingerprint}
+    given = Factors.load(Path(config.factors), layers, made_of=made_of) if config.factors else None
+    if given:
+        inputs["factors"] = given.fingerprint
     if finished(folder, stage="scores", config=config, inputs=inputs):
         done: dict[str, Any] = read_json(folder / MANIFEST)
         return done
@@ -232,7 +236,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
-    task = _Task(generator, layers, corpus, queries, candidates, candidate_rows, config, accelerator, run_dir, shards)
+    task = _Task(generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards)
     if config.method == "unlearning":
         _score_by_unlearning(task)
     elif config.method == "similarity":
@@ -375,6 +379,7 @@ class _Task:
     queries: Queries
     candidates: Mapping[str, tuple[list[str], np.ndarray]]
     candidate_rows: Mapping[str, np.ndarray]
+    given_factors: Factors | None
     config: TeacherConfig
     accelerator: Accelerator
     run_dir: Path
@@ -666,10 +671,10 @@ def _stored_gradients(
 
 def _factors(task: _Task, images: EncodedImages) -> Factors:
     """Curvature: the user's, one fitted earlier, or one fitted now by all processes together."""
+    if task.given_factors:
+        return task.given_factors
     config, accelerator = task.config, task.accelerator
     made_of = {"generator": task.generator.fingerprint, "corpus": task.corpus.fingerprint}
-    if config.factors:
-        return Factors.load(Path(config.factors), task.layers, made_of=made_of)
     settings = ("curvature", "fisher", "factor_examples", "captions", "mirrored", "batch_size", "seed")
     identity = [made_of, sorted(task.layers), [getattr(config, name) for name in settings]]
     folder = task.run_dir / "ekfac" / fingerprint(identity)

@@ -17,7 +17,7 @@ from fastattr.generator import Generator
 from fastattr.plan import Probe, Sizes, Step, run_sizes, teacher_plan
 from fastattr.teacher import TeacherConfig
 
-NOTHING = Probe(loaded=0, forward=0, backward=0)
+NOTHING = Probe(loaded=0, backward=0)
 
 
 @pytest.mark.parametrize(
