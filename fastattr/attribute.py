@@ -3,33 +3,37 @@
 `FastAttributor` holds encoders, student, index and catalogue; `Attribution` is the answer to one query.
 An attributor folder holds config.json (shape, encoders, fingerprints, SHA-256 of every other file),
 model.safetensors, index.faiss (or its shards), catalog.parquet, thumbnails.parquet, metrics.json and, where it brings
-its own, encoder/.
+its own, encoder/. Images come and leave (`add`, `remove`, `update`, `compact`): see fastattr/catalogue.py.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
+import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from fastattr.artifacts import atomic_path, fingerprint, open_stage, read_json, sha256_file, write_json
+from fastattr import catalogue as living
+from fastattr.artifacts import atomic_path, open_stage, read_json, sha256_file, write_json
+from fastattr.catalogue import Catalogue, Where, file_of, open_catalogue, read_config, seal, versions
 from fastattr.corpus import Corpus, load_rgb, to_rgb
 from fastattr.distill import load_student, save_student
-from fastattr.errors import ArtifactDamagedError, EncoderMismatchError, FormatVersionError, InputError, MissingFileError
+from fastattr.errors import ArtifactDamagedError, EncoderMismatchError, InputError, MissingFileError
 from fastattr.features import Encoder, folders, open_encoder, read_features
-from fastattr.hub import commit_of, locate, split_revision
-from fastattr.index import IndexConfig, Searchable, Shards, load_index, save_index, search, split_index
+from fastattr.hub import ASSETS, commit_of, locate, split_revision
+from fastattr.index import IndexConfig, build
 from fastattr.student import Student, StudentConfig, embed
 
 if TYPE_CHECKING:
@@ -37,9 +41,13 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-FORMAT_VERSION = 2
-"""2 keeps the thumbnails apart from the catalogue, and may split the index; 1 is read, too."""
-CATALOG_COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
+    from fastattr.milvus import MilvusBackend
+
+logger = logging.getLogger(__name__)
+
+RECEIPT = "fastattr-receipt-1"
+"""Format of `Attribution.to_dict`."""
+CATALOG_COLUMNS = living.COLUMNS
 THUMBNAIL_SIDE = 48
 """Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
 
@@ -73,6 +81,10 @@ class Attribution:
     model: dict[str, Any]
     """Name, fingerprints and versions of what answered."""
     warnings: list[str] = field(default_factory=list)
+    query: dict[str, Any] = field(default_factory=dict)
+    """What was asked: 'sha256' of image and prompt (or features), 'embedding' (base64 float32), k, and the restriction."""
+    versions: dict[str, Any] = field(default_factory=dict)
+    """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
     _weights: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
@@ -83,8 +95,11 @@ class Attribution:
         return pd.DataFrame([asdict(result) for result in self.results])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the thumbnails, as plain values."""
+        """The receipt: everything but the thumbnails, as plain values; `fastattr verify` replays it."""
         return {
+            "format": RECEIPT,
+            "versions": self.versions,
+            "query": {**self.query, "prompt": self.prompt},
             "results": [asdict(result) for result in self.results],
             "prompt": self.prompt,
             "seconds": self.seconds,
@@ -93,7 +108,7 @@ class Attribution:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
+        """`to_dict` as JSON, the receipt."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def shares(self, by: str = "creator") -> pd.DataFrame:
@@ -156,8 +171,7 @@ class FastAttributor:
         config: dict[str, Any],
         encoders: Sequence[Encoder],
         student: Student,
-        index: Searchable,
-        catalog: pa.Table,
+        catalogue: Catalogue | MilvusBackend,
         metrics: dict[str, Any],
         folder: Path,
         name: str,
@@ -165,10 +179,12 @@ class FastAttributor:
         """Use `from_pretrained`, or `build_attributor` for a run folder."""
         self.config = config
         self.name = name
-        self.catalog = catalog
-        """(N rows) image_id, caption, creator, license, source, url, group, subgroup, family; thumbnail (WebP) if loaded."""
         self.metrics = metrics
-        self._encoders, self._student, self._index, self._folder = list(encoders), student, index, folder
+        self._encoders, self._student, self._catalogue, self._folder = list(encoders), student, catalogue, folder
+        self._stamp = _stamp(folder)
+        self._shards: Sequence[int] | None = None
+        self._thumbnails = True
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def from_pretrained(
@@ -184,6 +200,7 @@ class FastAttributor:
         dtype: torch.dtype | None = None,
         thumbnails: bool = True,
         shards: Sequence[int] | None = None,
+        index_uri: str | None = None,
     ) -> FastAttributor:
         """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
 
@@ -198,6 +215,7 @@ class FastAttributor:
             dtype: of the feature encoders; None is float32.
             thumbnails: whether to fetch and load the training images' thumbnails.
             shards: which shards of the index to fetch and search, counted from 0; None takes all.
+            index_uri: search the Milvus server or file that `fastattr index --backend milvus` filled, and fetch no index.
 
         Raises:
             ArtifactNotFoundError: there is no such model (RevisionNotFoundError: no such revision of it;
@@ -210,47 +228,66 @@ class FastAttributor:
         """
         import torch
 
-        folder, config = _open_folder(
-            name_or_path,
-            lambda config: _files(config, thumbnails=thumbnails, shards=shards),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        encoders = [
-            open_encoder(specification, folder=folder, captions=config["captions"], device=device, dtype=dtype or torch.float32)
-            for specification in config["encoders"]
-        ]
-        found = [encoder.fingerprint for encoder in encoders]
-        if found != config["encoder_fingerprints"]:
-            raise EncoderMismatchError(
-                f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, those "
-                f"loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the attributor "
-                "that was trained on these."
+        def load() -> FastAttributor:
+            folder, config = _open_folder(
+                name_or_path,
+                lambda config: _files(config, thumbnails=thumbnails and not index_uri, shards=shards, index=not index_uri),
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
             )
-        shape = StudentConfig(**{**config["student"], "hidden": tuple(config["student"]["hidden"])})
-        catalog = pq.read_table(folder / "catalog.parquet")
-        if thumbnails and "thumbnails.parquet" in config["sha256"]:
-            catalog = _with_thumbnails(catalog, pq.read_table(folder / "thumbnails.parquet"))
-        return cls(
-            config=config,
-            encoders=encoders,
-            student=load_student(folder / "model.safetensors", feature_dim=config["feature_dim"], config=shape),
-            index=_load_shards(folder, config, shards),
-            catalog=catalog,
-            metrics=read_json(folder / "metrics.json"),
-            folder=folder,
-            name=str(name_or_path),
-        )
+            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            encoders = [
+                open_encoder(
+                    specification, folder=folder, captions=config["captions"], device=chosen, dtype=dtype or torch.float32
+                )
+                for specification in config["encoders"]
+            ]
+            found = [encoder.fingerprint for encoder in encoders]
+            if found != config["encoder_fingerprints"]:
+                raise EncoderMismatchError(
+                    f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, "
+                    f"those loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the "
+                    "attributor that was trained on these."
+                )
+            shape = StudentConfig(**{**config["student"], "hidden": tuple(config["student"]["hidden"])})
+            student = load_student(folder / "model.safetensors", feature_dim=config["feature_dim"], config=shape)
+            catalogue: Catalogue | MilvusBackend
+            if index_uri:
+                from fastattr.milvus import MilvusBackend
+
+                catalogue = MilvusBackend.open(index_uri, folder, config)
+            else:
+                catalogue = open_catalogue(folder, config, thumbnails=thumbnails, shards=shards)
+            loaded = cls(
+                config=config,
+                encoders=encoders,
+                student=student,
+                catalogue=catalogue,
+                metrics=read_json(folder / "metrics.json"),
+                folder=folder,
+                name=str(name_or_path),
+            )
+            loaded._shards, loaded._thumbnails = shards, thumbnails
+            return loaded
+
+        return _settled(Path(str(name_or_path)), load)
+
+    @property
+    def catalog(self) -> pa.Table:
+        """One row an image that has not been removed.
+
+        image_id, caption, creator, license, source, url, group, subgroup, family; thumbnail (WebP) if loaded.
+        """
+        return self._catalogue.table
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return int(self._catalogue.ntotal)
 
     def attribute(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str], k: int = 20
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str], k: int = 20, *, where: Where | None = None
     ) -> Attribution | list[Attribution]:
         """Name the k training images that influenced a generated image most.
 
@@ -258,6 +295,8 @@ class FastAttributor:
             image: the generated image (Pillow image, (H, W, 3) uint8 array or file), or a list of them.
             prompt: its prompt, or as many prompts.
             k: how many training images, 1 to the size of the corpus.
+            where: name only images with these values, e.g. {"creator": ["Ada", "Bob"], "license": "CC0-1.0"}; columns are those
+                of `catalogue.FILTERS`, and 'since' and 'until' bound the column 'date'. There may be fewer than k.
 
         Returns:
             One `Attribution`, or a list of them if a list was given.
@@ -269,12 +308,15 @@ class FastAttributor:
             prompts = list(prompt) if not isinstance(prompt, str) else [prompt] * len(image)
             if len(prompts) != len(image):
                 raise InputError(f"{len(image)} images came with {len(prompts)} prompts; give one prompt an image.")
-            return self._attribute([open_image(one) for one in image], prompts, k)
+            return self._attribute([open_image(one) for one in image], prompts, k, where)
         if not isinstance(prompt, str):
             raise InputError("one image needs one prompt, a string.")
-        return self._attribute([open_image(image)], [prompt], k)[0]
+        return self._attribute([open_image(image)], [prompt], k, where)[0]
 
-    def _attribute(self, images: Sequence[Image.Image], prompts: Sequence[str], k: int) -> list[Attribution]:
+    def _attribute(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], k: int, where: Where | None
+    ) -> list[Attribution]:
+        self.refresh()
         for text in prompts:
             if not text.strip():
                 raise InputError("the prompt is empty; give the prompt that the image was made from.")
@@ -284,60 +326,309 @@ class FastAttributor:
             raise InputError(f"{self.name} has no feature encoders; give features to `attribute_features` instead.")
         started = time.perf_counter()
         features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in self._encoders], axis=1)
-        return self._search(features, prompts, k, {"features": time.perf_counter() - started})
+        seconds = {"features": time.perf_counter() - started}
+        hashes = [image_sha256(image, text) for image, text in zip(images, prompts, strict=True)]
+        return self._search(features, prompts, k, seconds, hashes=hashes, where=where)
 
-    def attribute_features(self, features: np.ndarray, prompts: Sequence[str], k: int = 20) -> list[Attribution]:
+    def attribute_features(
+        self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None
+    ) -> list[Attribution]:
         """Name the k training images that influenced each of Q images most, from features computed elsewhere.
 
         Args:
             features: (Q, F) finite, the encoders' outputs side by side, as the student was trained on.
             prompts: Q prompts, kept in the answers.
             k: how many training images, 1 to the size of the corpus.
+            where: see `attribute`.
 
         Raises:
             InputError: the features have another shape or are not finite, or k is out of range.
         """
+        self._check_features(features, len(prompts))
+        self.refresh()
+        hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
+        return self._search(features, prompts, k, {}, hashes=hashes, where=where)
+
+    def _check_features(self, features: np.ndarray, count: int) -> None:
         width = self.config["feature_dim"]
-        if features.ndim != 2 or features.shape[1] != width or len(features) != len(prompts):
-            raise InputError(f"features must be ({len(prompts)}, {width}), one row a prompt, got {features.shape}.")
+        if features.ndim != 2 or features.shape[1] != width or len(features) != count:
+            raise InputError(f"features must be ({count}, {width}), one row a prompt, got {features.shape}.")
         if not np.isfinite(features).all():
             raise InputError("features must be finite; some are NaN or infinite.")
-        return self._search(features, prompts, k, {})
 
-    def _search(self, features: np.ndarray, prompts: Sequence[str], k: int, seconds: dict[str, float]) -> list[Attribution]:
+    def _search(
+        self,
+        features: np.ndarray,
+        prompts: Sequence[str],
+        k: int,
+        seconds: dict[str, float],
+        *,
+        hashes: Sequence[str],
+        where: Where | None = None,
+    ) -> list[Attribution]:
         started = time.perf_counter()
-        rows, similarities = search(self._index, embed(self._student, features), k)
+        embeddings = embed(self._student, features)
+        answers = self._nearest(embeddings, k, where)
         seconds = {**seconds, "search": time.perf_counter() - started}
-        return [
-            self._attribution(text, own_rows, own_similarities, seconds)
-            for text, own_rows, own_similarities in zip(prompts, rows, similarities, strict=True)
-        ]
+        found = []
+        for text, sha256, embedding, (records, similarities) in zip(prompts, hashes, embeddings, answers, strict=True):
+            query = {"sha256": sha256, "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode(), "k": k}
+            query |= {"where": dict(where)} if where else {}
+            found.append(self._attribution(text, records, similarities, seconds, query))
+        return found
 
-    def _attribution(self, prompt: str, rows: np.ndarray, similarities: np.ndarray, seconds: dict[str, float]) -> Attribution:
+    def _nearest(
+        self, embeddings: np.ndarray, k: int, where: Where | None = None
+    ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+        """Records and similarities of each embedding's k nearest images, all from one version of the catalogue."""
+        catalogue = self._catalogue
+        if not 1 <= k <= catalogue.ntotal:
+            raise InputError(f"top-k must be between 1 and {catalogue.ntotal} (the images in the corpus), got {k}.")
+        similarities, rows = catalogue.search(np.ascontiguousarray(embeddings, dtype=np.float32), k, where=where)
+        return iter([(catalogue.fetch(own), values[: len(own)]) for own, values in zip(rows, similarities, strict=True)])
+
+    def _attribution(
+        self,
+        prompt: str,
+        records: list[dict[str, Any]],
+        similarities: np.ndarray,
+        seconds: dict[str, float],
+        query: dict[str, Any],
+    ) -> Attribution:
         import torch
 
-        records = self.catalog.take(pa.array(rows)).to_pylist()
         text_columns = ("image_id", "caption", "creator", "license", "source", "url")
         results = [
             Influence(rank=rank, similarity=float(similarity), **{column: record[column] for column in text_columns})
             for rank, (record, similarity) in enumerate(zip(records, similarities, strict=True))
         ]
         with torch.no_grad():
-            weights = torch.sigmoid(self._student.logits(torch.from_numpy(similarities))).double().numpy()
+            weights = torch.sigmoid(self._student.logits(torch.from_numpy(np.ascontiguousarray(similarities)))).double().numpy()
         model = {
             "name": self.name,
             "fastattr_version": self.config["fastattr_version"],
             "corpus_fingerprint": self.config["corpus_fingerprint"],
             "generator_fingerprint": self.config["generator_fingerprint"],
             "model_sha256": self.config["sha256"]["model.safetensors"],
-            "index_sha256": _index_sha256(self.config),
+            "index_sha256": versions(self.config)["index"],
+            "revision": commit_of(self._folder) or "",
         }
-        thumbnails = {record["image_id"]: record["thumbnail"] for record in records if "thumbnail" in record}
-        return Attribution(results, prompt, dict(seconds), model, [], weights, thumbnails)
+        thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
+        return Attribution(results, prompt, dict(seconds), model, [], query, versions(self.config), weights, thumbnails)
 
     def info(self) -> dict[str, Any]:
         """What this attributor is: size, creators, licences, versions and metrics."""
         return _describe(self.name, self.config, self.catalog, self.metrics)
+
+    # ---- a living catalogue
+
+    def refresh(self) -> bool:
+        """Take up what another process has published since; `attribute` does so before it answers. True if there was any."""
+        stamp = _stamp(self._folder)
+        if stamp == self._stamp or not isinstance(self._catalogue, Catalogue):
+            return False
+
+        def load() -> tuple[dict[str, Any], Catalogue]:
+            config = read_config(self._folder)
+            base = ("files", "index_shards", "vectors")
+            if "journal_bytes" in self.config and all(config.get(name) == self.config.get(name) for name in base):
+                catalogue = self._catalogue
+                assert isinstance(catalogue, Catalogue)
+                for entry in living.read_journal(self._folder, config, after=self.config["journal_bytes"]):
+                    catalogue = catalogue.applied(entry)
+                return config, catalogue
+            living.check_files(self._folder, config, _files(config, thumbnails=self._thumbnails, shards=self._shards))
+            return config, open_catalogue(self._folder, config, thumbnails=self._thumbnails, shards=self._shards)
+
+        self.config, self._catalogue = _settled(self._folder, load)
+        self._stamp = stamp
+        return True
+
+    def add(
+        self,
+        images: Sequence[ImageLike],
+        captions: Sequence[str | Sequence[str]],
+        metadata: Sequence[Mapping[str, str]] | None = None,
+        *,
+        readmit: bool = False,
+    ) -> list[str]:
+        """Take images into the catalogue; nothing is trained. When this returns, they are on the disk.
+
+        Args:
+            images: n training images.
+            captions: one, or several, of each.
+            metadata: of each, columns of the catalogue ('creator', 'license', 'source', 'url', 'group', 'subgroup', 'family',
+                'date' as YYYY-MM-DD, 'image_id'); an id that is left out is made from pixels and caption.
+            readmit: whether images that were removed once may come back.
+
+        Returns:
+            The n image ids.
+
+        Raises:
+            InputError: an image can't be read, an id is there already or was removed, or there is such no column.
+        """
+        if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
+            raise InputError(f"{len(images)} images need as many captions and metadata.")
+        if not self._encoders:
+            raise InputError(f"{self.name} has no feature encoders; give features to `add_features` instead.")
+        opened = [open_image(image) for image in images]
+        texts = [[text] if isinstance(text, str) else list(text) for text in captions]
+        if not all(text and text[0].strip() for text in texts):
+            raise InputError("every image needs a caption.")
+        features = np.concatenate([encoder.encode(opened, texts) for encoder in self._encoders], axis=1)
+        return self.add_features(
+            features,
+            [text[0] for text in texts],
+            [
+                {"image_id": f"added-{image_sha256(image, text[0])[:16]}", **fields}
+                for image, text, fields in zip(opened, texts, metadata or [{}] * len(opened), strict=True)
+            ],
+            thumbnails=[thumbnail_bytes(image, quality=40) for image in opened],
+            readmit=readmit,
+        )
+
+    def add_features(
+        self,
+        features: np.ndarray,
+        captions: Sequence[str],
+        metadata: Sequence[Mapping[str, str]],
+        *,
+        thumbnails: Sequence[bytes] | None = None,
+        readmit: bool = False,
+    ) -> list[str]:
+        """Take images into the catalogue from features computed elsewhere; see `add`.
+
+        Args:
+            features: (n, F) finite, as for `attribute_features`.
+            captions: n.
+            metadata: of each, with 'image_id'.
+            thumbnails: a small WebP of each.
+            readmit: whether images that were removed once may come back.
+        """
+        self._check_features(features, len(captions))
+        if len(metadata) != len(captions) or not len(captions):
+            raise InputError(f"{len(captions)} images need as many metadata, and there must be at least one.")
+        records = [{"caption": caption, **_checked(fields)} for caption, fields in zip(captions, metadata, strict=True)]
+        ids = [record.get("image_id", "") for record in records]
+        if "" in ids or len(set(ids)) < len(ids):
+            raise InputError("every image needs an image_id of its own.")
+        embeddings = embed(self._student, features).astype(np.float16).astype(np.float32)
+
+        def entries(catalogue: Catalogue) -> list[dict[str, Any]]:
+            there = [image_id for image_id, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]
+            left = [image_id for image_id in ids if image_id in catalogue.removed]
+            if there:
+                raise InputError(f"the catalogue already has {', '.join(there[:3])}; update it, or give another image_id.")
+            if left and not readmit:
+                raise InputError(f"{', '.join(left[:3])} was removed; to take it in again, say so (readmit=True).")
+            images: list[dict[str, Any]] = []
+            for i, (record, embedding) in enumerate(zip(records, embeddings, strict=True)):
+                image = {**record, "embedding": living.encode_vector(embedding)}
+                if thumbnails is not None:
+                    image["thumbnail"] = base64.b64encode(thumbnails[i]).decode()
+                images.append(image)
+            size = living.LINE_IMAGES
+            return [{"operation": "add", "images": images[start : start + size]} for start in range(0, len(images), size)]
+
+        self._change(entries)
+        return ids
+
+    def remove(self, image_ids: Sequence[str], *, reason: str = "") -> None:
+        """Take images out of the catalogue for good: no answer names them from now on. Some may have left already.
+
+        Args:
+            image_ids: which.
+            reason: kept in the journal.
+
+        Raises:
+            InputError: the catalogue never had one of them.
+        """
+        ids = [image_ids] if isinstance(image_ids, str) else list(dict.fromkeys(image_ids))
+
+        def entries(catalogue: Catalogue) -> list[dict[str, Any]]:
+            unknown = [
+                image_id
+                for image_id, slot in zip(ids, catalogue.slots(ids), strict=True)
+                if slot < 0 and image_id not in catalogue.removed
+            ]
+            if unknown:
+                raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was removed.")
+            left = [image_id for image_id in ids if image_id not in catalogue.removed]
+            return [{"operation": "remove", "image_ids": left, **({"reason": reason} if reason else {})}] if left else []
+
+        self._change(entries)
+
+    def update(self, changes: Mapping[str, Mapping[str, str]]) -> None:
+        """Change what the catalogue says of images; similarities stay as they are.
+
+        Args:
+            changes: new values by column, by image id.
+
+        Raises:
+            InputError: the catalogue has no such image, or no such column.
+        """
+        images = [{**_checked(fields), "image_id": image_id} for image_id, fields in changes.items()]
+
+        def entries(catalogue: Catalogue) -> list[dict[str, Any]]:
+            unknown = [image_id for image_id, slot in zip(changes, catalogue.slots(list(changes)), strict=True) if slot < 0]
+            if unknown:
+                raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was changed.")
+            return [{"operation": "update", "images": images}] if images else []
+
+        self._change(entries)
+
+    def compact(self) -> None:
+        """Fold all changes into a new base, which is what erases the data of removed images from the disk.
+
+        Raises:
+            InputError: no image is left.
+        """
+        self._require_own()
+        self._require_whole()
+        with living.lock(self._folder):
+            self.refresh()
+            assert isinstance(self._catalogue, Catalogue)
+            if self._shards is not None or not self._thumbnails:
+                raise InputError("load the attributor whole (thumbnails, all shards) to compact it.")
+            self.config = living.compact(self._folder, self.config, self._catalogue)
+            self._catalogue, self._stamp = open_catalogue(self._folder, self.config), _stamp(self._folder)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The changes since the base was made, oldest first: version, time, operation and image ids."""
+        entries = living.read_journal(self._folder, self.config)
+        plain = ("version", "time", "operation", "image_ids", "reason", "removed")
+        return [
+            {name: value for name, value in entry.items() if name in plain}
+            | ({"image_ids": [image["image_id"] for image in entry["images"]]} if isinstance(entry.get("images"), list) else {})
+            for entry in entries
+        ]
+
+    def _change(self, entries: Callable[[Catalogue], list[dict[str, Any]]]) -> None:
+        """Append what `entries` makes of the newest version to the journal, and take it up."""
+        if not isinstance(self._catalogue, Catalogue):
+            raise InputError("change the attributor's folder, then bring Milvus up to it: `fastattr index --backend milvus`.")
+        self._require_own()
+        with living.lock(self._folder):
+            self.refresh()
+            catalogue = self._catalogue
+            lines = entries(catalogue)
+            if not lines:
+                return
+            config = living.append(self._folder, self.config, lines)
+            for line in lines:
+                catalogue = catalogue.applied(line)
+            self.config, self._catalogue, self._stamp = config, catalogue, _stamp(self._folder)
+
+    def _require_own(self) -> None:
+        """Work on a copy of what is not the user's to change: an embedded model, or the Hub client's cache."""
+        if self._scratch or not (self._folder.is_relative_to(ASSETS) or commit_of(self._folder)):
+            return
+        self._require_whole()
+        logger.warning("%s can't be changed in place: changes are kept until this process ends, or you save it.", self.name)
+        self._scratch = tempfile.TemporaryDirectory(prefix="fastattr-")
+        copy = Path(self._scratch.name) / "attributor"
+        living.copy_version(self._folder, self.config, copy)
+        self._folder, self._stamp = copy, _stamp(copy)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the attributor to a folder that `from_pretrained` loads; an earlier one there is replaced."""
@@ -345,11 +636,14 @@ class FastAttributor:
         if target.resolve() == self._folder.resolve():
             return
         self._require_whole()
-        with atomic_path(target) as temporary:
-            temporary.mkdir(parents=True)
-            for file in ["config.json", *self.config["sha256"]]:
-                (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._folder / file, temporary / file)
+
+        def copy() -> None:
+            self.refresh()
+            with atomic_path(target) as temporary:
+                temporary.mkdir(parents=True)
+                living.copy_version(self._folder, self.config, temporary)
+
+        _settled(self._folder, copy)
 
     def _require_whole(self) -> None:
         """Raise MissingFileError if it was loaded without some of its files."""
@@ -416,8 +710,63 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         As `FastAttributor.from_pretrained`.
     """
-    folder, config = _open_folder(name_or_path, lambda _: ["catalog.parquet", "metrics.json"])
-    return _describe(str(name_or_path), config, pq.read_table(folder / "catalog.parquet"), read_json(folder / "metrics.json"))
+
+    def load() -> dict[str, Any]:
+        folder, config = _open_folder(name_or_path, lambda config: _files(config, thumbnails=False, index=False, model=False))
+        catalog = living.read_table(folder / file_of(config, "catalog"))
+        if file_of(config, "journal") in config["sha256"]:
+            folder, config = _open_folder(name_or_path, lambda config: _files(config, thumbnails=False))
+            catalog = open_catalogue(folder, config, thumbnails=False).table
+        return _describe(str(name_or_path), config, catalog, read_json(folder / "metrics.json"))
+
+    return _settled(Path(str(name_or_path)), load)
+
+
+Result = TypeVar("Result")
+
+
+def _settled(folder: Path, load: Callable[[], Result]) -> Result:
+    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away."""
+    for _ in range(20):
+        before = _stamp(folder)
+        try:
+            return load()
+        except (MissingFileError, ArtifactDamagedError, FileNotFoundError):
+            if _stamp(folder) == before:
+                raise
+    return load()
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Changes whenever a version is published; () where there is no config.json."""
+    try:
+        found = (folder / "config.json").stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _checked(fields: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of an image, once its columns and values have been looked at."""
+    known = {*CATALOG_COLUMNS, "date"}
+    for name, value in fields.items():
+        if name not in known or not isinstance(value, str):
+            raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r}.")
+    return dict(fields)
+
+
+def image_sha256(image: Image.Image, prompt: str) -> str:
+    """Hex SHA-256 of an image's size and RGB pixels, and its prompt."""
+    rgb = to_rgb(image)
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}\n".encode())
+    digest.update(rgb.tobytes())
+    digest.update(prompt.encode())
+    return digest.hexdigest()
+
+
+def features_sha256(features: np.ndarray, prompt: str) -> str:
+    """Hex SHA-256 of (F,) features in float32 and the prompt."""
+    return hashlib.sha256(np.asarray(features, dtype="<f4").tobytes() + prompt.encode()).hexdigest()
 
 
 def _open_folder(
@@ -426,38 +775,12 @@ def _open_folder(
     """An attributor's folder and its config.json, once the checksums of the files that are asked for have been compared."""
     name, revision = split_revision(name_or_path, revision)
     folder = locate(name, "attributor", files=["config.json"], revision=revision, **where)
-    config = _read_config(folder)
+    config = read_config(folder)
     wanted = files(config)
     # The rest comes from the commit that config.json came from, even if another has been pushed since.
     folder = locate(name, "attributor", files=wanted, revision=commit_of(folder) or revision, **where)
-    for file in wanted:
-        if not (folder / file).exists():
-            raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
-        if file.endswith(".faiss"):
-            continue  # `load_index` does it, right before FAISS reads it
-        if sha256_file(folder / file) != config["sha256"].get(file):
-            raise ArtifactDamagedError(
-                f"{folder / file} is not the file of config.json (SHA-256 differs); fetch it again with force_download=True."
-            )
+    living.check_files(folder, config, wanted)
     return folder, config
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """An attributor's config.json, checked as far as everything else relies on it."""
-    if not (folder / "config.json").exists():
-        raise MissingFileError(f"{folder} has no config.json; it is no attributor, or an incomplete one.")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
-        raise ArtifactDamagedError(f"{folder / 'config.json'} is not an attributor's; fetch the attributor again.")
-    if config["format_version"] > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}; "
-            "upgrade fastattr (`pip install -U fastattr`), or take an earlier revision of the attributor."
-        )
-    for file in config.get("sha256", {}):
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise ArtifactDamagedError(f"{folder / 'config.json'} names {file!r}, outside its folder; do not use it.")
-    return config
 
 
 def _shards(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -466,41 +789,28 @@ def _shards(config: dict[str, Any]) -> list[dict[str, Any]]:
     return shards
 
 
-def _files(config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None) -> list[str]:
-    """The files of an attributor that `from_pretrained` needs."""
-    index = [shard["file"] for shard in _shards(config)]
-    unknown = [number for number in shards or [] if not 0 <= number < len(index)]
+def _files(
+    config: dict[str, Any],
+    *,
+    thumbnails: bool,
+    shards: Sequence[int] | None = None,
+    index: bool = True,
+    model: bool = True,
+) -> list[str]:
+    """The files of an attributor that are needed."""
+    files = [shard["file"] for shard in _shards(config)]
+    unknown = [number for number in shards or [] if not 0 <= number < len(files)]
     if unknown or (shards is not None and not shards):
-        raise InputError(f"the index has the shards 0 to {len(index) - 1}, got {list(shards or [])}.")
-    left_out = {file for number, file in enumerate(index) if shards is not None and number not in shards}
+        raise InputError(f"the index has the shards 0 to {len(files) - 1}, got {list(shards or [])}.")
+    if not model:
+        return [file_of(config, "catalog"), "metrics.json"]
+    left_out = {file for number, file in enumerate(files) if shards is not None and number not in shards}
+    if not index:
+        stored = config.get("vectors") or {}
+        left_out |= {*living.index_files(config), stored.get("file"), file_of(config, "catalog"), file_of(config, "thumbnails")}
     if not thumbnails:
-        left_out.add("thumbnails.parquet")
+        left_out.add(file_of(config, "thumbnails"))
     return [file for file in config["sha256"] if file not in left_out]
-
-
-def _load_shards(folder: Path, config: dict[str, Any], numbers: Sequence[int] | None) -> Searchable:
-    """The index, or the shards of it that are asked for."""
-    shards = _shards(config)
-    chosen = [shards[number] for number in (range(len(shards)) if numbers is None else sorted(set(numbers)))]
-    loaded = [
-        (load_index(folder / shard["file"], sha256=config["sha256"][shard["file"]]), int(shard["first_row"]))
-        for shard in chosen
-    ]
-    whole: Searchable = loaded[0][0] if len(shards) == 1 else Shards(loaded)
-    return whole
-
-
-def _with_thumbnails(catalog: pa.Table, thumbnails: pa.Table) -> pa.Table:
-    """The catalogue with its images' thumbnails, matched by image id."""
-    if thumbnails["image_id"] != catalog["image_id"]:
-        raise ArtifactDamagedError("catalog.parquet and thumbnails.parquet list other images; fetch the attributor again.")
-    return catalog.append_column("thumbnail", thumbnails["thumbnail"])
-
-
-def _index_sha256(config: dict[str, Any]) -> str:
-    """Identifies the index: the checksum of its file, or of its shards' checksums."""
-    checksums = [config["sha256"][shard["file"]] for shard in _shards(config)]
-    return str(checksums[0]) if len(checksums) == 1 else fingerprint(checksums)
 
 
 def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -516,6 +826,7 @@ def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dic
         "versions": {
             "fastattr": config["fastattr_version"],
             "format": str(config["format_version"]),
+            "catalog": str(config.get("catalog_version", 1)),
             "corpus": config["corpus_fingerprint"],
             "generator": config["generator_fingerprint"],
         },
@@ -577,15 +888,19 @@ def build_attributor(
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         save_student(student, temporary / "model.safetensors")
-        shards = save_shards(split_index(embed(student, features), config), temporary)
+        embeddings = embed(student, features)
+        built = build(lambda start, stop: embeddings[start:stop], *embeddings.shape, config, temporary)
         catalog = {
             "image_id": corpus.image_ids,
             "caption": [captions[0] for captions in corpus.captions],
             **{column: corpus.column(column) for column in CATALOG_COLUMNS[2:]},
         }
         thumbnails = [thumbnail_bytes(corpus.image(row), quality=thumbnail_quality) for row in range(len(corpus))]
-        for name, table in (("catalog", catalog), ("thumbnails", {"image_id": corpus.image_ids, "thumbnail": thumbnails})):
-            pq.write_table(pa.table(table), temporary / f"{name}.parquet", compression="zstd", compression_level=12)
+        pictures = {"image_id": corpus.image_ids, "thumbnail": thumbnails}
+        files = {
+            "catalog": living.write_table(pa.table(catalog), temporary, "catalog"),
+            "thumbnails": living.write_table(pa.table(pictures), temporary, "thumbnails"),
+        }
         write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
@@ -597,25 +912,13 @@ def build_attributor(
             captions=captions,
             feature_dim=manifest["feature_dim"],
             student=asdict(shape),
-            index=config.factory,
-            index_shards=shards,
+            files=files,
+            **built,
             corpus_fingerprint=manifest["corpus_fingerprint"],
             generator_fingerprint=manifest["generator_fingerprint"],
             teacher=manifest["teacher"],
             training_queries=manifest["training_queries"],
         )
-
-
-def save_shards(shards: Sequence[faiss.Index], folder: Path) -> list[dict[str, Any]]:
-    """Write the shards of an index; returns 'file', 'first_row' and 'rows' of each, for config.json."""
-    listed = []
-    first_row = 0
-    for number, shard in enumerate(shards):
-        file = "index.faiss" if len(shards) == 1 else f"index-{number:05d}-of-{len(shards):05d}.faiss"
-        save_index(shard, folder / file)
-        listed.append({"file": file, "first_row": first_row, "rows": shard.ntotal})
-        first_row += shard.ntotal
-    return listed
 
 
 def write_config(folder: Path, **settings: Any) -> None:
@@ -624,5 +927,5 @@ def write_config(folder: Path, **settings: Any) -> None:
 
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     checksums = {file: sha256_file(folder / file) for file in files}
-    versions = {"format_version": FORMAT_VERSION, "fastattr_version": __version__}
-    write_json(folder / "config.json", {**versions, **settings, "sha256": checksums})
+    made_by = {"format_version": living.FORMAT_VERSION, "fastattr_version": __version__, "catalog_version": 1}
+    write_json(folder / "config.json", seal(json.loads(json.dumps({**made_by, **settings, "sha256": checksums}))))
