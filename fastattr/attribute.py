@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,6 +110,15 @@ class Attribution:
     def to_json(self) -> str:
         """`to_dict` as JSON, the receipt."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def first(self, k: int) -> Attribution:
+        """The same answer as if only k images had been asked for."""
+        return replace(
+            self,
+            results=self.results[:k],
+            query={**self.query, "k": min(k, self.query.get("k", k))},
+            _weights=self._weights[:k],
+        )
 
     def shares(self, by: str = "creator") -> pd.DataFrame:
         """How the images of this attribution divide by creator, licence or source.
@@ -349,6 +358,19 @@ class FastAttributor:
         hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
         return self._search(features, prompts, k, {}, hashes=hashes, where=where)
 
+    def replay(self, embedding: np.ndarray, prompt: str, k: int, *, where: Where | None = None) -> Attribution:
+        """The answer to a query of which only the (D,) embedding is known, as receipts hold it."""
+        ((records, similarities),) = self._nearest(embedding[None], k, where)
+        return self._attribution(prompt, records, similarities, {}, _query("", embedding, k, where))
+
+    def versions(self) -> dict[str, Any]:
+        """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
+        return versions(self.config)
+
+    def has_left(self, image_id: str) -> bool:
+        """Whether an image was in the catalogue once and has been removed."""
+        return image_id in self._catalogue.removed
+
     def _check_features(self, features: np.ndarray, count: int) -> None:
         width = self.config["feature_dim"]
         if features.ndim != 2 or features.shape[1] != width or len(features) != count:
@@ -372,9 +394,7 @@ class FastAttributor:
         seconds = {**seconds, "search": time.perf_counter() - started}
         found = []
         for text, sha256, embedding, (records, similarities) in zip(prompts, hashes, embeddings, answers, strict=True):
-            query = {"sha256": sha256, "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode(), "k": k}
-            query |= {"where": dict(where)} if where else {}
-            found.append(self._attribution(text, records, similarities, seconds, query))
+            found.append(self._attribution(text, records, similarities, seconds, _query(sha256, embedding, k, where)))
         return found
 
     def _nearest(
@@ -755,6 +775,16 @@ def _checked(fields: Mapping[str, str]) -> dict[str, str]:
         if name not in known or not isinstance(value, str):
             raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r}.")
     return dict(fields)
+
+
+def _query(sha256: str, embedding: np.ndarray, k: int, where: Where | None) -> dict[str, Any]:
+    """What a receipt says of a query, but for its prompt."""
+    query: dict[str, Any] = {
+        "sha256": sha256,
+        "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode(),
+        "k": k,
+    }
+    return query | ({"where": dict(where)} if where else {})
 
 
 def image_sha256(image: Image.Image, prompt: str) -> str:
