@@ -165,13 +165,15 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexIVF):
         per_row = inner.code_size + 8  # and the row's id
-        fixed += 4 * inner.nlist * inner.d + 256 * 4 * inner.d
+        fixed += 4 * inner.nlist * inner.d
     elif isinstance(inner, faiss.IndexHNSW):
         links = 4 * 2 * inner.hnsw.nb_neighbors(1)  # on the ground level, and 1 in M rows has as many half again
         per_row = faiss.downcast_index(inner.storage).sa_code_size() + round(1.1 * links) + 12
     else:
         per_row = inner.sa_code_size()
-    vectors = rows * (2 * dim + DIGEST_BYTES) if keeps_vectors(factory) else 0
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        fixed += 4 * 256 * inner.d  # the codebooks
+    vectors = rows * 2 * dim if keeps_vectors(factory) else 0
     memory = rows * per_row + fixed + (rows * DIGEST_BYTES if vectors else 0)
     at_once = min(rows, shard_rows or (BUILD_ROWS if isinstance(inner, faiss.IndexIVF) else rows))
     training = min(rows, TRAINING_ROWS) * dim * 4 * 2
@@ -515,29 +517,24 @@ class Shards:
         return np.concatenate(parts)
 
 
-def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]]) -> Shards:
+def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]], first: Path) -> Shards:
     """Shards as one; inverted files with the same lists become one index, so that lists are chosen once.
 
     Args:
         loaded: each with what `add_shards` says of it.
+        first: the file of the first.
     """
     if len(loaded) == 1 or not all(listed.get("own_ids") for _, listed in loaded):
         return Shards([(index, 0 if listed.get("own_ids") else int(listed["first_row"])) for index, listed in loaded])
-    files = [faiss.extract_index_ivf(index) for index, _ in loaded]
-    lists = []
-    for file in files:
-        lists.append(faiss.downcast_InvertedLists(file.invlists))
-        lists[-1].this.acquire()  # they outlive the index that they were read with
-        file.own_invlists = False
-    array = faiss.InvertedListsPtrVector()
-    for each in lists:
-        array.push_back(each)
-    whole = loaded[0][0]
-    stacked = faiss.HStackInvertedLists(array.size(), array.data())
-    files[0].replace_invlists(stacked, False)
-    files[0].ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
+    lists = faiss.InvertedListsPtrVector()
+    for index, _ in loaded:
+        lists.push_back(faiss.extract_index_ivf(index).invlists)
+    stacked = faiss.HStackInvertedLists(lists.size(), lists.data())
+    whole = _map(first, inverted=True)
+    faiss.extract_index_ivf(whole).replace_invlists(stacked, False)
+    faiss.extract_index_ivf(whole).ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
     joined = Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
-    joined.kept = (stacked, lists)  # FAISS only points to them
+    joined.kept = (stacked, loaded)  # FAISS only points to them
     return joined
 
 
@@ -573,8 +570,8 @@ class Ranked:
         """As `Shards.search`; `widen` also lengthens the short list."""
         if self.vectors is None:
             return self.index.search(queries, k, widen=widen)
-        length = min(max(math.ceil(k * self._shortlist / TUNED_K), TUNED_K), self.ntotal)
-        _, short = self.index.search(queries, max(length, k), widen=widen)
+        length = math.ceil(max(k, TUNED_K) * self._shortlist / TUNED_K)
+        _, short = self.index.search(queries, min(max(length, k), self.ntotal), widen=widen)
         return rerank(queries, short, self.vectors.take, k)
 
     @property
@@ -685,7 +682,7 @@ def tune(
     if not inverted and settings["vectors"] is None:
         return {"search": {"nprobe": 0, "shortlist": 0}, "recall_of_search": 1.0}
     listed = settings["index_shards"]
-    shards = join([(_map(folder / each["file"], inverted=inverted), each) for each in listed])
+    shards = join([(_map(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
     own = np.zeros((0, 1), dtype=np.int64)
     if queries is None:
         own = np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:TUNING_QUERIES])[:, None]
@@ -793,7 +790,7 @@ def open_ranked(folder: Path, settings: dict[str, Any], sha256: dict[str, str], 
         if "rows" in shard and index.ntotal != shard["rows"]:
             raise ArtifactDamagedError(f"{folder / shard['file']} holds {index.ntotal} rows, expected {shard['rows']}.")
         loaded.append((index, shard))
-    shards = join(loaded)
+    shards = join(loaded, folder / chosen[0]["file"])
     for index, _ in shards.shards:
         if _is_ivf(index) and wide.get("nprobe"):
             faiss.extract_index_ivf(index).nprobe = int(wide["nprobe"])
