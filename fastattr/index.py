@@ -254,24 +254,26 @@ def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
         InputError: FAISS does not know the factory string, or there are too few vectors to train it.
     """
     index = make(factory, embeddings.shape[1])
-    train(index, embeddings, factory)
+    index = train(index, embeddings, factory)
     index.add(embeddings)
     return index
 
 
-def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> None:
-    """Train an index on (n, D) float32 vectors.
+def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> faiss.Index:
+    """The index, trained on (n, D) float32 vectors.
 
     Raises:
         InputError: there are too few.
     """
+    trained = on_gpu(index)
     try:
-        on_gpu(index).train(embeddings) if faiss.get_num_gpus() and _is_ivf(index) else index.train(embeddings)
+        trained.train(embeddings)
     except RuntimeError as error:
         raise InputError(
             f"{len(embeddings)} images are too few to train an index {factory!r}; take 'SQfp16'. "
             f"FAISS says: {str(error).splitlines()[0][:200]}"
         ) from error
+    return off_gpu(trained)
 
 
 def on_gpu(index: faiss.Index) -> faiss.Index:
@@ -279,6 +281,11 @@ def on_gpu(index: faiss.Index) -> faiss.Index:
     if not faiss.get_num_gpus():
         return index
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def off_gpu(index: faiss.Index) -> faiss.Index:
+    """What `on_gpu` gave, back in memory, where it can be written."""
+    return faiss.index_gpu_to_cpu(index) if faiss.get_num_gpus() else index
 
 
 def _is_ivf(index: faiss.Index) -> bool:
@@ -356,7 +363,7 @@ def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Pa
                     shard.add_with_ids(batch, np.arange(first, first + len(batch)))
                 else:
                     shard.add(batch)
-            save_index(faiss.index_gpu_to_cpu(shard) if faiss.get_num_gpus() else shard, folder / file)
+            save_index(off_gpu(shard), folder / file)
         listed.append({"file": file, "first_row": start, "rows": stop - start} | ({"own_ids": True} if inverted else {}))
     return listed
 
@@ -376,7 +383,7 @@ def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, 
             block = blocks[number]
             picked = np.random.default_rng([seed, int(number)]).permutation(len(block))[:each]
             parts.append(read(int(block[0]), int(block[-1]) + 1)[np.sort(picked)])
-        train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
+        index = train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
     save_index(index, path)
     return path
 
