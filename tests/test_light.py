@@ -1,0 +1,43 @@
+"""The NumPy encoders and students against open_clip and torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastattr.features import OpenClipEncoder
+from fastattr.hub import ASSETS
+from fastattr.light import CONFIG, LightClip, supports
+
+EMOJI = ASSETS / "emoji" / "attributor" / "encoder"
+SIZES = [(64, 64), (100, 37), (31, 200)]
+TEXTS = [["red heart, openmoji style", "heart"], ["Caf&eacute;  au   lait 👍"], ["a very long caption " * 20, "x", "y z"]]
+
+
+@pytest.mark.parametrize("captions", ["first", "mean"])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_light_clip_is_the_clip_that_open_clip_loads(modality: str, captions: str):
+    """The corpus was encoded by open_clip: a query encoded a little otherwise would be ranked against shifted features."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
+    light, original = LightClip(EMOJI, modality, captions=captions), OpenClipEncoder(str(EMOJI), modality, captions=captions)
+    np.testing.assert_allclose(light.encode(images, TEXTS), original.encode(images, TEXTS), atol=1e-6)
+    assert light.fingerprint == original.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"), [("model_cfg", {"quick_gelu": True}), ("preprocess_cfg", {"resize_mode": "shortest"})]
+)
+def test_light_clip_leaves_other_shapes_to_open_clip(part: str, changed: dict[str, object], tmp_path: Path):
+    """A setting that is not computed here must not be ignored."""
+    shutil.copytree(EMOJI, tmp_path / "encoder")
+    config = json.loads((EMOJI / CONFIG).read_text(encoding="utf-8"))
+    config[part] |= changed
+    (tmp_path / "encoder" / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    assert supports(EMOJI)
+    assert not supports(tmp_path / "encoder")
