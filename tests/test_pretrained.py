@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -14,20 +14,22 @@ from fastattr import pretrained
 from fastattr.build import STAGES
 from fastattr.config import load_config
 from fastattr.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, InputError
-from fastattr.families import Options
+from fastattr.families import Options, recognise
 from fastattr.generator import Generator
 from fastattr.pretrained import PretrainedConfig
 from fastattr.train_generator import GeneratorConfig
 from tests.tiny_pipelines import build
 
 
-def save_lora(pipeline: StableDiffusionPipeline, folder: Path, seed: int = 1) -> Path:
-    """A LoRA on the U-Net's attention, written as diffusers' training scripts write it."""
-    torch.manual_seed(seed)
+def save_lora(pipeline: Any, folder: Path) -> Path:
+    """A LoRA on the denoiser's attention, written as diffusers' training scripts write it."""
+    torch.manual_seed(1)
+    part = recognise(pipeline).denoiser
+    denoiser = getattr(pipeline, part)
     settings = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    pipeline.unet.add_adapter(settings)
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
-    pipeline.unet.delete_adapters("default")
+    denoiser.add_adapter(settings)
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": get_peft_model_state_dict(denoiser)})
+    denoiser.delete_adapters("default")
     return folder
 
 
