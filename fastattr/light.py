@@ -13,6 +13,7 @@ import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fastattr.artifacts import read_json
+from fastattr.errors import ArtifactDamagedError
 
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -125,6 +127,63 @@ class LightClip:
         tokenizer.enable_truncation(self._text["context_length"])
         tokenizer.enable_padding(length=self._text["context_length"], pad_id=self._text["pad_id"])
         return tokenizer
+
+
+class LightStudent:
+    """What a trained student (fastattr.student) does for a query."""
+
+    def __init__(self, path: Path, *, feature_dim: int, config: Mapping[str, Any]) -> None:
+        """Read model.safetensors strictly.
+
+        Args:
+            path: the file.
+            feature_dim: F.
+            config: a `StudentConfig` as config.json holds it.
+
+        Raises:
+            ArtifactDamagedError: the file's tensors are not those of such a student.
+        """
+        widths = [feature_dim, *config["hidden"], config["embed_dim"]]
+        stride = 3 if config.get("dropout") else 2  # of the layers in `nn.Sequential`
+        self._names = [f"mlp.{stride * layer}" for layer in range(len(widths) - 1)]
+        shapes = {
+            f"{name}.weight": (after, before) for name, (before, after) in zip(self._names, pairwise(widths), strict=True)
+        }
+        if config.get("linear_path", True):
+            shapes["linear.weight"] = (config["embed_dim"], feature_dim)
+        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
+        if config["input_norm"]:
+            shapes |= {"input_norm.weight": (feature_dim,), "input_norm.bias": (feature_dim,)}
+        self._head = "query_head." if config.get("separate_heads") else ""
+        if self._head:
+            shapes |= {self._head + name: shape for name, shape in shapes.items()}
+        if config.get("popularity"):
+            shapes |= {"popularity_head.weight": (1, feature_dim), "popularity_head.bias": (1,)}
+        shapes |= {"log_scale": (), "bias": ()}
+        stored = load_file(path)
+        found = {name: value.shape for name, value in stored.items()}
+        if found != shapes:
+            wrong = sorted(set(found.items()) ^ set(shapes.items()))
+            raise ArtifactDamagedError(f"{path} is not the student that config.json describes: {wrong[:3]} differ.")
+        self._weights = {name: value.astype(np.float32) for name, value in stored.items()}
+
+    def embed_queries(self, features: np.ndarray) -> np.ndarray:
+        """(Q, F) features -> (Q, D) float32 unit embeddings."""
+        head = {name.removeprefix(self._head): value for name, value in self._weights.items() if name.startswith(self._head)}
+        values = features.astype(np.float32)
+        if "input_norm.weight" in head:
+            values = _layer_norm(values, head, "input_norm")
+        hidden = values
+        for name in self._names[:-1]:
+            hidden = np.maximum(_linear(hidden, head, name), 0)
+        projected = _linear(hidden, head, self._names[-1])
+        return _unit(projected + _linear(values, head, "linear") if "linear.weight" in head else projected)
+
+    def closeness(self, similarity: np.ndarray) -> np.ndarray:
+        """The student's estimate, 0 to 1, of how near similarities of any shape are to the top of the teacher's ranking."""
+        logits = np.exp(self._weights["log_scale"].astype(np.float64)) * similarity + self._weights["bias"]
+        estimate: np.ndarray = 1 / (1 + np.exp(-logits))
+        return estimate
 
 
 def _clean(text: str) -> str:
