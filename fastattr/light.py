@@ -153,13 +153,13 @@ class LightStudent:
             shapes["linear.weight"] = (config["embed_dim"], feature_dim)
         shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
         if config["input_norm"]:
-            shapes |= {"input_norm.weight": (feature_dim,), "input_norm.bias": (feature_dim,)}
+            shapes["input_norm.weight"] = shapes["input_norm.bias"] = (feature_dim,)
         self._head = "query_head." if config.get("separate_heads") else ""
         if self._head:
             shapes |= {self._head + name: shape for name, shape in shapes.items()}
         if config.get("popularity"):
-            shapes |= {"popularity_head.weight": (1, feature_dim), "popularity_head.bias": (1,)}
-        shapes |= {"log_scale": (), "bias": ()}
+            shapes["popularity_head.weight"], shapes["popularity_head.bias"] = (1, feature_dim), (1,)
+        shapes["log_scale"] = shapes["bias"] = ()
         stored = load_file(path)
         found = {name: value.shape for name, value in stored.items()}
         if found != shapes:
