@@ -146,7 +146,7 @@ class LightStudent:
         widths = [feature_dim, *config["hidden"], config["embed_dim"]]
         stride = 3 if config.get("dropout") else 2  # of the layers in `nn.Sequential`
         self._names = [f"mlp.{stride * layer}" for layer in range(len(widths) - 1)]
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             f"{name}.weight": (after, before) for name, (before, after) in zip(self._names, pairwise(widths), strict=True)
         }
         if config.get("linear_path", True):
