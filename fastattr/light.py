@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 from fastattr.artifacts import read_json
 from fastattr.errors import ArtifactDamagedError
+from fastattr.hub import ASSETS, embedded_models
 
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -47,6 +48,26 @@ def supports(folder: Path) -> bool:
         and model["text_cfg"]["pool_type"] == "eos"
         and (preprocessing["interpolation"], preprocessing["resize_mode"]) == ("bicubic", "squash")
     )
+
+
+def open_light(specification: str, folder: Path, *, captions: str) -> LightClip | None:
+    """The encoder that a specification of fastattr.features names, or None if it is none that is known here.
+
+    Args:
+        specification: 'open_clip-image:REF' or 'open_clip-text:REF'.
+        folder: where a REF of 'encoder' is found.
+        captions: 'first' or 'mean'.
+    """
+    kind, _, reference = specification.partition(":")
+    if kind not in {"open_clip-image", "open_clip-text"}:
+        return None
+    embedded = reference in embedded_models()
+    path = ASSETS / reference / "attributor" / "encoder" if embedded else folder / "encoder"
+    if not (embedded or reference == "encoder") or not supports(path):
+        return None
+    encoder = LightClip(path, kind.removeprefix("open_clip-"), captions=captions)
+    encoder.specification = specification
+    return encoder
 
 
 class LightClip:
@@ -169,7 +190,14 @@ class LightStudent:
 
     def embed_queries(self, features: np.ndarray) -> np.ndarray:
         """(Q, F) features -> (Q, D) float32 unit embeddings."""
-        head = {name.removeprefix(self._head): value for name, value in self._weights.items() if name.startswith(self._head)}
+        return self._embed(features, self._head)
+
+    def embed_images(self, features: np.ndarray) -> np.ndarray:
+        """(N, F) features of training images -> (N, D) float32 unit embeddings."""
+        return self._embed(features, "")
+
+    def _embed(self, features: np.ndarray, prefix: str) -> np.ndarray:
+        head = {name.removeprefix(prefix): value for name, value in self._weights.items() if name.startswith(prefix)}
         values = features.astype(np.float32)
         if "input_norm.weight" in head:
             values = _layer_norm(values, head, "input_norm")

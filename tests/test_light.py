@@ -67,6 +67,7 @@ def test_light_student_is_the_student_that_torch_trains(shape: StudentConfig, tm
     original = load_student(tmp_path / "model.safetensors", feature_dim=7, config=shape)
     features = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
     np.testing.assert_allclose(light.embed_queries(features), embed(original, features, query=True), atol=1e-6)
+    np.testing.assert_allclose(light.embed_images(features), embed(original, features), atol=1e-6)
     similarity = np.linspace(-1, 1, 5)
     expected = torch.sigmoid(original.logits(torch.from_numpy(similarity))).detach().numpy()
     np.testing.assert_allclose(light.closeness(similarity), expected, atol=1e-6)
