@@ -786,6 +786,8 @@ class FastAttributor:
         Raises:
             InputError: the catalogue has no such image, or no such column.
         """
+        if any("image_id" in fields for fields in changes.values()):
+            raise InputError("an image keeps its image_id; remove it and add it under another one.")
         images = [{**_checked(fields), "image_id": image_id} for image_id, fields in changes.items()]
 
         def entries(catalogue: Catalogue) -> list[dict[str, Any]]:

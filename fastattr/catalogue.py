@@ -47,9 +47,7 @@ EXACT_ROWS = 10_000
 """If a restriction leaves no more rows than this, all of them are compared."""
 LINE_IMAGES = 1000
 """Images in one line of the journal."""
-BASE_FILE = re.compile(
-    r"(catalog|thumbnails|index|vectors|journal|plain)(-[\w-]+)?\.(parquet|arrow|faiss|ivfdata|f16|sha256|jsonl)"
-)
+BASE_FILE = re.compile(r"(catalog|thumbnails|index|vectors|journal|plain)(-[\w-]+)?\.(parquet|arrow|faiss|f16|sha256|jsonl)")
 """Files that a catalogue writes, and may delete once no config.json names them."""
 
 Where = Mapping[str, "str | Sequence[str]"]
@@ -73,8 +71,8 @@ class Catalogue:
         self._table, self.base = table, base
         self._gone = np.zeros(len(table), dtype=bool)
         self._found = np.zeros(len(table), dtype=bool)
-        for index, first in base.index.shards:
-            self._found[first : first + index.ntotal] = True
+        for first, rows in base.index.ranges:
+            self._found[first : first + rows] = True
         self._added: list[dict[str, Any]] = []
         self._embeddings: list[np.ndarray] = []
         self._changed: dict[int, dict[str, Any]] = {}
@@ -429,12 +427,10 @@ def versions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def index_files(config: Mapping[str, Any]) -> list[str]:
-    """The files of the index, its lists and its vectors' digests, in order."""
+    """The files of the index and its vectors' digests, in order."""
     shards = config.get("index_shards") or [{"file": "index.faiss"}]
     stored = config.get("vectors")
-    return [file for shard in shards for file in (shard["file"], shard.get("data")) if file] + (
-        [stored["digests"]] if stored else []
-    )
+    return [shard["file"] for shard in shards] + ([stored["digests"]] if stored else [])
 
 
 def _together(checksums: Sequence[str]) -> str:
@@ -642,9 +638,9 @@ def compact(folder: Path, config: Mapping[str, Any], catalogue: Catalogue) -> di
         written += [stored["file"], stored["digests"]]
     work = folder / ".build"
     work.mkdir()
-    save_index(empty_copy(folder / old_shards[0]["file"]), work / "trained.faiss")
+    save_index(empty_copy(folder / old_shards[0]["file"], config["index"]), work / "trained.faiss")
     rows = int(old_shards[0].get("rows", 0)) if len(old_shards) > 1 else 0
-    shards = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, folder, name=f"index{suffix}", work=work)
+    shards = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, folder, name=f"index{suffix}")
     remove(work)
     plain = file_of(config, "plain")
     if plain in config["sha256"]:
@@ -655,7 +651,7 @@ def compact(folder: Path, config: Mapping[str, Any], catalogue: Catalogue) -> di
         files["plain"] = f"plain{suffix}.faiss"
         save_index(copy, folder / files["plain"])
         written.append(files["plain"])
-    written += [files["catalog"], *(file for shard in shards for file in (shard["file"], shard.get("data")) if file)]
+    written += [files["catalog"], *(shard["file"] for shard in shards)]
     old = {*index_files(config), file_of(config, "catalog"), file_of(config, "thumbnails"), file_of(config, "journal"), plain}
     old |= {config["vectors"]["file"]} if config.get("vectors") else set()
     kept = {file: checksum for file, checksum in config["sha256"].items() if file not in old}

@@ -3,11 +3,11 @@
 Inner product on unit vectors is their cosine. `choose` picks the kind of index from size, memory and recall wanted, or
 takes any FAISS factory string; what each kind costs and finds is measured in docs/index.md. An index that compresses
 finds a short list, which is ranked again by exact similarities from float16 vectors that stay on disk. An index is
-built shard by shard from a stream, resumes, and is then merged on disk, or kept as shards that can be fetched and read
-one by one. FAISS maps its files into memory, so that one larger than memory still answers; it reads no byte of a file
+built shard by shard from a stream, resumes, and is searched as one; shards can be fetched and read one by one. FAISS maps
+inverted lists into memory from their files, so that an index larger than memory still answers; it reads no byte of a file
 whose SHA-256 is not the expected one, and no vector is used whose own digest differs.
 
-Writes index.faiss (or shards of it), index.ivfdata (lists of a merged index), vectors.f16 and vectors.sha256.
+Writes index.faiss (or shards of it), vectors.f16 and vectors.sha256.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 EXHAUSTIVE_ROWS = 20_000
 """Up to here an exhaustive search answers in a millisecond or two; nothing is gained by approximating it."""
-BUILD_ROWS = 1_000_000
+BUILD_ROWS = 2_000_000
 """Rows that are added to an index in memory before they are written as a shard."""
 BATCH = 65_536
 """Rows that are read, encoded and written at once."""
@@ -47,7 +47,6 @@ TUNED_K = 100
 TUNING_QUERIES = 200
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
-DATA_FILE = "index.ivfdata"
 
 Read = Callable[[int, int], np.ndarray]
 """(start, stop) -> the (stop - start, D) float32 unit vectors of these rows."""
@@ -98,14 +97,12 @@ class Estimate:
     """Index and float16 vectors."""
     build_memory: int
     """At most, while it is built."""
-    build_disk: int
-    """At most, while it is built: shards and their merged form side by side."""
 
     def in_words(self) -> str:
         """One line."""
         return (
             f"{self.factory}: {self.memory / 1e9:,.2f} GB memory ({self.build_memory / 1e9:,.2f} GB while it is built), "
-            f"{self.disk / 1e9:,.2f} GB disk ({self.build_disk / 1e9:,.2f} GB)"
+            f"{self.disk / 1e9:,.2f} GB disk"
         )
 
 
@@ -185,7 +182,6 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
         memory=memory,
         disk=memory + vectors,
         build_memory=fixed + at_once * per_row + max(training, 3 * BATCH * dim * 4),
-        build_disk=vectors + memory * (2 if rows > at_once else 1),
     )
 
 
@@ -201,7 +197,7 @@ def require_room(rows: int, dim: int, factory: str, folder: Path, config: IndexC
     """
     needed = estimate(rows, dim, factory, shard_rows=config.shard_rows)
     memory, disk = available_memory(), shutil.disk_usage(_existing(folder)).free
-    for what, found, wanted in (("memory", memory, needed.build_memory), ("disk", disk, needed.build_disk)):
+    for what, found, wanted in (("memory", memory, needed.build_memory), ("disk", disk, needed.disk)):
         if wanted > found:
             raise DoesNotFitError(
                 f"an index {factory!r} of {rows:,} x {dim} takes {wanted / 1e9:,.2f} GB of {what} while it is built, and "
@@ -318,17 +314,15 @@ def build(
     write_json(work / "identity.json", identity)
     vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(factory) else None
     trained = _train_on_sample(read, rows, factory, dim, work / "trained.faiss", seed=seed)
-    shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name, work=work)
+    shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name)
     settings: dict[str, Any] = {"index": factory, "index_shards": shards, "vectors": vectors}
     settings.update(tune(folder, settings, read, rows, recall=config.recall, seed=seed))
     shutil.rmtree(work)
     return settings
 
 
-def add_shards(
-    trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str, work: Path
-) -> list[dict[str, Any]]:
-    """Add N vectors to copies of an empty trained index and write them; inverted files are merged into one on disk.
+def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str) -> list[dict[str, Any]]:
+    """Add N vectors to copies of an empty trained index and write these shards; those that are there are left alone.
 
     Args:
         trained: the file of the empty index.
@@ -337,48 +331,28 @@ def add_shards(
         shard_rows: rows in one file, 0 for all.
         folder: where the files go.
         name: first part of their names.
-        work: where finished shards wait, if they are to be merged.
 
     Returns:
-        'file', 'first_row' and 'rows' of each, 'data' if its lists are in a file of their own.
+        'file', 'first_row' and 'rows' of each; 'own_ids' where rows are counted over the whole index.
     """
-    empty = faiss.read_index(str(trained))
-    merge = not shard_rows and _is_ivf(empty) and rows > BUILD_ROWS
-    size = shard_rows or (BUILD_ROWS if merge else rows)
+    inverted = _is_ivf(faiss.read_index(str(trained)))
+    size = shard_rows or (BUILD_ROWS if inverted else rows)
     starts = range(0, rows, size)
-    target = work if merge else folder
-    listed, files = [], []
+    listed = []
     for number, start in enumerate(tqdm(starts, desc="index", unit="shard", disable=len(starts) == 1)):
         stop = min(start + size, rows)
         file = f"{name}.faiss" if len(starts) == 1 else f"{name}-{number:05d}-of-{len(starts):05d}.faiss"
-        if not (target / file).exists():
+        if not (folder / file).exists():
             shard = on_gpu(faiss.read_index(str(trained)))
             for first in range(start, stop, BATCH):
                 batch = read(first, min(first + BATCH, stop))
-                if merge:
+                if inverted:
                     shard.add_with_ids(batch, np.arange(first, first + len(batch)))
                 else:
                     shard.add(batch)
-            save_index(faiss.index_gpu_to_cpu(shard) if faiss.get_num_gpus() else shard, target / file)
-        files.append(target / file)
-        listed.append({"file": file, "first_row": start, "rows": stop - start})
-    if not merge:
-        return listed
-    _merge(trained, files, folder, name)
-    return [{"file": f"{name}.faiss", "data": f"{name}.ivfdata", "first_row": 0, "rows": rows}]
-
-
-def _merge(trained: Path, files: Sequence[Path], folder: Path, name: str) -> None:
-    """Merge shards of an inverted file into one whose lists lie in a file of their own; memory stays small."""
-    from faiss.contrib.ondisk import merge_ondisk
-
-    whole = faiss.read_index(str(trained))
-    data = folder / f"{name}.ivfdata"
-    data.unlink(missing_ok=True)
-    merge_ondisk(whole, [str(file) for file in files], str(data))
-    # FAISS keeps the path as it was given: only the file's name is to go into the index.
-    faiss.downcast_InvertedLists(faiss.extract_index_ivf(whole).invlists).filename = data.name
-    save_index(whole, folder / f"{name}.faiss")
+            save_index(faiss.index_gpu_to_cpu(shard) if faiss.get_num_gpus() else shard, folder / file)
+        listed.append({"file": file, "first_row": start, "rows": stop - start} | ({"own_ids": True} if inverted else {}))
+    return listed
 
 
 def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, *, seed: int) -> Path:
@@ -477,13 +451,16 @@ class Vectors:
 class Shards:
     """Shards of one index, searched as one; those that are left out are simply not found."""
 
-    def __init__(self, shards: Sequence[tuple[faiss.Index, int]]) -> None:
+    def __init__(self, shards: Sequence[tuple[faiss.Index, int]], *, ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Join them.
 
         Args:
-            shards: each with the number of its first row.
+            shards: each with the number to add to its rows.
+            ranges: first row and number of rows of each, where that is not the same.
         """
         self.shards = list(shards)
+        self.ranges = list(ranges) if ranges is not None else [(first, index.ntotal) for index, first in self.shards]
+        """First row and number of rows of what is there."""
         self.ntotal = sum(index.ntotal for index, _ in self.shards)
 
     def search(self, queries: np.ndarray, k: int, *, widen: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -526,6 +503,31 @@ class Shards:
             own = (rows >= first) & (rows < first + index.ntotal)
             vectors[own] = index.reconstruct_batch(rows[own] - first)
         return vectors
+
+
+def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]]) -> Shards:
+    """Shards as one; inverted files with the same lists become one index, so that lists are chosen once.
+
+    Args:
+        loaded: each with what `add_shards` says of it.
+    """
+    if len(loaded) == 1 or not all(listed.get("own_ids") for _, listed in loaded):
+        return Shards([(index, 0 if listed.get("own_ids") else int(listed["first_row"])) for index, listed in loaded])
+    files = [faiss.extract_index_ivf(index) for index, _ in loaded]
+    lists = []
+    for file in files:
+        lists.append(faiss.downcast_InvertedLists(file.invlists))
+        lists[-1].this.acquire()  # they outlive the index that they were read with
+        file.own_invlists = False
+    array = faiss.InvertedListsPtrVector()
+    for each in lists:
+        array.push_back(each)
+    whole = loaded[0][0]
+    stacked = faiss.HStackInvertedLists(array.size(), array.data())
+    files[0].replace_invlists(stacked, False)
+    files[0].ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
+    whole.lists = (stacked, lists)  # as long as the index
+    return Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
 
 
 def _parameters(index: faiss.Index, k: int, widen: int) -> Any:
@@ -686,7 +688,7 @@ def tune(
     if not inverted and settings["vectors"] is None:
         return {"search": {"nprobe": 0, "shortlist": 0}, "recall_of_search": 1.0}
     listed = settings["index_shards"]
-    shards = Shards([(_map(folder / each["file"], inverted=inverted), int(each["first_row"])) for each in listed])
+    shards = join([(_map(folder / each["file"], inverted=inverted), each) for each in listed])
     own = np.zeros((0, 1), dtype=np.int64)
     if queries is None:
         own = np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:TUNING_QUERIES])[:, None]
@@ -748,26 +750,24 @@ def check_file(path: Path, sha256: str) -> None:
         )
 
 
-def load_index(path: Path, *, sha256: str, inverted: bool = False, data: tuple[Path, str] | None = None) -> faiss.Index:
+def load_index(path: Path, *, sha256: str, inverted: bool = False) -> faiss.Index:
     """Map an index into memory whose checksum is as expected; FAISS sees no byte of any other file.
 
     Args:
         path: the index.
         sha256: its checksum.
         inverted: whether it is an inverted file, which FAISS maps in another way.
-        data: the file of its lists, beside it, with its checksum, if they are kept apart.
 
     Raises:
         MissingFileError: there is no such file.
         ArtifactDamagedError: a checksum is another, or FAISS can't read it.
     """
-    for file, expected in ((path, sha256), *([data] if data else [])):
-        check_file(file, expected)
+    check_file(path, sha256)
     return _map(path, inverted=inverted)
 
 
 def _map(path: Path, *, inverted: bool) -> faiss.Index:
-    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR if inverted else faiss.IO_FLAG_MMAP_IFC
+    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if inverted else faiss.IO_FLAG_MMAP_IFC
     try:
         return faiss.read_index(str(path), flags)
     except RuntimeError as error:
@@ -792,24 +792,26 @@ def open_ranked(folder: Path, settings: dict[str, Any], sha256: dict[str, str], 
     wide = settings.get("search") or {}
     loaded = []
     for shard in chosen:
-        data = (folder / shard["data"], sha256[shard["data"]]) if "data" in shard else None
-        index = load_index(folder / shard["file"], sha256=sha256[shard["file"]], inverted="IVF" in settings["index"], data=data)
+        index = load_index(folder / shard["file"], sha256=sha256[shard["file"]], inverted="IVF" in settings["index"])
         if "rows" in shard and index.ntotal != shard["rows"]:
             raise ArtifactDamagedError(f"{folder / shard['file']} holds {index.ntotal} rows, expected {shard['rows']}.")
+        loaded.append((index, shard))
+    shards = join(loaded)
+    for index, _ in shards.shards:
         if _is_ivf(index) and wide.get("nprobe"):
             faiss.extract_index_ivf(index).nprobe = int(wide["nprobe"])
-        loaded.append((index, int(shard["first_row"])))
     stored = settings.get("vectors")
     vectors = Vectors(folder, stored, digests_sha256=sha256[stored["digests"]]) if stored else None
-    return Ranked(Shards(loaded), vectors, shortlist=int(wide.get("shortlist") or TUNED_K))
+    return Ranked(shards, vectors, shortlist=int(wide.get("shortlist") or TUNED_K))
 
 
-def empty_copy(path: Path) -> faiss.Index:
+def empty_copy(path: Path, factory: str) -> faiss.Index:
     """The index in a file without its rows, as it was once trained."""
-    index = faiss.read_index(str(path), faiss.IO_FLAG_SKIP_IVF_DATA | faiss.IO_FLAG_ONDISK_SAME_DIR)
-    if not _is_ivf(index):
+    if "IVF" not in factory:
+        index = faiss.read_index(str(path))
         index.reset()
         return index
+    index = _map(path, inverted=True)
     ivf = faiss.extract_index_ivf(index)
     lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
     lists.this.disown()

@@ -77,7 +77,7 @@ def push_attributor(
             generator=generator,
             scores=scores,
         )
-        data = ("*.faiss", "*.ivfdata", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
+        data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
         replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
         return _push(
             staged,
