@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 
+from fastattr.artifacts import atomic_path, read_json, write_json
 from fastattr.conditioning import Conditioning
 from fastattr.corpus import Corpus
 from fastattr.errors import NonFiniteError
@@ -88,16 +91,35 @@ def encode_corpus(
 def _conditioning_in_parts(
     folder: Path, count: int, size: int, compute: Callable[[range], Conditioning], accelerator: Accelerator | None
 ) -> Conditioning:
-    """As `in_parts`, of several tensors at once, in the precision in which they come (safetensors files)."""
+    """As `in_parts`, of several tensors at once, in the precision in which they come.
+
+    Token embeddings of a large text encoder outgrow memory long before latents do, so that the result is left on disk, one
+    plain file a tensor, and mapped: processes share the pages, and only the rows in use are read.
+    """
 
     def write(path: Path, rows: range) -> None:
         save_file({name: part.cpu().contiguous() for name, part in compute(rows).tensors.items()}, path)
 
-    whole: dict[str, torch.Tensor] = {}
-    for rows, file in files_of_parts(folder, count, size, "safetensors", write, accelerator, description="encode prompts"):
-        for name, part in load_file(file).items():
-            whole.setdefault(name, part.new_empty((count, *part.shape[1:])))[rows.start : rows.stop] = part
-    return Conditioning(whole)
+    described = folder / "tensors.json"
+    if not described.exists():
+        parts = folder / "parts"
+        files = files_of_parts(parts, count, size, "safetensors", write, accelerator, description="encode prompts")
+        if accelerator is None or accelerator.is_main_process:
+            first = load_file(files[0][1])
+            for name in first:
+                with atomic_path(folder / f"{name}.bin") as temporary, temporary.open("wb") as whole:
+                    for _, file in files:
+                        whole.write(load_file(file)[name].view(torch.uint8).numpy().data)
+            shapes = {name: [str(part.dtype).removeprefix("torch."), [count, *part.shape[1:]]] for name, part in first.items()}
+            write_json(described, shapes)
+            shutil.rmtree(parts)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    tensors = {}
+    for name, (kind, shape) in read_json(described).items():
+        mapped = torch.from_file(str(folder / f"{name}.bin"), size=math.prod(shape), dtype=getattr(torch, kind))
+        tensors[name] = mapped.view(shape)
+    return Conditioning(tensors)
 
 
 def denoising_losses(
