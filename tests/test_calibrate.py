@@ -172,8 +172,8 @@ def attribution(calibration: Calibration | None, names: list[str], similarity: l
     """An answer about as many images as names, each a family of its own."""
     catalog = pa.table({"image_id": [str(row) for row in range(len(names))], "creator": names})
     weights = None if calibration else np.array(similarity)
-    reach = Reach(catalog, np.arange(len(names)), np.array(similarity), weights, calibration)
-    return Attribution([], "", {}, {}, [], reach)
+    reach = Reach(catalog, lambda: (np.arange(len(names)), np.array(similarity)), weights, calibration, len(catalog))
+    return Attribution([], "", {}, {}, _reach=reach)
 
 
 def test_a_source_is_dominant_only_if_its_interval_clears_all_others():

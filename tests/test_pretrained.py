@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def test_a_pretrained_generator_is_what_its_reference_names(saved, tmp_path: Pat
     assert found.image_size == 24
     assert found.defaults == Generator.read_defaults(tmp_path / "generator") == {"steps": 7, "guidance": 7.5}
     assert pretrained.run(config, tmp_path) == manifest  # and the second time it is read
+    (tmp_path / "lora").mkdir()
+    copied = shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "lora")
+    pretrained.run(PretrainedConfig(pretrained=str(pipeline), lora=copied), tmp_path / "other")
+    Path(copied).write_bytes(Path(copied).read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ArtifactMismatchError, match="has changed"):
+        Generator.from_pretrained(tmp_path / "other" / "generator")
     with pytest.raises(ArtifactMismatchError, match="unlearn: found 'lora', wanted 'base'"):
         pretrained.run(PretrainedConfig(pretrained=str(pipeline), lora=str(lora), resolution=24, steps=7), tmp_path)
 
