@@ -344,16 +344,23 @@ def read_features(folders: Sequence[Path], ids: Sequence[str]) -> np.ndarray:
     """
     columns = []
     for folder in folders:
-        open_stage(folder, "features")
-        row_of = {name: row for row, name in enumerate(pq.read_table(folder / "ids.parquet")["id"].to_pylist())}
-        missing = [name for name in ids if name not in row_of]
-        if missing:
-            raise InputError(
-                f"{len(missing)} ids have no features in {folder}, e.g. {missing[:3]}; run the features stage again."
-            )
         stored = np.load(folder / "features.npy", mmap_mode="r")
-        columns.append(np.asarray(stored[[row_of[name] for name in ids]], dtype=np.float32))
+        columns.append(np.asarray(stored[require_rows(folder, ids)], dtype=np.float32))
     return np.concatenate(columns, axis=1)
+
+
+def require_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
+    """(N,) rows of `ids` in a feature folder.
+
+    Raises:
+        InputError: an id has no features there.
+    """
+    open_stage(folder, "features")
+    row_of = {name: row for row, name in enumerate(pq.read_table(folder / "ids.parquet")["id"].to_pylist())}
+    missing = [name for name in ids if name not in row_of]
+    if missing:
+        raise InputError(f"{len(missing)} ids have no features in {folder}, e.g. {missing[:3]}; run the features stage again.")
+    return np.array([row_of[name] for name in ids], dtype=np.int64)
 
 
 def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
