@@ -178,10 +178,10 @@ class LightStudent:
         self._head = "query_head." if config.get("separate_heads") else ""
         if self._head:
             shapes |= {self._head + name: shape for name, shape in shapes.items()}
-        if config.get("popularity"):
-            shapes["popularity_head.weight"], shapes["popularity_head.bias"] = (1, feature_dim), (1,)
         shapes["log_scale"] = shapes["bias"] = ()
-        stored = load_file(path)
+        stored = {
+            name: value for name, value in load_file(path).items() if not name.startswith("popularity_head.")
+        }  # no query's
         found = {name: value.shape for name, value in stored.items()}
         if found != shapes:
             wrong = sorted(set(found.items()) ^ set(shapes.items()))
