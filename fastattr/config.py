@@ -13,6 +13,7 @@ import yaml
 
 from fastattr.candidates import CandidatesConfig
 from fastattr.corpus import CorpusConfig
+from fastattr.costs import PlanConfig
 from fastattr.distill import DistillConfig
 from fastattr.errors import ArtifactNotFoundError, InputError
 from fastattr.evaluate import EvaluateConfig
@@ -44,6 +45,7 @@ class BuildConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
 
