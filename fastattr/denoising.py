@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import ImageOps
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fastattr.artifacts import atomic_path
+from fastattr.conditioning import Conditioning
 from fastattr.corpus import Corpus
 from fastattr.errors import InputError, NonFiniteError
 from fastattr.generator import Generator, noise_for, spread_timesteps
@@ -27,8 +29,8 @@ class EncodedImages:
     image_ids: Sequence[str]
     latents: torch.Tensor
     """(N, V, L, h, w), scaled."""
-    conditioning: torch.Tensor
-    """(M, T, W) text conditioning of all captions, image after image; M = N where each has one."""
+    conditioning: Conditioning
+    """(M rows) text conditioning of all captions, image after image; M = N where each has one."""
     first_caption: np.ndarray
     """(N + 1,) rows of `conditioning`: the captions of image i are first_caption[i] to first_caption[i + 1] - 1."""
 
@@ -65,10 +67,10 @@ def encode_corpus(
     def view(rows: range, *, mirror: bool) -> np.ndarray:
         images = [corpus.image(row) for row in rows]
         encoded = generator.encode_image([ImageOps.mirror(image) for image in images] if mirror else images)
-        return encoded.cpu().numpy()
+        return (encoded.float() if encoded.dtype == torch.bfloat16 else encoded).cpu().numpy()  # numpy has no bfloat16
 
-    def conditioning(rows: range) -> np.ndarray:
-        return generator.encode_prompt([texts[row] for row in rows]).cpu().numpy()
+    def conditioning(rows: range) -> Conditioning:
+        return generator.encode_prompt([texts[row] for row in rows])
 
     def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}"))
@@ -80,7 +82,7 @@ def encode_corpus(
     return EncodedImages(
         corpus.image_ids,
         latents,
-        computed(f"{captions}-captions", len(texts), conditioning),
+        _conditioning_in_parts(folder / f"{captions}-prompts", len(texts), batch_size, conditioning, accelerator),
         np.cumsum([0, *map(len, chosen)]),
     )
 
@@ -107,22 +109,58 @@ def in_parts(
     Returns:
         (count, ...) array of all parts in order, on every process.
     """
-    parts = {start: range(start, min(start + size, count)) for start in range(0, count, size)}
-    files = {start: folder / f"{start:09d}-{size}.npy" for start in parts}
-    missing = [start for start in parts if not files[start].exists()]
-    with split_between(accelerator, missing) as mine:
-        for start in tqdm(mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)):
-            with atomic_path(files[start]) as temporary:
-                np.save(temporary, compute(parts[start]))
+
+    def write(path: Path, rows: range) -> None:
+        np.save(path, compute(rows))
+
     whole: np.ndarray | None = None
-    for start, rows in parts.items():  # one part at a time, as the whole may be most of the memory
-        part = np.load(files[start])
+    # One part at a time is read, as the whole may be most of the memory.
+    for rows, file in _files_of_parts(folder, count, size, "npy", write, accelerator, description=description):
+        part = np.load(file)
         if whole is None:
             whole = np.empty((count, *part.shape[1:]), part.dtype)
         whole[rows.start : rows.stop] = part
-    if whole is None:
-        raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")
+    assert whole is not None
     return whole
+
+
+def _conditioning_in_parts(
+    folder: Path, count: int, size: int, compute: Callable[[range], Conditioning], accelerator: Accelerator | None
+) -> Conditioning:
+    """As `in_parts`, of several tensors at once, in the precision in which they come (safetensors files)."""
+
+    def write(path: Path, rows: range) -> None:
+        save_file({name: part.cpu().contiguous() for name, part in compute(rows).tensors.items()}, path)
+
+    whole: dict[str, torch.Tensor] = {}
+    for rows, file in _files_of_parts(folder, count, size, "safetensors", write, accelerator, description="encode prompts"):
+        for name, part in load_file(file).items():
+            whole.setdefault(name, part.new_empty((count, *part.shape[1:])))[rows.start : rows.stop] = part
+    return Conditioning(whole)
+
+
+def _files_of_parts(
+    folder: Path,
+    count: int,
+    size: int,
+    kind: str,
+    write: Callable[[Path, range], None],
+    accelerator: Accelerator | None,
+    *,
+    description: str,
+) -> list[tuple[range, Path]]:
+    """Rows and file of each part, once all are there; those missing are written, split over the processes."""
+    if not count:
+        raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")
+    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    files = [(rows, folder / f"{rows.start:09d}-{size}.{kind}") for rows in parts]
+    with split_between(accelerator, [(rows, file) for rows, file in files if not file.exists()]) as mine:
+        for rows, file in tqdm(
+            mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)
+        ):
+            with atomic_path(file) as temporary:
+                write(temporary, rows)
+    return files
 
 
 def denoising_losses(
@@ -181,7 +219,7 @@ def image_losses(
     Raises:
         NonFiniteError: a loss is NaN or infinite; the image is named.
     """
-    losses = np.zeros(len(rows) * images.views)
+    losses: np.ndarray = np.zeros(len(rows) * images.views)
     for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
         np.add.at(losses, positions, part.double().cpu().numpy())
     losses = losses.reshape(len(rows), images.views)

@@ -168,7 +168,8 @@ def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[
             activations = inputs[0].detach()
 
             def keep(gradient: torch.Tensor) -> None:
-                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach())))
+                dtype = layer.weight.dtype  # also where the network around the layer has half precision
+                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach().to(dtype))))
 
             output.register_hook(keep)  # one hook a call, so layers used several times in one graph pair up rightly
 

@@ -47,7 +47,7 @@ def in_double_precision(setting, tiny_run: Path):
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     _, single, _, factors = setting
-    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.double())
+    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.to(torch.float64))
     return generator, images, layers, factors
 
 
@@ -238,7 +238,7 @@ def test_scores_are_positive_where_the_loss_rose():
 
 def test_pattern_without_layers_is_refused(setting):
     """Unlearning nothing would score every image zero, after hours."""
-    with pytest.raises(InputError, match="no layer of the U-Net matches"):
+    with pytest.raises(InputError, match="no layer of the denoiser matches"):
         setting[0].modules_to_unlearn("no_such_layer")
 
 
