@@ -8,15 +8,19 @@ those of the same line in miniature (fastattr/miniature.py). docs/costs.md shows
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastattr.artifacts import MANIFEST, read_json
 from fastattr.errors import FastattrError, InputError
 from fastattr.networks import SHAPES, Network, network_of
 from fastattr.plan import Probe, Sizes, Step, teacher_plan
+from fastattr.pretrained import PretrainedConfig
 
 if TYPE_CHECKING:
     from fastattr.config import BuildConfig
@@ -126,10 +130,26 @@ def denoiser_of(config: BuildConfig, run_dir: Path) -> Network:
         return network_of(str(run_dir / "generator"), pattern)
     if config.plan.network:
         return network_of(config.plan.network, pattern)
-    pretrained = getattr(config.generator, "pretrained", "")
-    if pretrained:
-        return network_of(str(ASSETS / pretrained / "generator") if pretrained in embedded_models() else pretrained, pattern)
+    if isinstance(config.generator, PretrainedConfig):
+        pretrained = config.generator.pretrained
+        network = network_of(str(ASSETS / pretrained / "generator") if pretrained in embedded_models() else pretrained, pattern)
+        return _unlearning_lora(network, config.generator) if config.generator.unlearn == "lora" else network
     return _network_to_train(config, pattern)
+
+
+def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
+    """The network with the LoRA's matrices as the weights to unlearn, if the LoRA is a file here; else as it is."""
+    from safetensors import safe_open
+
+    from fastattr.ekfac import factor_sizes
+    from fastattr.generator import locate_lora
+
+    if not Path(generator.lora).exists():
+        return network
+    with safe_open(locate_lora(generator.lora), framework="numpy") as file:
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys() if "lora" in name]  # noqa: SIM118
+    sizes = [(shape[0], int(np.prod(shape[1:]))) for shape in shapes if len(shape) > 1]
+    return replace(network, unlearned=sum(out * inner for out, inner in sizes), factors=factor_sizes(sizes))
 
 
 def _network_to_train(config: BuildConfig, pattern: str) -> Network:
@@ -143,18 +163,20 @@ def _network_to_train(config: BuildConfig, pattern: str) -> Network:
     settings = config.generator
     assert isinstance(settings, GeneratorConfig)
 
+    vocabulary = settings.vocabulary
+
     class Tokenizer:
         bos_token_id = eos_token_id = pad_token_id = 0
 
         def __len__(self) -> int:
-            return settings.vocabulary
+            return vocabulary
 
     with torch.device("meta"):
         autoencoder = build_autoencoder(config.autoencoder)
         side = config.autoencoder.resolution // 2 ** (len(config.autoencoder.channels) - 1)
         unet, _ = build_denoiser(
             settings,
-            tokenizer=Tokenizer(),  # type: ignore[arg-type]
+            tokenizer=Tokenizer(),
             latent_channels=config.autoencoder.latent_channels,
             latent_side=side,
         )
@@ -264,7 +286,7 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     stages.append(_teacher_cost(config, images, network, weights))
     student = config.distill.student
     widths = [FEATURE_WIDTH * len(encoders), *student.hidden, student.embed_dim]
-    network_weights = sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+    network_weights = sum(a * b for a, b in itertools.pairwise(widths))
     training = config.distill.training
     pairs = training.steps * training.batch_size * (1 + getattr(config.distill, "candidates_per_step", 256))
     stages.append(
@@ -303,7 +325,7 @@ def _stage_names() -> list[str]:
 def _training_costs(config: BuildConfig, network: Network, weights: int) -> list[StageCost]:
     """Of the networks that the line trains itself."""
     stages = []
-    if not getattr(config.generator, "pretrained", ""):
+    if not isinstance(config.generator, PretrainedConfig):
         for name, settings, flops in (
             ("train-autoencoder", config.autoencoder.training, 3 * network.encode_flops),
             ("train-generator", config.generator.training, network.flops),
@@ -430,7 +452,7 @@ def as_table(result: Mapping[str, Any]) -> str:
         lines.append(f"this machine: {result['here']['problem']}")
     else:
         lines.append(
-            f"this machine: {here['in all']:,.0f} s in all, {_bytes(result['here']['peak_memory'])} at most (measured in miniature)"
+            f"this machine: {here['in all']:,.0f} s in all, {_bytes(result['here']['peak_memory'])} at most (from a miniature)"
         )
     lines.append(f"accelerators: {UTILISATION:.0%} of their dense TF32 peak, one each; memory is host and accelerator together")
     return "\n".join(lines)

@@ -21,10 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastattr.artifacts import read_json
 from fastattr.ekfac import Layer, factor_bytes
 from fastattr.errors import InputError
-from fastattr.generator import CROSS_ATTENTION_KV
-
-JOINT_ATTENTION_KV = r"attn\.add_[kv]_proj$"
-"""Text-side key and value projections of a transformer in which text and image attend to each other together."""
+from fastattr.families import CROSS_ATTENTION_KV, JOINT_ATTENTION_KV
 
 SD_VAE = {
     "_class_name": "AutoencoderKL",
@@ -111,8 +108,8 @@ def shape_of(source: str | Path) -> dict[str, Any]:
     part = next((part for part in ("unet", "transformer") if (folder / part / "config.json").exists()), None)
     if part is None:
         raise InputError(
-            f"the network of {str(source)!r} is not known: it is no pipeline folder, and none of {', '.join([*SHAPES, *HUB_IDS])}. "
-            "Set plan.network to the one that is most like it."
+            f"the network of {str(source)!r} is not known: it is no pipeline folder, and none of "
+            f"{', '.join([*SHAPES, *HUB_IDS])}. Set plan.network to the one that is most like it."
         )
     vae = read_json(folder / "vae" / "config.json")
     shape = {"denoiser": read_json(folder / part / "config.json"), "vae": vae, "tokens": 77}
@@ -176,7 +173,8 @@ def _inputs(denoiser: nn.Module, shape: Mapping[str, Any]) -> tuple[dict[str, An
     config: Any = denoiser.config
     tokens = shape["tokens"]
     kind = type(denoiser).__name__
-    side = int(shape.get("side") or getattr(config, "sample_size", 64))
+    side = int(shape.get("side") or getattr(config, "sample_size", None) or 64)
+    inputs: dict[str, Any]
     if kind == "UNet2DConditionModel":
         text = torch.zeros(1, tokens, config.cross_attention_dim)
         inputs = {
