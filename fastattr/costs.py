@@ -313,6 +313,7 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
             disk=vectors + images * THUMBNAIL_BYTES,
         )
     )
+    stages += [StageCost(name=name, units=1, unit="pages") for name in ("card", "report")]
     return stages
 
 
