@@ -343,7 +343,7 @@ class Data:
 
 def _encode(name: str, images: Any, captions: Sequence[Sequence[str]]) -> np.ndarray:
     encoder = open_encoder(ENCODERS[name])
-    return encode_all(encoder, images, captions, batch_size=128, description=f"{name} features").astype(np.float32)
+    return encode_all(encoder, images, captions, batch_size=128).astype(np.float32)
 
 
 def open_data(truth_dir: Path, run_dir: Path, config: BenchConfig, sizes: Sizes, source: Path | None) -> Data:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +14,13 @@ import torch
 from accelerate import Accelerator
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from fastattr.artifacts import atomic_path
+from fastattr.artifacts import atomic_path, read_json, write_json
 from fastattr.conditioning import Conditioning
 from fastattr.corpus import Corpus
-from fastattr.errors import InputError, NonFiniteError
+from fastattr.errors import NonFiniteError
 from fastattr.generator import Generator, noise_for, spread_timesteps
-from fastattr.processes import split_between
+from fastattr.processes import files_of_parts, in_parts
 
 
 @dataclass(frozen=True)
@@ -87,80 +88,38 @@ def encode_corpus(
     )
 
 
-def in_parts(
-    folder: Path,
-    count: int,
-    size: int,
-    compute: Callable[[range], np.ndarray],
-    accelerator: Accelerator | None,
-    *,
-    description: str,
-) -> np.ndarray:
-    """Compute something for `count` rows in parts of `size`, split over the processes; what is in `folder` is not redone.
-
-    Args:
-        folder: one npy file a part; its name must say all that determines the contents.
-        count: rows in all.
-        size: rows a part; a killed run loses at most one part a process.
-        compute: rows -> (rows, ...) array, their part.
-        accelerator: the processes; None is this one alone.
-        description: label of the progress bar.
-
-    Returns:
-        (count, ...) array of all parts in order, on every process.
-    """
-
-    def write(path: Path, rows: range) -> None:
-        np.save(path, compute(rows))
-
-    whole: np.ndarray | None = None
-    # One part at a time is read, as the whole may be most of the memory.
-    for rows, file in _files_of_parts(folder, count, size, "npy", write, accelerator, description=description):
-        part = np.load(file)
-        if whole is None:
-            whole = np.empty((count, *part.shape[1:]), part.dtype)
-        whole[rows.start : rows.stop] = part
-    assert whole is not None
-    return whole
-
-
 def _conditioning_in_parts(
     folder: Path, count: int, size: int, compute: Callable[[range], Conditioning], accelerator: Accelerator | None
 ) -> Conditioning:
-    """As `in_parts`, of several tensors at once, in the precision in which they come (safetensors files)."""
+    """As `in_parts`, of several tensors at once, in the precision in which they come.
+
+    Token embeddings of a large text encoder outgrow memory long before latents do, so that the result is left on disk, one
+    plain file a tensor, and mapped: processes share the pages, and only the rows in use are read.
+    """
 
     def write(path: Path, rows: range) -> None:
         save_file({name: part.cpu().contiguous() for name, part in compute(rows).tensors.items()}, path)
 
-    whole: dict[str, torch.Tensor] = {}
-    for rows, file in _files_of_parts(folder, count, size, "safetensors", write, accelerator, description="encode prompts"):
-        for name, part in load_file(file).items():
-            whole.setdefault(name, part.new_empty((count, *part.shape[1:])))[rows.start : rows.stop] = part
-    return Conditioning(whole)
-
-
-def _files_of_parts(
-    folder: Path,
-    count: int,
-    size: int,
-    kind: str,
-    write: Callable[[Path, range], None],
-    accelerator: Accelerator | None,
-    *,
-    description: str,
-) -> list[tuple[range, Path]]:
-    """Rows and file of each part, once all are there; those missing are written, split over the processes."""
-    if not count:
-        raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")
-    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    files = [(rows, folder / f"{rows.start:09d}-{size}.{kind}") for rows in parts]
-    with split_between(accelerator, [(rows, file) for rows, file in files if not file.exists()]) as mine:
-        for rows, file in tqdm(
-            mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)
-        ):
-            with atomic_path(file) as temporary:
-                write(temporary, rows)
-    return files
+    described = folder / "tensors.json"
+    if not described.exists():
+        parts = folder / "parts"
+        files = files_of_parts(parts, count, size, "safetensors", write, accelerator, description="encode prompts")
+        if accelerator is None or accelerator.is_main_process:
+            first = load_file(files[0][1])
+            for name in first:
+                with atomic_path(folder / f"{name}.bin") as temporary, temporary.open("wb") as whole:
+                    for _, file in files:
+                        whole.write(load_file(file)[name].view(torch.uint8).numpy().data)
+            shapes = {name: [str(part.dtype).removeprefix("torch."), [count, *part.shape[1:]]] for name, part in first.items()}
+            write_json(described, shapes)
+            shutil.rmtree(parts)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    tensors = {}
+    for name, (kind, shape) in read_json(described).items():
+        mapped = torch.from_file(str(folder / f"{name}.bin"), size=math.prod(shape), dtype=getattr(torch, kind))
+        tensors[name] = mapped.view(shape)
+    return Conditioning(tensors)
 
 
 def denoising_losses(

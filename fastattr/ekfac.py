@@ -62,9 +62,8 @@ class Factors:
         natural = {}
         for name, gradient in gradients.items():
             left, right, eigenvalues = (
-                self.gradient_eigenvectors[name],
-                self.activation_eigenvectors[name],
-                self.eigenvalues[name],
+                part[name].to(gradient.device)
+                for part in (self.gradient_eigenvectors, self.activation_eigenvectors, self.eigenvalues)
             )
             rotated = left.T @ gradient.to(left.dtype) @ right
             damped = eigenvalues + damping * eigenvalues.mean()

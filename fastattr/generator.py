@@ -26,7 +26,13 @@ from torch import nn
 from fastattr.artifacts import fingerprint, read_json, sha256_file
 from fastattr.conditioning import Conditioning
 from fastattr.ekfac import Layer
-from fastattr.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError, MissingExtraError
+from fastattr.errors import (
+    ArtifactDamagedError,
+    ArtifactMismatchError,
+    ArtifactNotFoundError,
+    InputError,
+    MissingExtraError,
+)
 from fastattr.families import CROSS_ATTENTION_KV as CROSS_ATTENTION_KV, Options, read_schedule, recognise, vae_factor
 from fastattr.hub import PIPELINE_FILES, locate
 
@@ -96,7 +102,7 @@ class Generator:
         self.evaluations = {"forward": 0, "backward": 0}
         """Latents that went through the denoiser for a loss, and those of them whose gradient could be taken."""
         self._schedule = read_schedule(pipeline.scheduler.config)
-        self._dtype = next(self.denoiser.parameters()).dtype
+        self._dtype: torch.dtype = pipeline.unet.dtype if self.family.denoiser == "unet" else pipeline.transformer.dtype
         step = vae_factor(pipeline) * self.family.patch(pipeline)
         if self.image_size % step:
             raise InputError(
@@ -159,14 +165,12 @@ class Generator:
         }
         folder = locate(name_or_path, "generator", files=PIPELINE_FILES, revision=revision, **hub)
         manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-        settings = manifest.get("reference")
-        if settings is not None:
-            folder = locate(settings["pretrained"], "generator", files=PIPELINE_FILES, revision=settings["revision"], **hub)
-            lora = lora or settings["lora"]
-            hub["revision"] = settings["lora_revision"]
-            dtype = dtype or DTYPES[settings["dtype"]]
-            unlearn = unlearn or settings["unlearn"]
-            options = options or Options(**settings["options"])
+        reference: dict[str, Any] = manifest.get("reference", {})
+        if reference:
+            folder = locate(reference["pretrained"], "generator", files=PIPELINE_FILES, revision=reference["revision"], **hub)
+            dtype = dtype or DTYPES[reference["dtype"]]
+            unlearn = unlearn or reference["unlearn"]
+            options = options or Options(**reference["options"])
         for file, expected in manifest.get("sha256", {}).items():
             if not (folder / file).exists() or sha256_file(folder / file) != expected:
                 raise ArtifactDamagedError(
@@ -183,6 +187,11 @@ class Generator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if lora:
             load_lora(pipeline, locate_lora(lora, **hub))
+        elif reference.get("lora"):
+            adapter = locate_lora(reference["lora"], revision=reference["lora_revision"], **hub)
+            if sha256_file(adapter) != reference["lora_sha256"]:
+                raise ArtifactMismatchError(f"{adapter} has changed since {name_or_path} was made; use another run folder.")
+            load_lora(pipeline, adapter)
         return cls(
             pipeline.to(device),
             name=str(name_or_path),
@@ -215,8 +224,7 @@ class Generator:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the denoiser; layers that are unlearned have float32 or better in any case."""
-        dtype: torch.dtype = self._dtype
-        return dtype
+        return self._dtype
 
     def _parts(self) -> list[nn.Module]:
         """All networks: autoencoder, text encoders, denoiser."""
@@ -254,8 +262,8 @@ class Generator:
         )
         if self.options != Options():
             digest.update(fingerprint(asdict(self.options)).encode())
-        if adapters := _lora_scales(self.denoiser):
-            digest.update(fingerprint(adapters).encode())
+        if scales := [_lora_scales(part) for part in self._parts() if _lora_scales(part)]:
+            digest.update(fingerprint(scales).encode())
         return digest.hexdigest()[:16]
 
     def generate(
@@ -436,7 +444,8 @@ class Generator:
         if any(layer.weight.dtype.itemsize < 4 for layer in found.values()):
             _ = self.fingerprint  # of the weights as they were loaded
             for layer in found.values():
-                _in_float32(layer)
+                if layer.weight.dtype.itemsize < 4:
+                    _put_into_float32(layer, casts=self.unlearn == "base")  # peft casts by itself
         return found
 
 
@@ -489,20 +498,19 @@ def load_lora(pipeline: Any, file: Path) -> None:
         raise ArtifactDamagedError(f"{file} cannot be laid on {type(pipeline).__name__}: {_first_line(error)}") from error
 
 
-def _lora_scales(denoiser: nn.Module) -> dict[str, float]:
-    """Factor on each LoRA of a denoiser, which its matrices don't say; {} where there is none."""
-    scales = {name: getattr(module, "scaling", None) for name, module in denoiser.named_modules()}
+def _lora_scales(network: nn.Module) -> dict[str, float]:
+    """Factor on each LoRA of a network, which its matrices don't say; {} where there is none."""
+    scales = {name: getattr(module, "scaling", None) for name, module in network.named_modules()}
     return {name: float(scale["lora"]) for name, scale in scales.items() if isinstance(scale, dict) and "lora" in scale}
 
 
-def _in_float32(layer: Layer) -> None:
-    """Put a layer into float32 for good; what comes in is cast, and what goes out is cast back."""
-    if layer.weight.dtype.itemsize >= 4:
-        return
+def _put_into_float32(layer: Layer, *, casts: bool) -> None:
+    """Put a layer into float32 for good; with `casts`, what comes in is cast, and what goes out is cast back."""
     dtype = layer.weight.dtype
     layer.float()
-    layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(), *inputs[1:]))
-    layer.register_forward_hook(lambda _layer, _inputs, output: output.to(dtype))
+    if casts:
+        layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(), *inputs[1:]))
+        layer.register_forward_hook(lambda _layer, _inputs, output: output.to(dtype))
 
 
 @contextlib.contextmanager

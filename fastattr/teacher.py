@@ -47,7 +47,7 @@ from fastattr.baselines import kernel_scores, similarity_scores
 from fastattr.candidates import read_candidates
 from fastattr.conditioning import Conditioning
 from fastattr.corpus import Corpus
-from fastattr.denoising import EncodedImages, encode_corpus, image_losses, in_parts
+from fastattr.denoising import EncodedImages, encode_corpus, image_losses
 from fastattr.ekfac import MADE_OF, Factors, Layer, fit_ekfac
 from fastattr.errors import FastattrError, InputError, QueriesFailedError
 from fastattr.features import check_source, folders, read_features
@@ -60,7 +60,7 @@ from fastattr.gradient_features import (
     write_gradient_features,
 )
 from fastattr.linearised import flat_step, linearised_scores
-from fastattr.processes import peak_memory, split_between
+from fastattr.processes import in_parts, peak_memory, split_between
 from fastattr.queries import SPLITS, Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -14,20 +15,22 @@ from fastattr import pretrained
 from fastattr.build import STAGES
 from fastattr.config import load_config
 from fastattr.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, InputError
-from fastattr.families import Options
+from fastattr.families import Options, recognise
 from fastattr.generator import Generator
 from fastattr.pretrained import PretrainedConfig
 from fastattr.train_generator import GeneratorConfig
 from tests.tiny_pipelines import build
 
 
-def save_lora(pipeline: StableDiffusionPipeline, folder: Path, seed: int = 1) -> Path:
-    """A LoRA on the U-Net's attention, written as diffusers' training scripts write it."""
-    torch.manual_seed(seed)
+def save_lora(pipeline: Any, folder: Path) -> Path:
+    """A LoRA on the denoiser's attention, written as diffusers' training scripts write it."""
+    torch.manual_seed(1)
+    part = recognise(pipeline).denoiser
+    denoiser = getattr(pipeline, part)
     settings = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    pipeline.unet.add_adapter(settings)
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
-    pipeline.unet.delete_adapters("default")
+    denoiser.add_adapter(settings)
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": get_peft_model_state_dict(denoiser)})
+    denoiser.delete_adapters("default")
     return folder
 
 
@@ -60,6 +63,12 @@ def test_a_pretrained_generator_is_what_its_reference_names(saved, tmp_path: Pat
     assert found.image_size == 24
     assert found.defaults == Generator.read_defaults(tmp_path / "generator") == {"steps": 7, "guidance": 7.5}
     assert pretrained.run(config, tmp_path) == manifest  # and the second time it is read
+    (tmp_path / "lora").mkdir()
+    copied = shutil.copy(lora / "pytorch_lora_weights.safetensors", tmp_path / "lora")
+    pretrained.run(PretrainedConfig(pretrained=str(pipeline), lora=copied), tmp_path / "other")
+    Path(copied).write_bytes(Path(copied).read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ArtifactMismatchError, match="has changed"):
+        Generator.from_pretrained(tmp_path / "other" / "generator")
     with pytest.raises(ArtifactMismatchError, match="unlearn: found 'lora', wanted 'base'"):
         pretrained.run(PretrainedConfig(pretrained=str(pipeline), lora=str(lora), resolution=24, steps=7), tmp_path)
 

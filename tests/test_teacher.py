@@ -100,6 +100,18 @@ def test_mirrored_views_and_all_captions_are_encoded(tiny_run: Path, tmp_path: P
     torch.testing.assert_close(images.latents[7, 1:], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_encoded_once_is_read_again_unchanged(tiny_run: Path, tmp_path: Path, setting):
+    """Conditioning put together in another order of its parts would give images each other's captions."""
+    generator, corpus = setting[0], Corpus(tiny_run / "corpus")
+    first = encode_corpus(generator, corpus, batch_size=7, folder=tmp_path)
+    again = encode_corpus(generator, corpus, batch_size=7, folder=tmp_path)
+    for row in (0, 6, 7, 47):
+        alone = generator.encode_prompt([corpus.captions[row][0]]).tensors["text"]
+        torch.testing.assert_close(first.conditioning[[row]].tensors["text"], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.conditioning.tensors, first.conditioning.tensors, rtol=0, atol=0)
+    torch.testing.assert_close(again.latents, first.latents, rtol=0, atol=0)
+
+
 def test_antithetic_draws_come_in_opposite_pairs(setting, monkeypatch):
     """Opposite noise at another timestep would cancel nothing."""
     generator, images, layers, _ = setting

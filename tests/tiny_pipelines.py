@@ -211,33 +211,34 @@ def flux(scratch: Path, *, guidance: bool = True) -> FluxPipeline:
     return pipeline
 
 
-def pixart(kind: type, *, additional: bool) -> Any:
+def pixart(kind: type, *, large: bool) -> Any:
     return kind(
         tokenizer=t5_tokenizer(),
         text_encoder=t5_text(),
         vae=autoencoder(scaling_factor=0.13025),
         transformer=PixArtTransformer2DModel(
-            sample_size=SIDE // 2,
+            sample_size=128 if large else SIDE // 2,
             patch_size=2,
             in_channels=4,
             out_channels=8,
             num_layers=2,
             attention_head_dim=8,
-            num_attention_heads=2,
-            cross_attention_dim=16,
+            num_attention_heads=3,
+            cross_attention_dim=24,
             caption_channels=32,
-            use_additional_conditions=additional,
+            use_additional_conditions=large,
         ),
         scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
     )
 
 
 def pixart_alpha(scratch: Path) -> PixArtAlphaPipeline:
-    return pixart(PixArtAlphaPipeline, additional=False)
+    """The one for 1024 pixels, which is told resolution and aspect ratio."""
+    return pixart(PixArtAlphaPipeline, large=True)
 
 
 def pixart_sigma(scratch: Path) -> PixArtSigmaPipeline:
-    return pixart(PixArtSigmaPipeline, additional=False)
+    return pixart(PixArtSigmaPipeline, large=False)
 
 
 def sana(scratch: Path) -> SanaPipeline:
