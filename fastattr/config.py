@@ -14,12 +14,14 @@ import yaml
 from fastattr.calibrate import CalibrateConfig
 from fastattr.candidates import CandidatesConfig
 from fastattr.corpus import CorpusConfig
+from fastattr.costs import PlanConfig
 from fastattr.distill import DistillConfig
 from fastattr.errors import ArtifactNotFoundError, InputError
 from fastattr.evaluate import EvaluateConfig
 from fastattr.features import FeaturesConfig
 from fastattr.index import IndexConfig
 from fastattr.pretrained import PretrainedConfig
+from fastattr.publish import PushConfig
 from fastattr.queries import QueriesConfig
 from fastattr.teacher import TeacherConfig
 from fastattr.train_autoencoder import AutoencoderConfig
@@ -48,6 +50,8 @@ class BuildConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    push: PushConfig = field(default_factory=PushConfig)
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
 
