@@ -60,6 +60,8 @@ class Influence:
     license: str
     source: str
     url: str
+    family: str
+    """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ class FastAttributor:
         import torch
 
         records = self.catalog.take(pa.array(rows)).to_pylist()
-        text_columns = ("image_id", "caption", "creator", "license", "source", "url")
+        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
         results = [
             Influence(rank=rank, similarity=float(similarity), **{column: record[column] for column in text_columns})
             for rank, (record, similarity) in enumerate(zip(records, similarities, strict=True))
@@ -334,6 +336,10 @@ class FastAttributor:
         }
         thumbnails = {record["image_id"]: record["thumbnail"] for record in records if "thumbnail" in record}
         return Attribution(results, prompt, dict(seconds), model, [], weights, thumbnails)
+
+    def file(self, name: str) -> Path | None:
+        """A further file that the attributor brings along (see fastattr.showcase), checked as it was loaded; None without."""
+        return self._folder / name if name in self.config["sha256"] else None
 
     def info(self) -> dict[str, Any]:
         """What this attributor is: size, creators, licences, versions and metrics."""
@@ -513,6 +519,7 @@ def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dic
         "encoders": config["encoders"],
         "embed_dim": config["student"]["embed_dim"],
         "index": config["index"],
+        "files": sorted(config["sha256"]),
         "versions": {
             "fastattr": config["fastattr_version"],
             "format": str(config["format_version"]),
