@@ -138,6 +138,7 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
             )
     result = _ResultView(attributor, recent, name="generated", generated=True)
 
+    @gr.cache(max_size=MAX_CACHED)
     @ON_GPU
     def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[Image.Image, Answer, dict[str, float]]:
         started = time.perf_counter()
@@ -154,7 +155,6 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
         answer = ask(attributor, drawn, prompt)
         return drawn, answer, {**seconds, "attribution": time.perf_counter() - started}
 
-    @gr.cache(key=_settings, max_size=MAX_CACHED)
     def generate(
         prompt: str, seed: int | None, steps: int, guidance: float, progress: gr.Progress = PROGRESS
     ) -> tuple[Image.Image, dict[str, Any], Answer]:
@@ -163,9 +163,9 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
             prompt = check_prompt(prompt)
             if seed is None:
                 raise InputError(strings.NO_SEED)
-            drawn, answer, seconds = draw(prompt, seed, steps, guidance)
+            settings = {"prompt": prompt, "seed": seed, "steps": int(steps), "guidance": float(guidance)}
+            drawn, answer, seconds = draw(**settings)
             receipt = json.loads(answer.attribution.to_json())
-            settings = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
             revision = revision_of(generator.fingerprint, receipt["model"])
         generation = {"generator": generator.name, **settings, "revision": revision, "seconds": seconds}
         return drawn, {**receipt, "generation": generation}, answer
@@ -229,7 +229,7 @@ class _ResultView:
         self.answer = gr.State(time_to_live=RESULT_SECONDS)
         self.receipt = gr.JSON(visible=False)
         self.page = gr.HTML(render.how() if generated else "")
-        self.figure = gr.Button(strings.FIGURE, size="sm", visible=False)
+        self.figure = gr.Button(strings.FIGURE, size="sm", visible=False, elem_classes="figure")
         self.shown = [self.page, self.figure, recent]
         figure_url = gr.Textbox(visible=False)
         self.figure.click(figure_as_url, self.answer, figure_url, api_visibility="private", concurrency_id="figure").success(
@@ -284,11 +284,6 @@ def _counterfactual_tab(tab: gr.Tab, attributor: FastAttributor) -> None:
         return about, gr.update(choices=choices, value=chosen), render.counterfactual(own)
 
     gr.on([tab.select, prompt.input], show, prompt, [about, prompt, page], **QUIETLY)
-
-
-def _settings(given: Mapping[str, Any]) -> list[Any]:
-    """What a drawing depends on, alike for the page and for programs, which write 4 or 4.0."""
-    return [given["prompt"].strip(), given["seed"], float(given["steps"]), float(given["guidance"])]
 
 
 def ask(attributor: FastAttributor, image: Image.Image, prompt: str) -> Answer:
@@ -394,6 +389,8 @@ def read_upload(path: str) -> Image.Image:
             if image.width * image.height > MAX_MEGAPIXELS * 1_000_000:
                 raise InputError(strings.HUGE_IMAGE.format(limit=MAX_MEGAPIXELS))
             return ImageOps.exif_transpose(image)
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(strings.HUGE_IMAGE.format(limit=MAX_MEGAPIXELS)) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # Pillow's, for broken files
@@ -412,6 +409,9 @@ def errors_in_words() -> Iterator[None]:
 def theme() -> gr.themes.Base:
     """Gradio's own theme, whose fonts it brings along, with small print dark (in dark mode, light) enough to read."""
     return gr.themes.Default(primary_hue="indigo").set(
+        color_accent="*primary_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
         body_text_color_subdued="*neutral_600",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -96,7 +97,9 @@ def verdict(attribution: Attribution, table: pd.DataFrame) -> str:
 
 def rankings(attribution: Attribution, plain: Attribution | None, drawings: Sequence[Drawing], name: str) -> str:
     """Cards by influence; with `plain` also those by similarity, what differs, and the switch between the three."""
-    info = f"{strings.CARDS_INFO} {strings.PERCENTILE_INFO}" if known(attribution.results[0], "percentile") else strings.CARDS_INFO
+    info = (
+        f"{strings.CARDS_INFO} {strings.PERCENTILE_INFO}" if known(attribution.results[0], "percentile") else strings.CARDS_INFO
+    )
     views = f'<div class="view influence"><h2>{strings.CARDS}</h2><p>{info}</p>{cards(attribution, drawings)}</div>'
     if plain is None:
         return f'<div class="views">{views}</div>'
@@ -106,8 +109,8 @@ def rankings(attribution: Attribution, plain: Attribution | None, drawings: Sequ
         ("difference", strings.VIEW_DIFFERENCE),
     )
     buttons = "".join(
-        f'<label><input type="radio" name="view-{name}" value="{value}"{" checked" if value == "influence" else ""}>{text}</label>'
-        for value, text in choices
+        f'<label><input type="radio" name="view-{name}" value="{value}"{checked}>{text}</label>'
+        for (value, text), checked in zip(choices, (" checked", "", ""), strict=True)
     )
     return (
         f'<div class="views"><fieldset class="switch"><legend>{strings.VIEW}</legend>{buttons}</fieldset>{views}'
@@ -130,17 +133,20 @@ def _card(rows: Sequence[Any], thumbnail: Callable[[str], Image.Image], drawings
     if others:
         words = strings.NEAR_DUPLICATES if len(others) == 1 else strings.NEAR_DUPLICATES_MANY
         near = f'<span class="near">{words.format(count=len(others))}</span>'
-    facts = {strings.CREATOR: escape(first.creator or strings.UNKNOWN), strings.LICENCE: escape(first.license or strings.UNKNOWN)}
+    facts = {
+        strings.CREATOR: escape(first.creator or strings.UNKNOWN),
+        strings.LICENCE: escape(first.license or strings.UNKNOWN),
+    }
     if known(first, "percentile"):
-        facts[strings.PERCENTILE] = f"{first.percentile:.1f}"
+        facts[strings.PERCENTILE] = f"{math.floor(10 * first.percentile) / 10:.1f}"  # 99.97 is not yet 100
     facts[strings.SOURCE] = _source(first)
     return (
         f'<li class="card" data-image-id="{escape(first.image_id)}"><details><summary>'
         f'<span class="picture"><img src="{_webp(thumbnail(first.image_id))}" '
         f'alt="{escape(strings.CARD_ALT.format(caption=first.caption))}"></span>'
         f'<span class="name">{first.rank + 1}. {escape(first.caption)}{near}</span></summary>'
-        f'<div class="more">{_details(first)}{_family(others, thumbnail)}{_influenced(first.image_id, drawings)}</div></details>'
-        f"{_facts(facts)}</li>"
+        f'<div class="more">{_details(first)}{_family(others, thumbnail)}{_influenced(first.image_id, drawings)}</div>'
+        f"</details>{_facts(facts)}</li>"
     )
 
 
@@ -174,7 +180,8 @@ def _influenced(image_id: str, drawings: Sequence[Drawing], shown: int = 6) -> s
     if not found:
         return f"<h3>{strings.INFLUENCES}</h3><p>{strings.INFLUENCES_NONE.format(count=len(drawings))}</p>"
     items = "".join(
-        f'<li><img src="{_data(drawing.image, "image/webp")}" alt="{escape(strings.INFLUENCED_ALT.format(prompt=drawing.prompt))}">'
+        f'<li><img src="{_data(drawing.image, "image/webp")}" '
+        f'alt="{escape(strings.INFLUENCED_ALT.format(prompt=drawing.prompt))}">'
         f"{escape(strings.INFLUENCED_ITEM.format(prompt=drawing.prompt, rank=rank + 1))}</li>"
         for rank, drawing in found[:shown]
     )
@@ -258,10 +265,11 @@ def _share(row: Any, scale: float) -> str:
         interval = f'<td class="number interval">{words}</td>'
         reach = f'<div class="range" style="left:{row.low / scale:.2%};width:{(row.high - row.low) / scale:.2%}"></div>'
     return (
-        f'<tr{" class=unassigned" if row.creator == UNASSIGNED else ""}>'
+        f"<tr{' class=unassigned' if row.creator == UNASSIGNED else ''}>"
         f'<th scope="row">{escape(str(row.creator or strings.UNKNOWN))}<div class="bar" aria-hidden="true">'
         f'<div class="value" style="width:{row.share / scale:.2%}"></div>{reach}</div></th>'
-        f'<td class="number">{row.share:.1%}</td>{interval}<td class="number">{row.images}</td></tr>'
+        f'<td class="number">{row.share:.1%}</td>{interval}'
+        f'<td class="number">{"" if row.creator == UNASSIGNED else row.images}</td></tr>'
     )
 
 
@@ -282,9 +290,7 @@ def carry(receipt: Mapping[str, Any], table: pd.DataFrame, link: str | None) -> 
         links.append(f'<a class="link" href="{escape(link)}">{strings.LINK}</a>')
     items = "".join(f"<li>{each}</li>" for each in links)
     seconds = {**receipt.get("generation", {}).get("seconds", {}), **receipt["seconds"]}
-    return (
-        f'<h2>{strings.CARRY}</h2><p>{strings.CARRY_INFO}</p><ul class="carry">{items}</ul><p>{_seconds(seconds)}</p>'
-    )
+    return f'<h2>{strings.CARRY}</h2><p>{strings.CARRY_INFO} {_seconds(seconds)}</p><ul class="carry">{items}</ul>'
 
 
 def how() -> str:
@@ -294,7 +300,9 @@ def how() -> str:
 
 def counterfactual(rows: Sequence[Mapping[str, Any]]) -> str:
     """A query and what the retrained models drew for it: rows of counterfactuals.parquet, one a method."""
-    figures = [_figure(rows[0]["original"], rows[0]["prompt"], strings.COUNTERFACTUAL_ORIGINAL, strings.COUNTERFACTUAL_LOSS_BEFORE)]
+    figures = [
+        _figure(rows[0]["original"], rows[0]["prompt"], strings.COUNTERFACTUAL_ORIGINAL, strings.COUNTERFACTUAL_LOSS_BEFORE)
+    ]
     for row in rows:
         model = strings.COUNTERFACTUAL_METHODS[row["method"]].format(removed=row["removed"])
         loss = strings.COUNTERFACTUAL_LOSS.format(change=row["loss_after"] / row["loss_before"] - 1)

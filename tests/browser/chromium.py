@@ -50,4 +50,4 @@ def generate(page: Page, prompt: str) -> None:
     """Type a prompt, click, and wait for the last card (long: a busy machine may run this beside other work)."""
     page.get_by_label(re.compile(r"^\s*Prompt")).fill(prompt)
     page.get_by_role("button", name="Generate and attribute").click()
-    page.locator("ol.cards li").last.wait_for(timeout=120_000)
+    page.locator(".influence ol.cards > li").last.wait_for(timeout=120_000)
