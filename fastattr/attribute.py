@@ -23,13 +23,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from fastattr.artifacts import atomic_path, fingerprint, open_stage, read_json, sha256_file, write_json
+from fastattr.artifacts import atomic_path, fingerprint, open_stage, read_json, require_same, sha256_file, write_json
+from fastattr.calibrate import FILE as CALIBRATION, Calibration, estimate_shares, families_of, load_calibration
 from fastattr.corpus import Corpus, load_rgb, to_rgb
-from fastattr.distill import load_student, save_student
+from fastattr.distill import load_student, open_student, save_student
 from fastattr.errors import ArtifactDamagedError, EncoderMismatchError, FormatVersionError, InputError, MissingFileError
-from fastattr.features import Encoder, folders, open_encoder, read_features
+from fastattr.features import Encoder, folders, modality, open_encoder, read_features
 from fastattr.hub import commit_of, locate, split_revision
-from fastattr.index import IndexConfig, Searchable, Shards, load_index, save_index, search, split_index
+from fastattr.index import (
+    IndexConfig,
+    Searchable,
+    Shards,
+    build_index,
+    load_index,
+    save_index,
+    search,
+    split_index,
+    stored_vectors,
+)
 from fastattr.student import Student, StudentConfig, embed
 
 if TYPE_CHECKING:
@@ -42,6 +53,13 @@ FORMAT_VERSION = 2
 CATALOG_COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
 THUMBNAIL_SIDE = 48
 """Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
+
+UNASSIGNED = "no one in particular"
+"""Name of the last row of `Attribution.shares`: influence that is no one's more than anyone else's."""
+REACH = 20_000
+"""Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
+PLAIN = "plain.faiss"
+"""The index of the untuned features."""
 
 ImageLike = Image.Image | np.ndarray | str | Path
 
@@ -62,6 +80,33 @@ class Influence:
     url: str
     family: str
     """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
+    percentile: float | None = None
+    """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
+    image_part: float | None = None
+    """How much of `similarity` is the image's doing, ..."""
+    text_part: float | None = None
+    """... and how much the prompt's: Shapley values, which add up to it; a part is taken away by putting the corpus' mean
+    in its place. None if the attributor has no means, or encoders that read both."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the shares of one attribution are taken of."""
+
+    catalog: pa.Table
+    """Of the whole corpus."""
+    rows: np.ndarray
+    """(M,) rows of the catalogue, most similar first."""
+    similarities: np.ndarray
+    """(M,)."""
+    weights: np.ndarray | None
+    """(M,) what an image counts where there is no calibration."""
+    calibration: Calibration | None
+
+    def names(self, column: str) -> np.ndarray:
+        """(M,) values of one column of the catalogue; '' where there is none."""
+        values = self.catalog[column].take(pa.array(self.rows)).to_pylist()
+        return np.array(["" if value is None else str(value) for value in values])
 
 
 @dataclass(frozen=True)
@@ -75,7 +120,7 @@ class Attribution:
     model: dict[str, Any]
     """Name, fingerprints and versions of what answered."""
     warnings: list[str] = field(default_factory=list)
-    _weights: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+    _reach: Reach | None = field(default=None, repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -99,28 +144,67 @@ class Attribution:
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def shares(self, by: str = "creator") -> pd.DataFrame:
-        """How the images of this attribution divide by creator, licence or source.
+        """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
 
-        An image counts with the student's estimate of its closeness to the top of the teacher's ranking (the sigmoid
-        of its training logit). Shares are of these images together, not of the whole corpus, and not calibrated.
+        With a calibration, a share is what the teacher is expected to find, over the whole corpus: the influence of a
+        creator's images beyond what as many unrelated images have, over all positive influence. Near-duplicates (one
+        `family`) count once together. What is left belongs to no one in particular and is the last row, `UNASSIGNED`, with
+        the images that lack a name in that column. Intervals are of 95%, found on validation queries (docs/student.md).
+
+        Without a calibration shares are of the listed images together, each counting with the student's estimate of its
+        closeness to the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
 
         Args:
-            by: 'creator', 'license' or 'source'.
+            by: 'creator', 'license', 'source' or another column of the catalogue.
 
         Returns:
-            Columns `by`, 'share' (sums to 1) and 'images' (how many), largest share first.
+            Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), largest share first.
 
         Raises:
             InputError: there is no such column.
         """
-        if by not in {"creator", "license", "source"}:
-            raise InputError(f"shares can be taken by creator, license or source, not by {by!r}")
         import pandas as pd
 
-        table = pd.DataFrame({by: [getattr(result, by) for result in self.results], "share": self._weights, "images": 1})
-        grouped = table.groupby(by, as_index=False).sum()
-        grouped["share"] /= grouped["share"].sum()
-        return grouped.sort_values(["share", by], ascending=[False, True], ignore_index=True)
+        if self._reach is None:
+            raise InputError("this attribution was made without a catalogue; shares need one.")
+        catalog = self._reach.catalog
+        known = [name for name in catalog.column_names if name not in {"image_id", "thumbnail"}]
+        if by not in known:
+            raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
+        names = self._reach.names(by)
+        if self._reach.calibration is None:
+            weights = self._reach.weights
+            counted = pd.DataFrame({by: names, "share": weights, "images": 1}).groupby(by, as_index=False).sum()
+            counted["share"] /= counted["share"].sum()
+            table = counted.assign(low=float("nan"), high=float("nan"))
+            last = (0.0, float("nan"), float("nan"))
+        else:
+            every = families_of(catalog["family"].to_pylist()) if "family" in catalog.column_names else np.arange(len(catalog))
+            found = estimate_shares(
+                self._reach.calibration,
+                self._reach.similarities,
+                names,
+                every[self._reach.rows],
+                family_sizes=np.bincount(every)[every[self._reach.rows]],
+                beyond=len(catalog) - len(names),
+            )
+            columns = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
+            table = pd.DataFrame(columns).query("images > 0")
+            last = found.unassigned
+        table = table.sort_values(["share", by], ascending=[False, True])
+        rest = {by: [UNASSIGNED], "share": last[0], "low": last[1], "high": last[2], "images": 0}
+        return pd.concat([table, pd.DataFrame(rest)], ignore_index=True)[[by, "share", "low", "high", "images"]]
+
+    @property
+    def dominant(self) -> str | None:
+        """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
+
+        Certainly: the lower end of its interval lies above the upper ends of all other creators', and above 0.
+        """
+        table = self.shares(by="creator").iloc[:-1]
+        if table.empty or not table["low"].iloc[0] > max(0.0, table["high"].iloc[1:].max() if len(table) > 1 else 0.0):
+            return None
+        return str(table["creator"].iloc[0])
 
     def thumbnail(self, image_id: str) -> Image.Image:
         """Small RGB picture of one of the results.
@@ -163,6 +247,8 @@ class FastAttributor:
         metrics: dict[str, Any],
         folder: Path,
         name: str,
+        calibration: Calibration | None = None,
+        plain_index: Searchable | None = None,
     ) -> None:
         """Use `from_pretrained`, or `build_attributor` for a run folder."""
         self.config = config
@@ -171,6 +257,7 @@ class FastAttributor:
         """(N rows) image_id, caption, creator, license, source, url, group, subgroup, family; thumbnail (WebP) if loaded."""
         self.metrics = metrics
         self._encoders, self._student, self._index, self._folder = list(encoders), student, index, folder
+        self._calibration, self._plain = calibration, plain_index
 
     @classmethod
     def from_pretrained(
@@ -233,7 +320,7 @@ class FastAttributor:
                 f"loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the attributor "
                 "that was trained on these."
             )
-        shape = StudentConfig(**{**config["student"], "hidden": tuple(config["student"]["hidden"])})
+        shape = StudentConfig.from_json(config["student"])
         catalog = pq.read_table(folder / "catalog.parquet")
         if thumbnails and "thumbnails.parquet" in config["sha256"]:
             catalog = _with_thumbnails(catalog, pq.read_table(folder / "thumbnails.parquet"))
@@ -246,6 +333,16 @@ class FastAttributor:
             metrics=read_json(folder / "metrics.json"),
             folder=folder,
             name=str(name_or_path),
+            calibration=(
+                load_calibration(folder / CALIBRATION, feature_dim=config["feature_dim"])
+                if CALIBRATION in config["sha256"]
+                else None
+            ),
+            plain_index=(
+                load_index(folder / PLAIN, sha256=config["sha256"][PLAIN])
+                if PLAIN in config["sha256"] and shards is None
+                else None
+            ),
         )
 
     def __len__(self) -> int:
@@ -267,16 +364,46 @@ class FastAttributor:
         Raises:
             InputError: an image can't be read, a prompt is empty, or k is out of range.
         """
+        return self._answer(image, prompt, k, self._search)
+
+    def plain(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str], k: int = 20
+    ) -> Attribution | list[Attribution]:
+        """Name the k training images that are most similar by the untuned features: what resembles, not what influenced.
+
+        Args and answer are those of `attribute`; percentiles are None and shares are of the listed images, each counting
+        with its similarity.
+
+        Raises:
+            InputError: as `attribute`, or the attributor holds no index of untuned features.
+        """
+        if self._plain is None:
+            raise InputError(
+                f"{self.name} holds no index of untuned features, or was loaded in part; build it with index.plain set."
+            )
+        return self._answer(image, prompt, k, self._search_plain)
+
+    def _answer(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str | Sequence[str],
+        k: int,
+        search_features: Callable[[np.ndarray, Sequence[str], int, dict[str, float]], list[Attribution]],
+    ) -> Attribution | list[Attribution]:
+        """`attribute` or `plain`, of one or many."""
         if isinstance(image, list | tuple):
             prompts = list(prompt) if not isinstance(prompt, str) else [prompt] * len(image)
             if len(prompts) != len(image):
                 raise InputError(f"{len(image)} images came with {len(prompts)} prompts; give one prompt an image.")
-            return self._attribute([open_image(one) for one in image], prompts, k)
+            features, seconds = self._encode([open_image(one) for one in image], prompts, k)
+            return search_features(features, prompts, k, seconds)
         if not isinstance(prompt, str):
             raise InputError("one image needs one prompt, a string.")
-        return self._attribute([open_image(image)], [prompt], k)[0]
+        features, seconds = self._encode([open_image(image)], [prompt], k)
+        return search_features(features, [prompt], k, seconds)[0]
 
-    def _attribute(self, images: Sequence[Image.Image], prompts: Sequence[str], k: int) -> list[Attribution]:
+    def _encode(self, images: Sequence[Image.Image], prompts: Sequence[str], k: int) -> tuple[np.ndarray, dict[str, float]]:
+        """(Q, F) features, once all is checked, and the seconds they took."""
         for text in prompts:
             if not text.strip():
                 raise InputError("the prompt is empty; give the prompt that the image was made from.")
@@ -286,7 +413,7 @@ class FastAttributor:
             raise InputError(f"{self.name} has no feature encoders; give features to `attribute_features` instead.")
         started = time.perf_counter()
         features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in self._encoders], axis=1)
-        return self._search(features, prompts, k, {"features": time.perf_counter() - started})
+        return features, {"features": time.perf_counter() - started}
 
     def attribute_features(self, features: np.ndarray, prompts: Sequence[str], k: int = 20) -> list[Attribution]:
         """Name the k training images that influenced each of Q images most, from features computed elsewhere.
@@ -307,25 +434,139 @@ class FastAttributor:
         return self._search(features, prompts, k, {})
 
     def _search(self, features: np.ndarray, prompts: Sequence[str], k: int, seconds: dict[str, float]) -> list[Attribution]:
-        started = time.perf_counter()
-        rows, similarities = search(self._index, embed(self._student, features), k)
-        seconds = {**seconds, "search": time.perf_counter() - started}
-        return [
-            self._attribution(text, own_rows, own_similarities, seconds)
-            for text, own_rows, own_similarities in zip(prompts, rows, similarities, strict=True)
-        ]
-
-    def _attribution(self, prompt: str, rows: np.ndarray, similarities: np.ndarray, seconds: dict[str, float]) -> Attribution:
+        """By the student."""
         import torch
 
-        records = self.catalog.take(pa.array(rows)).to_pylist()
-        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
-        results = [
-            Influence(rank=rank, similarity=float(similarity), **{column: record[column] for column in text_columns})
-            for rank, (record, similarity) in enumerate(zip(records, similarities, strict=True))
+        started = time.perf_counter()
+        queries = embed(self._student, features, query=True)
+        rows, similarities = search(self._index, queries, k)
+        parts = self._parts(features, rows, similarities)
+        reaches = [(own, values, None) for own, values in zip(rows, similarities, strict=True)]
+        if self._calibration is None:
+            with torch.no_grad():
+                weights = torch.sigmoid(self._student.logits(torch.from_numpy(similarities))).double().numpy()
+            reaches = [(own, values, weight) for (own, values, _), weight in zip(reaches, weights, strict=True)]
+        else:
+            farther = search(self._index, queries, min(len(self), max(k, REACH)))
+            reaches = [(own[own >= 0], values[own >= 0], None) for own, values in zip(*farther, strict=True)]
+        warnings = self._warnings(features)
+        seconds = {**seconds, "search": time.perf_counter() - started}
+        return [
+            self._attribution(
+                text,
+                rows[query],
+                similarities[query],
+                seconds,
+                parts=[part[query] for part in parts] if parts else None,
+                reach=Reach(self.catalog, *reaches[query], self._calibration),
+                warnings=warnings[query],
+            )
+            for query, text in enumerate(prompts)
         ]
-        with torch.no_grad():
-            weights = torch.sigmoid(self._student.logits(torch.from_numpy(similarities))).double().numpy()
+
+    def _search_plain(
+        self, features: np.ndarray, prompts: Sequence[str], k: int, seconds: dict[str, float]
+    ) -> list[Attribution]:
+        """By the untuned features."""
+        assert self._plain is not None
+        started = time.perf_counter()
+        queries = plain_vectors(features)
+        rows, similarities = search(self._plain, queries, k)
+        images = self._columns_of({"image", "text"})
+        answers = []
+        for query, text in enumerate(prompts):
+            vectors = stored_vectors(self._plain, rows[query])
+            parts = None
+            if vectors is not None and images is not None:
+                products = vectors * queries[query]
+                parts = [products[:, images].sum(axis=1), products[:, ~images].sum(axis=1)]
+            reach = Reach(self.catalog, rows[query], similarities[query], np.maximum(similarities[query], 1e-6), None)
+            answers.append(
+                self._attribution(text, rows[query], similarities[query], seconds, parts=parts, reach=reach, warnings=[])
+            )
+        spent = time.perf_counter() - started
+        for answer in answers:
+            answer.seconds["search"] = spent
+            answer.model["method"] = "plain similarity"
+        return answers
+
+    def _columns_of(self, kinds: set[str]) -> np.ndarray | None:
+        """(F,) bool: which features are of images, if all are of one of these kinds; None otherwise or if it isn't known."""
+        blocks = self.config.get("feature_blocks", [])
+        if not blocks or not {block["modality"] for block in blocks} <= kinds:
+            return None
+        return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in blocks])
+
+    def _parts(self, features: np.ndarray, rows: np.ndarray, similarities: np.ndarray) -> list[np.ndarray] | None:
+        """(Q, k) what the image and (Q, k) what the prompt contributes to the similarities: Shapley values of two players.
+
+        With v(S) the similarity when all but S is replaced by the corpus' mean, and v of nothing 0, the image's is
+        (v(image) + v(both) - v(text)) / 2; what remains without either is halved between them.
+        """
+        images = self._columns_of({"image", "text"})
+        if self._calibration is None or images is None:
+            return None
+        alone = []
+        for kept in (images, ~images):
+            replaced = np.where(kept, features, self._calibration.feature_mean)
+            alone.append(embed(self._student, replaced, query=True))
+        if images.all() or not images.any():
+            nothing = np.zeros_like(similarities)
+            return [similarities, nothing] if images.all() else [nothing, similarities]
+        parts = np.empty((2, *similarities.shape))
+        for query, own in enumerate(rows):
+            vectors = stored_vectors(self._index, own)
+            if vectors is None:
+                return None
+            of_image, of_text = (vectors @ embedded[query] for embedded in alone)
+            parts[:, query] = (of_image - of_text) / 2, (of_text - of_image) / 2
+        return list(parts + similarities / 2)
+
+    def _warnings(self, features: np.ndarray) -> list[list[str]]:
+        """For each query what its reader should know."""
+        density = self._calibration.density if self._calibration else None
+        if density is None:
+            return [[] for _ in features]
+        return [
+            [
+                f"Image and prompt do not look like this generator's output (distance {distance:.2f}; its own stay below "
+                f"{density.threshold:.2f}). For an image that it did not make, these are the training images that resemble it."
+            ]
+            if distance > density.threshold
+            else []
+            for distance in density.distance(features)
+        ]
+
+    def _attribution(
+        self,
+        prompt: str,
+        rows: np.ndarray,
+        similarities: np.ndarray,
+        seconds: dict[str, float],
+        *,
+        parts: Sequence[np.ndarray] | None,
+        reach: Reach,
+        warnings: list[str],
+    ) -> Attribution:
+        records = self.catalog.take(pa.array(rows)).to_pylist()
+<<<<<<< HEAD
+        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
+=======
+        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
+        percentiles = reach.calibration.percentile_of(similarities).tolist() if reach.calibration else [None] * len(rows)
+        image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(rows)] * 2
+>>>>>>> issue-5
+        results = [
+            Influence(
+                rank=rank,
+                similarity=float(similarities[rank]),
+                **{column: record[column] for column in text_columns},
+                percentile=percentiles[rank],
+                image_part=image_parts[rank],
+                text_part=text_parts[rank],
+            )
+            for rank, record in enumerate(records)
+        ]
         model = {
             "name": self.name,
             "fastattr_version": self.config["fastattr_version"],
@@ -335,7 +576,7 @@ class FastAttributor:
             "index_sha256": _index_sha256(self.config),
         }
         thumbnails = {record["image_id"]: record["thumbnail"] for record in records if "thumbnail" in record}
-        return Attribution(results, prompt, dict(seconds), model, [], weights, thumbnails)
+        return Attribution(results, prompt, dict(seconds), model, warnings, reach, thumbnails)
 
     def file(self, name: str) -> Path | None:
         """A further file that the attributor brings along (see fastattr.showcase), checked as it was loaded; None without."""
@@ -481,6 +722,8 @@ def _files(config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | 
     left_out = {file for number, file in enumerate(index) if shards is not None and number not in shards}
     if not thumbnails:
         left_out.add("thumbnails.parquet")
+    if shards is not None:
+        left_out.add(PLAIN)
     return [file for file in config["sha256"] if file not in left_out]
 
 
@@ -577,14 +820,20 @@ def build_attributor(
     """
     corpus = Corpus(run_dir / "corpus")
     manifest = open_stage(run_dir / "student", "student")
-    shape = StudentConfig(**{**manifest["config"]["student"], "hidden": tuple(manifest["config"]["student"]["hidden"])})
-    student = load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)
-    features = read_features(folders(run_dir, "features", encoders), corpus.image_ids)
+    student = open_student(run_dir)
+    paths = folders(run_dir, "features", encoders)
+    features = read_features(paths, corpus.image_ids)
     metrics_file = run_dir / "evaluation" / "metrics.json"
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         save_student(student, temporary / "model.safetensors")
         shards = save_shards(split_index(embed(student, features), config), temporary)
+        if config.plain:
+            save_index(build_index(plain_vectors(features), config.plain), temporary / PLAIN)
+        if (run_dir / "calibration" / CALIBRATION).exists():
+            calibrated = open_stage(run_dir / "calibration", "calibration")["inputs"]["student"]
+            require_same("the student of calibration/", calibrated, manifest["fingerprint"], "Run `fastattr calibrate` again.")
+            shutil.copyfile(run_dir / "calibration" / CALIBRATION, temporary / CALIBRATION)
         catalog = {
             "image_id": corpus.image_ids,
             "caption": [captions[0] for captions in corpus.captions],
@@ -603,7 +852,11 @@ def build_attributor(
             encoder_fingerprints=[encoder.fingerprint for encoder in opened],
             captions=captions,
             feature_dim=manifest["feature_dim"],
-            student=asdict(shape),
+            feature_blocks=[
+                {"modality": modality(specification), "width": open_stage(path, "features")["width"]}
+                for specification, path in zip(encoders, paths, strict=True)
+            ],
+            student=manifest["config"]["student"],
             index=config.factory,
             index_shards=shards,
             corpus_fingerprint=manifest["corpus_fingerprint"],
@@ -611,6 +864,13 @@ def build_attributor(
             teacher=manifest["teacher"],
             training_queries=manifest["training_queries"],
         )
+
+
+def plain_vectors(features: np.ndarray) -> np.ndarray:
+    """(N, F) float32 unit vectors whose inner products are the cosines of untuned features."""
+    vectors = features.astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
 
 
 def save_shards(shards: Sequence[faiss.Index], folder: Path) -> list[dict[str, Any]]:

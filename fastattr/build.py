@@ -15,6 +15,7 @@ from typing import Any
 
 from fastattr import (
     attribute,
+    calibrate,
     candidates,
     corpus,
     distill,
@@ -39,6 +40,7 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     inputs = {
         "student": open_stage(run_dir / "student", "student")["fingerprint"],
         "features": features.features_fingerprint(features.folders(run_dir, "features", encoders)),
+        "calibration": open_stage(run_dir / "calibration", "calibration")["fingerprint"],
         "evaluation": open_stage(run_dir / "evaluation", "evaluation")["fingerprint"],
     }
     settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
@@ -66,6 +68,7 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "candidates": lambda config, run_dir: candidates.run(config.candidates, run_dir, encoders=config.features.encoders),
     "teach": lambda config, run_dir: teacher.run(config.teacher, run_dir),
     "distill": lambda config, run_dir: distill.run(config.distill, run_dir, encoders=config.features.encoders),
+    "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
     "evaluate": lambda config, run_dir: evaluate.run(config.evaluate, run_dir, encoders=config.features.encoders),
     "index": run_index,
 }
@@ -89,7 +92,18 @@ def embed_assets(config: BuildConfig, run_dir: Path, folder: Path) -> dict[str, 
     Returns:
         The manifest; 'bytes' is the size of all files together.
     """
-    stages = ("corpus", "autoencoder", "generator", "encoder", "queries", "candidates", "scores", "student", "evaluation")
+    stages = (
+        "corpus",
+        "autoencoder",
+        "generator",
+        "encoder",
+        "queries",
+        "candidates",
+        "scores",
+        "student",
+        "calibration",
+        "evaluation",
+    )
     with atomic_path(folder) as temporary:
         shutil.copytree(run_dir / "generator", temporary / "generator", ignore=shutil.ignore_patterns("checkpoint*"))
         shutil.copytree(run_dir / "attributor", temporary / "attributor")

@@ -42,6 +42,7 @@ STAGE_HELP = {
     "candidates": "choose the training images that the teacher scores for each query",
     "teach": "score the candidates by unlearning (the slow stage; `accelerate launch` splits it)",
     "distill": "train the student on the teacher's rankings",
+    "calibrate": "fit percentiles and shares on the validation queries",
     "evaluate": "compare a student with its teacher, or any method with what retraining does",
     "index": "build the FAISS index and put the attributor together",
 }
@@ -290,7 +291,9 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return result.to_dict()
     for row in result.results:
         print(f"{row.rank + 1:4d}  {row.similarity:6.3f}  {row.image_id:32s}  {row.caption}  ({row.creator}, {row.license})")
-    shares = result.shares(by="creator").head(5)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    shares = result.shares(by="creator").sort_values("share", ascending=False).head(5)
     for creator, share in zip(shares["creator"], shares["share"], strict=True):
         print(f"      {share:6.1%}  {creator}")
     return None

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fastattr.calibrate import CalibrateConfig
 from fastattr.candidates import CandidatesConfig
 from fastattr.corpus import CorpusConfig
 from fastattr.distill import DistillConfig
@@ -42,6 +43,7 @@ class BuildConfig:
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     thumbnail_quality: int = 40

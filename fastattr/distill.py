@@ -107,7 +107,7 @@ def train_student(
     targets = [targets_of(query.influence, query.is_outsider) for query in scored]
     torch.manual_seed(config.training.seed)
     student = Student(corpus_features.shape[1], config.student)
-    student.set_projection(corpus_features)
+    student.start_from(corpus_features)
 
     def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         candidates, labels = [], []
@@ -193,3 +193,10 @@ def load_student(path: Path, *, feature_dim: int, config: StudentConfig) -> Stud
     student = Student(feature_dim, config)
     student.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return student.eval()
+
+
+def open_student(run_dir: Path) -> Student:
+    """The student of a run folder."""
+    manifest = open_stage(run_dir / "student", "student")
+    shape = StudentConfig.from_json(manifest["config"]["student"])
+    return load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)

@@ -213,6 +213,12 @@ def open_encoder(
     return encoder
 
 
+def modality(specification: str) -> str:
+    """What an encoder's features are of: 'image', 'text', or 'both', which is all that isn't said to be one of them."""
+    ending = specification.partition(":")[0].rpartition("-")[2]
+    return ending if ending in {"image", "text"} else "both"
+
+
 def slug(specification: str) -> str:
     """A folder name for an encoder."""
     return re.sub(r"[^\w.-]+", "_", specification)

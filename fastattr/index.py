@@ -27,6 +27,8 @@ class IndexConfig:
     """FAISS factory string: 'Flat', 'SQfp16', 'HNSW32', 'IVF4096,PQ64', ..."""
     shard_rows: int = 0
     """Rows in one index file; 0 keeps the whole index in one."""
+    plain: str = "SQ4"
+    """FAISS factory string of a second index, of the untuned features, for `FastAttributor.plain`; '' leaves it out."""
 
     def __post_init__(self) -> None:
         if self.shard_rows < 0:
@@ -62,6 +64,14 @@ class Shards:
         rows = np.concatenate([rows + first for (_, rows), first in found], axis=1)
         best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(rows, best, axis=1)
+
+    def reconstruct_batch(self, rows: np.ndarray) -> np.ndarray:
+        """(k, D) vectors of (k,) rows, as the shards keep them."""
+        vectors = np.empty((len(rows), self._shards[0][0].d), dtype=np.float32)
+        for index, first in self._shards:
+            own = (rows >= first) & (rows < first + index.ntotal)
+            vectors[own] = index.reconstruct_batch(rows[own] - first)
+        return vectors
 
 
 def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
@@ -115,6 +125,15 @@ def search(index: Searchable, queries: np.ndarray, k: int) -> tuple[np.ndarray, 
         raise InputError(f"top-k must be between 1 and {index.ntotal} (the images in the corpus), got {k}.")
     similarities, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
     return rows, similarities
+
+
+def stored_vectors(index: Searchable, rows: np.ndarray) -> np.ndarray | None:
+    """(k, D) float32 vectors of (k,) rows as the index keeps them; None if it is of a kind that cannot give them back."""
+    try:
+        vectors: np.ndarray = index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return None
+    return vectors
 
 
 def save_index(index: faiss.Index, path: Path) -> None:

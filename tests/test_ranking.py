@@ -187,7 +187,7 @@ def test_untrained_student_keeps_the_features_cosines():
     """Its starting point must be the untuned ranking, not a random one."""
     features = unit(np.random.default_rng(10), 60, 12)
     student = Student(12, StudentConfig(embed_dim=12, hidden=(8,)))
-    student.set_projection(features)
+    student.start_from(features)
     vectors = embed(student, features)
     np.testing.assert_allclose(vectors @ vectors.T, features @ features.T, atol=1e-5)
 

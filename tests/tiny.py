@@ -55,6 +55,7 @@ distill:
   candidates_per_step: 8
   training: {{steps: 4, batch_size: 2}}
 evaluate: {{positives_percent: 10.0, overlap_k: 3}}
+index: {{plain: Flat}}
 """
 
 
