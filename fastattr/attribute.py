@@ -549,13 +549,9 @@ class FastAttributor:
         warnings: list[str],
     ) -> Attribution:
         records = self.catalog.take(pa.array(rows)).to_pylist()
-<<<<<<< HEAD
-        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
-=======
         text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
         percentiles = reach.calibration.percentile_of(similarities).tolist() if reach.calibration else [None] * len(rows)
         image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(rows)] * 2
->>>>>>> issue-5
         results = [
             Influence(
                 rank=rank,

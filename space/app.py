@@ -29,7 +29,18 @@ from urllib.parse import urlencode
 
 from PIL import Image, ImageOps
 
+try:  # on ZeroGPU: a GPU for the length of one call; it does nothing elsewhere, and must come before torch
+    from spaces import GPU as ON_GPU
+except ImportError:
+
+    def ON_GPU(function: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802
+        """Run as it is: this is no machine that lends GPUs."""
+        return function
+
+
 from fastattr import FastattrError, InputError, MissingExtraError
+from fastattr.attribute import PLAIN
+from fastattr.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, GENERATED, GENERATED_FILE, read_table
 
 if __package__:
     from . import render, strings
@@ -41,15 +52,6 @@ try:
     import gradio as gr
 except ImportError as error:
     raise MissingExtraError(strings.MISSING_GRADIO) from error
-
-try:  # on ZeroGPU: a GPU for the length of one call; it does nothing elsewhere, and must come before torch
-    from spaces import GPU as ON_GPU
-except ImportError:
-
-    def ON_GPU(function: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802
-        """Run as it is: this is no machine that lends GPUs."""
-        return function
-
 
 if TYPE_CHECKING:
     from fastattr import Attribution, FastAttributor, Generator
@@ -99,7 +101,7 @@ def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
             _generate_tab(demo, generator, attributor, recent)
         with gr.Tab(strings.TAB_ATTRIBUTE):
             _attribute_tab(attributor, recent)
-        if "counterfactuals.parquet" in info["files"]:
+        if COUNTERFACTUALS_FILE in info["files"]:
             with gr.Tab(strings.TAB_COUNTERFACTUAL) as tab:
                 _counterfactual_tab(tab, attributor)
         gr.HTML(render.footer(generator.name, info))
@@ -268,8 +270,6 @@ def _counterfactual_tab(tab: gr.Tab, attributor: FastAttributor) -> None:
     page = gr.HTML()
 
     def rows() -> list[dict[str, Any]]:
-        from fastattr.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, read_table
-
         path = attributor.file(COUNTERFACTUALS_FILE)
         assert path is not None  # the tab is there only if the file is
         return read_table(path, COUNTERFACTUALS).to_pylist()
@@ -289,15 +289,13 @@ def _counterfactual_tab(tab: gr.Tab, attributor: FastAttributor) -> None:
 def ask(attributor: FastAttributor, image: Image.Image, prompt: str) -> Answer:
     """The rankings of one image."""
     attribution = attributor.attribute(image, prompt, k=TOP_K)
-    plain = attributor.plain(image, prompt, TOP_K) if hasattr(attributor, "plain") else None
+    plain = attributor.plain(image, prompt, k=TOP_K) if attributor.file(PLAIN) else None
     drawing = render.Drawing(prompt, render.thumbnail(image), [row.image_id for row in attribution.results])
     return Answer(attribution, plain, drawing)
 
 
 def drawings_on_record(attributor: FastAttributor) -> list[render.Drawing]:
     """The generated images that the attributor brings along, if it does, with the training images that influenced them."""
-    from fastattr.showcase import GENERATED, GENERATED_FILE, read_table
-
     path = attributor.file(GENERATED_FILE)
     if path is None:
         return []

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from fastattr.attribute import UNASSIGNED
+
 if __package__:
     from . import strings
 else:  # run as a script: the Space's own folder is on the path
@@ -30,13 +32,6 @@ if TYPE_CHECKING:
 
 CREATORS_SHOWN = 8
 """Rows of the shares table that are not folded away."""
-
-UNASSIGNED = "no one in particular"
-
-
-def known(row: Any, name: str) -> bool:
-    """Whether the attributor says this of a training image."""
-    return getattr(row, name, None) is not None
 
 
 @dataclass(frozen=True)
@@ -71,35 +66,39 @@ def results(
         warnings: besides the attribution's own.
         name: of the switch; differs between the results on one page.
     """
-    table = attribution.shares(by="creator")
+    table, count = attribution.shares(by="creator"), len(attribution.results)
     return (
         f'<div class="attribution">{_warnings([*warnings, *attribution.warnings])}{verdict(attribution, table)}'
-        f'<p class="meaning">{strings.MEANING}</p>{rankings(attribution, plain, drawings, name)}{shares(table)}'
+        f'<p class="meaning">{strings.MEANING}</p>{rankings(attribution, plain, drawings, name)}{shares(table, count)}'
         f"{carry(receipt, table, link)}</div>"
     )
 
 
 def verdict(attribution: Attribution, table: pd.DataFrame) -> str:
     """In words: whose share stands out, if anyone's does, and how much is owed to no one in particular."""
-    sentences = []
-    if hasattr(attribution, "dominant"):
-        name = attribution.dominant
-        if name is None:
-            sentences.append(strings.NO_DOMINANT)
-        else:
-            row = table[table["creator"] == name].iloc[0]
-            numbers = {"share": f"{row.share:.0%}", "low": f"{row.low:.0%}", "high": f"{row.high:.0%}"}
-            sentences.append(strings.DOMINANT.format(name=f"<strong>{escape(str(name))}</strong>", **numbers))
-    for share in table.loc[table["creator"] == UNASSIGNED, "share"]:
-        sentences.append(strings.UNASSIGNED_SHARE.format(share=f"{share:.0%}"))
-    return f'<p class="verdict">{" ".join(sentences)}</p>' if sentences else ""
+    if not calibrated(table):
+        return ""
+    name = attribution.dominant
+    if name is None:
+        words = strings.NO_DOMINANT
+    else:
+        row = table[table["creator"] == name].iloc[0]
+        numbers = {"share": f"{row.share:.0%}", "low": f"{row.low:.0%}", "high": f"{row.high:.0%}"}
+        words = strings.DOMINANT.format(name=f"<strong>{escape(str(name))}</strong>", **numbers)
+    unassigned = strings.UNASSIGNED_SHARE.format(share=f"{table['share'].iloc[-1]:.0%}")
+    return f'<p class="verdict">{words} {unassigned}</p>'
+
+
+def calibrated(table: pd.DataFrame) -> bool:
+    """Whether shares are of the whole corpus, with intervals and with what is owed to no one; else of the images listed."""
+    return bool(table["low"].notna().any())
 
 
 def rankings(attribution: Attribution, plain: Attribution | None, drawings: Sequence[Drawing], name: str) -> str:
     """Cards by influence; with `plain` also those by similarity, what differs, and the switch between the three."""
-    info = (
-        f"{strings.CARDS_INFO} {strings.PERCENTILE_INFO}" if known(attribution.results[0], "percentile") else strings.CARDS_INFO
-    )
+    info = strings.CARDS_INFO
+    if attribution.results[0].percentile is not None:
+        info += " " + strings.PERCENTILE_INFO
     views = f'<div class="view influence"><h2>{strings.CARDS}</h2><p>{info}</p>{cards(attribution, drawings)}</div>'
     if plain is None:
         return f'<div class="views">{views}</div>'
@@ -137,7 +136,7 @@ def _card(rows: Sequence[Any], thumbnail: Callable[[str], Image.Image], drawings
         strings.CREATOR: escape(first.creator or strings.UNKNOWN),
         strings.LICENCE: escape(first.license or strings.UNKNOWN),
     }
-    if known(first, "percentile"):
+    if first.percentile is not None:
         facts[strings.PERCENTILE] = f"{math.floor(10 * first.percentile) / 10:.1f}"  # 99.97 is not yet 100
     facts[strings.SOURCE] = _source(first)
     return (
@@ -152,7 +151,7 @@ def _card(rows: Sequence[Any], thumbnail: Callable[[str], Image.Image], drawings
 
 def _details(row: Any) -> str:
     facts = {strings.SIMILARITY: f"{row.similarity:.3f}"}
-    if known(row, "image_part"):
+    if row.image_part is not None:
         facts[strings.PARTS] = strings.PARTS_TEXT.format(image=row.image_part, text=row.text_part)
     facts[strings.IMAGE_ID] = escape(row.image_id)
     return _facts(facts)
@@ -226,7 +225,7 @@ def _moved(row: Any, other: int | None, thumbnail: Image.Image) -> str:
             f'<span class="spoken">{spoken.format(places=places)}</span>'
         )
     parts = ""
-    if known(row, "image_part"):
+    if row.image_part is not None:
         words = strings.PARTS_TEXT.format(image=row.image_part, text=row.text_part)
         parts = f'<span class="parts">{words}</span>'
     return (
@@ -236,21 +235,29 @@ def _moved(row: Any, other: int | None, thumbnail: Image.Image) -> str:
     )
 
 
-def shares(table: pd.DataFrame) -> str:
-    """Shares by creator as bars and numbers in one table, in the order given; what belongs to no one comes last."""
-    rows = [_share(row, _scale(table)) for row in table.itertuples(index=False) if row.creator != UNASSIGNED]
-    rest = [_share(row, _scale(table)) for row in table.itertuples(index=False) if row.creator == UNASSIGNED]
+def shares(table: pd.DataFrame, count: int) -> str:
+    """Shares by creator as bars and numbers in one table, in the order given; what belongs to no one comes last.
+
+    Args:
+        table: from `Attribution.shares(by="creator")`.
+        count: images that the shares are of if they are not calibrated.
+    """
+    known = calibrated(table)
+    scale = float(table["high" if known else "share"].max()) or 1.0  # a bar across the whole column
+    rows = [_share(row, scale, known) for row in table.iloc[:-1].itertuples(index=False)]
+    last = [_share(row, scale, known) for row in table.iloc[-1:].itertuples(index=False)] if known else []
     # One row more is no longer than the line that would fold it away.
     cut = CREATORS_SHOWN if len(rows) > CREATORS_SHOWN + 1 else len(rows)
     folded = ""
     if rows[cut:]:
         more = strings.MORE_CREATORS.format(count=len(rows) - cut)
-        folded = f'<details class="rest"><summary>{more}</summary>{_table(rows[cut:], table)}</details>'
-    return f"<h2>{strings.SHARES}</h2><p>{strings.SHARES_INFO}</p>{_table(rows[:cut] + rest, table)}{folded}"
+        folded = f'<details class="rest"><summary>{more}</summary>{_table(rows[cut:], known)}</details>'
+    info = strings.SHARES_INFO if known else strings.SHARES_LISTED.format(count=count)
+    return f"<h2>{strings.SHARES}</h2><p>{info}</p>{_table(rows[:cut] + last, known)}{folded}"
 
 
-def _table(rows: Iterable[str], table: pd.DataFrame) -> str:
-    interval = f'<th scope="col" class="number interval">{strings.INTERVAL}</th>' if "low" in table.columns else ""
+def _table(rows: Iterable[str], known: bool) -> str:
+    interval = f'<th scope="col" class="number interval">{strings.INTERVAL}</th>' if known else ""
     return (
         f'<table class="shares"><thead><tr><th scope="col">{strings.CREATOR}</th>'
         f'<th scope="col" class="number">{strings.SHARE}</th>{interval}'
@@ -258,24 +265,19 @@ def _table(rows: Iterable[str], table: pd.DataFrame) -> str:
     )
 
 
-def _share(row: Any, scale: float) -> str:
+def _share(row: Any, scale: float, known: bool) -> str:
     interval = reach = ""
-    if hasattr(row, "low"):
+    if known:
         words = strings.INTERVAL_TEXT.format(low=f"{row.low:.1%}", high=f"{row.high:.1%}")
         interval = f'<td class="number interval">{words}</td>'
         reach = f'<div class="range" style="left:{row.low / scale:.2%};width:{(row.high - row.low) / scale:.2%}"></div>'
+    unassigned = row.creator == UNASSIGNED
     return (
-        f"<tr{' class=unassigned' if row.creator == UNASSIGNED else ''}>"
+        f"<tr{' class=unassigned' if unassigned else ''}>"
         f'<th scope="row">{escape(str(row.creator or strings.UNKNOWN))}<div class="bar" aria-hidden="true">'
         f'<div class="value" style="width:{row.share / scale:.2%}"></div>{reach}</div></th>'
-        f'<td class="number">{row.share:.1%}</td>{interval}'
-        f'<td class="number">{"" if row.creator == UNASSIGNED else row.images}</td></tr>'
+        f'<td class="number">{row.share:.1%}</td>{interval}<td class="number">{"" if unassigned else row.images}</td></tr>'
     )
-
-
-def _scale(table: pd.DataFrame) -> float:
-    """The share that a bar across the whole column stands for: the largest bar or interval of the table."""
-    return float(table["high" if "high" in table.columns else "share"].max()) or 1.0
 
 
 def carry(receipt: Mapping[str, Any], table: pd.DataFrame, link: str | None) -> str:

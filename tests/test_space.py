@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
 from fastattr import InputError
-from fastattr.attribute import open_image
+from fastattr.attribute import PLAIN, UNASSIGNED, open_image
 
-UNASSIGNED = "no one in particular"
 gradio_client = pytest.importorskip("gradio_client", reason="needs pip install 'fastattr[space,dev]'")
 
 
@@ -122,6 +121,8 @@ class _Attributor:
         }
 
     def file(self, name: str) -> Path | None:
+        if name == PLAIN:
+            return Path(name)
         return self.folder / name if self.folder and (self.folder / name).exists() else None
 
     def plain(self, image: Image.Image, prompt: str, k: int) -> _Attribution:
@@ -442,7 +443,7 @@ def test_shares_shown_equal_the_shares_of_the_result():
     """Bars drawn from other numbers than the table, or sorted by name, would credit the wrong person."""
     from fastattr.space import render
 
-    page = render.shares(_Attribution(20).shares(by="creator"))
+    page = render.shares(_Attribution(20).shares(by="creator"), 20)
     columns = [
         ["width:66.67%", "width:48.54%", "width:14.24%", "width:32.36%"],  # of the longest interval, 61.8%
         ["41.2%", "30.0%", "8.8%", "20.0%"],
@@ -460,7 +461,7 @@ def test_folded_shares_lose_no_creator():
 
     names = [f"creator {i:02d}" for i in range(15)]
     table = pd.DataFrame({"creator": [*names, UNASSIGNED], "share": 1 / 16, "low": 0.0, "high": 0.1, "images": 1})
-    seen, folded = render.shares(table).split("<details")
+    seen, folded = render.shares(table, 20).split("<details")
     assert [name for name in [*names, UNASSIGNED] if name in seen] == [*names[:8], UNASSIGNED]
     assert [name for name in [*names, UNASSIGNED] if name in folded] == names[8:]
 
@@ -486,8 +487,11 @@ def test_what_is_not_known_is_not_shown():
     attribution = _Attribution(3)
     rows = [dataclasses.replace(row, percentile=None, image_part=None, text_part=None) for row in attribution.results]
     bare = types.SimpleNamespace(results=rows, thumbnail=attribution.thumbnail)
-    page = render.rankings(bare, None, [], "x")
-    for word in ("Percentile", "Of which", "None", "nan", "fieldset", "other generated images on record"):
+    table = attribution.shares(by="creator").assign(low=float("nan"), high=float("nan"))
+    page = render.verdict(attribution, table) + render.rankings(bare, None, [], "x") + render.shares(table, 3)
+    assert "the 3 images listed" in page
+    words = ["Percentile", "Of which", "None", "nan", "fieldset", "Other generated images", "interval", "dominant", UNASSIGNED]
+    for word in words:
         assert word not in page
 
 
