@@ -67,11 +67,15 @@ def results(
         name: of the switch; differs between the results on one page.
     """
     table, count = attribution.shares(by="creator"), len(attribution.results)
-    return (
-        f'<div class="attribution">{_warnings([*warnings, *attribution.warnings])}{verdict(attribution, table)}'
-        f'<p class="meaning">{strings.MEANING}</p>{rankings(attribution, plain, drawings, name)}{shares(table, count)}'
-        f"{carry(receipt, table, link)}</div>"
-    )
+    parts = [
+        _warnings([*warnings, *attribution.warnings]),
+        verdict(attribution, table),
+        f'<p class="meaning">{strings.MEANING}</p>',
+        rankings(attribution, plain, drawings, name),
+        shares(table, count),
+        carry(receipt, table, link),
+    ]
+    return f'<div class="attribution" data-prompt="{escape(attribution.prompt)}">{"".join(parts)}</div>'
 
 
 def verdict(attribution: Attribution, table: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ INTRO = """# See where an image came from
 Type a prompt. A small Stable Diffusion, trained from scratch on {images:,} openly licensed emoji, draws it. Then you see which
 of those training images influenced the drawing most, and who made them."""
 
-TAB_GENERATE = "Generate and attribute"
+TAB_GENERATE = "Generate"
 PROMPT = "Prompt"
 PROMPT_INFO = "A subject, then a style: openmoji, noto, twemoji or fluent. Subjects and styles may be recombined."
 PROMPT_PLACEHOLDER = "red heart, openmoji style"
@@ -47,7 +47,7 @@ YOUR_IMAGE = "Your image"
 YOUR_PROMPT = "Its prompt"
 ATTRIBUTE = "Attribute"
 
-TAB_COUNTERFACTUAL = "Try the counterfactual"
+TAB_COUNTERFACTUAL = "Counterfactual"
 COUNTERFACTUAL_INTRO = (
     "Does it matter? For these prompts a small generator was really trained again, each time without some of its {of:,} "
     "training images, and then drew the same prompt from the same noise. It is the benchmark's generator, smaller than the "
@@ -117,7 +117,7 @@ FAMILY = "Near-duplicates that rank as well"
 FAMILY_ITEM = "{rank}. {caption}, by {creator}"
 INFLUENCES = "Other generated images that it influences"
 INFLUENCES_NONE = "It is among the first for none of the {count} other generated images on record."
-INFLUENCED_ALT = "Generated image: {prompt}"
+INFLUENCED_ALT = "Drawing: {prompt}"
 INFLUENCED_ITEM = "{prompt} (rank {rank} there)"
 
 SHARES = "Shares by creator"

@@ -52,6 +52,7 @@ class _Attribution:
     k: int
     seed: int = 0
     dominant: str | None = None
+    prompt: str = "<b>"
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"features": 0.1, "search": 0.01})
     warnings: list[str] = dataclasses.field(default_factory=lambda: ["the prompt is <b>unlike</b> the training captions"])
 
