@@ -21,6 +21,7 @@ from fastattr import (
     distill,
     evaluate,
     features,
+    pretrained,
     queries,
     teacher,
     train_autoencoder,
@@ -29,6 +30,7 @@ from fastattr import (
 )
 from fastattr.artifacts import atomic_path, finished, open_stage, read_json, write_json, write_manifest
 from fastattr.config import BuildConfig
+from fastattr.pretrained import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,24 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     return built
 
 
+def run_autoencoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the autoencoder; a pretrained generator has its own, and there is nothing to do."""
+    if isinstance(config.generator, PretrainedConfig):
+        return {}
+    return train_autoencoder.run(config.autoencoder, run_dir)
+
+
+def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the generator in run_dir/generator, or take the one that the config names."""
+    if isinstance(config.generator, PretrainedConfig):
+        return pretrained.run(config.generator, run_dir)
+    return train_generator.run(config.generator, run_dir)
+
+
 STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "corpus": lambda config, run_dir: corpus.run(config.corpus, run_dir / "corpus"),
-    "train-autoencoder": lambda config, run_dir: train_autoencoder.run(config.autoencoder, run_dir),
-    "train-generator": lambda config, run_dir: train_generator.run(config.generator, run_dir),
+    "train-autoencoder": run_autoencoder,
+    "train-generator": run_generator,
     "train-encoder": lambda config, run_dir: train_encoder.run(config.encoder, run_dir),
     "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
     "features": lambda config, run_dir: features.run(config.features, run_dir),

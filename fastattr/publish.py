@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from fastattr.artifacts import fingerprint, open_stage, read_json, sha256_file, write_json
 from fastattr.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
-from fastattr.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
+from fastattr.catalogue import copy_version, open_catalogue, read_config
+from fastattr.errors import ArtifactNotFoundError, HubError, InputError
 from fastattr.hub import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
 from fastattr.queries import SPLITS, Queries, query_schema
 from fastattr.scores import SCHEMA
@@ -61,30 +62,23 @@ def push_attributor(
         As `hub.push_folder`.
     """
     check_repo_id(repo_id)
-    config = read_json(folder / "config.json")
-    catalog = pq.read_table(folder / "catalog.parquet", columns=["caption", "source", "license", "creator"])
-    entries = provenance(catalog)
-    card = attributor_card(
-        repo_id=repo_id,
-        config=config,
-        metrics=read_json(folder / "metrics.json"),
-        entries=entries,
-        example=catalog["caption"][0].as_py() if len(catalog) else "",
-        generator=generator,
-        scores=scores,
-    )
+    config = read_config(folder)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "attributor"
-        _copy(folder / "config.json", staged / "config.json")
-        for file, expected in config["sha256"].items():
-            if not (folder / file).exists():
-                raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
-            _copy(folder / file, staged / file)
-            if sha256_file(staged / file) != expected:
-                raise ArtifactDamagedError(
-                    f"{folder / file} is not the file of config.json (SHA-256 differs); it is not pushed."
-                )
-        replaces = ("*.faiss", "*.parquet", "*.safetensors", "encoder/*")
+        copy_version(folder, config, staged)
+        catalog = _catalog(staged, config)
+        entries = provenance(catalog)
+        card = attributor_card(
+            repo_id=repo_id,
+            config=config,
+            metrics=read_json(folder / "metrics.json"),
+            entries=entries,
+            example=catalog["caption"][0].as_py() if len(catalog) else "",
+            generator=generator,
+            scores=scores,
+        )
+        data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
+        replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
         return _push(
             staged,
             repo_id,
@@ -270,10 +264,16 @@ def part_of(source: str | Path, part: str) -> Path:
 def training_images(source: str | Path) -> pa.Table | None:
     """Caption, source, licence and creator of a model's training images, as far as they are recorded beside it."""
     folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
-    catalog = folder / "attributor" / "catalog.parquet"
     if (folder / "corpus").is_dir():
         return _training_images(folder)
-    return pq.read_table(catalog, columns=["caption", "source", "license", "creator"]) if catalog.exists() else None
+    attributor = folder / "attributor"
+    return _catalog(attributor, read_config(attributor)) if (attributor / "config.json").exists() else None
+
+
+def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
+    """Caption, source, licence and creator of the images that an attributor names."""
+    table = open_catalogue(folder, config, thumbnails=False).table
+    return table.select(["caption", "source", "license", "creator"])
 
 
 def release_tag(folder: Path) -> str:

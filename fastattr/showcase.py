@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from fastattr.artifacts import atomic_path, read_json, require_same, sha256_file, write_json
+from fastattr.artifacts import atomic_path, require_same, sha256_file, write_json
 from fastattr.attribute import FastAttributor, thumbnail_bytes
+from fastattr.catalogue import read_config, seal
 from fastattr.corpus import load_rgb
-from fastattr.errors import ArtifactDamagedError, ArtifactNotFoundError, FastattrError, MissingFileError
+from fastattr.errors import ArtifactDamagedError, FastattrError, MissingFileError
 from fastattr.generator import Generator
 from fastattr.truth import GroundTruth
 
@@ -179,15 +180,13 @@ def attach(table: pa.Table, folder: Path, name: str) -> None:
     """Write a table into an attributor's folder and its checksum into config.json, as one of the attributor's files.
 
     Raises:
-        ArtifactNotFoundError: the folder is no attributor.
+        As `catalogue.read_config`: the folder is no attributor.
     """
-    if not (folder / "config.json").exists():
-        raise ArtifactNotFoundError(f"{folder} has no config.json; give the folder of an attributor.")
+    config = read_config(folder)
     with atomic_path(folder / name) as temporary:
         pq.write_table(table, temporary, compression="zstd", compression_level=12)
-    config = read_json(folder / "config.json")
     config["sha256"] = dict(sorted({**config["sha256"], name: sha256_file(folder / name)}.items()))
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", seal(config))
 
 
 def _png(image: Image.Image) -> bytes:

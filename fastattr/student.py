@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from fastattr.errors import InputError
 
+POPULARITY_WIDTH = 64
+"""Hidden width of the network that foretells an image's popularity."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
@@ -87,7 +90,11 @@ class Student(Head):
     def __init__(self, feature_dim: int, config: StudentConfig) -> None:
         super().__init__(feature_dim, config)
         self.query_head = Head(feature_dim, config) if config.separate_heads else None
-        self.popularity_head = nn.Linear(feature_dim, 1) if config.popularity else None
+        self.popularity_head = (
+            nn.Sequential(nn.Linear(feature_dim, POPULARITY_WIDTH), nn.ReLU(), nn.Linear(POPULARITY_WIDTH, 1))
+            if config.popularity
+            else None
+        )
         self.log_scale = nn.Parameter(torch.tensor(1.5))
         """Logarithm of the factor on the cosine: the factor is positive by construction."""
         self.bias = nn.Parameter(torch.tensor(-2.0))
@@ -101,7 +108,7 @@ class Student(Head):
         """(B, F) of training images -> (B,) the part of their logits that is the same for every query; 0 without a head."""
         if self.popularity_head is None:
             return features.new_zeros(len(features))
-        scores: torch.Tensor = self.popularity_head(features)[:, 0]
+        scores: torch.Tensor = self.popularity_head(features * self.feature_dim**0.5)[:, 0]  # of unit vectors: near 1
         return scores
 
     @torch.no_grad()
@@ -121,8 +128,8 @@ class Student(Head):
             own = self.state_dict()
             self.query_head.load_state_dict({name: own[name] for name in self.query_head.state_dict()})
         if self.popularity_head is not None:
-            nn.init.zeros_(self.popularity_head.weight)
-            nn.init.zeros_(self.popularity_head.bias)
+            nn.init.zeros_(self.popularity_head[-1].weight)
+            nn.init.zeros_(self.popularity_head[-1].bias)
 
     def logits(self, cosine: torch.Tensor) -> torch.Tensor:
         """The training loss's logit of a cosine; rises with it."""

@@ -39,7 +39,6 @@ except ImportError:
 
 
 from fastattr import FastattrError, InputError, MissingExtraError
-from fastattr.attribute import PLAIN
 from fastattr.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, GENERATED, GENERATED_FILE, read_table
 
 if __package__:
@@ -56,6 +55,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from fastattr import Attribution, FastAttributor, Generator
 
+ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 TOP_K = 20
 """Training images shown."""
 MAX_PROMPT = 300
@@ -140,21 +140,24 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
             )
     result = _ResultView(attributor, recent, name="generated", generated=True)
 
-    @gr.cache(max_size=MAX_CACHED)
     @ON_GPU
-    def draw(prompt: str, seed: int, steps: int, guidance: float) -> tuple[Image.Image, Answer, dict[str, float]]:
-        started = time.perf_counter()
-        drawn = generator.generate(
+    def draw(prompt: str, seed: int, steps: int, guidance: float) -> Image.Image:
+        return generator.generate(
             prompt,
             seed=seed,
             steps=steps,
             guidance=guidance,
             on_step=lambda done, total: PROGRESS((done, total), desc=strings.DENOISING),
         )
+
+    @gr.cache(max_size=MAX_CACHED)
+    def draw_and_ask(**settings: Any) -> tuple[Image.Image, Answer, dict[str, float]]:
+        started = time.perf_counter()
+        drawn = draw(**settings)
         seconds = {"drawing": time.perf_counter() - started}
         PROGRESS(1.0, desc=strings.ATTRIBUTING)
         started = time.perf_counter()
-        answer = ask(attributor, drawn, prompt)
+        answer = ask(attributor, drawn, settings["prompt"])
         return drawn, answer, {**seconds, "attribution": time.perf_counter() - started}
 
     def generate(
@@ -166,9 +169,9 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
             if seed is None:
                 raise InputError(strings.NO_SEED)
             settings = {"prompt": prompt, "seed": seed, "steps": int(steps), "guidance": float(guidance)}
-            drawn, answer, seconds = draw(**settings)
+            drawn, answer, seconds = draw_and_ask(**settings)
             receipt = json.loads(answer.attribution.to_json())
-            revision = revision_of(generator.fingerprint, receipt["model"])
+            revision = revision_of(generator.fingerprint, receipt["versions"])
         generation = {"generator": generator.name, **settings, "revision": revision, "seconds": seconds}
         return drawn, {**receipt, "generation": generation}, answer
 
@@ -197,14 +200,13 @@ def _attribute_tab(attributor: FastAttributor, recent: gr.State) -> None:
             prompt = gr.Textbox(label=strings.YOUR_PROMPT, placeholder=strings.PROMPT_PLACEHOLDER, max_length=MAX_PROMPT)
             button = gr.Button(strings.ATTRIBUTE, variant="primary")
     result = _ResultView(attributor, recent, name="own", generated=False)
-    on_gpu = ON_GPU(lambda image, prompt: ask(attributor, image, prompt))
 
     def attribute(image: dict[str, Any] | None, prompt: str) -> tuple[dict[str, Any], Answer]:
         """Rank the training images by their influence on an image made from a prompt, most influential first."""
         with errors_in_words():
             if not image or not image.get("path"):
                 raise InputError(strings.NO_IMAGE)
-            answer = on_gpu(read_upload(image["path"]), check_prompt(prompt))
+            answer = ask(attributor, read_upload(image["path"]), check_prompt(prompt))
         return json.loads(answer.attribution.to_json()), answer
 
     gr.on(
@@ -289,7 +291,7 @@ def _counterfactual_tab(tab: gr.Tab, attributor: FastAttributor) -> None:
 def ask(attributor: FastAttributor, image: Image.Image, prompt: str) -> Answer:
     """The rankings of one image."""
     attribution = attributor.attribute(image, prompt, k=TOP_K)
-    plain = attributor.plain(image, prompt, k=TOP_K) if attributor.file(PLAIN) else None
+    plain = attributor.plain(image, prompt, k=TOP_K) if attributor.has_plain else None
     drawing = render.Drawing(prompt, render.thumbnail(image), [row.image_id for row in attribution.results])
     return Answer(attribution, plain, drawing)
 
@@ -319,10 +321,9 @@ def figure_as_url(answer: Answer | None) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def revision_of(generator_fingerprint: str, model: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that name generator, student, index and catalogue together; `model` is a receipt's."""
-    parts = {name: value for name, value in model.items() if name != "name"}  # a folder and its Hub id hold the same
-    return hashlib.sha256(json.dumps([generator_fingerprint, parts], sort_keys=True).encode()).hexdigest()[:12]
+def revision_of(generator_fingerprint: str, versions: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that name generator, student, index and catalogue together; `versions` is a receipt's."""
+    return hashlib.sha256(json.dumps([generator_fingerprint, versions], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def link_to(generation: Mapping[str, Any]) -> str:
@@ -484,7 +485,8 @@ def launch(
     print(strings.LOADING.format(generator=generator, attributor=attributor), flush=True)  # noqa: T201
     try:
         drawing.model.set_result(Generator.from_pretrained(generator))
-        naming.model.set_result(FastAttributor.from_pretrained(attributor))
+        # ZeroGPU lends its GPU for drawing only: an answer stays in this process, with the catalogue that it refers to.
+        naming.model.set_result(FastAttributor.from_pretrained(attributor, device="cpu" if ON_ZERO_GPU else None))
     except BaseException as error:
         demo.close()
         for later in (drawing, naming):
@@ -526,7 +528,7 @@ def main(argv: list[str] | None = None) -> None:
         demo = launch(arguments.host, arguments.port, mcp=arguments.mcp)
     except FastattrError as error:
         parser.exit(2, f"{error}\n")
-    if os.environ.get("SPACES_ZERO_GPU") is None:  # there, only visitors may use a GPU
+    if not ON_ZERO_GPU:  # there, only visitors may use a GPU
         draw_examples(demo)
     demo.block_thread()
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
 from fastattr import InputError
-from fastattr.attribute import PLAIN, UNASSIGNED, open_image
+from fastattr.attribute import UNASSIGNED, open_image
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs pip install 'fastattr[space,dev]'")
 
@@ -95,9 +95,8 @@ class _Attribution:
         return Figure(figsize=(1, 1))
 
     def to_json(self) -> str:
-        model = {"name": "stand-in", "model_sha256": "0f" * 32, "index_sha256": "1e" * 32}
         rows = [dataclasses.asdict(row) for row in self.results]
-        return json.dumps({"results": rows, "seconds": self.seconds, "model": model})
+        return json.dumps({"results": rows, "seconds": self.seconds, "versions": {"model": "0f" * 32}})
 
 
 urls = ["https://openmoji.org/", "javascript:alert(1)"]
@@ -122,9 +121,9 @@ class _Attributor:
         }
 
     def file(self, name: str) -> Path | None:
-        if name == PLAIN:
-            return Path(name)
         return self.folder / name if self.folder and (self.folder / name).exists() else None
+
+    has_plain = True
 
     def plain(self, image: Image.Image, prompt: str, k: int) -> _Attribution:
         return _Attribution(k, seed=1)
@@ -231,7 +230,7 @@ def test_attribute_gets_the_uploaded_pixels(client, attributor, upload):
     """An upload that Gradio has scaled or recompressed would get another attribution."""
     image = _drawing("own", 0, 1, 1.0)
     result = client.predict(upload(image), "own", api_name="/attribute")
-    assert set(result) == {"results", "seconds", "model"}
+    assert set(result) == {"results", "seconds", "versions"}
     np.testing.assert_array_equal(np.asarray(attributor.images[-1].convert("RGB")), np.asarray(image))
 
 
@@ -554,14 +553,19 @@ def test_link_of_other_models_is_marked():
     assert [one.prompt for one in recent] == ["cat"]
 
 
-def test_revision_depends_on_models_only():
-    """A folder and its Hub id are one revision; another index is another."""
+def test_revision_names_every_part():
+    """A link must not pass for that of other models, whichever part of them has changed."""
     from fastattr.space import app
 
-    model = {"name": "org/x", "model_sha256": "a", "index_sha256": "b"}
-    assert app.revision_of("g", model) == app.revision_of("g", {**model, "name": "folder"})
-    others = [app.revision_of("h", model), app.revision_of("g", {**model, "index_sha256": "c"})]
-    assert app.revision_of("g", model) not in others
+    versions = {"model": "a", "index": "b", "catalog": "c", "catalog_version": 1}
+    changed = [{**versions, name: 2} for name in versions]
+    revisions = [
+        app.revision_of("g", versions),
+        app.revision_of("h", versions),
+        *(app.revision_of("g", one) for one in changed),
+    ]
+    assert len(set(revisions)) == 6
+    assert app.revision_of("g", dict(reversed(versions.items()))) == revisions[0]
 
 
 def test_figure_is_a_png():
