@@ -74,6 +74,8 @@ class Influence:
     license: str
     source: str
     url: str
+    family: str
+    """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
     percentile: float | None = None
     """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
     image_part: float | None = None
@@ -396,6 +398,11 @@ class FastAttributor:
         """
         return self._answer(image, prompt, lambda asked: self._search(asked, k, where), k)
 
+    @property
+    def has_plain(self) -> bool:
+        """Whether `plain` has an index to ask."""
+        return self._plain is not None
+
     def plain(
         self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str], k: int = 20
     ) -> Attribution | list[Attribution]:
@@ -607,7 +614,7 @@ class FastAttributor:
         reach: Reach,
         warnings: list[str],
     ) -> Attribution:
-        text_columns = ("image_id", "caption", "creator", "license", "source", "url")
+        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
         percentiles = reach.calibration.percentile_of(similarities).tolist() if reach.calibration else [None] * len(records)
         image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(records)] * 2
         results = [
@@ -632,6 +639,10 @@ class FastAttributor:
         }
         thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
         return Attribution(results, prompt, dict(seconds), model, warnings, query, versions(self.config), reach, thumbnails)
+
+    def file(self, name: str) -> Path | None:
+        """A further file that the attributor brings along (see fastattr.showcase), checked as it was loaded; None without."""
+        return self._folder / name if name in self.config["sha256"] else None
 
     def info(self) -> dict[str, Any]:
         """What this attributor is: size, creators, licences, versions and metrics."""
@@ -1106,6 +1117,7 @@ def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dic
         "encoders": config["encoders"],
         "embed_dim": config["student"]["embed_dim"],
         "index": config["index"],
+        "files": sorted(config["sha256"]),
         "versions": {
             "fastattr": config["fastattr_version"],
             "format": str(config["format_version"]),

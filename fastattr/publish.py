@@ -204,7 +204,7 @@ def push_space(
     Raises:
         As `hub.push_folder`.
     """
-    from huggingface_hub import SpaceCard
+    from huggingface_hub import SpaceCard, constants
 
     spec = importlib.util.find_spec("fastattr.space")
     if spec is None or not spec.submodule_search_locations:
@@ -212,10 +212,11 @@ def push_space(
     source = Path(spec.submodule_search_locations[0])
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "space"
-        for path in [*source.glob("*.py"), source / "requirements.txt"]:
+        for path in [*source.glob("*.py"), *(source / name for name in ("page.css", "requirements.txt", "thumbnail.png"))]:
             if path.name != "__init__.py":  # on a Space the files lie side by side and are no package
                 _copy(path, staged / path.name)
         card = SpaceCard((source / "README.md").read_text(encoding="utf-8"))
+        card.data["thumbnail"] = f"{constants.ENDPOINT}/spaces/{repo_id}/resolve/main/thumbnail.png"
         card.data["models"] = [each.partition("@")[0] for each in (generator, attributor)]
         if scores:
             card.data["datasets"] = [scores]
@@ -225,7 +226,7 @@ def push_space(
             repo_id,
             message=message or "Push Space",
             repo_type="space",
-            replaces=("*.py",),
+            replaces=("*.py", "*.css", "*.png"),
             variables={"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor},
             **target,
         )
