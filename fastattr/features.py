@@ -3,7 +3,7 @@
 Reads corpus/ or queries/; writes features/<encoder>/ with features.npy (float16, one row an image),
 ids.parquet and manifest.json. An encoder is named by a specification:
 
-    open_clip-image:REF   open_clip-text:REF   transformers-image:REF
+    open_clip-image:REF   open_clip-text:REF   transformers-image:REF   diffusion:GENERATOR   gradient:FOLDER
 
 where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id (for transformers also
 'org/name@revision'), a local folder, or the name of an embedded model ('emoji'). The text encoder reads the first
@@ -207,8 +207,21 @@ def open_encoder(
         encoder = OpenClipEncoder(reference, kind.removeprefix("open_clip-"), captions=captions, device=device, dtype=dtype)
     elif kind == "transformers-image":
         encoder = TransformersImageEncoder(reference, device=device, dtype=dtype)
+    elif kind == "diffusion":
+        from fastattr.diffusion_features import DiffusionEncoder
+        from fastattr.generator import Generator
+
+        name = folder / reference if reference == "generator" and folder is not None else reference
+        encoder = DiffusionEncoder(Generator.from_pretrained(name, device=device, dtype=dtype), captions=captions)
+    elif kind == "gradient":
+        from fastattr.gradient_encoder import open_gradient_encoder
+
+        path = folder / reference if reference == "gradients" and folder is not None else Path(reference)
+        encoder = open_gradient_encoder(path, run_dir=folder, device=device)
     else:
-        raise InputError(f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text or transformers-image.")
+        raise InputError(
+            f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text, transformers-image, diffusion or gradient."
+        )
     encoder.specification = specification
     return encoder
 
@@ -279,6 +292,8 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     queries = Queries(run_dir / "queries")
     manifests = {}
     for specification in config.encoders:
+        if specification == "gradient:gradients":
+            _fit_gradients(run_dir, corpus)
         encoder = open_encoder(specification, folder=run_dir, captions=config.captions)
         sets = (
             ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
@@ -303,6 +318,17 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
                 )
             manifests[f"{name}/{slug(specification)}"] = read_json(folder / MANIFEST)
     return manifests
+
+
+def _fit_gradients(run_dir: Path, corpus: Corpus) -> None:
+    """Prepare the run folder's gradient encoder from its generator."""
+    from fastattr.generator import Generator
+    from fastattr.gradient_encoder import fit_gradient_encoder
+    from fastattr.gradient_features import GradientConfig
+
+    generator = Generator.from_pretrained(run_dir / "generator")
+    config = GradientConfig(width=2048, draws=4)
+    fit_gradient_encoder(generator, corpus, run_dir / "gradients", config, reference="generator")
 
 
 def folders(run_dir: Path, name: str, encoders: Sequence[str]) -> list[Path]:
