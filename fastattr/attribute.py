@@ -1209,6 +1209,10 @@ def build_attributor(
         write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
+        own = {specification.partition(":")[2] for specification in encoders}
+        for part, users in (("generator", {"generator", "gradients"}), ("gradients", {"gradients"})):
+            if own & users:  # what diffusion and gradient features need at query time
+                shutil.copytree(run_dir / part, temporary / part, ignore=shutil.ignore_patterns("checkpoint*"))
         opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
         write_config(
             temporary,
