@@ -1,6 +1,7 @@
 """The command line: `fastattr --help` reads like a guide.
 
-Errors that a user can mend end in one line on stderr and exit code 2. Results go to stdout, progress to stderr.
+Errors that a user can mend end in one line on stderr and exit code 2; `verify` ends with 1 if something differs.
+Results go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastattr.errors import FastattrError, InputError, MissingExtraError, for_terminal
+from fastattr.errors import FastattrError, InputError, MissingExtraError, ReceiptDiffersError, for_terminal
+
+if TYPE_CHECKING:
+    from fastattr.attribute import FastAttributor
 
 GUIDE = """\
 fastattr names the training images that influenced a generated image most, and whose they are.
@@ -24,6 +29,11 @@ see it:
   fastattr generate emoji --prompt "red heart, openmoji style" --seed 0 --out heart.png
   fastattr attribute emoji --image heart.png --prompt "red heart, openmoji style" --top-k 10
   fastattr info emoji
+
+keep it alive, check what it said, serve it to machines:
+  fastattr remove FOLDER IMAGE_ID
+  fastattr verify RECEIPT.json
+  fastattr serve emoji
 
 publish it, and import what others released:
   fastattr push attributor emoji org/emoji-attributor --dry-run
@@ -59,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         result = arguments.run(arguments)
+    except ReceiptDiffersError as error:
+        print(f"fastattr: {for_terminal(error)}", file=sys.stderr)
+        return 1
     except FastattrError as error:
         print(f"fastattr: error: {for_terminal(error)}", file=sys.stderr)
         return 2
@@ -100,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--figure", type=Path, help="write the results as a picture, too")
     attribute.add_argument("--json", action="store_true", help="print everything as JSON")
     attribute.set_defaults(run=_attribute)
+
+    attribute.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only such images; repeatable")
+    attribute.add_argument("--since", help="only images dated so or later, YYYY-MM-DD")
+    attribute.add_argument("--until", help="only images dated so or earlier")
+    attribute.add_argument("--index-uri", help="search Milvus at this address instead of the attributor's own index")
+
+    _living_parsers(commands)
 
     info = commands.add_parser("info", help="sizes, versions, licences and metrics of an attributor")
     info.add_argument("model", help="'emoji', an attributor folder or a Hub id")
@@ -149,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text)
         _config_arguments(stage)
         stage.set_defaults(run=_stage, stage=name)
+        if name == "index":
+            stage.add_argument("--backend", choices=["faiss", "milvus"], default="faiss", help="where the index is to be")
+            stage.add_argument("--uri", help="with milvus: http://HOST:PORT, or a file ending in .db; CONFIG is an attributor")
+            stage.add_argument("--token", help="with milvus: 'user:password', or a key")
+            stage.set_defaults(run=_index)
         if name == "evaluate":
             stage.description = (
                 "Compare a run's student with its teacher (CONFIG.yaml), or, with --truth, any method with what retraining "
@@ -284,9 +309,9 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     image = open_image(arguments.image)
     started = time.perf_counter()
-    attributor = FastAttributor.from_pretrained(arguments.model)
+    attributor = FastAttributor.from_pretrained(arguments.model, index_uri=arguments.index_uri)
     loaded = time.perf_counter() - started
-    result = attributor.attribute(image, arguments.prompt, k=arguments.top_k)
+    result = attributor.attribute(image, arguments.prompt, k=arguments.top_k, where=_where(arguments))
     assert isinstance(result, Attribution)
     result.seconds["load"] = loaded
     if arguments.figure:
@@ -303,6 +328,167 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
     shares = result.shares(by="creator").sort_values("share", ascending=False).head(5)
     for creator, share in zip(shares["creator"], shares["share"], strict=True):
         print(f"      {share:6.1%}  {creator}")
+    return None
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, str | list[str]] | None:
+    """The restriction that the options ask for."""
+    where: dict[str, str | list[str]] = {}
+    for text in arguments.where:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"write --where COLUMN=VALUE, not {text!r}.")
+        where[column] = [*where.get(column, []), value]
+    for bound in ("since", "until"):
+        if getattr(arguments, bound):
+            where[bound] = getattr(arguments, bound)
+    return where or None
+
+
+def _living_parsers(commands: Any) -> None:
+    """Commands that change, check and serve an attributor."""
+    add = commands.add_parser("add", help="take images into an attributor's catalogue; nothing is trained")
+    add.add_argument("attributor", type=Path, help="attributor folder")
+    add.add_argument("pictures", type=Path, help="captioned image folder, as `fastattr corpus folder` reads it")
+    add.add_argument("--readmit", action="store_true", help="take images in again that were removed")
+    add.set_defaults(run=_add)
+
+    remove = commands.add_parser("remove", help="take images out of an attributor's catalogue (opt-out)")
+    remove.add_argument("attributor", type=Path, help="attributor folder")
+    remove.add_argument("image_ids", nargs="+", metavar="IMAGE_ID")
+    remove.add_argument("--reason", default="", help="kept in the journal")
+    remove.set_defaults(run=_remove)
+
+    update = commands.add_parser("update", help="change what the catalogue says of an image")
+    update.add_argument("attributor", type=Path, help="attributor folder")
+    update.add_argument("image_id")
+    update.add_argument("fields", nargs="+", metavar="COLUMN=VALUE")
+    update.set_defaults(run=_update)
+
+    compact = commands.add_parser("compact", help="fold all changes into the index; erases the data of removed images")
+    compact.add_argument("attributor", type=Path, help="attributor folder")
+    compact.set_defaults(run=_compact)
+
+    verify = commands.add_parser("verify", help="replay a receipt, and say what differs")
+    verify.add_argument("receipt", type=Path, help="JSON, as `fastattr attribute --json` prints it")
+    verify.add_argument("--model", help="attributor to hold it against (default: the one the receipt names)")
+    verify.add_argument("--revision", help="its revision on the Hub (default: the receipt's)")
+    verify.add_argument("--image", type=Path, help="the query's image, to replay the encoders, too")
+    verify.add_argument("--json", action="store_true")
+    verify.set_defaults(run=_verify)
+
+    many = commands.add_parser("attribute-many", help="attribute a table of queries; `accelerate launch` divides it")
+    many.add_argument("model", help="'emoji', an attributor folder or a Hub id")
+    many.add_argument("queries", type=Path, help=".parquet or .jsonl with query_id, prompt, and image or features")
+    many.add_argument("out", type=Path, help="folder of the answers")
+    many.add_argument("--top-k", type=int, default=100)
+    many.add_argument("--json", action="store_true")
+    many.set_defaults(run=_attribute_many)
+
+    serve = commands.add_parser("serve", help="serve an attributor to machines over HTTP (POST an image, get the receipt)")
+    serve.add_argument("model", help="'emoji', an attributor folder or a Hub id")
+    serve.add_argument("--host", default="127.0.0.1", help="others than this machine need FASTATTR_TOKEN to be set")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--timeout", type=float, default=30.0, help="seconds for one request")
+    serve.set_defaults(run=_serve)
+
+
+def _own(folder: Path) -> FastAttributor:
+    """The attributor in a folder, to be changed there."""
+    from fastattr.attribute import FastAttributor
+
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is no attributor folder; write one with FastAttributor.save_pretrained.")
+    return FastAttributor.from_pretrained(folder)
+
+
+def _add(arguments: argparse.Namespace) -> None:
+    from fastattr.corpus import TEXT_COLUMNS, TrainingImage, load_rgb, read_folder
+
+    attributor = _own(arguments.attributor)
+    found = list(read_folder(arguments.pictures))
+    images = [each for each in found if isinstance(each, TrainingImage)]
+    if not images:
+        raise InputError(f"{arguments.pictures} holds no captioned image.")
+    for start in range(0, len(images), 256):
+        batch = images[start : start + 256]
+        attributor.add(
+            [load_rgb(each.image) for each in batch],
+            [each.captions for each in batch],
+            [{"image_id": each.image_id, **{name: getattr(each, name) for name in TEXT_COLUMNS}} for each in batch],
+            readmit=arguments.readmit,
+        )
+    print(f"added {len(images)} images, {len(found) - len(images)} skipped; version {attributor.versions()['catalog_version']}")
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    attributor = _own(arguments.attributor)
+    attributor.remove(arguments.image_ids, reason=arguments.reason)
+    print(f"removed; {len(attributor)} images are left, version {attributor.versions()['catalog_version']}")
+
+
+def _update(arguments: argparse.Namespace) -> None:
+    if not all("=" in text for text in arguments.fields):
+        raise InputError("write COLUMN=VALUE for each thing that changes.")
+    attributor = _own(arguments.attributor)
+    attributor.update({arguments.image_id: dict(text.split("=", 1) for text in arguments.fields)})
+    print(f"updated; version {attributor.versions()['catalog_version']}")
+
+
+def _compact(arguments: argparse.Namespace) -> None:
+    attributor = _own(arguments.attributor)
+    attributor.compact()
+    print(f"compacted; {len(attributor)} images, version {attributor.versions()['catalog_version']}")
+
+
+def _verify(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import receipts
+    from fastattr.attribute import FastAttributor
+
+    receipt = receipts.read_receipt(arguments.receipt)
+    model = arguments.model or receipt["model"]["name"]
+    revision = arguments.revision or (None if arguments.model else receipt["model"].get("revision") or None)
+    attributor = FastAttributor.from_pretrained(
+        model, revision=None if "@" in model and not arguments.revision else revision, thumbnails=False
+    )
+    differences = receipts.verify(receipt, attributor, image=arguments.image)
+    if arguments.json:
+        print(json.dumps({"same": not differences, "differences": differences, "versions": attributor.versions()}, indent=2))
+    else:
+        print("\n".join(differences) or f"{arguments.receipt} is what {attributor.name} answers.")
+    if differences:
+        raise ReceiptDiffersError(f"{len(differences)} differences between {arguments.receipt} and {attributor.name}.")
+    return None
+
+
+def _attribute_many(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import batch
+
+    result = batch.run(arguments.model, arguments.queries, arguments.out, k=arguments.top_k)
+    if arguments.json:
+        return result
+    print(f"{result['queries']} queries, in {result['out']}")
+    return None
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from fastattr import serve
+
+    config = serve.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=arguments.timeout)
+    serve.run(arguments.model, host=arguments.host, port=arguments.port, config=config)
+
+
+def _index(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.backend == "faiss":
+        return _stage(arguments)
+    from fastattr.milvus import load
+
+    if not arguments.uri:
+        raise InputError("give --uri: http://HOST:PORT of a Milvus server, or a file ending in .db.")
+    result = load(str(arguments.config), arguments.uri, token=arguments.token or "")
+    if arguments.json:
+        return result
+    print(f"{result['images']} images in {arguments.uri}, version {result['catalog_version']}")
     return None
 
 
