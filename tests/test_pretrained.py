@@ -38,7 +38,7 @@ def save_lora(pipeline: Any, folder: Path) -> Path:
 def saved(tmp_path_factory: pytest.TempPathFactory):
     """(folder of a pipeline, folder of a LoRA for it)."""
     folder = tmp_path_factory.mktemp("saved")
-    pipeline = build("sd", folder / "tokenizer")
+    pipeline = build("sd")
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline", save_lora(pipeline, folder / "lora")
 
