@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 
+from fastattr import features
 from fastattr.artifacts import read_json
+from fastattr.config import load_config
 from fastattr.processes import split_between
 from fastattr.scores import read_scores
 
@@ -23,7 +27,7 @@ def test_teacher_gives_the_same_scores_on_two_processes(tiny_run: Path, tiny_con
     """A query lost between processes, or noise drawn per process, would only show at scale."""
     again = tmp_path / "run"
     shutil.copytree(tiny_run, again)
-    for stage in ("scores", "ekfac", "base_loss"):
+    for stage in ("scores", "ekfac", "base_loss", "encoded"):
         shutil.rmtree(again / stage)
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     script = Path(__file__).parent.parent / "hub_scripts" / "teacher.py"
@@ -37,6 +41,26 @@ def test_teacher_gives_the_same_scores_on_two_processes(tiny_run: Path, tiny_con
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one.influence, other.influence, atol=1e-5)
         assert np.abs(one.influence).max() > 0
+
+
+def encode_features(config_path: Path, run_dir: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has its parent's, which is alone
+    features.PART_ROWS = 20  # 48 images: three parts
+    features.run(load_config(config_path).features, run_dir)
+
+
+def test_features_are_the_same_to_the_bit_on_two_processes(tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch):
+    """Rows of two processes put together in another order would give every image another's features."""
+    monkeypatch.setattr(features, "PART_ROWS", features.PART_ROWS)  # put back afterwards
+    for name in ("one", "two"):
+        shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("features", "query_features", "encoded"))
+    encode_features(tiny_config, tmp_path / "one")
+    debug_launcher(encode_features, (tiny_config, tmp_path / "two"), num_processes=2)
+    for folder in sorted((tmp_path / "one" / "features").iterdir()):
+        other = tmp_path / "two" / "features" / folder.name
+        assert [read_json(each / "manifest.json")["processes"] for each in (folder, other)] == [1, 2]
+        np.testing.assert_array_equal(np.load(folder / "features.npy"), np.load(other / "features.npy"))
+        assert (folder / "ids.parquet").read_bytes() == (other / "ids.parquet").read_bytes()
 
 
 class TwoProcesses:
