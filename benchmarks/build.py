@@ -71,7 +71,7 @@ queries: {{train: {train}, validation: {validation}, test: {test}, caption_share
 features: {{encoders: ["open_clip-image:emoji", "open_clip-text:emoji"]}}
 candidates: {{per_query: {candidates}}}
 teacher: {{linearised: [train, validation], query_draws: 64, factor_examples: {factors}}}
-plan: {{confirm_hours: 1.0}}
+plan: {{probe_seconds: 900}}
 thumbnail_quality: 60
 index: {{factory: Flat}}
 """

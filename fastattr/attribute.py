@@ -491,6 +491,15 @@ class FastAttributor:
         asked = Asked(np.zeros((0, self.config["feature_dim"]), dtype=np.float32), [prompt], [""], {})
         return self._answers(asked, embedding[None], k, where, started=time.perf_counter())[0]
 
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 embeddings of rows of `catalog`, as well as they are kept."""
+        if not isinstance(self._catalogue, Catalogue):
+            raise InputError("embeddings are read from the attributor's own index; load it without index_uri.")
+        if not len(rows):
+            return np.zeros((0, int(self.config["student"]["embed_dim"])), dtype=np.float32)
+        low = int(rows.min())
+        return self._catalogue.read(low, int(rows.max()) + 1)[rows - low]
+
     def versions(self) -> dict[str, Any]:
         """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
         return versions(self.config)

@@ -1,16 +1,20 @@
 """Build: the whole line from a config, stage by stage, resuming where the run folder stands.
 
 `STAGES` is the line; every stage reads earlier folders of the run and writes its own. `run` plans first (once: plan.json),
-asks above a limit, and keeps what each stage took in spent.json. `embed_assets` packs a finished run's generator and
-attributor as an embedded model.
+asks above a limit, and keeps the config in config.yaml and what each stage took in spent.json. Under `accelerate launch`
+the stages up to the teacher share all processes; the rest, which is small and whose sums would depend on the number of
+processes, is done by one of its own. `embed_assets` packs a finished run's generator and attributor as an embedded model.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +37,10 @@ from fastattr import (
     train_generator,
 )
 from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
-from fastattr.config import BuildConfig
-from fastattr.errors import InputError
+from fastattr.config import BuildConfig, save_config
+from fastattr.errors import FastattrError, InputError
 from fastattr.pretrained import PretrainedConfig
+from fastattr.processes import alone
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +135,8 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "report": report.run,
 }
 """Stage name -> function of (config, run folder), in the order in which they run."""
-MAIN_ONLY = ("evaluate", "index", "card", "push", "report")
-"""Stages that one process does alone, while the others wait."""
+SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
+"""Stages that all processes of `accelerate launch` do together."""
 
 
 def planned(config: BuildConfig, run_dir: Path, config_file: Path | None) -> dict[str, Any]:
@@ -173,21 +178,38 @@ def run(
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(timeout=timedelta(days=30))  # the others wait while one does what is left
     seconds: dict[str, float] = {}
-    if confirm is not None and state.is_main_process:
-        confirm(planned(config, run_dir, config_file))
+    if state.is_main_process:
+        save_config(config, run_dir / "config.yaml")
+        if confirm is not None:
+            confirm(planned(config, run_dir, config_file))
     state.wait_for_everyone()
     for name, stage in STAGES.items():
+        if state.num_processes > 1 and name not in SHARED:
+            continue
         started, before = time.monotonic(), _manifests(run_dir)
         logger.info("stage %s", name)
-        if name not in MAIN_ONLY or state.is_main_process:
-            stage(config, run_dir)
+        stage(config, run_dir)
         state.wait_for_everyone()
         seconds[name] = round(time.monotonic() - started, 2)
         if state.is_main_process and _manifests(run_dir) != before:
             spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
             write_json(run_dir / "spent.json", spent | {name: seconds[name]})
+    if state.num_processes > 1 and state.is_main_process:
+        command = [
+            sys.executable,
+            "-m",
+            "fastattr.cli",
+            "build",
+            str(run_dir / "config.yaml"),
+            "--run",
+            str(run_dir),
+            "--no-plan",
+        ]
+        if subprocess.run(command, env=alone(), check=False).returncode:
+            raise FastattrError("the stages after the teacher failed; run the same command again to go on there.")
+    state.wait_for_everyone()
     return seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fastattr.artifacts import atomic_path
 from fastattr.calibrate import CalibrateConfig
 from fastattr.candidates import CandidatesConfig
 from fastattr.corpus import CorpusConfig
@@ -59,6 +61,14 @@ class BuildConfig:
 def load_config(path: str | Path) -> BuildConfig:
     """Read and check the config file of a whole line; see `read_config`."""
     return read_config(path, BuildConfig)
+
+
+def save_config(config: BuildConfig, path: Path) -> None:
+    """Write a config with all its settings, defaults too, as a file that `load_config` reads; an equal one is left alone."""
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_config(path: str | Path, kind: type[Config]) -> Config:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattr.artifacts import read_json, write_json
 from fastattr.errors import FastattrError, InputError
+from fastattr.processes import alone
 
 if TYPE_CHECKING:
     from fastattr.config import BuildConfig
@@ -129,7 +130,9 @@ def measure_here(config: BuildConfig, stages: Sequence[StageCost], config_file: 
         out = Path(name) / "measured.json"
         command = [sys.executable, "-m", "fastattr.miniature", str(config_file), str(out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=config.plan.probe_seconds)
+            done = subprocess.run(
+                command, env=alone(), capture_output=True, text=True, check=False, timeout=config.plan.probe_seconds
+            )
         except subprocess.TimeoutExpired as error:
             raise InputError(
                 f"not measured: even the line in miniature takes more than {config.plan.probe_seconds} s"

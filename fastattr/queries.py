@@ -107,9 +107,11 @@ def read_prompts(source: str, column: str) -> Iterator[str]:
         rows = load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=True)
     else:
         rows = load_dataset(source, split="train", streaming=True)
-    if column not in (rows.column_names or []):
-        raise InputError(f"{source} has no column {column!r}; it has {rows.column_names}. Set queries.prompt_column.")
-    for row in rows.select_columns([column]):
+    if column in (rows.column_names or []):  # a CSV says only with its first row which columns it has
+        rows = rows.select_columns([column])
+    for row in rows:
+        if column not in row:
+            raise InputError(f"{source} has no column {column!r}; it has {sorted(row)}. Set queries.prompt_column.")
         if row[column] and row[column].strip():
             yield row[column].strip()
 

@@ -108,7 +108,8 @@ def test_keys_that_count_from_0_in_every_shard_get_the_shards_name(tmp_path: Pat
 def test_urls_find_their_images_in_the_shards_and_the_others_are_listed(laion: Path, tmp_path: Path):
     """Captions of the table go before those of the shards, and a URL without an image is no silent loss."""
     rows = [
-        {"URL": f"https://host{number}.example/{number}.jpg", "TEXT": f"caption {number}", "NSFW": "NSFW"} for number in (0, 4, 7)
+        {"URL": f"https://host{number}.example/{number}.jpg", "TEXT": f"caption {number}", "NSFW": "NSFW"}
+        for number in (0, 4, 7)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "urls.parquet")
     run(CorpusConfig(kind="urls", path=str(tmp_path / "urls.parquet"), shards=str(laion)), tmp_path / "corpus")
