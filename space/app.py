@@ -151,13 +151,13 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
         )
 
     @gr.cache(max_size=MAX_CACHED)
-    def draw_and_ask(**settings: Any) -> tuple[Image.Image, Answer, dict[str, float]]:
+    def draw_and_ask(prompt: str, seed: int, steps: int, guidance: float) -> tuple[Image.Image, Answer, dict[str, float]]:
         started = time.perf_counter()
-        drawn = draw(**settings)
+        drawn = draw(prompt, seed, steps, guidance)
         seconds = {"drawing": time.perf_counter() - started}
         PROGRESS(1.0, desc=strings.ATTRIBUTING)
         started = time.perf_counter()
-        answer = ask(attributor, drawn, settings["prompt"])
+        answer = ask(attributor, drawn, prompt)
         return drawn, answer, {**seconds, "attribution": time.perf_counter() - started}
 
     def generate(
