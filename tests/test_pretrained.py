@@ -116,6 +116,30 @@ def test_a_reference_to_the_hub_keeps_the_commit(saved, hub, tmp_path: Path):
     assert Generator.from_pretrained(tmp_path / "run" / "generator").fingerprint == manifest["generator_fingerprint"]
 
 
+def test_what_is_offloaded_is_at_hand_while_it_is_needed(saved, tmp_path: Path, monkeypatch):
+    """A text encoder left on the other device would stop the run; one never sent back would keep its memory."""
+    pretrained.run(PretrainedConfig(pretrained=str(saved[0]), offload=True, checkpointing=True), tmp_path)
+    generator, plain = Generator.from_pretrained(tmp_path / "generator"), Generator.from_pretrained(saved[0])
+    moves: list[tuple[str, str]] = []
+    for name in ("vae", "text_encoder"):
+        part = getattr(generator.pipeline, name)
+        # The second device is a name here: on a machine without a GPU both are the CPU.
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
+    monkeypatch.setattr(Generator, "device", property(lambda self: torch.device("cpu", 0)))
+    there, back = "cpu:0", "cpu"
+    image = generator.generate("a red ring", steps=1)
+    assert moves == [("vae", there), ("text_encoder", there), ("vae", back), ("text_encoder", back)]
+    moves.clear()
+    torch.testing.assert_close(generator.encode_image([image]), plain.encode_image([image]))
+    assert moves == [("vae", there), ("vae", back)]
+    moves.clear()
+    found, expected = (each.encode_prompt(["a red ring"]).tensors["text"] for each in (generator, plain))
+    torch.testing.assert_close(found, expected)
+    assert moves == [("text_encoder", there), ("text_encoder", back)]
+    assert generator.denoiser.is_gradient_checkpointing
+    assert not plain.denoiser.is_gradient_checkpointing
+
+
 def test_the_section_decides_whether_a_generator_is_trained_or_taken(saved, tmp_path: Path):
     """`pretrained:` must not be taken for a training, nor bring the trained generator's other settings along."""
     (tmp_path / "c.yaml").write_text(f"name: x\ngenerator: {{pretrained: {saved[0]}, unlearn: lora, lora: {saved[1]}}}")
