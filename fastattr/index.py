@@ -480,6 +480,7 @@ class Shards:
         self.shards = list(shards)
         self.ranges = list(ranges) if ranges is not None else [(first, index.ntotal) for index, first in self.shards]
         """First row and number of rows of what is there."""
+        self.kept: Any = None
         self.ntotal = sum(index.ntotal for index, _ in self.shards)
 
     def search(self, queries: np.ndarray, k: int, *, widen: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -545,8 +546,9 @@ def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]]) -> Shards:
     stacked = faiss.HStackInvertedLists(array.size(), array.data())
     files[0].replace_invlists(stacked, False)
     files[0].ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
-    whole.lists = (stacked, lists)  # as long as the index
-    return Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
+    joined = Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
+    joined.kept = (stacked, lists)  # FAISS only points to them
+    return joined
 
 
 def _parameters(index: faiss.Index, k: int, widen: int) -> Any:
