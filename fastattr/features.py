@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,9 @@ from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, ope
 from fastattr.corpus import Corpus
 from fastattr.errors import InputError
 from fastattr.hub import ASSETS, embedded_models, split_revision
+
+if TYPE_CHECKING:
+    from fastattr.queries import Queries
 
 
 class Encoder(Protocol):
@@ -295,28 +298,38 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
         if specification == "gradient:gradients":
             _fit_gradients(run_dir, corpus)
         encoder = open_encoder(specification, folder=run_dir, captions=config.captions)
-        sets = (
-            ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
-            ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
-        )
-        for name, source, ids, images, captions in sets:
-            folder = run_dir / name / slug(specification)
-            inputs = {"source": source, "encoder": encoder.fingerprint}
-            if not finished(folder, stage="features", config=config, inputs=inputs):
-                features = encode_all(
-                    encoder, images, captions, batch_size=config.batch_size, description=f"{name} {specification}"
-                )
-                write_features(folder, features, ids)
-                write_manifest(
-                    folder,
-                    stage="features",
-                    config=config,
-                    inputs=inputs,
-                    width=features.shape[1],
-                    rows=len(ids),
-                    encoder=specification,
-                )
-            manifests[f"{name}/{slug(specification)}"] = read_json(folder / MANIFEST)
+        manifests |= encode_sets(encoder, corpus, queries, run_dir, config)
+    return manifests
+
+
+def encode_sets(
+    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig
+) -> dict[str, dict[str, Any]]:
+    """Write one encoder's features of corpus and queries to FOLDER/features and FOLDER/query_features; returns the manifests."""
+    specification = encoder.specification
+    manifests = {}
+    sets = (
+        ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
+        ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
+    )
+    for name, source, ids, images, captions in sets:
+        target = folder / name / slug(specification)
+        inputs = {"source": source, "encoder": encoder.fingerprint}
+        if not finished(target, stage="features", config=config, inputs=inputs):
+            features = encode_all(
+                encoder, images, captions, batch_size=config.batch_size, description=f"{name} {specification}"
+            )
+            write_features(target, features, ids)
+            write_manifest(
+                target,
+                stage="features",
+                config=config,
+                inputs=inputs,
+                width=features.shape[1],
+                rows=len(ids),
+                encoder=specification,
+            )
+        manifests[f"{name}/{slug(specification)}"] = read_json(target / MANIFEST)
     return manifests
 
 
