@@ -36,6 +36,8 @@ from fastattr.hub import ASSETS, embedded_models, locate, split_revision
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from fastattr.queries import Queries
+
 OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
 """What open_clip loads a model from: no pickle."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -385,7 +387,7 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     accelerator = Accelerator()
     corpus = Corpus(run_dir / "corpus")
     queries = Queries(run_dir / "queries")
-    manifests = {}
+    manifests: dict[str, Any] = {}
     for specification in config.encoders:
         if specification == "gradient:gradients" and accelerator.is_main_process:
             _fit_gradients(run_dir, corpus)
@@ -397,16 +399,25 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
             device=str(accelerator.device),
             dtype=getattr(torch, config.dtype),
         )
-        sets = (
-            ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
-            ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
+        manifests |= encode_sets(encoder, corpus, queries, run_dir, config, accelerator)
+    return manifests
+
+
+def encode_sets(
+    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig, accelerator: Accelerator
+) -> dict[str, dict[str, Any]]:
+    """Write one encoder's features of corpus and queries below FOLDER, in features/ and query_features/; returns manifests."""
+    manifests = {}
+    sets = (
+        ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
+        ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
+    )
+    for name, source, ids, images, captions in sets:
+        target = folder / name / slug(encoder.specification)
+        inputs = {"source": source, "encoder": encoder.fingerprint}
+        manifests[f"{name}/{target.name}"] = _encode_set(
+            config, target, encoder, ids, images, captions, accelerator, inputs=inputs
         )
-        for name, source, ids, images, captions in sets:
-            folder = run_dir / name / slug(specification)
-            inputs = {"source": source, "encoder": encoder.fingerprint}
-            manifests[f"{name}/{slug(specification)}"] = _encode_set(
-                config, folder, encoder, ids, images, captions, accelerator, inputs=inputs
-            )
     return manifests
 
 
