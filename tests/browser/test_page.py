@@ -22,6 +22,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from fastattr import FastAttributor
+from fastattr.cli import main
 from fastattr.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, attach, main as showcase
 
 pytestmark = pytest.mark.browser
@@ -167,6 +168,20 @@ def test_result_can_be_carried_away(page: Page, tmp_path: Path) -> None:
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG"
         assert image.width > 500
+
+
+def test_receipt_holds_against_the_attributor(page: Page, whole: Path, tmp_path: Path) -> None:
+    """What is carried away must be what `fastattr verify` finds again, with the image and without."""
+    pytest.importorskip("fastattr.receipts")
+    generate(page, PROMPT)
+    receipt = _download(page, "Receipt (JSON)", tmp_path)
+    _save_generated(page, tmp_path / "drawn.png")
+    assert main(["verify", str(receipt), "--model", str(whole)]) == 0
+    assert main(["verify", str(receipt), "--model", str(whole), "--image", str(tmp_path / "drawn.png")]) == 0
+    altered = json.loads(receipt.read_text(encoding="utf-8"))
+    altered["results"][0]["creator"] = "someone else"
+    receipt.write_text(json.dumps(altered), encoding="utf-8")
+    assert main(["verify", str(receipt), "--model", str(whole)]) == 1
 
 
 def test_permanent_link_gives_the_same_page_again(page: Page, tmp_path: Path) -> None:
