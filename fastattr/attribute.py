@@ -16,8 +16,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,21 +27,22 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from fastattr import catalogue as living
-from fastattr.artifacts import atomic_path, open_stage, read_json, sha256_file, write_json
+from fastattr.artifacts import atomic_path, open_stage, read_json, require_same, sha256_file, write_json
+from fastattr.calibrate import FILE as CALIBRATION, Calibration, estimate_shares, families_of, load_calibration
 from fastattr.catalogue import Catalogue, Where, file_of, open_catalogue, read_config, seal, versions
 from fastattr.corpus import Corpus, load_rgb, to_rgb
-from fastattr.distill import load_student, save_student
 from fastattr.errors import ArtifactDamagedError, EncoderMismatchError, InputError, MissingFileError
-from fastattr.features import Encoder, folders, open_encoder, read_features
 from fastattr.hub import ASSETS, commit_of, locate, split_revision
-from fastattr.index import IndexConfig, build
-from fastattr.student import Student, StudentConfig, embed
+from fastattr.index import IndexConfig, build, build_index, load_index, save_index, search, stored_vectors
+from fastattr.light import LightStudent, open_light
 
 if TYPE_CHECKING:
+    import faiss
     import pandas as pd
     import torch
     from matplotlib.figure import Figure
 
+    from fastattr.features import Encoder
     from fastattr.milvus import MilvusBackend
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,10 @@ CATALOG_COLUMNS = living.COLUMNS
 THUMBNAIL_SIDE = 48
 """Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
 
+UNASSIGNED = "no one in particular"
+"""Name of the last row of `Attribution.shares`: influence that is no one's more than anyone else's."""
+REACH = 20_000
+"""Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
 ImageLike = Image.Image | np.ndarray | str | Path
 
 
@@ -68,6 +74,68 @@ class Influence:
     license: str
     source: str
     url: str
+    family: str
+    """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
+    percentile: float | None = None
+    """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
+    image_part: float | None = None
+    """How much of `similarity` is the image's doing, ..."""
+    text_part: float | None = None
+    """... and how much the prompt's: Shapley values, which add up to it; a part is taken away by putting the corpus' mean
+    in its place. None if the attributor has no means, or encoders that read both."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
+
+    catalog: pa.Table
+    """Of the whole corpus, or of these images alone."""
+    find: Callable[[], tuple[np.ndarray, np.ndarray]]
+    """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
+    weights: np.ndarray | None
+    """(M,) what an image counts where there is no calibration."""
+    calibration: Calibration | None
+    size: int
+    """N, images that could have been found; those beyond the M count as unrelated."""
+
+    @cached_property
+    def _found(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.find()
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(M,) rows of the catalogue, most similar first."""
+        return self._found[0]
+
+    @property
+    def similarities(self) -> np.ndarray:
+        """(M,) their similarities."""
+        return self._found[1]
+
+    def first(self, k: int) -> Reach:
+        """Of an answer with k images: the same with a calibration, the first k images without."""
+        if self.calibration is not None or self.weights is None:
+            return self
+        return replace(self, find=partial(_found, self.rows[:k], self.similarities[:k]), weights=self.weights[:k])
+
+    def names(self, column: str) -> np.ndarray:
+        """(M,) values of one column of the catalogue; '' where there is none."""
+        values = self.catalog[column].take(pa.array(self.rows)).to_pylist()
+        return np.array(["" if value is None else str(value) for value in values])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Queries, as far as an answer depends on them."""
+
+    features: np.ndarray
+    """(Q, F)."""
+    prompts: list[str]
+    hashes: list[str]
+    """SHA-256 of each query."""
+    seconds: dict[str, float]
+    """Spent on the features."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +153,7 @@ class Attribution:
     """What was asked: 'sha256' of image and prompt (or features), 'embedding' (base64 float32), k, and the restriction."""
     versions: dict[str, Any] = field(default_factory=dict)
     """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
-    _weights: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+    _reach: Reach | None = field(default=None, repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -117,32 +185,71 @@ class Attribution:
             self,
             results=self.results[:k],
             query={**self.query, "k": min(k, self.query.get("k", k))},
-            _weights=self._weights[:k],
+            _reach=self._reach.first(k) if self._reach else None,
         )
 
     def shares(self, by: str = "creator") -> pd.DataFrame:
-        """How the images of this attribution divide by creator, licence or source.
+        """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
 
-        An image counts with the student's estimate of its closeness to the top of the teacher's ranking (the sigmoid
-        of its training logit). Shares are of these images together, not of the whole corpus, and not calibrated.
+        With a calibration, a share is what the teacher is expected to find, over the whole corpus: the influence of a
+        creator's images beyond what as many unrelated images have, over all positive influence. Near-duplicates (one
+        `family`) count once together. What is left belongs to no one in particular and is the last row, `UNASSIGNED`, with
+        the images that lack a name in that column. Intervals are of 95%, found on validation queries (docs/student.md).
+
+        Without a calibration shares are of the listed images together, each counting with the student's estimate of its
+        closeness to the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
 
         Args:
-            by: 'creator', 'license' or 'source'.
+            by: 'creator', 'license', 'source' or another column of the catalogue.
 
         Returns:
-            Columns `by`, 'share' (sums to 1) and 'images' (how many), largest share first.
+            Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), largest share first.
 
         Raises:
             InputError: there is no such column.
         """
-        if by not in {"creator", "license", "source"}:
-            raise InputError(f"shares can be taken by creator, license or source, not by {by!r}")
         import pandas as pd
 
-        table = pd.DataFrame({by: [getattr(result, by) for result in self.results], "share": self._weights, "images": 1})
-        grouped = table.groupby(by, as_index=False).sum()
-        grouped["share"] /= grouped["share"].sum()
-        return grouped.sort_values(["share", by], ascending=[False, True], ignore_index=True)
+        if self._reach is None:
+            raise InputError("this attribution was made without a catalogue; shares need one.")
+        catalog = self._reach.catalog
+        known = [name for name in catalog.column_names if name not in {"image_id", "thumbnail"}]
+        if by not in known:
+            raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
+        names = self._reach.names(by)
+        if self._reach.calibration is None:
+            weights = self._reach.weights
+            counted = pd.DataFrame({by: names, "share": weights, "images": 1}).groupby(by, as_index=False).sum()
+            counted["share"] /= counted["share"].sum()
+            table = counted.assign(low=float("nan"), high=float("nan"))
+            last = (0.0, float("nan"), float("nan"))
+        else:
+            every = families_of(catalog["family"].to_pylist()) if "family" in catalog.column_names else np.arange(len(catalog))
+            found = estimate_shares(
+                self._reach.calibration,
+                self._reach.similarities,
+                names,
+                every[self._reach.rows],
+                family_sizes=np.bincount(every)[every[self._reach.rows]],
+                beyond=self._reach.size - len(names),
+            )
+            columns = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
+            table = pd.DataFrame(columns).query("images > 0")
+            last = found.unassigned
+        table = table.sort_values(["share", by], ascending=[False, True])
+        rest = {by: [UNASSIGNED], "share": last[0], "low": last[1], "high": last[2], "images": 0}
+        return pd.concat([table, pd.DataFrame(rest)], ignore_index=True)[[by, "share", "low", "high", "images"]]
+
+    @property
+    def dominant(self) -> str | None:
+        """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
+
+        Certainly: the lower end of its interval lies above the upper ends of all other creators', and above 0.
+        """
+        table = self.shares(by="creator").iloc[:-1]
+        if table.empty or not table["low"].iloc[0] > max(0.0, table["high"].iloc[1:].max() if len(table) > 1 else 0.0):
+            return None
+        return str(table["creator"].iloc[0])
 
     def thumbnail(self, image_id: str) -> Image.Image:
         """Small RGB picture of one of the results.
@@ -179,17 +286,20 @@ class FastAttributor:
         *,
         config: dict[str, Any],
         encoders: Sequence[Encoder],
-        student: Student,
+        student: LightStudent,
         catalogue: Catalogue | MilvusBackend,
         metrics: dict[str, Any],
         folder: Path,
         name: str,
+        calibration: Calibration | None = None,
+        plain_index: faiss.Index | None = None,
     ) -> None:
         """Use `from_pretrained`, or `build_attributor` for a run folder."""
         self.config = config
         self.name = name
         self.metrics = metrics
         self._encoders, self._student, self._catalogue, self._folder = list(encoders), student, catalogue, folder
+        self._calibration, self._plain = calibration, plain_index
         self._stamp = _stamp(folder)
         self._shards: Sequence[int] | None = None
         self._thumbnails = True
@@ -220,7 +330,7 @@ class FastAttributor:
             token: Hub access token; None takes the stored one.
             local_files_only: take the cached copy, ask no network.
             force_download: fetch again what the cache holds.
-            device: where the feature encoders run; None takes CUDA if there is one.
+            device: where the feature encoders run; None takes CUDA if there is one, but for small CLIPs, which run in NumPy.
             dtype: of the feature encoders; None is float32.
             thumbnails: whether to fetch and load the training images' thumbnails.
             shards: which shards of the index to fetch and search, counted from 0; None takes all.
@@ -235,7 +345,6 @@ class FastAttributor:
             HubError: the Hub refuses, or can't be reached.
             InputError: there is no such shard.
         """
-        import torch
 
         def load() -> FastAttributor:
             folder, config = _open_folder(
@@ -247,22 +356,6 @@ class FastAttributor:
                 local_files_only=local_files_only,
                 force_download=force_download,
             )
-            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            encoders = [
-                open_encoder(
-                    specification, folder=folder, captions=config["captions"], device=chosen, dtype=dtype or torch.float32
-                )
-                for specification in config["encoders"]
-            ]
-            found = [encoder.fingerprint for encoder in encoders]
-            if found != config["encoder_fingerprints"]:
-                raise EncoderMismatchError(
-                    f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, "
-                    f"those loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the "
-                    "attributor that was trained on these."
-                )
-            shape = StudentConfig(**{**config["student"], "hidden": tuple(config["student"]["hidden"])})
-            student = load_student(folder / "model.safetensors", feature_dim=config["feature_dim"], config=shape)
             catalogue: Catalogue | MilvusBackend
             if index_uri:
                 from fastattr.milvus import MilvusBackend
@@ -270,14 +363,19 @@ class FastAttributor:
                 catalogue = MilvusBackend.open(index_uri, folder, config)
             else:
                 catalogue = open_catalogue(folder, config, thumbnails=thumbnails, shards=shards)
+            width = config["feature_dim"]
             loaded = cls(
                 config=config,
-                encoders=encoders,
-                student=student,
+                encoders=_open_encoders(folder, config, device, dtype),
+                student=LightStudent(folder / "model.safetensors", feature_dim=width, config=config["student"]),
                 catalogue=catalogue,
                 metrics=read_json(folder / "metrics.json"),
                 folder=folder,
                 name=str(name_or_path),
+                calibration=(
+                    load_calibration(folder / CALIBRATION, feature_dim=width) if CALIBRATION in config["sha256"] else None
+                ),
+                plain_index=_open_plain(folder, config) if shards is None and not index_uri else None,
             )
             loaded._shards, loaded._thumbnails = shards, thumbnails
             return loaded
@@ -313,18 +411,49 @@ class FastAttributor:
         Raises:
             InputError: an image can't be read, a prompt is empty, or k is out of range.
         """
+        return self._answer(image, prompt, lambda asked: self._search(asked, k, where), k)
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether `plain` has an index to ask."""
+        return self._plain is not None
+
+    def plain(
+        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str], k: int = 20
+    ) -> Attribution | list[Attribution]:
+        """Name the k training images that are most similar by the untuned features: what resembles, not what influenced.
+
+        Args and answer are those of `attribute`; percentiles are None and shares are of the listed images, each counting
+        with its similarity.
+
+        Raises:
+            InputError: as `attribute`, or the attributor holds no index of untuned features.
+        """
+        if self._plain is None:
+            raise InputError(
+                f"{self.name} holds no index of untuned features, or was loaded in part; build it with index.plain set."
+            )
+        return self._answer(image, prompt, lambda asked: self._search_plain(asked, k), k)
+
+    def _answer(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        prompt: str | Sequence[str],
+        find: Callable[[Asked], list[Attribution]],
+        k: int,
+    ) -> Attribution | list[Attribution]:
+        """`attribute` or `plain`, of one or many."""
         if isinstance(image, list | tuple):
             prompts = list(prompt) if not isinstance(prompt, str) else [prompt] * len(image)
             if len(prompts) != len(image):
                 raise InputError(f"{len(image)} images came with {len(prompts)} prompts; give one prompt an image.")
-            return self._attribute([open_image(one) for one in image], prompts, k, where)
+            return find(self._encode([open_image(one) for one in image], prompts, k))
         if not isinstance(prompt, str):
             raise InputError("one image needs one prompt, a string.")
-        return self._attribute([open_image(image)], [prompt], k, where)[0]
+        return find(self._encode([open_image(image)], [prompt], k))[0]
 
-    def _attribute(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], k: int, where: Where | None
-    ) -> list[Attribution]:
+    def _encode(self, images: Sequence[Image.Image], prompts: Sequence[str], k: int) -> Asked:
+        """The queries with their features, once all is checked."""
         self.refresh()
         for text in prompts:
             if not text.strip():
@@ -335,9 +464,8 @@ class FastAttributor:
             raise InputError(f"{self.name} has no feature encoders; give features to `attribute_features` instead.")
         started = time.perf_counter()
         features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in self._encoders], axis=1)
-        seconds = {"features": time.perf_counter() - started}
         hashes = [image_sha256(image, text) for image, text in zip(images, prompts, strict=True)]
-        return self._search(features, prompts, k, seconds, hashes=hashes, where=where)
+        return Asked(features, list(prompts), hashes, {"features": time.perf_counter() - started})
 
     def attribute_features(
         self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None
@@ -356,12 +484,12 @@ class FastAttributor:
         self._check_features(features, len(prompts))
         self.refresh()
         hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
-        return self._search(features, prompts, k, {}, hashes=hashes, where=where)
+        return self._search(Asked(features, list(prompts), hashes, {}), k, where)
 
     def replay(self, embedding: np.ndarray, prompt: str, k: int, *, where: Where | None = None) -> Attribution:
         """The answer to a query of which only the (D,) embedding is known, as receipts hold it."""
-        ((records, similarities),) = self._nearest(embedding[None], k, where)
-        return self._attribution(prompt, records, similarities, {}, _query("", embedding, k, where))
+        asked = Asked(np.zeros((0, self.config["feature_dim"]), dtype=np.float32), [prompt], [""], {})
+        return self._answers(asked, embedding[None], k, where, started=time.perf_counter())[0]
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """(n, D) float32 embeddings of rows of `catalog`, as well as they are kept."""
@@ -387,34 +515,133 @@ class FastAttributor:
         if not np.isfinite(features).all():
             raise InputError("features must be finite; some are NaN or infinite.")
 
-    def _search(
-        self,
-        features: np.ndarray,
-        prompts: Sequence[str],
-        k: int,
-        seconds: dict[str, float],
-        *,
-        hashes: Sequence[str],
-        where: Where | None = None,
-    ) -> list[Attribution]:
+    def _search(self, asked: Asked, k: int, where: Where | None = None) -> list[Attribution]:
+        """By the student."""
         started = time.perf_counter()
-        embeddings = embed(self._student, features)
-        answers = self._nearest(embeddings, k, where)
-        seconds = {**seconds, "search": time.perf_counter() - started}
-        found = []
-        for text, sha256, embedding, (records, similarities) in zip(prompts, hashes, embeddings, answers, strict=True):
-            found.append(self._attribution(text, records, similarities, seconds, _query(sha256, embedding, k, where)))
-        return found
+        embeddings = self._student.embed_queries(asked.features)
+        return self._answers(asked, embeddings, k, where, started=started)
 
-    def _nearest(
-        self, embeddings: np.ndarray, k: int, where: Where | None = None
-    ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
-        """Records and similarities of each embedding's k nearest images, all from one version of the catalogue."""
-        catalogue = self._catalogue
-        if not 1 <= k <= catalogue.ntotal:
-            raise InputError(f"top-k must be between 1 and {catalogue.ntotal} (the images in the corpus), got {k}.")
-        similarities, rows = catalogue.search(np.ascontiguousarray(embeddings, dtype=np.float32), k, where=where)
-        return iter([(catalogue.fetch(own), values[: len(own)]) for own, values in zip(rows, similarities, strict=True)])
+    def _answers(
+        self, asked: Asked, embeddings: np.ndarray, k: int, where: Where | None, *, started: float
+    ) -> list[Attribution]:
+        """The answers to queries whose (Q, D) embeddings are known; their features may be missing."""
+        catalogue = self._catalogue  # one version, whatever another thread takes up meanwhile
+        found = _nearest(catalogue, embeddings, k, where)
+        parts = self._parts(asked.features, catalogue, found) if len(asked.features) else [None] * len(found)
+        warnings = self._warnings(asked.features) if len(asked.features) else [[] for _ in found]
+        seconds = {**asked.seconds, "search": time.perf_counter() - started}
+        answers = []
+        for row, (rows, similarities) in enumerate(found):
+            records = catalogue.fetch(rows)
+            weights = None if self._calibration else self._student.closeness(similarities)
+            find = partial(_found, rows, similarities)
+            table = catalogue.table if isinstance(catalogue, Catalogue) else pa.Table.from_pylist(records)
+            if not isinstance(catalogue, Catalogue):  # a server's catalogue stays there: shares are of what was found
+                find = partial(_found, np.arange(len(records)), similarities)
+            elif self._calibration:  # shares are of the whole corpus, whatever the restriction
+                find = partial(_reached, catalogue, embeddings[row], max(k, REACH))
+            answers.append(
+                self._attribution(
+                    asked.prompts[row],
+                    records,
+                    similarities,
+                    seconds,
+                    _query(asked.hashes[row], embeddings[row], k, where),
+                    parts=parts[row],
+                    reach=Reach(table, find, weights, self._calibration, catalogue.ntotal),
+                    warnings=warnings[row],
+                )
+            )
+        return answers
+
+    def _search_plain(self, asked: Asked, k: int) -> list[Attribution]:
+        """By the untuned features."""
+        assert self._plain is not None
+        assert isinstance(self._catalogue, Catalogue)
+        started = time.perf_counter()
+        catalogue, plain = self._catalogue, self._plain
+        queries = plain_vectors(asked.features)
+        present = catalogue.rows_of(np.arange(plain.ntotal))  # its rows are those of the base
+        wanted = min(k, int((present >= 0).sum()))
+        slots, similarities = search(plain, queries, min(wanted + int((present < 0).sum()), plain.ntotal))
+        images = self._columns_of({"image", "text"})
+        answers = []
+        for query, (own, values) in enumerate(zip(slots, similarities, strict=True)):
+            kept = np.flatnonzero(present[own] >= 0)[:wanted]
+            own, values = own[kept], values[kept]
+            vectors = stored_vectors(plain, own)
+            parts = None
+            if vectors is not None and images is not None:
+                products = vectors * queries[query]
+                parts = products[:, images].sum(axis=1), products[:, ~images].sum(axis=1)
+            rows = present[own]
+            reach = Reach(catalogue.table, partial(_found, rows, values), np.maximum(values, 1e-6), None, catalogue.ntotal)
+            answers.append(
+                self._attribution(
+                    asked.prompts[query],
+                    catalogue.fetch(rows),
+                    values,
+                    asked.seconds,
+                    {"sha256": asked.hashes[query], "k": k},
+                    parts=parts,
+                    reach=reach,
+                    warnings=[],
+                )
+            )
+        spent = time.perf_counter() - started
+        for answer in answers:
+            answer.seconds["search"] = spent
+            answer.model["method"] = "plain similarity"
+        return answers
+
+    def _columns_of(self, kinds: set[str]) -> np.ndarray | None:
+        """(F,) bool: which features are of images, if all are of one of these kinds; None otherwise or if it isn't known."""
+        blocks = self.config.get("feature_blocks", [])
+        if not blocks or not {block["modality"] for block in blocks} <= kinds:
+            return None
+        return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in blocks])
+
+    def _parts(
+        self, features: np.ndarray, catalogue: Catalogue | MilvusBackend, found: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """For each query what image and prompt contribute to its (k,) similarities: Shapley values of two players.
+
+        With v(S) the similarity when all but S is replaced by the corpus' mean, and v of nothing 0, the image's is
+        (v(image) + v(both) - v(text)) / 2; what remains without either is halved between them.
+        """
+        images = self._columns_of({"image", "text"})
+        if self._calibration is None or images is None or not isinstance(catalogue, Catalogue):
+            return [None] * len(found)
+        if images.all() or not images.any():
+            both = [(values, np.zeros_like(values)) for _, values in found]
+            return [pair if images.all() else pair[::-1] for pair in both]
+        alone = [
+            self._student.embed_queries(np.where(kept, features, self._calibration.feature_mean)) for kept in (images, ~images)
+        ]
+        parts: list[tuple[np.ndarray, np.ndarray] | None] = []
+        for query, (rows, similarities) in enumerate(found):
+            vectors = catalogue.vectors(rows)
+            if vectors is None:
+                parts.append(None)
+                continue
+            of_image, of_text = (vectors @ embedded[query] for embedded in alone)
+            parts.append(((similarities + of_image - of_text) / 2, (similarities + of_text - of_image) / 2))
+        return parts
+
+    def _warnings(self, features: np.ndarray) -> list[list[str]]:
+        """For each query what its reader should know."""
+        density = self._calibration.density if self._calibration else None
+        if density is None:
+            return [[] for _ in features]
+        return [
+            [
+                f"Image and prompt do not look like this generator's output (distance {distance:.2f}; its own stay below "
+                f"{density.threshold:.2f}). For an image that it did not make, these are the training images that resemble it."
+            ]
+            if distance > density.threshold
+            else []
+            for distance in density.distance(features)
+        ]
 
     def _attribution(
         self,
@@ -423,16 +650,25 @@ class FastAttributor:
         similarities: np.ndarray,
         seconds: dict[str, float],
         query: dict[str, Any],
+        *,
+        parts: tuple[np.ndarray, np.ndarray] | None,
+        reach: Reach,
+        warnings: list[str],
     ) -> Attribution:
-        import torch
-
-        text_columns = ("image_id", "caption", "creator", "license", "source", "url")
+        text_columns = ("image_id", "caption", "creator", "license", "source", "url", "family")
+        percentiles = reach.calibration.percentile_of(similarities).tolist() if reach.calibration else [None] * len(records)
+        image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(records)] * 2
         results = [
-            Influence(rank=rank, similarity=float(similarity), **{column: record[column] for column in text_columns})
-            for rank, (record, similarity) in enumerate(zip(records, similarities, strict=True))
+            Influence(
+                rank=rank,
+                similarity=float(similarities[rank]),
+                **{column: record[column] for column in text_columns},
+                percentile=percentiles[rank],
+                image_part=image_parts[rank],
+                text_part=text_parts[rank],
+            )
+            for rank, record in enumerate(records)
         ]
-        with torch.no_grad():
-            weights = torch.sigmoid(self._student.logits(torch.from_numpy(np.ascontiguousarray(similarities)))).double().numpy()
         model = {
             "name": self.name,
             "fastattr_version": self.config["fastattr_version"],
@@ -443,7 +679,11 @@ class FastAttributor:
             "revision": commit_of(self._folder) or "",
         }
         thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
-        return Attribution(results, prompt, dict(seconds), model, [], query, versions(self.config), weights, thumbnails)
+        return Attribution(results, prompt, dict(seconds), model, warnings, query, versions(self.config), reach, thumbnails)
+
+    def file(self, name: str) -> Path | None:
+        """A further file that the attributor brings along (see fastattr.showcase), checked as it was loaded; None without."""
+        return self._folder / name if name in self.config["sha256"] else None
 
     def info(self) -> dict[str, Any]:
         """What this attributor is: size, creators, licences, versions and metrics."""
@@ -467,6 +707,8 @@ class FastAttributor:
                     catalogue = catalogue.applied(entry)
                 return config, catalogue
             living.check_files(self._folder, config, _files(config, thumbnails=self._thumbnails, shards=self._shards))
+            if self._plain is not None:
+                self._plain = _open_plain(self._folder, config)
             return config, open_catalogue(self._folder, config, thumbnails=self._thumbnails, shards=self._shards)
 
         self.config, self._catalogue = _settled(self._folder, load)
@@ -541,7 +783,7 @@ class FastAttributor:
         ids = [record.get("image_id", "") for record in records]
         if "" in ids or len(set(ids)) < len(ids):
             raise InputError("every image needs an image_id of its own.")
-        embeddings = embed(self._student, features).astype(np.float16).astype(np.float32)
+        embeddings = self._student.embed_images(features).astype(np.float16).astype(np.float32)
 
         def entries(catalogue: Catalogue) -> list[dict[str, Any]]:
             there = [image_id for image_id, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]
@@ -623,6 +865,7 @@ class FastAttributor:
                 raise InputError("load the attributor whole (thumbnails, all shards) to compact it.")
             self.config = living.compact(self._folder, self.config, self._catalogue)
             self._catalogue, self._stamp = open_catalogue(self._folder, self.config), _stamp(self._folder)
+            self._plain = _open_plain(self._folder, self.config)
 
     def history(self) -> list[dict[str, Any]]:
         """The changes since the base was made, oldest first: version, time, operation and image ids."""
@@ -753,6 +996,65 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     return _settled(Path(str(name_or_path)), load)
 
 
+def _open_encoders(folder: Path, config: dict[str, Any], device: str | None, dtype: torch.dtype | None) -> list[Encoder]:
+    """The feature encoders of an attributor: in NumPy where that can be, since importing torch takes longer than an answer.
+
+    Raises:
+        EncoderMismatchError: they have other weights or preprocessing than those of config.json.
+    """
+    opened: list[Encoder] = []
+    for specification in config["encoders"]:
+        usual = device in {None, "cpu"} and dtype is None
+        light = open_light(specification, folder, captions=config["captions"]) if usual else None
+        if light is None:
+            import torch
+
+            from fastattr.features import open_encoder
+
+            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            captions, precision = config["captions"], dtype or torch.float32
+            opened.append(open_encoder(specification, folder=folder, captions=captions, device=chosen, dtype=precision))
+        else:
+            opened.append(light)
+    found = [encoder.fingerprint for encoder in opened]
+    if found != config["encoder_fingerprints"]:
+        raise EncoderMismatchError(
+            f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, those "
+            f"loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the attributor "
+            "that was trained on these."
+        )
+    return opened
+
+
+def _open_plain(folder: Path, config: dict[str, Any]) -> faiss.Index | None:
+    """The index of the untuned features, whose rows are the catalogue's base; None if there is none."""
+    file = file_of(config, "plain")
+    return load_index(folder / file, sha256=config["sha256"][file]) if file in config["sha256"] else None
+
+
+def _nearest(
+    catalogue: Catalogue | MilvusBackend, embeddings: np.ndarray, k: int, where: Where | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each of (Q, D) embeddings the rows of its k nearest images, or of all that meet `where`, and their similarities.
+
+    Raises:
+        InputError: k is out of range.
+    """
+    if not 1 <= k <= catalogue.ntotal:
+        raise InputError(f"top-k must be between 1 and {catalogue.ntotal} (the images in the corpus), got {k}.")
+    similarities, rows = catalogue.search(np.ascontiguousarray(embeddings, dtype=np.float32), k, where=where)
+    return list(zip(rows, similarities, strict=True))
+
+
+def _found(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows, similarities
+
+
+def _reached(catalogue: Catalogue, embedding: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and similarities of the images that shares of one query are taken of."""
+    return _nearest(catalogue, embedding[None], min(count, catalogue.ntotal))[0]
+
+
 Result = TypeVar("Result")
 
 
@@ -851,6 +1153,8 @@ def _files(
         left_out |= {*living.index_files(config), stored.get("file"), file_of(config, "catalog"), file_of(config, "thumbnails")}
     if not thumbnails:
         left_out.add(file_of(config, "thumbnails"))
+    if shards is not None or not index:
+        left_out.add(file_of(config, "plain"))
     return [file for file in config["sha256"] if file not in left_out]
 
 
@@ -864,6 +1168,7 @@ def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dic
         "encoders": config["encoders"],
         "embed_dim": config["student"]["embed_dim"],
         "index": config["index"],
+        "files": sorted(config["sha256"]),
         "versions": {
             "fastattr": config["fastattr_version"],
             "format": str(config["format_version"]),
@@ -920,17 +1225,27 @@ def build_attributor(
         captions: 'first' or 'mean', as the features were made.
         thumbnail_quality: of the WebP thumbnails, 1 to 100.
     """
+    from fastattr.distill import open_student, save_student
+    from fastattr.features import folders, modality, open_encoder, read_features
+    from fastattr.student import embed
+
     corpus = Corpus(run_dir / "corpus")
     manifest = open_stage(run_dir / "student", "student")
-    shape = StudentConfig(**{**manifest["config"]["student"], "hidden": tuple(manifest["config"]["student"]["hidden"])})
-    student = load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)
-    features = read_features(folders(run_dir, "features", encoders), corpus.image_ids)
+    student = open_student(run_dir)
+    paths = folders(run_dir, "features", encoders)
+    features = read_features(paths, corpus.image_ids)
     metrics_file = run_dir / "evaluation" / "metrics.json"
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         save_student(student, temporary / "model.safetensors")
         embeddings = embed(student, features)
-        built = build(lambda start, stop: embeddings[start:stop], *embeddings.shape, config, temporary)
+        built = build(lambda start, stop: embeddings[start:stop], len(embeddings), embeddings.shape[1], config, temporary)
+        if config.plain:
+            save_index(build_index(plain_vectors(features), config.plain), temporary / "plain.faiss")
+        if (run_dir / "calibration" / CALIBRATION).exists():
+            calibrated = open_stage(run_dir / "calibration", "calibration")["inputs"]["student"]
+            require_same("the student of calibration/", calibrated, manifest["fingerprint"], "Run `fastattr calibrate` again.")
+            shutil.copyfile(run_dir / "calibration" / CALIBRATION, temporary / CALIBRATION)
         catalog = {
             "image_id": corpus.image_ids,
             "caption": [captions[0] for captions in corpus.captions],
@@ -945,6 +1260,10 @@ def build_attributor(
         write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
+        own = {specification.partition(":")[2] for specification in encoders}
+        for part, users in (("generator", {"generator", "gradients"}), ("gradients", {"gradients"})):
+            if own & users:  # what diffusion and gradient features need at query time
+                shutil.copytree(run_dir / part, temporary / part, ignore=shutil.ignore_patterns("checkpoint*"))
         opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
         write_config(
             temporary,
@@ -952,7 +1271,11 @@ def build_attributor(
             encoder_fingerprints=[encoder.fingerprint for encoder in opened],
             captions=captions,
             feature_dim=manifest["feature_dim"],
-            student=asdict(shape),
+            feature_blocks=[
+                {"modality": modality(specification), "width": open_stage(path, "features")["width"]}
+                for specification, path in zip(encoders, paths, strict=True)
+            ],
+            student=manifest["config"]["student"],
             files=files,
             **built,
             corpus_fingerprint=manifest["corpus_fingerprint"],
@@ -960,6 +1283,13 @@ def build_attributor(
             teacher=manifest["teacher"],
             training_queries=manifest["training_queries"],
         )
+
+
+def plain_vectors(features: np.ndarray) -> np.ndarray:
+    """(N, F) float32 unit vectors whose inner products are the cosines of untuned features."""
+    vectors = features.astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
 
 
 def write_config(folder: Path, **settings: Any) -> None:

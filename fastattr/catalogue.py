@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from fastattr.artifacts import atomic_path, read_json, remove, sha256_file, write_json
 from fastattr.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
-from fastattr.index import Ranked, add_shards, check_file, empty_copy, open_ranked, save_index, write_vectors
+from fastattr.index import Ranked, add_shards, check_file, empty_copy, load_index, open_ranked, save_index, write_vectors
 
 FORMAT_VERSION = 3
 """3 has a journal, vectors for exact re-ranking and a seal on config.json; 1 and 2 are read, too."""
@@ -47,7 +47,7 @@ EXACT_ROWS = 10_000
 """If a restriction leaves no more rows than this, all of them are compared."""
 LINE_IMAGES = 1000
 """Images in one line of the journal."""
-BASE_FILE = re.compile(r"(catalog|thumbnails|index|vectors|journal)(-[\w-]+)?\.(parquet|arrow|faiss|f16|sha256|jsonl)")
+BASE_FILE = re.compile(r"(catalog|thumbnails|index|vectors|journal|plain)(-[\w-]+)?\.(parquet|arrow|faiss|f16|sha256|jsonl)")
 """Files that a catalogue writes, and may delete once no config.json names them."""
 
 Where = Mapping[str, "str | Sequence[str]"]
@@ -303,6 +303,25 @@ class Catalogue:
         best = np.argsort(~good, axis=1, kind="stable")[:, :wanted]
         return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
+    def rows_of(self, slots: np.ndarray) -> np.ndarray:
+        """(n,) rows of the images in (n,) slots; -1 for those that have been removed."""
+        row = np.full(len(self._gone), -1, dtype=np.int64)
+        row[self.alive] = np.arange(len(self.alive))
+        found: np.ndarray = row[slots]
+        return found
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray | None:
+        """(n, D) float32 embeddings of (n,) rows, as well as they are kept; None if the index can't give single ones back."""
+        if not self.base.reads_rows:
+            return None
+        slots = self.alive[rows]
+        base = slots < len(self._table)
+        found = np.empty((len(rows), self.base.dim), dtype=np.float32)
+        found[base] = self.base.take(slots[base])
+        if not base.all():
+            found[~base] = self._stacked[slots[~base] - len(self._table)]
+        return found
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """The embeddings of rows start to stop, as well as they are kept, (stop - start, D) float32."""
         slots = self.alive[start:stop]
@@ -390,9 +409,9 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file_of(config: Mapping[str, Any], part: str) -> str:
-    """The file that holds a part: 'catalog', 'thumbnails' or 'journal'."""
-    default = {"catalog": "catalog.parquet", "thumbnails": "thumbnails.parquet", "journal": "journal.jsonl"}[part]
-    return str(config.get("files", {}).get(part, default))
+    """The file that holds a part: 'catalog', 'thumbnails', 'journal' or 'plain', the index of the untuned features."""
+    endings = {"catalog": "parquet", "thumbnails": "parquet", "journal": "jsonl", "plain": "faiss"}
+    return str(config.get("files", {}).get(part, f"{part}.{endings[part]}"))
 
 
 def versions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -429,7 +448,7 @@ def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -
         ArtifactDamagedError: a checksum differs.
     """
     stored = config.get("vectors") or {}
-    later = {*index_files(config), stored.get("file"), file_of(config, "journal")}
+    later = {*index_files(config), stored.get("file"), file_of(config, "journal"), file_of(config, "plain")}
     for file in files:
         if not (folder / file).exists():
             raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
@@ -623,8 +642,17 @@ def compact(folder: Path, config: Mapping[str, Any], catalogue: Catalogue) -> di
     rows = int(old_shards[0].get("rows", 0)) if len(old_shards) > 1 else 0
     shards = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, folder, name=f"index{suffix}")
     remove(work)
+    plain = file_of(config, "plain")
+    if plain in config["sha256"]:
+        untuned = load_index(folder / plain, sha256=config["sha256"][plain])
+        kept_rows = np.flatnonzero(catalogue.rows_of(np.arange(untuned.ntotal)) >= 0)  # they come first in the new base, too
+        copy = empty_copy(folder / plain, factory="")  # read whole: it is exhaustive
+        copy.add(untuned.reconstruct_batch(kept_rows))
+        files["plain"] = f"plain{suffix}.faiss"
+        save_index(copy, folder / files["plain"])
+        written.append(files["plain"])
     written += [files["catalog"], *(shard["file"] for shard in shards)]
-    old = {*index_files(config), file_of(config, "catalog"), file_of(config, "thumbnails"), file_of(config, "journal")}
+    old = {*index_files(config), file_of(config, "catalog"), file_of(config, "thumbnails"), file_of(config, "journal"), plain}
     old |= {config["vectors"]["file"]} if config.get("vectors") else set()
     kept = {file: checksum for file, checksum in config["sha256"].items() if file not in old}
     for file in written:

@@ -52,8 +52,11 @@ STAGE_HELP = {
     "candidates": "choose the training images that the teacher scores for each query",
     "teach": "score the candidates by unlearning (the slow stage; `accelerate launch` splits it)",
     "distill": "train the student on the teacher's rankings",
+    "calibrate": "fit percentiles and shares on the validation queries",
     "evaluate": "compare a student with its teacher, or any method with what retraining does",
     "index": "build the FAISS index and put the attributor together",
+    "card": "write the attributor's model card and licences",
+    "report": "write the report, a page with the pictures",
 }
 
 
@@ -125,13 +128,17 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="run all stages of a config, resuming")
     _config_arguments(build)
+    build.add_argument("--yes", action="store_true", help="go on without asking, however long it will take")
+    build.add_argument("--no-plan", action="store_true", help="make no plan, measure nothing, ask nothing")
     build.add_argument("--assets", type=Path, help="also pack generator and attributor as an embedded model in this folder")
     build.set_defaults(run=_build)
 
     corpus = commands.add_parser("corpus", help="read training images: emoji, an image folder, or a dataset")
-    corpus.add_argument("kind", choices=["emoji", "folder", "dataset"])
-    corpus.add_argument("path", nargs="?", default="", help="image folder, dataset id or data file (not for emoji)")
+    corpus.add_argument("kind", choices=["emoji", "folder", "dataset", "coco", "webdataset", "urls"])
+    corpus.add_argument("path", nargs="?", default="", help="folder, dataset id or data file (not for emoji)")
     corpus.add_argument("out", type=Path)
+    corpus.add_argument("--shards", default="", help="of urls: the folder of tar shards with the images")
+    corpus.add_argument("--duplicates", default="", choices=["", "skip", "family", "keep"], help="what becomes of copies")
     corpus.add_argument("--split", default="train")
     corpus.add_argument("--image-column", default="image")
     corpus.add_argument("--caption-column", default="caption")
@@ -139,8 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--json", action="store_true")
     corpus.set_defaults(run=_corpus)
 
-    plan = commands.add_parser("plan", help="what the teacher of a config will cost: evaluations, memory, disk")
+    plan = commands.add_parser("plan", help="what each stage of a config will cost: evaluations, memory, disk, hours, money")
     _config_arguments(plan)
+    plan.add_argument("--no-measure", action="store_true", help="leave out the minute that measures this machine")
     plan.set_defaults(run=_plan)
 
     _push_parsers(commands.add_parser("push", help="push score tables, attributor, generator or Space to the Hub"))
@@ -315,7 +323,9 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return result.to_dict()
     for row in result.results:
         print(f"{row.rank + 1:4d}  {row.similarity:6.3f}  {row.image_id:32s}  {row.caption}  ({row.creator}, {row.license})")
-    shares = result.shares(by="creator").head(5)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    shares = result.shares(by="creator").sort_values("share", ascending=False).head(5)
     for creator, share in zip(shares["creator"], shares["share"], strict=True):
         print(f"      {share:6.1%}  {creator}")
     return None
@@ -509,6 +519,8 @@ def _corpus(arguments: argparse.Namespace) -> dict[str, Any] | None:
         image_column=arguments.image_column,
         caption_column=arguments.caption_column,
         resolution=arguments.resolution,
+        shards=arguments.shards,
+        duplicates=arguments.duplicates,
     )
     manifest = corpus.run(config, arguments.out)
     if arguments.json:
@@ -532,23 +544,15 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr import plan
+    from fastattr import costs
     from fastattr.config import load_config
 
     config = load_config(arguments.config)
-    result = plan.run(config.teacher, arguments.run_dir or Path("runs") / config.name)
+    run_dir = arguments.run_dir or Path("runs") / config.name
+    result = costs.plan(config, run_dir, config_file=None if arguments.no_measure else arguments.config)
     if arguments.json:
         return result
-    print(f"{'part':16s} {'forward':>14s} {'backward':>14s} {'memory':>10s} {'disk':>10s}")
-    totals = {
-        "name": "in all",
-        "memory": result["peak_memory"],
-        **{name: result[name] for name in ("forward", "backward", "disk")},
-    }
-    for step in [*result["steps"], totals]:
-        memory, disk = (f"{step[name] / 1e6:,.0f} MB" for name in ("memory", "disk"))
-        print(f"{step['name']:16s} {step['forward']:14,d} {step['backward']:14,d} {memory:>10s} {disk:>10s}")
-    print("forward and backward count latents through the network, over all processes; memory is the peak of one process")
+    print(costs.as_table(result))
     return None
 
 
@@ -572,18 +576,35 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _build(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr import build
+    from fastattr import build, costs
     from fastattr.config import load_config
 
     config = load_config(arguments.config)
     run_dir = arguments.run_dir or Path("runs") / config.name
-    seconds = build.run(config, run_dir)
-    result: dict[str, Any] = {"run": str(run_dir), "seconds": seconds}
+
+    def confirm(plan: dict[str, Any]) -> None:
+        """Show the plan; ask, if it takes longer than the config's limit and nobody said yes beforehand."""
+        print(costs.as_table(plan), file=sys.stderr)
+        here, limit = plan["here"], config.plan.confirm_hours
+        if arguments.yes or ("seconds" in here and here["seconds"]["in all"] <= 3600 * limit):
+            return
+        takes = (
+            f"{here['seconds']['in all'] / 3600:,.1f} hours" if "seconds" in here else f"an unknown time ({here['problem']})"
+        )
+        if sys.stdin.isatty():
+            print(f"This takes {takes} on this machine. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() in {"y", "yes"}:
+                return
+        raise InputError(f"nothing was built: it takes {takes}, and plan.confirm_hours is {limit}. Add --yes to build it.")
+
+    seconds = build.run(config, run_dir, config_file=arguments.config, confirm=None if arguments.no_plan else confirm)
+    result: dict[str, Any] = {"run": str(run_dir), "seconds": seconds, "report": str(run_dir / "report" / "index.html")}
     if arguments.assets:
         result["bytes"] = build.embed_assets(config, run_dir, arguments.assets)["bytes"]
     if arguments.json:
         return result
     print(f"done, in {run_dir}: {run_dir / 'attributor'} is ready for FastAttributor.from_pretrained")
+    print(f"report: {run_dir / 'report' / 'index.html'}")
     return None
 
 

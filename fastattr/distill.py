@@ -1,14 +1,15 @@
 """Distill: teach the student the teacher's ranking.
 
-Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). Only the
-queries of the training split are used. The target of a pair is 1 - rank / C, 0 for outsiders; the loss is binary
-cross-entropy on a positively scaled cosine. Source: arXiv:2511.10721, sec. 4 (there: labels rank / K, with the sign
-of the scale left to learning).
+Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). A step takes some
+training queries and some training images, sends each through the network once and uses every pair of them that the score
+table holds, and a few that it does not, as outsiders (fastattr/pairs.py); the loss is one of fastattr/losses.py. The averaged
+weights are judged by mAP(1%) on the validation queries, which stops the training; test queries are not looked at.
+Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,54 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
-from fastattr.artifacts import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.artifacts import MANIFEST, atomic_path, finished, open_stage, read_json, remove, write_manifest
 from fastattr.corpus import Corpus
 from fastattr.errors import InputError
 from fastattr.features import features_fingerprint, folders, read_features
-from fastattr.scores import ScoredQuery, ranks_of, read_scores
-from fastattr.student import Student, StudentConfig
-from fastattr.training import TrainingConfig, fit
+from fastattr.losses import LOSSES
+from fastattr.metrics import teacher_average_precision
+from fastattr.pairs import (
+    TARGETS,
+    FeatureRows,
+    MappedFeatures,
+    PairTable,
+    labels_of,
+    make_table,
+    open_table,
+    split_query_ids,
+    stream_labels,
+)
+from fastattr.scores import ScoredQuery, read_scores
+from fastattr.student import Student, StudentConfig, embed
+from fastattr.training import EarlyStopping, TrainingConfig, fit
+
+START_ROWS = 20_000
+"""Training images, spread over the corpus, from which the student's linear path starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Settings of the student and its training."""
+    """Settings of the student and its training; `training.batch_size` counts queries."""
 
     student: StudentConfig = field(default_factory=StudentConfig)
-    candidates_per_step: int = 256
-    """Candidates drawn of each query's set at each step."""
+    loss: str = "bce"
+    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores', 'listwise', 'margin' or 'lambdarank' (fastattr/losses.py)."""
+    targets: str = "ranks"
+    """'ranks' of the teacher's scores, or 'residual_ranks', of what is about the query alone; see `pairs.make_table`."""
+    images_per_step: int = 1024
+    """Training images drawn at each step, of those that the step's queries have as candidates."""
+    outsider_share: float = 0.1
+    """Part of a step's pairs that are outsiders (the paper's 10%), those of the table included, as far as the table holds
+    fewer."""
+    judge_every: int = 100
+    """Steps between judgements on the validation queries."""
+    patience: int = 10
+    """Judgements without a better one after which training stops."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
             steps=600,
-            batch_size=16,
+            batch_size=128,
             learning_rate=1e-3,
             weight_decay=0.01,
             warmup_steps=20,
@@ -48,32 +75,146 @@ class DistillConfig:
         )
     )
 
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES or self.targets not in set(TARGETS) - {"scores"}:
+            raise InputError(
+                f"loss must be one of {', '.join(LOSSES)} and targets 'ranks' or 'residual_ranks', "
+                f"got {self.loss!r} and {self.targets!r}"
+            )
+        if min(self.images_per_step, self.judge_every, self.patience) < 1 or not 0 <= self.outsider_share < 1:
+            raise InputError("images_per_step, judge_every and patience must be at least 1 and outsider_share in [0, 1)")
 
-def targets_of(influence: np.ndarray, is_outsider: np.ndarray) -> np.ndarray:
-    """Targets of one query's candidates.
-
-    Args:
-        influence: (C,) teacher's scores, higher = more influential.
-        is_outsider: (C,) bool.
-
-    Returns:
-        (C,) float32 in [0, 1]: 1 for the most influential, towards 0 for the least; outsiders 0.
-    """
-    closeness = 1.0 - ranks_of(influence) / len(influence)
-    return np.where(is_outsider, 0.0, closeness).astype(np.float32)
+    @property
+    def target_kind(self) -> str:
+        """What `pairs.make_table` makes of the scores."""
+        return "scores" if self.loss == "mse_scores" else self.targets
 
 
 class DistillLoss(nn.Module):
-    """Binary cross-entropy of scaled cosines; forward(query features, candidate features, targets) -> scalar."""
+    """A loss of all pairs of some queries and images; forward(queries, images, targets, weights) -> scalar."""
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, student: Student, loss: str) -> None:
         super().__init__()
         self.student = student
+        self._loss = LOSSES[loss]
 
-    def forward(self, queries: torch.Tensor, candidates: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Args: queries (Q, F); candidates (Q, C, F); targets (Q, C) in [0, 1]."""
-        cosine = torch.einsum("qd,qcd->qc", self.student(queries), self.student(candidates))
-        return F.binary_cross_entropy_with_logits(self.student.logits(cosine), targets)
+    def forward(
+        self, queries: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Args: queries (Q, F); images (N, F); targets and weights (Q, N)."""
+        cosine = (self.student(queries, query=True) @ self.student(images).T).float()
+        logits = self.student.logits(cosine) + self.student.popularity(images).float()
+        return self._loss(logits, targets, weights)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Queries on which a student is judged while it learns."""
+
+    features: np.ndarray
+    """(V, F)."""
+    rows: Sequence[np.ndarray]
+    """V arrays (C,) of corpus rows."""
+    influence: Sequence[np.ndarray]
+    """V arrays (C,) of the teacher's scores."""
+
+    def mean_average_precision(self, student: Student, images: FeatureRows, *, percent: float = 1.0) -> float:
+        """mAP(L), L in percent of the corpus, within the queries' candidate sets."""
+        union, inverse = np.unique(np.concatenate(self.rows), return_inverse=True)
+        embedded = np.concatenate([embed(student, images[part]) for part in np.array_split(union, -(-len(union) // 8192))])
+        queries = embed(student, self.features, query=True)
+        positives = max(1, round(len(images) * percent / 100))
+        places = np.split(inverse, np.cumsum([len(part) for part in self.rows])[:-1])
+        found = [
+            teacher_average_precision(embedded[place] @ query, influence, positives=min(positives, len(influence)))
+            for place, query, influence in zip(places, queries, self.influence, strict=True)
+        ]
+        return float(np.mean(found))
+
+
+def distill(
+    table: PairTable,
+    queries: FeatureRows,
+    images: FeatureRows,
+    config: DistillConfig,
+    *,
+    checkpoint: Path,
+    validation: Validation | None = None,
+    made_from: object = None,
+    accelerator: Accelerator | None = None,
+    on_judgement: Callable[[float], None] | None = None,
+) -> Student:
+    """Train a student on a table.
+
+    Args:
+        table: of the Q training queries.
+        queries: (Q, F) their features, in the same order.
+        images: (N, F) features of the training images.
+        config: shape and training.
+        checkpoint: see `training.fit`.
+        validation: stops the training and chooses the weights; None trains for all steps.
+        made_from: see `training.fit`.
+        accelerator: see `training.fit`.
+        on_judgement: told each validation mAP.
+
+    Returns:
+        The student with averaged weights.
+    """
+    torch.manual_seed(config.training.seed)
+    student = Student(images.shape[1], config.student)
+    spread = np.unique(np.linspace(0, len(images) - 1, START_ROWS).astype(np.int64))
+    student.start_from(images[spread])
+
+    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        drawn = table.draw(picked, config.images_per_step, generator)
+        targets, known = table.block(picked, drawn)
+        weights = torch.from_numpy(known.astype(np.float32))
+        chance = _outsider_chance(table, config.outsider_share, float(known.mean()))
+        if chance > 0:
+            extra = torch.rand(weights.shape, generator=generator) < chance
+            weights = torch.maximum(weights, extra.float())
+            if config.target_kind == "scores":  # an outsider's score is not known: it counts as the query's least
+                lowest = torch.from_numpy(np.where(known, targets, np.inf).min(axis=1)).clamp(max=0.0)
+                targets = np.where(known, targets, lowest[:, None].numpy())
+        arrays = (queries[picked], images[drawn], targets.astype(np.float32))
+        return (*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), weights)
+
+    def judge(module: nn.Module) -> float:
+        assert isinstance(module, DistillLoss)
+        assert validation is not None
+        value = validation.mean_average_precision(module.student, images)
+        if on_judgement is not None:
+            on_judgement(value)
+        return value
+
+    average = fit(
+        DistillLoss(student, config.loss),
+        batch_of,
+        config.training,
+        examples=len(table),
+        checkpoint=checkpoint,
+        made_from=made_from,
+        accelerator=accelerator,
+        stopping=EarlyStopping(judge, config.judge_every, config.patience) if validation else None,
+        description="student",
+    )
+    trained = average.student
+    assert isinstance(trained, Student)
+    return trained
+
+
+def _outsider_chance(table: PairTable, share: float, known: float) -> float:
+    """With what probability a pair that the table lacks is taken, so that outsiders are `share` of all pairs.
+
+    Args:
+        table: how many outsiders it holds itself.
+        share: wanted.
+        known: part of the pairs that the table holds.
+    """
+    if known in (0.0, 1.0):
+        return 0.0
+    wanted = known * max(0.0, share - table.outsiders) / (1 - share)
+    return min(1.0, wanted / (1 - known))
 
 
 def train_student(
@@ -87,7 +228,7 @@ def train_student(
     made_from: object = None,
     accelerator: Accelerator | None = None,
 ) -> Student:
-    """Train a student.
+    """Train a student on queries in memory, for all steps.
 
     Args:
         scored: the Q training queries with their candidates' scores.
@@ -102,39 +243,25 @@ def train_student(
     Returns:
         The student with averaged weights.
     """
+    table = make_table(labels_of(scored, rows), corpus_size=len(corpus_features), kind=config.target_kind)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "made_from": made_from, "accelerator": accelerator}
+    return distill(table, query_features, corpus_features, config, **options)
+
+
+def read_validation(run_dir: Path, corpus: Corpus, query_folders: Sequence[Path]) -> Validation | None:
+    """The validation queries of a run folder; None if it has none."""
+    scored = read_scores(run_dir / "scores", split="validation")
     if not scored:
-        raise InputError("there is no training query to distill from; score some with `fastattr teach`.")
-    targets = [targets_of(query.influence, query.is_outsider) for query in scored]
-    torch.manual_seed(config.training.seed)
-    student = Student(corpus_features.shape[1], config.student)
-    student.set_projection(corpus_features)
-
-    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        candidates, labels = [], []
-        for query in picked:
-            size = min(config.candidates_per_step, min(len(rows[other]) for other in picked))
-            drawn = torch.randperm(len(rows[query]), generator=generator)[:size].numpy()
-            candidates.append(corpus_features[rows[query][drawn]])
-            labels.append(targets[query][drawn])
-        return tuple(torch.from_numpy(part) for part in (query_features[picked], np.stack(candidates), np.stack(labels)))
-
-    average = fit(
-        DistillLoss(student),
-        batch_of,
-        config.training,
-        examples=len(scored),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="student",
+        return None
+    return Validation(
+        read_features(query_folders, [query.query_id for query in scored]),
+        [corpus.rows(query.image_ids) for query in scored],
+        [query.influence for query in scored],
     )
-    trained = average.student
-    assert isinstance(trained, Student)
-    return trained
 
 
 def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
-    """Distill run_dir/scores into run_dir/student; returns the manifest."""
+    """Distill run_dir/scores into run_dir/student, on all processes; returns the manifest."""
     corpus = Corpus(run_dir / "corpus")
     scores_manifest = open_stage(run_dir / "scores", "scores")
     corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
@@ -147,21 +274,25 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
     if finished(folder, stage="student", config=config, inputs=inputs):
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
         return manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    scored = read_scores(run_dir / "scores", split="train")
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    checkpoint = folder / "checkpoint.safetensors"
-    corpus_features = read_features(corpus_folders, corpus.image_ids)
-    student = train_student(
-        scored,
-        read_features(query_folders, [query.query_id for query in scored]),
-        corpus_features,
-        [corpus.rows(query.image_ids) for query in scored],
+    checkpoint, mapped = folder / "checkpoint.safetensors", folder / "table"
+    labels = stream_labels(run_dir / "scores", corpus.image_ids)
+    if accelerator.is_main_process:
+        make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
+    accelerator.wait_for_everyone()
+    query_ids = split_query_ids(run_dir / "scores", "train")
+    features = MappedFeatures(corpus_folders, corpus.image_ids)
+    student = distill(
+        open_table(mapped),
+        MappedFeatures(query_folders, query_ids),
+        features,
         config,
         checkpoint=checkpoint,
+        validation=read_validation(run_dir, corpus, query_folders),
         made_from=[config, inputs],
         accelerator=accelerator,
     )
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_student(student, folder / "model.safetensors")
         write_manifest(
@@ -170,13 +301,14 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
             config=config,
             inputs=inputs,
             encoders=list(encoders),
-            feature_dim=corpus_features.shape[1],
+            feature_dim=features.shape[1],
             corpus_fingerprint=corpus.fingerprint,
             generator_fingerprint=scores_manifest["generator_fingerprint"],
             teacher=scores_manifest["teacher"],
-            training_queries=len(scored),
+            training_queries=len(query_ids),
         )
         checkpoint.unlink(missing_ok=True)
+        remove(mapped)
     accelerator.wait_for_everyone()
     manifest = read_json(folder / MANIFEST)
     return manifest
@@ -193,3 +325,10 @@ def load_student(path: Path, *, feature_dim: int, config: StudentConfig) -> Stud
     student = Student(feature_dim, config)
     student.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return student.eval()
+
+
+def open_student(run_dir: Path) -> Student:
+    """The student of a run folder."""
+    manifest = open_stage(run_dir / "student", "student")
+    shape = StudentConfig.from_json(manifest["config"]["student"])
+    return load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)

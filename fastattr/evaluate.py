@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from fastattr.artifacts import atomic_path, finished, open_stage, read_json, require_same, write_json, write_manifest
 from fastattr.corpus import Corpus
-from fastattr.distill import load_student
+from fastattr.distill import open_student
 from fastattr.errors import InputError
 from fastattr.features import features_fingerprint, folders, read_features, slug
 from fastattr.metrics import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
 from fastattr.scores import ScoredQuery, read_scores
-from fastattr.student import StudentConfig, embed
+from fastattr.student import embed_both
 from fastattr.truth import (
     GroundTruth,
     bootstrap,
@@ -110,7 +110,7 @@ def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> di
         raise InputError(f"the score table has no {config.split!r} query to evaluate on.")
     rows = [corpus.rows(query.image_ids) for query in scored]
     query_ids = [query.query_id for query in scored]
-    methods = {"student": _student_scores(run_dir, student_manifest, corpus, query_ids, rows, corpus_folders, query_folders)}
+    methods = {"student": _student_scores(run_dir, corpus, query_ids, rows, corpus_folders, query_folders)}
     methods["untuned"] = _cosines(
         read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids), rows
     )
@@ -147,7 +147,6 @@ def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> di
 
 def _student_scores(
     run_dir: Path,
-    manifest: Mapping[str, Any],
     corpus: Corpus,
     query_ids: Sequence[str],
     rows: Sequence[np.ndarray],
@@ -155,10 +154,8 @@ def _student_scores(
     query_folders: Sequence[Path],
 ) -> list[np.ndarray]:
     """Q arrays of the student's similarities to each query's candidates."""
-    shape = StudentConfig(**{**manifest["config"]["student"], "hidden": tuple(manifest["config"]["student"]["hidden"])})
-    student = load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)
-    ours = embed(student, read_features(query_folders, query_ids))
-    theirs = embed(student, read_features(corpus_folders, corpus.image_ids))
+    features = read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids)
+    ours, theirs = embed_both(open_student(run_dir), *features)
     return [theirs[part] @ query for part, query in zip(rows, ours, strict=True)]
 
 

@@ -111,12 +111,11 @@ def student_of(weights: dict[str, torch.Tensor]) -> tuple[Student, StudentConfig
         embed_dim=len(weights["mlp.output_layer.bias"]),
         hidden=tuple(len(weights[f"{name}.bias"]) for name in linear[:-1]),
         input_norm=norm <= set(weights),
+        linear_path=False,
     )
     width = weights[f"{linear[0]}.weight"].shape[1]
     student = Student(width, config)
     state = {
-        "linear.weight": torch.zeros(config.embed_dim, width),  # theirs has no linear path
-        "linear.bias": torch.zeros(config.embed_dim),
         "log_scale": torch.tensor(math.log(abs(scale))),
         "bias": torch.tensor(-bias),
     }
@@ -191,7 +190,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
     except ValueError as error:
         raise ArtifactDamagedError(f"{features} can't be read as an array: {error}") from error
     catalog = read_ids(ids)
-    width = student.linear.in_features
+    width = student.feature_dim
     if values.ndim != 2 or values.shape != (len(catalog), width):
         raise InputError(
             f"{features} is {values.shape}; {weights.name} and the ids of {ids.name} need ({len(catalog)}, {width})."
@@ -203,7 +202,9 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         temporary.mkdir(parents=True)
         save_file(student.state_dict(), temporary / "model.safetensors")  # not halved: orders are to be theirs exactly
         signed = sign * embeddings
-        built = build(lambda start, stop: signed[start:stop], *signed.shape, IndexConfig(factory="Flat"), temporary)
+        built = build(
+            lambda start, stop: signed[start:stop], len(signed), signed.shape[1], IndexConfig(factory="Flat"), temporary
+        )
         pq.write_table(catalog, temporary / "catalog.parquet", compression="zstd")
         write_json(temporary / "metrics.json", {})
         write_config(

@@ -64,6 +64,8 @@ class IndexConfig:
     """Memory that the index may take, in 10^9 bytes; 0 takes half of what is free."""
     shard_rows: int = 0
     """Rows in one index file; 0 keeps the whole index in one."""
+    plain: str = "SQ4"
+    """FAISS factory string of a second index, of the untuned features, for `FastAttributor.plain`; '' leaves it out."""
 
     def __post_init__(self) -> None:
         if self.shard_rows < 0:
@@ -523,6 +525,14 @@ class Shards:
                 parts.append(index.reconstruct_n(low, high - low))
         return np.concatenate(parts)
 
+    def reconstruct_batch(self, rows: np.ndarray) -> np.ndarray:
+        """(k, D) vectors of (k,) rows, as the shards keep them."""
+        vectors = np.empty((len(rows), self.shards[0][0].d), dtype=np.float32)
+        for index, first in self.shards:
+            own = (rows >= first) & (rows < first + index.ntotal)
+            vectors[own] = index.reconstruct_batch(rows[own] - first)
+        return vectors
+
 
 def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]], first: Path) -> Shards:
     """Shards as one; inverted files with the same lists become one index, so that lists are chosen once.
@@ -588,15 +598,20 @@ class Ranked:
 
     def similarities(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(Q, n) exact similarities of chosen rows."""
-        values = self.vectors.take(rows) if self.vectors else self._reconstructed(rows)
-        return queries @ values.T
+        return queries @ self.take(rows).T
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The best vectors there are of consecutive rows, (stop - start, D) float32."""
         return self.vectors.take(np.arange(start, stop)) if self.vectors else self.index.reconstruct(start, stop)
 
-    def _reconstructed(self, rows: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.index.reconstruct(int(row), int(row) + 1) for row in rows])
+    @property
+    def dim(self) -> int:
+        """D."""
+        return int(self.vectors.dim if self.vectors else self.index.shards[0][0].d)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The best vectors there are of chosen rows, (n, D) float32; only if `reads_rows`."""
+        return self.vectors.take(rows) if self.vectors else self.index.reconstruct_batch(rows)
 
 
 def rerank(
@@ -639,6 +654,15 @@ def search(index: Searchable, queries: np.ndarray, k: int) -> tuple[np.ndarray, 
         raise InputError(f"top-k must be between 1 and {index.ntotal} (the images in the corpus), got {k}.")
     similarities, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
     return rows, similarities
+
+
+def stored_vectors(index: Searchable, rows: np.ndarray) -> np.ndarray | None:
+    """(k, D) float32 vectors of (k,) rows as the index keeps them; None if it is of a kind that cannot give them back."""
+    try:
+        vectors: np.ndarray = index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return None
+    return vectors
 
 
 def exact_neighbours(queries: np.ndarray, read: Read, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:

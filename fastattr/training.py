@@ -87,6 +87,27 @@ def trapezoid(decay_share: float) -> Callable[[int, TrainingConfig], float]:
     return rate
 
 
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Keep the averaged weights that are best by some judgement, and stop once they have not improved for a while."""
+
+    judge: Callable[[nn.Module], float]
+    """Of the averaged weights, higher = better; the same on every process."""
+    every: int
+    """Steps between judgements."""
+    patience: int
+    """Judgements without improvement after which to stop."""
+
+
+@dataclass
+class _Best:
+    """The best averaged weights so far."""
+
+    value: float = -math.inf
+    waited: int = 0
+    weights: dict[str, torch.Tensor] | None = None
+
+
 def fit(
     loss_module: nn.Module,
     batch_of: Callable[[np.ndarray, torch.Generator], tuple[torch.Tensor, ...]],
@@ -97,6 +118,7 @@ def fit(
     made_from: object = None,
     accelerator: Accelerator | None = None,
     schedule: Callable[[int, TrainingConfig], float] = learning_rate_at,
+    stopping: EarlyStopping | None = None,
     description: str = "train",
 ) -> nn.Module:
     """Train `loss_module` in place and return a copy that holds the averaged weights.
@@ -111,6 +133,7 @@ def fit(
             of anything else is refused, except one with another number of steps that had the same learning rates.
         accelerator: device, precision and processes; made from `config` if not given.
         schedule: (step, config) -> learning rate.
+        stopping: judge the averaged weights now and then, and return the best of them; None returns the last.
         description: label of the progress bar.
 
     Raises:
@@ -124,7 +147,8 @@ def fit(
         loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
-    start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer)
+    best = _Best()
+    start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer, best)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     model.train()
     per_process = config.batch_size // accelerator.num_processes
@@ -133,6 +157,8 @@ def fit(
     )
     running = float("nan")
     for step in bar:
+        if stopping and best.waited >= stopping.patience:
+            break
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, config)
         rows = batch_rows(step, examples=examples, batch_size=config.batch_size, seed=config.seed)
@@ -158,11 +184,27 @@ def fit(
         running = value if math.isnan(running) else 0.98 * running + 0.02 * value
         if step % 20 == 0:
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if stopping and ((step + 1) % stopping.every == 0 or step + 1 == config.steps):
+            _judge(stopping, average.module, best)
+            bar.set_postfix(loss=f"{running:.4f}", best=f"{best.value:.4f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 and accelerator.is_main_process:
-            _save_checkpoint(checkpoint, config, made_from, step + 1, accelerator.unwrap_model(model), average, optimizer)
+            _save_checkpoint(checkpoint, config, made_from, step + 1, accelerator.unwrap_model(model), average, optimizer, best)
     accelerator.wait_for_everyone()
+    if best.weights is not None:
+        average.module.load_state_dict(best.weights)
     result: nn.Module = average.module
     return result.eval()
+
+
+def _judge(stopping: EarlyStopping, average: nn.Module, best: _Best) -> None:
+    """Note the averaged weights if they are the best so far."""
+    training = average.training
+    value = stopping.judge(average.eval())
+    average.train(training)
+    best.waited += 1
+    if value > best.value:
+        best.value, best.waited = value, 0
+        best.weights = {name: tensor.detach().clone() for name, tensor in average.state_dict().items()}
 
 
 def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -182,13 +224,22 @@ def _identity(config: TrainingConfig, made_from: object) -> str:
 
 
 def _save_checkpoint(
-    path: Path, config: TrainingConfig, made_from: object, step: int, model: nn.Module, average: AveragedModel, optimizer: Any
+    path: Path,
+    config: TrainingConfig,
+    made_from: object,
+    step: int,
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: Any,
+    best: _Best,
 ) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors |= {f"best.{name}": value for name, value in (best.weights or {}).items()}
     metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": _identity(config, made_from)}
+    metadata |= {"best": str(best.value), "waited": str(best.waited)}
     with atomic_path(path) as temporary:
         save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
 
@@ -201,6 +252,7 @@ def _load_checkpoint(
     model: nn.Module,
     average: AveragedModel,
     optimizer: torch.optim.Optimizer,
+    best: _Best,
 ) -> int:
     """Restore everything and return the step to go on from; 0 without a checkpoint."""
     if not path.exists():
@@ -220,6 +272,8 @@ def _load_checkpoint(
     tensors = load_file(path)
     for prefix, module in (("model.", model), ("average.", average)):
         module.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+    best.value, best.waited = float(metadata.get("best", "-inf")), int(metadata.get("waited", "0"))
+    best.weights = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")} or None
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

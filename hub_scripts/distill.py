@@ -1,4 +1,4 @@
-"""Train the student on a score table, evaluate it on the test queries and put the attributor together.
+"""Train the student on a score table, calibrate it, evaluate it on the test queries and put the attributor together.
 
     python hub_scripts/distill.py --config hub_scripts/configs/emoji.yaml
     accelerate launch hub_scripts/distill.py --config hub_scripts/configs/emoji.yaml --push-to-hub my-name
@@ -11,4 +11,4 @@ import sys
 from common import run_stages
 
 if __name__ == "__main__":
-    sys.exit(run_stages(["distill", "evaluate", "index"], __doc__, makes=["attributor"]))
+    sys.exit(run_stages(["distill", "calibrate", "evaluate", "index"], __doc__, makes=["attributor"]))

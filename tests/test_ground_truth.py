@@ -59,7 +59,7 @@ SIZES = benchmark.Sizes(
     resamples=20,
     student=DistillConfig(
         student=StudentConfig(embed_dim=8, hidden=(8,)),
-        candidates_per_step=8,
+        images_per_step=8,
         training=TrainingConfig(steps=2, batch_size=2, checkpoint_every=10),
     ),
 )

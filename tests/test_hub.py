@@ -184,7 +184,7 @@ def test_only_what_is_asked_for_is_downloaded(hub, sharded):
     hub.sent.clear()
     part = FastAttributor.from_pretrained(ID, thumbnails=False, shards=[1])
     files = read_json(sharded / "config.json")["sha256"]
-    left_out = {"thumbnails.parquet", "index-00000-of-00003.faiss", "index-00002-of-00003.faiss"}
+    left_out = {"thumbnails.parquet", "plain.faiss", "index-00000-of-00003.faiss", "index-00002-of-00003.faiss"}
     assert set(hub.sent) == {"config.json", *files} - left_out
     catalog = part.catalog["image_id"].to_pylist()
     expected = [result.image_id for result in whole.results if 20 <= catalog.index(result.image_id) < 40]

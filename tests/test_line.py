@@ -20,6 +20,7 @@ from fastattr import (
     NonFiniteError,
     QueriesFailedError,
 )
+from fastattr.attribute import UNASSIGNED
 from fastattr.build import STAGES, embed_assets, run
 from fastattr.candidates import read_candidates
 from fastattr.cli import main
@@ -220,10 +221,12 @@ def test_save_then_load_changes_nothing(attributor: FastAttributor, tmp_path: Pa
 def test_shares_sum_to_one_and_follow_the_named_column(attributor: FastAttributor):
     """Shares of rows grouped by the wrong column would pay the wrong people."""
     answer = attributor.attribute(draw("red", "circle", "plain"), "red circle, plain style", k=7)
-    shares = answer.shares(by="creator")
-    assert shares["share"].sum() == pytest.approx(1)
-    expected = answer.to_pandas()["creator"].value_counts()
-    assert dict(zip(shares["creator"], shares["images"], strict=True)) == expected.to_dict()
+    for column in ("creator", "license", "source", "caption"):
+        shares = answer.shares(by=column)
+        assert list(shares) == [column, "share", "low", "high", "images"]
+        assert shares["share"].sum() == pytest.approx(1)
+        assert shares[column].iloc[-1] == UNASSIGNED
+        assert set(shares[column].iloc[:-1]) <= set(attributor.catalog[column].to_pylist())
     with pytest.raises(InputError, match="not by 'colour'"):
         answer.shares(by="colour")
 

@@ -10,10 +10,11 @@ import torch
 from sklearn.metrics import average_precision_score, ndcg_score
 
 from fastattr.candidates import choose_candidates
-from fastattr.distill import DistillConfig, load_student, save_student, targets_of, train_student
+from fastattr.distill import DistillConfig, load_student, save_student, train_student
 from fastattr.errors import ArtifactDamagedError, InputError, NonFiniteError
 from fastattr.index import build_index, load_index, save_index, search
 from fastattr.metrics import average_precision, ndcg, paired_bootstrap, spearman, teacher_average_precision, top_k_overlap
+from fastattr.pairs import targets_of
 from fastattr.scores import ScoredQuery, ranks_of
 from fastattr.student import Student, StudentConfig, embed
 from fastattr.training import TrainingConfig
@@ -165,7 +166,7 @@ def test_student_learns_what_untuned_features_do_not_show(tmp_path: Path):
     scored, query_features, corpus_features = planted(120, 300, 16)
     config = DistillConfig(
         student=StudentConfig(embed_dim=16, hidden=(64,)),
-        candidates_per_step=100,
+        images_per_step=100,
         training=TrainingConfig(steps=150, batch_size=16, learning_rate=3e-3, warmup_steps=5, ema_decay=0.95),
     )
     student = train_student(
@@ -187,7 +188,7 @@ def test_untrained_student_keeps_the_features_cosines():
     """Its starting point must be the untuned ranking, not a random one."""
     features = unit(np.random.default_rng(10), 60, 12)
     student = Student(12, StudentConfig(embed_dim=12, hidden=(8,)))
-    student.set_projection(features)
+    student.start_from(features)
     vectors = embed(student, features)
     np.testing.assert_allclose(vectors @ vectors.T, features @ features.T, atol=1e-5)
 

@@ -52,9 +52,10 @@ candidates: {{per_query: 12}}
 teacher: {{factor_examples: 16, query_draws: 8, loss_draws: 2, batch_size: 7, linearised: [train]}}
 distill:
   student: {{embed_dim: 8, hidden: [16]}}
-  candidates_per_step: 8
+  images_per_step: 8
   training: {{steps: 4, batch_size: 2}}
 evaluate: {{positives_percent: 10.0, overlap_k: 3}}
+index: {{plain: Flat}}
 """
 
 
