@@ -159,17 +159,16 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
     Raises:
         InputError: FAISS does not know the factory string.
     """
-    index = make(factory, dim)
-    fixed = 0
-    inner = index
-    if isinstance(inner, faiss.IndexPreTransform):
-        fixed += sum(4 * inner.chain.at(i).d_in * inner.chain.at(i).d_out for i in range(inner.chain.size()))
-        inner = faiss.downcast_index(inner.index)
+    index: Any = make(factory, dim)
+    fixed, inner = 0, _inner(index)
+    if inner is not index:
+        fixed += sum(4 * index.chain.at(i).d_in * index.chain.at(i).d_out for i in range(index.chain.size()))
     if isinstance(inner, faiss.IndexIVF):
         per_row = inner.code_size + 8  # and the row's id
         fixed += 4 * inner.nlist * inner.d
     elif isinstance(inner, faiss.IndexHNSW):
-        links = 4 * 2 * inner.hnsw.nb_neighbors(1)  # on the ground level, and 1 in M rows has as many half again
+        # On the ground level; 1 in M rows has as many half again.
+        links = 4 * 2 * inner.hnsw.nb_neighbors(1)  # type: ignore[attr-defined]
         per_row = faiss.downcast_index(inner.storage).sa_code_size() + round(1.1 * links) + 12
     else:
         per_row = inner.sa_code_size()
@@ -178,6 +177,8 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
     vectors = rows * 2 * dim if keeps_vectors(factory) else 0
     memory = rows * per_row + fixed + (rows * DIGEST_BYTES if vectors else 0)
     at_once = min(rows, shard_rows or (BUILD_ROWS if isinstance(inner, faiss.IndexIVF) else rows))
+    shards = -(-rows // at_once)
+    memory += (shards if shards > 1 else 0) * fixed  # each shard has the lists' centres, and the whole once more
     training = min(rows, TRAINING_ROWS) * dim * 4 * 2
     return Estimate(
         factory=factory,
@@ -232,21 +233,27 @@ def make(factory: str, dim: int) -> faiss.Index:
         InputError: FAISS does not know the factory string.
     """
     try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        index: faiss.Index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise InputError(
             f"FAISS does not know the index {factory!r} for width {dim}; try 'auto', 'Flat', 'SQfp16' or 'HNSW32'."
         ) from error
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner = _inner(index)
     if inner is not index:
-        first = faiss.downcast_VectorTransform(index.chain.at(0))
+        whole: Any = index
+        first: Any = faiss.downcast_VectorTransform(whole.chain.at(0))
         if isinstance(first, faiss.OPQMatrix):
             first.niter, first.max_train_points = 10, 16_384
     if isinstance(inner, faiss.IndexPQ):
-        inner.do_polysemous_training = False  # minutes, for a kind of search that is not used here
+        inner.do_polysemous_training = False  # type: ignore[attr-defined]  # slow, for searches not used here
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
-        inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 12, 128  # a quarter of the time, the same recall
+        inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 12, 128  # a quarter of the work
     return index
+
+
+def _inner(index: faiss.Index) -> Any:
+    """The index behind a transform of the vectors, or itself; it lives as long as the whole. FAISS's types name few members."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
@@ -400,7 +407,7 @@ def _lists(index: faiss.Index) -> int:
 def write_vectors(read: Read, rows: int, dim: int, folder: Path, name: str) -> dict[str, Any]:
     """Write the vectors as float16 and a digest of each; goes on after the last whole batch."""
     stem = "vectors" + name.removeprefix("index")
-    listed = {"file": f"{stem}.f16", "digests": f"{stem}.sha256", "rows": rows, "dim": dim}
+    listed: dict[str, Any] = {"file": f"{stem}.f16", "digests": f"{stem}.sha256", "rows": rows, "dim": dim}
     values, digests = folder / listed["file"], folder / listed["digests"]
     done = 0
     if values.exists() and digests.exists():
@@ -543,7 +550,7 @@ def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]], first: Path) -> S
     """
     if len(loaded) == 1 or not all(listed.get("own_ids") for _, listed in loaded):
         return Shards([(index, 0 if listed.get("own_ids") else int(listed["first_row"])) for index, listed in loaded])
-    lists = faiss.InvertedListsPtrVector()
+    lists = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
     for index, _ in loaded:
         lists.push_back(faiss.extract_index_ivf(index).invlists)
     stacked = faiss.HStackInvertedLists(lists.size(), lists.data())
@@ -557,15 +564,15 @@ def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]], first: Path) -> S
 
 def _parameters(index: faiss.Index, k: int, widen: int) -> Any:
     """How wide to search; None for an exhaustive index."""
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    parameters = None
+    inner = _inner(index)
+    parameters: Any = None
     if isinstance(inner, faiss.IndexIVF):
         wider = {"nprobe": min(inner.nprobe * widen, inner.nlist)}
         parameters = faiss.SearchParametersIVF(**wider)
     elif isinstance(inner, faiss.IndexHNSW):
-        parameters = faiss.SearchParametersHNSW(efSearch=max(inner.hnsw.efSearch, 2 * k))
+        parameters = faiss.SearchParametersHNSW(efSearch=max(inner.hnsw.efSearch, 2 * k))  # type: ignore[attr-defined]
     if parameters is not None and inner is not index:
-        return faiss.SearchParametersPreTransform(index_params=parameters)
+        return faiss.SearchParametersPreTransform(index_params=parameters)  # type: ignore[call-arg]
     return parameters
 
 
@@ -598,7 +605,8 @@ class Ranked:
 
     def similarities(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(Q, n) exact similarities of chosen rows."""
-        return queries @ self.take(rows).T
+        values: np.ndarray = queries @ self.take(rows).T
+        return values
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The best vectors there are of consecutive rows, (stop - start, D) float32."""
@@ -839,7 +847,7 @@ def empty_copy(path: Path, factory: str) -> faiss.Index:
     index = _map(path, inverted=True)
     ivf = faiss.extract_index_ivf(index)
     lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
-    lists.this.disown()
+    lists.this.disown()  # type: ignore[attr-defined]
     ivf.replace_invlists(lists, True)
     ivf.ntotal = index.ntotal = 0
     return index

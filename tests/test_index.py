@@ -142,7 +142,7 @@ def test_what_is_chosen_fits_the_memory_given(rows, dim):
 def test_estimates_are_what_the_files_have(tmp_path, vectors, factory):
     """The refusal to build rests on them."""
     settings = build(reader(vectors), len(vectors), DIM, IndexConfig(factory=factory, shard_rows=len(vectors)), tmp_path)
-    expected = estimate(len(vectors), DIM, factory)
+    expected = estimate(len(vectors), DIM, factory, shard_rows=len(vectors))
     on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
     in_memory = on_disk - (tmp_path / settings["vectors"]["file"]).stat().st_size if settings["vectors"] else on_disk
     assert expected.memory == pytest.approx(in_memory, rel=0.1)
