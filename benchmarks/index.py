@@ -104,7 +104,7 @@ def measure(
         started, spent = time.perf_counter(), time.process_time()
         settings = index.build(read, rows, queries.shape[1], IndexConfig(factory=factory), folder)
         seconds = {"build_seconds": time.perf_counter() - started, "build_cpu_seconds": time.process_time() - spent}
-        write_json(finished, {**settings, **seconds})
+        write_json(finished, {**settings, **seconds, "build_peak_gb": peak_gb()})
     settings = read_json(finished)
     files = [path for path in folder.iterdir() if path.is_file() and path != finished]
     checksums = {path.name: sha256_file(path) for path in files if path.suffix != ".f16"}
@@ -125,7 +125,8 @@ def measure(
     for threads in (1, 2):
         faiss.omp_set_num_threads(threads)
         suffix = "" if threads == 1 else "_2_threads"
-        timed_here = latencies(lambda query: ranked.search(query[None], K), queries, timed)
+        with threadpoolctl.threadpool_limits(threads):
+            timed_here = latencies(lambda query: ranked.search(query[None], K), queries, timed)
         result |= {f"{key}{suffix}": value for key, value in timed_here.items()}
     return {f"{prefix}_{name}": value for name, value in result.items()}
 
@@ -226,7 +227,7 @@ def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
         faiss.omp_set_num_threads(os.cpu_count() or 1)
         folder = work / name / kind
         results |= measure(f"{name}_{kind}", factory, read, rows, queries, exact, folder, timed=20 if quick else 500)
-        results[f"{name}_{kind}_peak_gb"] = peak_gb()
+        results[f"{name}_{kind}_peak_gb"] = max(peak_gb(), read_json(folder / "settings.json")["build_peak_gb"])
         if kind != "ivf_rabitq":
             shutil.rmtree(folder)
     return results
