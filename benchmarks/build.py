@@ -67,7 +67,7 @@ CONFIG = """\
 name: studio
 corpus: {{kind: folder, path: {folder}/pictures}}
 generator: {{pretrained: emoji, lora: {folder}/lora, unlearn: lora}}
-queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, guidance: 2.5}}
+queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, steps: 20, guidance: 2.5}}
 features: {{encoders: ["open_clip-image:emoji", "open_clip-text:emoji"]}}
 candidates: {{per_query: {candidates}}}
 teacher: {{linearised: [train, validation], query_draws: 64, factor_examples: {factors}}}
@@ -75,7 +75,7 @@ plan: {{probe_seconds: 900}}
 thumbnail_quality: 60
 index: {{factory: Flat}}
 """
-FULL = {"images": 300, "train": 120, "validation": 16, "test": 24, "candidates": 200, "factors": 2048, "steps": 200}
+FULL = {"images": 300, "train": 72, "validation": 10, "test": 14, "candidates": 150, "factors": 1024, "steps": 200}
 QUICK = {"images": 48, "train": 10, "validation": 4, "test": 6, "candidates": 30, "factors": 256, "steps": 5}
 COPIES = 20
 """Training images of which a near-copy is asked for; the first is `planted_copy_rank`."""
