@@ -67,7 +67,7 @@ CONFIG = """\
 name: studio
 corpus: {{kind: folder, path: {folder}/pictures}}
 generator: {{pretrained: emoji, lora: {folder}/lora, unlearn: lora}}
-queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, steps: 20, guidance: 2.5}}
+queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, steps: 20}}
 features: {{encoders: ["open_clip-image:emoji", "open_clip-text:emoji"]}}
 candidates: {{per_query: {candidates}}}
 teacher: {{linearised: [train, validation], query_draws: 64, factor_examples: {factors}}}
@@ -357,6 +357,7 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
             "peak_memory": peak,
             "planned_peak_memory": here["peak_memory"],
             "plan_memory_error": abs(here["peak_memory"] / peak - 1),
+            "load_average": os.getloadavg()[1],  # above the number of cores, the seconds are those of a shared machine
             **planted_copies(plain, seed=seed),
         }
     if part == "kills":
