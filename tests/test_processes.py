@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from safetensors.numpy import load_file
 
+from fastattr import features
 from fastattr.artifacts import read_json
 from fastattr.candidates import read_candidates
+from fastattr.config import load_config
 from fastattr.processes import split_between
 from fastattr.queries import Queries
 from fastattr.scores import read_scores
@@ -46,6 +50,26 @@ def test_a_build_on_two_processes_makes_what_one_makes(tiny_run: Path, tiny_conf
     for name, value in students[0].items():
         np.testing.assert_allclose(value, students[1][name], atol=2e-3)
     assert (again / "report" / "index.html").exists()
+
+
+def encode_features(config_path: Path, run_dir: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has its parent's, which is alone
+    features.PART_ROWS = 20  # 48 images: three parts
+    features.run(load_config(config_path).features, run_dir)
+
+
+def test_features_are_the_same_to_the_bit_on_two_processes(tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch):
+    """Rows of two processes put together in another order would give every image another's features."""
+    monkeypatch.setattr(features, "PART_ROWS", features.PART_ROWS)  # put back afterwards
+    for name in ("one", "two"):
+        shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("features", "query_features", "encoded"))
+    encode_features(tiny_config, tmp_path / "one")
+    debug_launcher(encode_features, (tiny_config, tmp_path / "two"), num_processes=2)
+    for folder in sorted((tmp_path / "one" / "features").iterdir()):
+        other = tmp_path / "two" / "features" / folder.name
+        assert [read_json(each / "manifest.json")["processes"] for each in (folder, other)] == [1, 2]
+        np.testing.assert_array_equal(np.load(folder / "features.npy"), np.load(other / "features.npy"))
+        assert (folder / "ids.parquet").read_bytes() == (other / "ids.parquet").read_bytes()
 
 
 class TwoProcesses:
