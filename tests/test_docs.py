@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastattr.config import load_config
+
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (REPOSITORY / "docs").glob("*.md")
@@ -53,3 +55,12 @@ def test_files_that_a_page_names_exist(page: Path):
         r"`((?:fastattr|benchmarks|tests|hub_scripts|docs|space)/[\w./-]+\.(?:py|md|yaml|toml))`", page.read_text()
     )
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def test_the_config_that_the_guide_shows_is_one(tmp_path: Path):
+    """The first thing that a new user copies must not be refused."""
+    shown = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "lora.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(shown) == 1
+    (tmp_path / "studio.yaml").write_text(shown[0], encoding="utf-8")
+    assert load_config(tmp_path / "studio.yaml").name == "studio"
+    assert len(shown[0].splitlines()) <= 10
