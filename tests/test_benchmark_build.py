@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -41,9 +41,8 @@ def test_a_changed_byte_or_score_is_noticed(tiny_run: Path, tmp_path: Path):
     assert benchmark.contents(tmp_path / "scores") == benchmark.contents(tiny_run / "scores")
     path = next((tmp_path / "scores").glob("test-*.parquet"))
     table = pq.read_table(path)
-    influence = [np.float32(row) * np.float32(1.01) for row in table["influence"].to_pylist()]
-    column = table.schema.get_field_index("influence")
-    pq.write_table(table.set_column(column, table.schema.field(column), [[row.tolist() for row in influence]]), path)
+    influence = pa.array([[1.01 * value for value in row] for row in table["influence"].to_pylist()], pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.schema.get_field_index("influence"), "influence", influence), path)
     assert benchmark.same_scores(tmp_path, tiny_run)["difference"] > 0
     assert benchmark.contents(tmp_path / "scores") != benchmark.contents(tiny_run / "scores")
 
