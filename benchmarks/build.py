@@ -192,7 +192,8 @@ def peak_of(process: subprocess.Popen[bytes]) -> int:
 
 def build_with_kills(config: Path, run_dir: Path, *, seconds: float, kills: int, seed: int) -> dict[str, Any]:
     """Build, killed at random moments within the `seconds` that it takes, each time going on; which stages were hit."""
-    moments = sorted(random.Random(seed).uniform(0.02, 0.95) for _ in range(kills))
+    dice = random.Random(seed)
+    moments = sorted(dice.uniform(0.02, 0.95) for _ in range(kills))
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     hit = []
     for before, moment in zip([0.0, *moments], moments, strict=False):
@@ -231,7 +232,13 @@ def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
         )
     if done.returncode:
         sys.exit(f"the build on two processes failed with exit code {done.returncode}")
+    return same_artifacts(run_dir, first)
+
+
+def same_artifacts(run_dir: Path, first: Path) -> dict[str, Any]:
+    """In what a run on two processes is that of one."""
     scores = same_scores(run_dir, first)
+    ours, theirs = contents(run_dir / "attributor"), contents(first / "attributor")
     folders = ("corpus", "queries", "features", "query_features", "candidates", "scores", "student", "attributor")
     same = [folder for folder in folders if _data(run_dir / folder) == _data(first / folder)]
     return {
@@ -239,7 +246,7 @@ def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
         "two_processes_same_rows": scores["same_rows"],
         "two_processes_largest_score_difference": scores["difference"],
         "two_processes_identical_folders": ", ".join(same),
-        "two_processes_attributor_identical": "attributor" in same,
+        "two_processes_attributor_differs_in": ", ".join(name for name in theirs if ours.get(name) != theirs[name]),
         "two_processes_answers": same_answers(run_dir / "attributor", first / "attributor", run_dir),
     }
 
