@@ -305,7 +305,7 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
 def encode_sets(
     encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig
 ) -> dict[str, dict[str, Any]]:
-    """Write one encoder's features of corpus and queries to FOLDER/features and FOLDER/query_features; returns the manifests."""
+    """Write an encoder's features of corpus and queries under `folder`, as `run` has them; returns the manifests."""
     specification = encoder.specification
     manifests = {}
     sets = (
