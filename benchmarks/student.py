@@ -90,6 +90,8 @@ class Sizes:
     """Time that the authors' way gets on the emoji tables."""
     truth_queries: int = 1000
     seed: int = 0
+    precision: str = "no"
+    """`TrainingConfig.mixed_precision` of our students."""
 
 
 QUICK = Sizes(speed_images=20_000, speed_candidates=2000, speed_steps=2, steps=60, paper_seconds=10.0)
@@ -109,7 +111,7 @@ def recipe(sizes: Sizes, **options: Any) -> DistillConfig:
         ema_decay=0.99,
         checkpoint_every=10_000,
         seed=sizes.seed,
-        mixed_precision=fast_precision(),
+        mixed_precision=sizes.precision,
     )
     own = {name: options.pop(name) for name in list(options) if name in TrainingConfig.__annotations__}
     return replace(DistillConfig(judge_every=100, patience=3), training=replace(training, **own), **options)
@@ -606,10 +608,9 @@ def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Si
     from ground_truth import CONFIG, BenchConfig
 
     from fastattr.config import read_config
-    from fastattr.diffusion_features import middle_activations
     from fastattr.evaluate import compare_with_truth, table_scores
 
-    bench_sizes = table_of_truth.QUICK if sizes == QUICK else table_of_truth.Sizes()
+    bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
     data = table_of_truth.open_data(truth_dir, run_dir, read_config(CONFIG, BenchConfig), bench_sizes, source)
     truth, lab, settings = data.truth, data.lab, table_of_truth.read_settings(data.truth)
     ids = {
@@ -637,20 +638,10 @@ def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Si
             name, lambda split, name=name: images[name] if split is None else data.queries(ids[split], name)
         )
 
-    def diffusion(split: str | None) -> np.ndarray:
-        own = encoded[split]
-        parts = np.array_split(np.arange(len(own.image_ids)), max(1, len(own.image_ids) // 128))
-        return np.concatenate(
-            [
-                middle_activations(lab.generator, own.latents[part, 0], own.conditioning[part])
-                for part in tqdm(parts, desc="diffusion")
-            ]
-        )
-
     def gradient(split: str | None) -> np.ndarray:
         return whitened_gradients(lab, encoded[split], settings, draws=settings.loss_draws if split is None else 64)
 
-    spaces["diffusion"] = both_kinds("diffusion", diffusion)
+    spaces["diffusion"] = both_kinds("diffusion", lambda split: lab.diffusion_features(encoded[split]))
     spaces["gradient"] = both_kinds("gradient", gradient)
     for name, members in (("both", ("image", "text")), ("all", ("image", "text", "diffusion"))):
         spaces[name] = {kind: np.concatenate([spaces[member][kind] for member in members], axis=1) for kind in spaces["image"]}
@@ -866,7 +857,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bench-run", type=Path, default=Path("runs/bench"), help="run folder of emoji-bench (%(default)s)")
     parser.add_argument("--corpus", type=Path, help="a finished emoji corpus for emoji-bench; else it is built there")
     options = parser.parse_args(arguments)
-    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(QUICK if options.quick else Sizes(), precision=fast_precision())
     parts = options.parts or [part for part in PARTS[1:] if part != "bench" or (options.truth / MANIFEST).exists()]
     if options.quick and not options.parts:
         parts = [part for part in parts if part != "bench"]
