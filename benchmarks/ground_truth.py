@@ -78,7 +78,7 @@ from fastattr.train_generator import (
     train_tokenizer,
 )
 from fastattr.training import fit, trapezoid
-from fastattr.truth import COUNTERFACTUALS, LOSSES, MODELS, write_table
+from fastattr.truth import LOSSES, MODELS, counterfactuals_schema, write_table
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"
 OUT = Path(__file__).parent / "truth" / "emoji-bench"
@@ -483,8 +483,16 @@ def query_losses(
     return losses / (2 * timesteps)
 
 
-def regenerations(generator: Generator, queries: Queries, query_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+def regenerations(
+    generator: Generator, queries: Queries, query_ids: Sequence[str], folder: Path
+) -> dict[str, dict[str, float]]:
     """How near a model comes to queries that another model drew, starting from the same noise.
+
+    Args:
+        generator: the model.
+        queries: drawn by the other one.
+        query_ids: which of them.
+        folder: where the drawings are written, QUERY.png.
 
     Returns:
         For each query 'mse' (mean squared difference of pixels in [0, 1]) and 'similarity' (cosine of image features).
@@ -498,6 +506,8 @@ def regenerations(generator: Generator, queries: Queries, query_ids: Sequence[st
         after = generator.generate(
             record["prompt"], seed=record["seed"], steps=record["steps"], guidance=float(record["guidance"])
         )
+        with atomic_path(folder / f"{query_id}.png") as temporary:
+            after.save(temporary, format="PNG")
         pixels = [np.asarray(image, dtype=np.float64) / 255 for image in (before, after)]
         features = encoder.encode([before, after], [[record["prompt"]]] * 2)
         found[query_id] = {
@@ -533,7 +543,7 @@ def measure(bench: Bench, model: Model) -> None:
         {
             "identity": measurement_identity(bench, model),
             "losses": {bench.queries.query_ids[row]: loss for row, loss in zip(rows, losses.tolist(), strict=True)},
-            "regenerated": regenerations(generator, bench.queries, model.regenerate),
+            "regenerated": regenerations(generator, bench.queries, model.regenerate, folder),
             "seconds": {
                 "train": read_json(folder / "training.json")["seconds"],
                 "measure": round(time.monotonic() - started, 1),
@@ -623,6 +633,7 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
             "method": model.method,
             "query_id": query_id,
             "loss": measured[model.model_id]["losses"][query_id],
+            "image": {"bytes": (bench.folder(model) / f"{query_id}.png").read_bytes(), "path": None},
             **values,
         }
         for model in present
@@ -634,7 +645,7 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
     ]
     write_table(out / "models.parquet", records, MODELS)
     write_table(out / "losses.parquet", losses, LOSSES)
-    write_table(out / "counterfactuals.parquet", counterfactuals, COUNTERFACTUALS)
+    write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
         pq.write_table(bench.corpus.catalog().drop_columns(["url"]), temporary, compression="zstd")
     with atomic_path(out / "queries.parquet") as temporary:

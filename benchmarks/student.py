@@ -27,6 +27,7 @@ from typing import Any
 import machine
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -866,7 +867,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = read_json(options.json) if options.json.exists() else {}
     if "features" in parts:
         encoder = open_encoder("diffusion:generator", folder=options.run)
-        encode_sets(encoder, Corpus(options.run / "corpus"), Queries(options.run / "queries"), options.work, FeaturesConfig())
+        corpus, queries = Corpus(options.run / "corpus"), Queries(options.run / "queries")
+        encode_sets(encoder, corpus, queries, options.work, FeaturesConfig(), Accelerator())
     if "speed" in parts:
         results |= measure_speed(sizes)
     if {"tables", "degrees"} & set(parts):

@@ -68,7 +68,7 @@ class Sizes:
     factor_examples: int = 2048
     reference_draws: int = PAPER_QUERY_DRAWS
     """Draws of the query gradients with which those of fewer draws are compared."""
-    reference_queries: int = 6
+    reference_queries: int = 3
     fewer_draws: tuple[int, ...] = (64, 256, 1024, 4096)
     together: int = 400
     """Queries whose steps are in memory together, where the first-order pass is timed and its memory measured."""

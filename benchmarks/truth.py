@@ -46,6 +46,7 @@ from fastattr.artifacts import (
     write_manifest,
 )
 from fastattr.baselines import kernel_scores, similarity_scores
+from fastattr.conditioning import Conditioning
 from fastattr.config import read_config
 from fastattr.corpus import Corpus
 from fastattr.denoising import EncodedImages, image_losses
@@ -150,13 +151,13 @@ class Lab:
     def open(cls, folder: Path, truth: GroundTruth, corpus: Corpus, latents: torch.Tensor, sizes: Sizes) -> Lab:
         """Of the generator in `folder`."""
         generator = open_generator(folder, truth.manifest["inputs"]["autoencoder"])
-        conditioning = _in_batches(generator.encode_prompt, [captions[0] for captions in corpus.captions])
+        conditioning = _encode_prompts(generator, [captions[0] for captions in corpus.captions])
         return cls(generator, EncodedImages(corpus.image_ids, latents[:, None], conditioning, _one_each(len(corpus))), sizes)
 
     def queries(self, truth: GroundTruth, query_ids: Sequence[str]) -> EncodedImages:
         """Queries, encoded as training images are."""
         latents = _in_batches(self.generator.encode_image, [truth.image(query_id) for query_id in query_ids])
-        conditioning = _in_batches(self.generator.encode_prompt, [truth.prompt(query_id) for query_id in query_ids])
+        conditioning = _encode_prompts(self.generator, [truth.prompt(query_id) for query_id in query_ids])
         return EncodedImages(list(query_ids), latents[:, None], conditioning, _one_each(len(query_ids)))
 
     def layers(self, pattern: str) -> dict[str, Layer]:
@@ -269,6 +270,12 @@ def _in_batches(encode: Any, items: Sequence[Any]) -> torch.Tensor:
     return torch.cat([encode(items[start : start + 128]) for start in range(0, len(items), 128)])
 
 
+def _encode_prompts(generator: Generator, prompts: Sequence[str]) -> Conditioning:
+    return Conditioning.concatenated(
+        [generator.encode_prompt(prompts[start : start + 128]) for start in range(0, len(prompts), 128)]
+    )
+
+
 def _one_each(count: int) -> np.ndarray:
     """`first_caption` of images with one caption each."""
     return np.arange(count + 1)
@@ -322,7 +329,7 @@ class Data:
 
 def _encode(name: str, images: Any, captions: Sequence[Sequence[str]]) -> np.ndarray:
     encoder = open_encoder(ENCODERS[name])
-    return encode_all(encoder, images, captions, batch_size=128, description=f"{name} features").astype(np.float32)
+    return encode_all(encoder, images, captions, batch_size=128).astype(np.float32)
 
 
 def open_data(truth_dir: Path, run_dir: Path, config: BenchConfig, sizes: Sizes, source: Path | None) -> Data:

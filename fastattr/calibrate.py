@@ -19,21 +19,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from scipy.optimize import isotonic_regression
 
 from fastattr.artifacts import MANIFEST, atomic_path, finished, open_stage, read_json, require_same, write_manifest
 from fastattr.corpus import Corpus
-from fastattr.distill import open_student
 from fastattr.errors import ArtifactDamagedError, InputError
-from fastattr.features import features_fingerprint, folders, read_features
 from fastattr.ownness import Density, fit_density
-from fastattr.scores import ScoredQuery, read_scores
-from fastattr.student import embed_both
+
+if TYPE_CHECKING:
+    from fastattr.scores import ScoredQuery
 
 FILE = "calibration.safetensors"
 FORMAT = "fastattr calibration 1"
@@ -202,6 +200,8 @@ def fit_curves(
 
 def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The nearest sequence, in weighted squares, that does not fall."""
+    from scipy.optimize import isotonic_regression
+
     fitted: np.ndarray = isotonic_regression(values, weights=np.maximum(weights, 1e-9)).x
     return fitted
 
@@ -439,6 +439,12 @@ def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
 
 def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
     """Calibrate run_dir/student on the validation queries; returns the manifest, whose 'queries' is 0 if there are none."""
+    # They import torch, for which whoever only reads a calibration should not wait.
+    from fastattr.distill import open_student
+    from fastattr.features import features_fingerprint, folders, read_features
+    from fastattr.scores import read_scores
+    from fastattr.student import embed_both
+
     corpus = Corpus(run_dir / "corpus")
     scores_manifest = open_stage(run_dir / "scores", "scores")
     require_same("the corpus of scores/", scores_manifest["corpus_fingerprint"], corpus.fingerprint, "Score this corpus first.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -11,14 +12,18 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fastattr.artifacts import atomic_path
 from fastattr.calibrate import CalibrateConfig
 from fastattr.candidates import CandidatesConfig
 from fastattr.corpus import CorpusConfig
+from fastattr.costs import PlanConfig
 from fastattr.distill import DistillConfig
 from fastattr.errors import ArtifactNotFoundError, InputError
 from fastattr.evaluate import EvaluateConfig
 from fastattr.features import FeaturesConfig
 from fastattr.index import IndexConfig
+from fastattr.pretrained import PretrainedConfig
+from fastattr.publish import PushConfig
 from fastattr.queries import QueriesConfig
 from fastattr.teacher import TeacherConfig
 from fastattr.train_autoencoder import AutoencoderConfig
@@ -36,7 +41,8 @@ class BuildConfig:
     """Names the run folder, runs/NAME, unless --run gives another."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    generator: GeneratorConfig | PretrainedConfig = field(default_factory=GeneratorConfig)
+    """`pretrained: NAME` takes an existing pipeline; without it one is trained."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     queries: QueriesConfig = field(default_factory=QueriesConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -46,6 +52,8 @@ class BuildConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    push: PushConfig = field(default_factory=PushConfig)
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
 
@@ -53,6 +61,14 @@ class BuildConfig:
 def load_config(path: str | Path) -> BuildConfig:
     """Read and check the config file of a whole line; see `read_config`."""
     return read_config(path, BuildConfig)
+
+
+def save_config(config: BuildConfig, path: Path) -> None:
+    """Write a config with all its settings, defaults too, as a file that `load_config` reads; an equal one is left alone."""
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_config(path: str | Path, kind: type[Config]) -> Config:
@@ -98,6 +114,8 @@ def _build(kind: type, values: Any, *, where: str) -> Any:
 
 def _convert(item: dataclasses.Field[Any], hint: Any, value: Any, *, where: str) -> Any:
     """One setting's value in its field's type."""
+    if isinstance(hint, types.UnionType) and all(map(dataclasses.is_dataclass, typing.get_args(hint))):
+        return _one_of(typing.get_args(hint), value, where=where)
     if dataclasses.is_dataclass(hint):
         assert callable(item.default_factory)
         defaults = dataclasses.asdict(item.default_factory())
@@ -113,6 +131,15 @@ def _convert(item: dataclasses.Field[Any], hint: Any, value: Any, *, where: str)
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
         raise InputError(f"{where}: expected {names}, found {value!r}.")
     return value
+
+
+def _one_of(kinds: tuple[type, ...], values: Any, *, where: str) -> Any:
+    """Of several dataclasses the one that has a setting without default which `values` names; else the first."""
+    for kind in kinds[1:]:
+        required = {item.name for item in dataclasses.fields(kind) if item.default is item.default_factory}
+        if isinstance(values, dict) and required & set(values):
+            return _build(kind, values, where=where)
+    return _build(kinds[0], _merge(dataclasses.asdict(kinds[0]()), values, where=where), where=where)
 
 
 def _merge(defaults: dict[str, Any], values: Any, *, where: str) -> dict[str, Any]:

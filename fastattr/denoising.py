@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +13,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import ImageOps
-from tqdm import tqdm
+from safetensors.torch import load_file, save_file
 
-from fastattr.artifacts import atomic_path
+from fastattr.artifacts import atomic_path, read_json, write_json
+from fastattr.conditioning import Conditioning
 from fastattr.corpus import Corpus
-from fastattr.errors import InputError, NonFiniteError
+from fastattr.errors import NonFiniteError
 from fastattr.generator import Generator, noise_for, spread_timesteps
-from fastattr.processes import split_between
+from fastattr.processes import files_of_parts, in_parts
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class EncodedImages:
     image_ids: Sequence[str]
     latents: torch.Tensor
     """(N, V, L, h, w), scaled."""
-    conditioning: torch.Tensor
-    """(M, T, W) text conditioning of all captions, image after image; M = N where each has one."""
+    conditioning: Conditioning
+    """(M rows) text conditioning of all captions, image after image; M = N where each has one."""
     first_caption: np.ndarray
     """(N + 1,) rows of `conditioning`: the captions of image i are first_caption[i] to first_caption[i + 1] - 1."""
 
@@ -65,10 +68,10 @@ def encode_corpus(
     def view(rows: range, *, mirror: bool) -> np.ndarray:
         images = [corpus.image(row) for row in rows]
         encoded = generator.encode_image([ImageOps.mirror(image) for image in images] if mirror else images)
-        return encoded.cpu().numpy()
+        return (encoded.float() if encoded.dtype == torch.bfloat16 else encoded).cpu().numpy()  # numpy has no bfloat16
 
-    def conditioning(rows: range) -> np.ndarray:
-        return generator.encode_prompt([texts[row] for row in rows]).cpu().numpy()
+    def conditioning(rows: range) -> Conditioning:
+        return generator.encode_prompt([texts[row] for row in rows])
 
     def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}"))
@@ -80,49 +83,43 @@ def encode_corpus(
     return EncodedImages(
         corpus.image_ids,
         latents,
-        computed(f"{captions}-captions", len(texts), conditioning),
+        _conditioning_in_parts(folder / f"{captions}-prompts", len(texts), batch_size, conditioning, accelerator),
         np.cumsum([0, *map(len, chosen)]),
     )
 
 
-def in_parts(
-    folder: Path,
-    count: int,
-    size: int,
-    compute: Callable[[range], np.ndarray],
-    accelerator: Accelerator | None,
-    *,
-    description: str,
-) -> np.ndarray:
-    """Compute something for `count` rows in parts of `size`, split over the processes; what is in `folder` is not redone.
+def _conditioning_in_parts(
+    folder: Path, count: int, size: int, compute: Callable[[range], Conditioning], accelerator: Accelerator | None
+) -> Conditioning:
+    """As `in_parts`, of several tensors at once, in the precision in which they come.
 
-    Args:
-        folder: one npy file a part; its name must say all that determines the contents.
-        count: rows in all.
-        size: rows a part; a killed run loses at most one part a process.
-        compute: rows -> (rows, ...) array, their part.
-        accelerator: the processes; None is this one alone.
-        description: label of the progress bar.
-
-    Returns:
-        (count, ...) array of all parts in order, on every process.
+    Token embeddings of a large text encoder outgrow memory long before latents do, so that the result is left on disk, one
+    plain file a tensor, and mapped: processes share the pages, and only the rows in use are read.
     """
-    parts = {start: range(start, min(start + size, count)) for start in range(0, count, size)}
-    files = {start: folder / f"{start:09d}-{size}.npy" for start in parts}
-    missing = [start for start in parts if not files[start].exists()]
-    with split_between(accelerator, missing) as mine:
-        for start in tqdm(mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)):
-            with atomic_path(files[start]) as temporary:
-                np.save(temporary, compute(parts[start]))
-    whole: np.ndarray | None = None
-    for start, rows in parts.items():  # one part at a time, as the whole may be most of the memory
-        part = np.load(files[start])
-        if whole is None:
-            whole = np.empty((count, *part.shape[1:]), part.dtype)
-        whole[rows.start : rows.stop] = part
-    if whole is None:
-        raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")
-    return whole
+
+    def write(path: Path, rows: range) -> None:
+        save_file({name: part.cpu().contiguous() for name, part in compute(rows).tensors.items()}, path)
+
+    described = folder / "tensors.json"
+    if not described.exists():
+        parts = folder / "parts"
+        files = files_of_parts(parts, count, size, "safetensors", write, accelerator, description="encode prompts")
+        if accelerator is None or accelerator.is_main_process:
+            first = load_file(files[0][1])
+            for name in first:
+                with atomic_path(folder / f"{name}.bin") as temporary, temporary.open("wb") as whole:
+                    for _, file in files:
+                        whole.write(load_file(file)[name].view(torch.uint8).numpy().data)
+            shapes = {name: [str(part.dtype).removeprefix("torch."), [count, *part.shape[1:]]] for name, part in first.items()}
+            write_json(described, shapes)
+            shutil.rmtree(parts)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    tensors = {}
+    for name, (kind, shape) in read_json(described).items():
+        mapped = torch.from_file(str(folder / f"{name}.bin"), size=math.prod(shape), dtype=getattr(torch, kind))
+        tensors[name] = mapped.view(shape)
+    return Conditioning(tensors)
 
 
 def denoising_losses(
@@ -181,7 +178,7 @@ def image_losses(
     Raises:
         NonFiniteError: a loss is NaN or infinite; the image is named.
     """
-    losses = np.zeros(len(rows) * images.views)
+    losses: np.ndarray = np.zeros(len(rows) * images.views)
     for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
         np.add.at(losses, positions, part.double().cpu().numpy())
     losses = losses.reshape(len(rows), images.views)

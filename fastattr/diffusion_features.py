@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastattr.artifacts import fingerprint
+from fastattr.conditioning import Conditioning
 from fastattr.errors import InputError
 from fastattr.features import encode_captions
 from fastattr.generator import Generator, noise_for
@@ -57,13 +58,13 @@ class DiffusionEncoder:
 
 
 @torch.no_grad()
-def middle_activations(generator: Generator, latents: torch.Tensor, conditioning: torch.Tensor) -> np.ndarray:
+def middle_activations(generator: Generator, latents: torch.Tensor, conditioning: Conditioning) -> np.ndarray:
     """(B, F) float32 unit vectors: the middle block's activations at each timestep, normalised, side by side.
 
     Args:
         generator: whose denoiser.
         latents: (B, L, h, w) scaled, clean.
-        conditioning: (B, T, W) or whatever the generator's `training_loss` takes.
+        conditioning: of B prompts.
     """
     parts = []
     with _listening(generator) as heard:

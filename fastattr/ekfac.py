@@ -62,9 +62,8 @@ class Factors:
         natural = {}
         for name, gradient in gradients.items():
             left, right, eigenvalues = (
-                self.gradient_eigenvectors[name],
-                self.activation_eigenvectors[name],
-                self.eigenvalues[name],
+                part[name].to(gradient.device)
+                for part in (self.gradient_eigenvectors, self.activation_eigenvectors, self.eigenvalues)
             )
             rotated = left.T @ gradient.to(left.dtype) @ right
             damped = eigenvalues + damping * eigenvalues.mean()
@@ -153,7 +152,11 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 
 def factor_bytes(layers: Mapping[str, Layer]) -> int:
     """Memory that fitting takes for sums and factors, all in float64: covariances, eigenvectors and eigenvalues."""
-    shapes = [weight_shape(layer) for layer in layers.values()]
+    return factor_sizes([weight_shape(layer) for layer in layers.values()])
+
+
+def factor_sizes(shapes: Iterable[tuple[int, int]]) -> int:
+    """The same for layers of these (out, in) shapes."""
     return sum(8 * (2 * out * out + 2 * inner * inner + out * inner) for out, inner in shapes)
 
 
@@ -168,7 +171,8 @@ def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[
             activations = inputs[0].detach()
 
             def keep(gradient: torch.Tensor) -> None:
-                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach())))
+                dtype = layer.weight.dtype  # also where the network around the layer has half precision
+                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach().to(dtype))))
 
             output.register_hook(keep)  # one hook a call, so layers used several times in one graph pair up rightly
 

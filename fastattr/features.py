@@ -3,18 +3,21 @@
 Reads corpus/ or queries/; writes features/<encoder>/ with features.npy (float16, one row an image),
 ids.parquet and manifest.json. An encoder is named by a specification:
 
-    open_clip-image:REF   open_clip-text:REF   transformers-image:REF   diffusion:GENERATOR   gradient:FOLDER
+    open_clip-image:REF   open_clip-text:REF   transformers-image:REF   transformers-text:REF
+    diffusion:GENERATOR   gradient:FOLDER
 
-where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id (for transformers also
-'org/name@revision'), a local folder, or the name of an embedded model ('emoji'). The text encoder reads the first
-caption (as the authors' code does) or averages all.
+where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id ('org/name[@revision]'), a local folder,
+or the name of an embedded model ('emoji'). Images are prepared as the model's own config says. A text encoder reads the
+first caption (as the authors' code does) or averages all. docs/encoders.md lists the kinds that are tested.
 Sources: arXiv:2511.10721, sec. 4 (image and text features, concatenated).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,15 +27,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, require_same, write_manifest
 from fastattr.corpus import Corpus
 from fastattr.errors import InputError
-from fastattr.hub import ASSETS, embedded_models, split_revision
+from fastattr.hub import ASSETS, embedded_models, locate, split_revision
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from fastattr.queries import Queries
+
+OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
+"""What open_clip loads a model from: no pickle."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""Precisions in which encoders can run; features are float32, and stored as float16, in any case."""
+PART_ROWS = 4096
+"""Images whose features go into one file; a killed run loses at most one part a process."""
 
 
 class Encoder(Protocol):
@@ -56,12 +67,18 @@ class FeaturesConfig:
     captions: str = "first"
     """'first' or 'mean': how several captions of one image become one text feature."""
     batch_size: int = 256
+    dtype: str = "float32"
+    """Precision of weights and activations: 'float32', 'bfloat16' or 'float16'."""
 
     def __post_init__(self) -> None:
         if self.captions not in {"first", "mean"}:
             raise InputError(f"captions must be 'first' or 'mean', got {self.captions!r}")
         if not self.encoders:
             raise InputError("name at least one encoder")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 class OpenClipEncoder:
@@ -109,27 +126,81 @@ class OpenClipEncoder:
 
 
 class TransformersImageEncoder:
-    """A vision model of transformers (DINO, DINOv2, SigLIP, ...): its class token or pooled output."""
+    """A vision model of transformers (DINO, DINOv2, DINOv3, CLIP, SigLIP, ...).
+
+    Two towers give what they compare with text, an image model with a pooling head of its own (CLIP, SigLIP) what that
+    gives, all others (the DINOs, ViT) their class token.
+    """
 
     def __init__(self, reference: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own image processor."""
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoImageProcessor
 
         self.specification = f"transformers-image:{reference}"
         name, revision = split_revision(reference, None)
         self._processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
-        model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True)
-        model = getattr(model, "vision_model", model)  # of a two-tower model, the image half
+        model = _transformers_model(name, revision)
+        if hasattr(model, "get_image_features"):
+            self._features = _pooled(model.get_image_features)
+        elif model.config.model_type.startswith(("clip", "siglip")):
+            self._features = _pooled(model)
+        else:
+            model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
+            self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
         self.fingerprint = _weights_fingerprint(model, str(self._processor.to_dict()))
-        self._model = model.eval().requires_grad_(False).to(device, dtype)
+        model.to(device, dtype)
         self._device, self._dtype = device, dtype
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
         inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        inputs = inputs.to(self._device, self._dtype)
-        return _unit(self._model(**inputs).last_hidden_state[:, 0])
+        return _unit(self._features(**inputs.to(self._device, self._dtype)))
+
+
+class TransformersTextEncoder:
+    """The text tower of a CLIP or SigLIP that transformers loads, or a CLIP text encoder alone."""
+
+    def __init__(
+        self, reference: str, *, captions: str = "first", device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own tokenizer."""
+        from transformers import AutoTokenizer
+
+        self.specification = f"transformers-text:{reference}"
+        name, revision = split_revision(reference, None)
+        self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        model = _transformers_model(name, revision)
+        self._features = _pooled(getattr(model, "get_text_features", model))
+        config = getattr(model.config, "text_config", model.config)
+        self._length = int(config.max_position_embeddings)
+        # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
+        self._masked = not model.config.model_type.startswith("siglip")
+        self.fingerprint = _weights_fingerprint(model, f"text/{captions}/{self._length}/{type(self._tokenizer).__name__}")
+        model.to(device, dtype)
+        self._average, self._device = captions == "mean", device
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """See `Encoder.encode`."""
+        return encode_captions(captions, self._encode_texts, average=self._average)
+
+    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        tokens = self._tokenizer(texts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt")
+        wanted = ("input_ids", "attention_mask") if self._masked else ("input_ids",)
+        return _unit(self._features(**{name: tokens[name].to(self._device) for name in wanted if name in tokens}))
+
+
+def _transformers_model(name: str, revision: str | None) -> Any:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _pooled(forward: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """`forward` with its pooled output as the result."""
+    return lambda **inputs: forward(**inputs).pooler_output
 
 
 def encode_captions(captions: Sequence[Sequence[str]], encode: Any, *, average: bool) -> np.ndarray:
@@ -164,6 +235,8 @@ def _open_clip_name(reference: str) -> tuple[str, str | None]:
 
     if name in open_clip.list_models():
         return name, tag or None
+    if split_revision(reference, None)[1]:  # open_clip itself knows no revisions
+        return f"local-dir:{locate(reference, 'encoder', files=OPEN_CLIP_FILES)}", None
     return f"hf-hub:{reference}", None
 
 
@@ -205,11 +278,14 @@ def open_encoder(
         reference = str(folder / "encoder")
     elif reference in embedded_models():
         reference = str(ASSETS / reference / "attributor" / "encoder")
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
     encoder: Encoder
     if kind in {"open_clip-image", "open_clip-text"}:
-        encoder = OpenClipEncoder(reference, kind.removeprefix("open_clip-"), captions=captions, device=device, dtype=dtype)
+        encoder = OpenClipEncoder(reference, kind.removeprefix("open_clip-"), captions=captions, **options)
     elif kind == "transformers-image":
-        encoder = TransformersImageEncoder(reference, device=device, dtype=dtype)
+        encoder = TransformersImageEncoder(reference, **options)
+    elif kind == "transformers-text":
+        encoder = TransformersTextEncoder(reference, captions=captions, **options)
     elif kind == "diffusion":
         from fastattr.diffusion_features import DiffusionEncoder
         from fastattr.generator import Generator
@@ -223,7 +299,8 @@ def open_encoder(
         encoder = open_gradient_encoder(path, run_dir=folder, device=device)
     else:
         raise InputError(
-            f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text, transformers-image, diffusion or gradient."
+            f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text, transformers-image, transformers-text, "
+            "diffusion or gradient."
         )
     encoder.specification = specification
     return encoder
@@ -241,13 +318,27 @@ def slug(specification: str) -> str:
 
 
 def encode_all(
-    encoder: Encoder, images: Any, captions: Sequence[Sequence[str]], *, batch_size: int, description: str
+    encoder: Encoder,
+    images: Callable[[int], Image.Image],
+    captions: Sequence[Sequence[str]],
+    *,
+    batch_size: int,
+    rows: range | None = None,
 ) -> np.ndarray:
-    """(N, F) float16 features; `images` is a function row -> image, so that only one batch is in memory."""
+    """(N, F) float16 features of `rows`, or of all.
+
+    Args:
+        encoder: which.
+        images: row -> image, so that only one batch is in memory.
+        captions: of all rows.
+        batch_size: images at once.
+        rows: which; None is all of them.
+    """
+    rows = range(len(captions)) if rows is None else rows
     parts = []
-    for start in tqdm(range(0, len(captions), batch_size), desc=description, unit="batch"):
-        rows = range(start, min(start + batch_size, len(captions)))
-        parts.append(encoder.encode([images(row) for row in rows], [captions[row] for row in rows]).astype(np.float16))
+    for start in range(rows.start, rows.stop, batch_size):
+        batch = range(start, min(start + batch_size, rows.stop))
+        parts.append(encoder.encode([images(row) for row in batch], [captions[row] for row in batch]).astype(np.float16))
     return np.concatenate(parts)
 
 
@@ -288,49 +379,97 @@ def require_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
 
 
 def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
-    """Encode corpus and queries with every encoder; returns each encoder's manifest by specification."""
+    """Encode corpus and queries with every encoder, on all processes; returns each folder's manifest by name."""
+    from accelerate import Accelerator  # here, so that a query need not wait for it
+
     from fastattr.queries import Queries
 
+    accelerator = Accelerator()
     corpus = Corpus(run_dir / "corpus")
     queries = Queries(run_dir / "queries")
-    manifests = {}
+    manifests: dict[str, Any] = {}
     for specification in config.encoders:
-        if specification == "gradient:gradients":
+        if specification == "gradient:gradients" and accelerator.is_main_process:
             _fit_gradients(run_dir, corpus)
-        encoder = open_encoder(specification, folder=run_dir, captions=config.captions)
-        manifests |= encode_sets(encoder, corpus, queries, run_dir, config)
+        accelerator.wait_for_everyone()
+        encoder = open_encoder(
+            specification,
+            folder=run_dir,
+            captions=config.captions,
+            device=str(accelerator.device),
+            dtype=getattr(torch, config.dtype),
+        )
+        manifests |= encode_sets(encoder, corpus, queries, run_dir, config, accelerator)
     return manifests
 
 
 def encode_sets(
-    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig
+    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig, accelerator: Accelerator
 ) -> dict[str, dict[str, Any]]:
     """Write an encoder's features of corpus and queries under `folder`, as `run` has them; returns the manifests."""
-    specification = encoder.specification
     manifests = {}
     sets = (
         ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
         ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
     )
     for name, source, ids, images, captions in sets:
-        target = folder / name / slug(specification)
+        target = folder / name / slug(encoder.specification)
         inputs = {"source": source, "encoder": encoder.fingerprint}
-        if not finished(target, stage="features", config=config, inputs=inputs):
-            features = encode_all(
-                encoder, images, captions, batch_size=config.batch_size, description=f"{name} {specification}"
-            )
-            write_features(target, features, ids)
+        manifests[f"{name}/{target.name}"] = _encode_set(
+            config, target, encoder, ids, images, captions, accelerator, inputs=inputs
+        )
+    return manifests
+
+
+def _encode_set(
+    config: FeaturesConfig,
+    folder: Path,
+    encoder: Encoder,
+    ids: Sequence[str],
+    images: Callable[[int], Image.Image],
+    captions: Sequence[Sequence[str]],
+    accelerator: Accelerator,
+    *,
+    inputs: dict[str, str],
+) -> dict[str, Any]:
+    """One feature folder, in parts that are split over the processes and kept if killed; returns its manifest."""
+    from fastattr.processes import in_parts
+
+    settings = {key: value for key, value in vars(config).items() if (key, value) != ("dtype", "float32")}  # as ever
+    if not finished(folder, stage="features", config=settings, inputs=inputs):
+        parts = folder / f"parts-{fingerprint([settings, inputs, encoder.specification])}"
+        ready = len(list(parts.glob("*.npy"))) * PART_ROWS
+        started = time.monotonic()
+        features = in_parts(
+            parts,
+            len(ids),
+            PART_ROWS,
+            lambda rows: encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows),
+            accelerator,
+            description=f"{folder.parent.name} {encoder.specification}",
+        )
+        seconds = time.monotonic() - started
+        if accelerator.is_main_process:
+            write_features(folder, features, ids)
             write_manifest(
-                target,
+                folder,
                 stage="features",
-                config=config,
+                config=settings,
                 inputs=inputs,
                 width=features.shape[1],
                 rows=len(ids),
-                encoder=specification,
+                encoder=encoder.specification,
+                dtype=config.dtype,
+                device=accelerator.device.type,
+                processes=accelerator.num_processes,
+                seconds=round(seconds, 2),
+                # Reading, preparing and encoding, by all processes together; of what the run that finished encoded itself.
+                images_per_second=round(max(0, len(ids) - ready) / seconds, 1),
             )
-        manifests[f"{name}/{slug(specification)}"] = read_json(target / MANIFEST)
-    return manifests
+            shutil.rmtree(parts)
+        accelerator.wait_for_everyone()
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest
 
 
 def _fit_gradients(run_dir: Path, corpus: Corpus) -> None:

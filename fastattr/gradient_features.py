@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 
 from fastattr.artifacts import MANIFEST, fingerprint, finished, read_json, write_manifest
-from fastattr.denoising import EncodedImages, denoising_losses, in_parts, require_finite
+from fastattr.denoising import EncodedImages, denoising_losses, require_finite
 from fastattr.ekfac import Factors, Layer, example_gradients, record_layers
 from fastattr.errors import InputError
 from fastattr.features import write_features
 from fastattr.generator import Generator
+from fastattr.processes import in_parts
 
 PART_ROWS = 512
 """Images whose features go into one file; a killed run loses at most one part."""

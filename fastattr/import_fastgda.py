@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastattr.artifacts import atomic_path, fingerprint, read_json, sha256_file, write_json, write_manifest
-from fastattr.attribute import CATALOG_COLUMNS, save_shards, write_config
+from fastattr.attribute import CATALOG_COLUMNS, write_config
 from fastattr.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
-from fastattr.index import IndexConfig, split_index
+from fastattr.index import IndexConfig, build
 from fastattr.queries import SPLITS
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.student import Student, StudentConfig, embed
@@ -201,7 +201,10 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         save_file(student.state_dict(), temporary / "model.safetensors")  # not halved: orders are to be theirs exactly
-        shards = save_shards(split_index(sign * embeddings, IndexConfig(factory="Flat")), temporary)
+        signed = sign * embeddings
+        built = build(
+            lambda start, stop: signed[start:stop], len(signed), signed.shape[1], IndexConfig(factory="Flat"), temporary
+        )
         pq.write_table(catalog, temporary / "catalog.parquet", compression="zstd")
         write_json(temporary / "metrics.json", {})
         write_config(
@@ -211,8 +214,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
             captions="first",
             feature_dim=width,
             student=vars(config),
-            index="Flat",
-            index_shards=shards,
+            **built,
             corpus_fingerprint=fingerprint(catalog["image_id"].to_pylist()),
             generator_fingerprint="",
             teacher=TEACHER,

@@ -156,7 +156,7 @@ def run_sizes(config: TeacherConfig, run_dir: Path, generator: Generator, layers
         images=len(corpus),
         captions=sum(map(len, corpus.captions)) if config.captions == "all" else len(corpus),
         latent=int(np.prod(generator.latent_shape)),
-        conditioning=generator.encode_prompt([""])[0].numel(),
+        conditioning=generator.encode_prompt([""]).numbers,
         parameters=sum(layer.weight.numel() for layer in layers.values()),
         factors=factor_bytes(layers),
         exact=tuple(counts[query_id] for query_id in by_split[False]),
@@ -186,7 +186,7 @@ def measure(config: TeacherConfig, run_dir: Path) -> Probe:
     images = EncodedImages(
         [str(row) for row in range(count)],
         torch.zeros(count, 1, *generator.latent_shape),
-        generator.encode_prompt([""]).repeat(count, 1, 1),
+        generator.encode_prompt([""]).repeated(count),
         np.arange(count + 1),
     )
     image_losses(generator, images, np.arange(count), draws=1, batch_size=count, seed=config.seed)

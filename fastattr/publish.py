@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 
 from fastattr.artifacts import fingerprint, open_stage, read_json, sha256_file, write_json
 from fastattr.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
-from fastattr.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
+from fastattr.catalogue import copy_version, open_catalogue, read_config
+from fastattr.errors import ArtifactNotFoundError, HubError, InputError
 from fastattr.hub import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
 from fastattr.queries import SPLITS, Queries, query_schema
 from fastattr.scores import SCHEMA
@@ -34,6 +36,22 @@ ROW_GROUP = 100
 """Rows a reader that streams a score table holds at once."""
 KINDS = ("generator", "scores", "attributor", "space")
 """What can be pushed, in the order in which they refer to each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Where a build pushes what it made."""
+
+    namespace: str = ""
+    """User or organisation on the Hub; '' pushes nothing."""
+    kinds: tuple[str, ...] = ("scores", "attributor")
+    """Some of 'generator', 'scores', 'attributor' and 'space'; a pretrained generator is not ours to push."""
+    private: bool = True
+    """Of repositories that are made."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.kinds) - set(KINDS):
+            raise InputError(f"push.kinds names {sorted(unknown)}; there are {', '.join(KINDS)}")
 
 
 def push_attributor(
@@ -61,8 +79,28 @@ def push_attributor(
         As `hub.push_folder`.
     """
     check_repo_id(repo_id)
-    config = read_json(folder / "config.json")
-    catalog = pq.read_table(folder / "catalog.parquet", columns=["caption", "source", "license", "creator"])
+    config = read_config(folder)
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "attributor"
+        copy_version(folder, config, staged)
+        card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
+        data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
+        replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
+        return _push(
+            staged,
+            repo_id,
+            card,
+            licences,
+            message=message or "Push attributor",
+            replaces=replaces,
+            **target,
+        )
+
+
+def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
+    """The card (README.md) and LICENSE.md of an attributor folder; arguments as `push_attributor`."""
+    config = read_config(folder)
+    catalog = _catalog(folder, config)
     entries = provenance(catalog)
     card = attributor_card(
         repo_id=repo_id,
@@ -73,27 +111,7 @@ def push_attributor(
         generator=generator,
         scores=scores,
     )
-    with tempfile.TemporaryDirectory() as name:
-        staged = Path(name) / "attributor"
-        _copy(folder / "config.json", staged / "config.json")
-        for file, expected in config["sha256"].items():
-            if not (folder / file).exists():
-                raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
-            _copy(folder / file, staged / file)
-            if sha256_file(staged / file) != expected:
-                raise ArtifactDamagedError(
-                    f"{folder / file} is not the file of config.json (SHA-256 differs); it is not pushed."
-                )
-        replaces = ("*.faiss", "*.parquet", "*.safetensors", "encoder/*")
-        return _push(
-            staged,
-            repo_id,
-            card,
-            license_text(entries, config.get("source", {}).get("license")),
-            message=message or "Push attributor",
-            replaces=replaces,
-            **target,
-        )
+    return card, license_text(entries, config.get("source", {}).get("license"))
 
 
 def push_generator(
@@ -186,7 +204,7 @@ def push_space(
     Raises:
         As `hub.push_folder`.
     """
-    from huggingface_hub import SpaceCard
+    from huggingface_hub import SpaceCard, constants
 
     spec = importlib.util.find_spec("fastattr.space")
     if spec is None or not spec.submodule_search_locations:
@@ -194,10 +212,11 @@ def push_space(
     source = Path(spec.submodule_search_locations[0])
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "space"
-        for path in [*source.glob("*.py"), source / "requirements.txt"]:
+        for path in [*source.glob("*.py"), *(source / name for name in ("page.css", "requirements.txt", "thumbnail.png"))]:
             if path.name != "__init__.py":  # on a Space the files lie side by side and are no package
                 _copy(path, staged / path.name)
         card = SpaceCard((source / "README.md").read_text(encoding="utf-8"))
+        card.data["thumbnail"] = f"{constants.ENDPOINT}/spaces/{repo_id}/resolve/main/thumbnail.png"
         card.data["models"] = [each.partition("@")[0] for each in (generator, attributor)]
         if scores:
             card.data["datasets"] = [scores]
@@ -207,7 +226,7 @@ def push_space(
             repo_id,
             message=message or "Push Space",
             repo_type="space",
-            replaces=("*.py",),
+            replaces=("*.py", "*.css", "*.png"),
             variables={"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor},
             **target,
         )
@@ -269,10 +288,16 @@ def part_of(source: str | Path, part: str) -> Path:
 def training_images(source: str | Path) -> pa.Table | None:
     """Caption, source, licence and creator of a model's training images, as far as they are recorded beside it."""
     folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
-    catalog = folder / "attributor" / "catalog.parquet"
     if (folder / "corpus").is_dir():
         return _training_images(folder)
-    return pq.read_table(catalog, columns=["caption", "source", "license", "creator"]) if catalog.exists() else None
+    attributor = folder / "attributor"
+    return _catalog(attributor, read_config(attributor)) if (attributor / "config.json").exists() else None
+
+
+def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
+    """Caption, source, licence and creator of the images that an attributor names."""
+    table = open_catalogue(folder, config, thumbnails=False).table
+    return table.select(["caption", "source", "license", "creator"])
 
 
 def release_tag(folder: Path) -> str:

@@ -45,8 +45,9 @@ from fastattr.artifacts import (
 )
 from fastattr.baselines import kernel_scores, similarity_scores
 from fastattr.candidates import read_candidates
+from fastattr.conditioning import Conditioning
 from fastattr.corpus import Corpus
-from fastattr.denoising import EncodedImages, encode_corpus, image_losses, in_parts
+from fastattr.denoising import EncodedImages, encode_corpus, image_losses
 from fastattr.ekfac import MADE_OF, Factors, Layer, fit_ekfac
 from fastattr.errors import FastattrError, InputError, QueriesFailedError
 from fastattr.features import check_source, folders, read_features
@@ -59,7 +60,7 @@ from fastattr.gradient_features import (
     write_gradient_features,
 )
 from fastattr.linearised import flat_step, linearised_scores
-from fastattr.processes import peak_memory, split_between
+from fastattr.processes import in_parts, peak_memory, split_between
 from fastattr.queries import SPLITS, Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
@@ -82,7 +83,8 @@ class TeacherConfig:
     method: str = "unlearning"
     """'unlearning', or a baseline: 'trak' (arXiv:2303.14186), 'd-trak' (arXiv:2311.00500), 'similarity'."""
     pattern: str = CROSS_ATTENTION_KV
-    """Linear layers of the U-Net to unlearn, as a regular expression on their names."""
+    """Layers of the denoiser to unlearn, as a regular expression on their names; the default stands for what suits the
+    generator: see `Generator.modules_to_unlearn`."""
     query_loss_rise: float = 0.02
     """The step is as long as raises the query's loss by this part of itself, to first order."""
     step_size: float | None = None
@@ -599,7 +601,7 @@ def _score_by_kernel(task: _Task) -> None:
     queries = EncodedImages(
         ids,
         torch.stack([query["latent"] for query in encoded]),
-        torch.cat([task.generator.encode_prompt([query["prompt"]]) for query in encoded]),
+        Conditioning.concatenated([task.generator.encode_prompt([query["prompt"]]) for query in encoded]),
         np.arange(len(ids) + 1),
     )
 

@@ -49,16 +49,16 @@ MODELS = pa.schema(
     ]
 )
 LOSSES = pa.schema([("model_id", pa.string()), ("query_id", pa.string()), ("loss", pa.float64())])
-COUNTERFACTUALS = pa.schema(
-    [
-        ("model_id", pa.string()),
-        ("method", pa.string()),
-        ("query_id", pa.string()),
-        ("loss", pa.float64()),
-        ("mse", pa.float64()),
-        ("similarity", pa.float64()),
-    ]
-)
+
+
+def counterfactuals_schema() -> pa.Schema:
+    """Arrow schema of the queries that were drawn again, viewable by `datasets`."""
+    from datasets import Features, Image as ImageFeature, Value
+
+    text = {name: Value("string") for name in ("model_id", "method", "query_id")}
+    numbers = {name: Value("float64") for name in ("loss", "mse", "similarity")}
+    schema: pa.Schema = Features({**text, **numbers, "image": ImageFeature()}).arrow_schema
+    return schema
 
 
 def outputs_of(losses: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from fastattr.conditioning import Conditioning
 from fastattr.ekfac import Factors, Layer
 from fastattr.errors import InputError, NonFiniteError
 from fastattr.generator import Generator, noise_for, spread_timesteps
@@ -20,7 +21,7 @@ def query_gradient(
     generator: Generator,
     layers: Mapping[str, Layer],
     latent: torch.Tensor,
-    conditioning: torch.Tensor,
+    conditioning: Conditioning,
     *,
     query_id: str,
     draws: int,
@@ -34,7 +35,7 @@ def query_gradient(
         generator: with base weights.
         layers: those to unlearn; their weights must require gradients.
         latent: (1, L, h, w).
-        conditioning: (1, T, W).
+        conditioning: of one prompt.
         query_id: fixes the noise, together with draw number and seed.
         draws: timesteps spread evenly over the schedule, one noise each.
         batch_size: draws at once.
@@ -57,7 +58,7 @@ def query_gradient(
         noise = noise.to(generator.device)
         loss = generator.training_loss(
             latent.to(generator.device).expand_as(noise),
-            conditioning.to(generator.device).expand(len(drawn), -1, -1),
+            conditioning.to(generator.device).repeated(len(drawn)),
             torch.from_numpy(timesteps[drawn]).to(generator.device),
             noise,
         )

@@ -6,14 +6,14 @@
 TITLE = "fastattr: see where an image came from"
 INTRO = """# See where an image came from
 
-Type a prompt. A small Stable Diffusion, trained from scratch on {images:,} openly licensed emoji, draws it; then you see
-which training images influenced the result most, and who made them."""
+Type a prompt. A small Stable Diffusion, trained from scratch on {images:,} openly licensed emoji, draws it. Then you see which
+of those training images influenced the drawing most, and who made them."""
 
-TAB_GENERATE = "Generate and attribute"
+TAB_GENERATE = "Generate"
 PROMPT = "Prompt"
 PROMPT_INFO = "A subject, then a style: openmoji, noto, twemoji or fluent. Subjects and styles may be recombined."
 PROMPT_PLACEHOLDER = "red heart, openmoji style"
-EXAMPLES = "Prompts to try"
+EXAMPLES = "Or try one of these"
 EXAMPLE_PROMPTS = [
     "red heart, openmoji style",
     "cat face, noto style",
@@ -32,6 +32,11 @@ GENERATE = "Generate and attribute"
 GENERATED_IMAGE = "Generated image"
 DENOISING = "Denoising"
 ATTRIBUTING = "Attributing"
+STEPS_HTML = [
+    ("Draw", "The generator draws your prompt from noise, in about a second."),
+    ("Compare", "A small network, taught by slow experiments on the generator, ranks all training images by their influence."),
+    ("See", "You get the training images, their makers and licences, how the influence divides, and how sure we are."),
+]
 
 TAB_ATTRIBUTE = "Attribute yours"
 FOREIGN = (
@@ -42,28 +47,101 @@ YOUR_IMAGE = "Your image"
 YOUR_PROMPT = "Its prompt"
 ATTRIBUTE = "Attribute"
 
+TAB_COUNTERFACTUAL = "Counterfactual"
+COUNTERFACTUAL_INTRO = (
+    "Does it matter? For these prompts a small generator was really trained again, each time without some of its {of:,} "
+    "training images, and then drew the same prompt from the same noise. It is the benchmark's generator, smaller than the "
+    "one on this page, so that it can be trained many times. All prompts for which this was done are here; none is picked."
+)
+COUNTERFACTUAL_PROMPT = "Prompt"
+COUNTERFACTUAL_ORIGINAL = "Trained on everything"
+COUNTERFACTUAL_METHODS = {
+    "influence": "Without the {removed} most influential",
+    "similarity": "Without the {removed} most similar",
+    "random": "Without {removed} at random",
+}
+COUNTERFACTUAL_ALT = "{prompt}: {model}"
+COUNTERFACTUAL_LOSS = "Error on the original: {change:+.1%}"
+COUNTERFACTUAL_LOSS_BEFORE = "The picture to compare with"
+COUNTERFACTUAL_MEANING = (
+    "The error says how badly a model denoises the original picture; where it rises more, the images left out mattered "
+    "more. A picture may change without getting worse, and one prompt proves little: compare several."
+)
+
 MEANING = (
     "What the scores mean: a training image ranks high if, as far as a fast approximation can tell, the generator would "
     "draw this picture worse had it not learned from that image. They order training images; they do not prove that "
     "anything was copied, that a creator's work was needed, or who holds rights in the result."
 )
 WARNINGS = "Please note"
+OTHER_REVISION = (
+    "The link was made with other models (revision {asked}) than those of this page (revision {found}): image and ranking may "
+    "differ from what its sender saw."
+)
+DOMINANT = "The largest share goes to {name}: {share} of the influence, between {low} and {high}."
+NO_DOMINANT = "No dominant source: no single creator's share stands out beyond its uncertainty."
+UNASSIGNED_SHARE = "{share} is owed to no one in particular."
+
+VIEW = "Rank the training images by"
+VIEW_INFLUENCE = "Influence"
+VIEW_PLAIN = "Plain similarity"
+VIEW_DIFFERENCE = "Difference"
 CARDS = "Most influential training images"
-CARDS_INFO = "Most influential first. Similarity (at most 1) orders the images; it is not a probability."
+CARDS_INFO = "Most influential first. Choose an image for its details and for other generated images that it influences."
+PERCENTILE_INFO = "Percentile is the place expected among all training images: 100 would be the most influential of all."
+PLAIN = "Most similar training images"
+PLAIN_INFO = "What looks and reads most like the image, by features that know nothing of the generator."
+DIFFERENCE = "What the influence ranking changes"
+DIFFERENCE_INFO = "{common} of the first {count} images are in both rankings; {others} are here by influence alone."
+DIFFERENCE_SAME = "The first {count} images are the same in both rankings; only their order may differ."
+ONLY_HERE = "only here"
+SAME_PLACE = "same place"
+PLACES_UP = "▲ {places}"
+PLACES_UP_SPOKEN = "{places} places higher than in the other ranking"
+PLACES_DOWN = "▼ {places}"
+PLACES_DOWN_SPOKEN = "{places} places lower than in the other ranking"
 CARD_ALT = "Training image: {caption}"
+RANK = "Rank"
 CREATOR = "Creator"
 LICENCE = "Licence"
+PERCENTILE = "Percentile"
 SIMILARITY = "Similarity"
+PARTS = "Of which"
+PARTS_TEXT = "image {image:.2f}, words {text:.2f}"
 UNKNOWN = "unknown"
 SOURCE = "Source"
+IMAGE_ID = "Image id"
+NEAR_DUPLICATES = "+ {count} near-duplicate"
+NEAR_DUPLICATES_MANY = "+ {count} near-duplicates"
+FAMILY = "Near-duplicates that rank as well"
+FAMILY_ITEM = "{rank}. {caption}, by {creator}"
+INFLUENCES = "Other generated images that it influences"
+INFLUENCES_NONE = "It is among the first for none of the {count} other generated images on record."
+INFLUENCED_ALT = "Drawing: {prompt}"
+INFLUENCED_ITEM = "{prompt} (rank {rank} there)"
+
 SHARES = "Shares by creator"
-SHARES_INFO = "How the scores of the {count} images shown divide among their creators."
+SHARES_INFO = "How the influence of the whole corpus on this image divides among creators; near-duplicates count once."
+SHARES_LISTED = "How the scores of the {count} images listed divide among their creators; not calibrated."
 SHARE = "Share"
+INTERVAL = "95% interval"
+INTERVAL_TEXT = "{low} to {high}"
 IMAGES = "Images"
-DOWNLOAD = "Download this result (JSON)"
-DOWNLOAD_NAME = "fastattr-result.json"
+MORE_CREATORS = "{count} more creators"
+
+CARRY = "Carry it away"
+RECEIPT = "Receipt (JSON)"
+RECEIPT_NAME = "fastattr-receipt.json"
+SHARES_CSV = "Shares (CSV)"
+SHARES_CSV_NAME = "fastattr-shares.csv"
+FIGURE = "Figure (PNG)"
+FIGURE_NAME = "fastattr-figure.png"
+LINK = "Permanent link"
+CARRY_INFO = "The receipt names image, models and index by their checksums; <code>fastattr verify</code> holds it against them."
+FIGURE_GONE = "This result is no longer in memory. Ask for it again, then save its figure."
 SECONDS = "Time taken: {seconds}."
 SECONDS_PART = "{stage} {seconds:.2f} s"
+STAGES = {"drawing": "drawing", "features": "features", "search": "search"}
 
 FOOTER = (
     "Generator {generator}. Attributor {attributor}: {images:,} training images by {creators:,} creators. "
@@ -80,5 +158,7 @@ NO_SEED = "The seed is empty. Type a whole number, for example 0."
 NO_IMAGE = "There is no image yet. Upload or paste one first."
 HUGE_IMAGE = "The image has more than {limit} megapixels. Make it smaller and upload it again."
 UNREADABLE_IMAGE = "This file is not an image that can be read. Use a PNG, JPEG, WebP or GIF file."
+DAMAGED_LINK = "The link is damaged: {name} is {found!r}. Ask its sender for it again, or type the prompt yourself."
 PORT_TAKEN = "Port {port} on {host} can't be used ({error}). Choose another with --port."
 MISSING_GRADIO = "The page needs Gradio: pip install 'fastattr[space]'"
+MISSING_MCP = "Serving tools by MCP needs pip install 'fastattr[mcp]', in an environment of its own (it pins other versions)."

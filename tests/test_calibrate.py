@@ -29,11 +29,14 @@ from fastattr.calibrate import (
     teacher_percentiles,
     teacher_shares,
 )
+from fastattr.catalogue import seal
 from fastattr.config import load_config
 from fastattr.corpus import Corpus
+from fastattr.distill import open_student
 from fastattr.features import folders, read_features
 from fastattr.ownness import fit_density
 from fastattr.scores import ScoredQuery
+from fastattr.student import embed
 from tests.tiny import draw
 
 CORPUS = 3000
@@ -172,8 +175,8 @@ def attribution(calibration: Calibration | None, names: list[str], similarity: l
     """An answer about as many images as names, each a family of its own."""
     catalog = pa.table({"image_id": [str(row) for row in range(len(names))], "creator": names})
     weights = None if calibration else np.array(similarity)
-    reach = Reach(catalog, np.arange(len(names)), np.array(similarity), weights, calibration)
-    return Attribution([], "", {}, {}, [], reach)
+    reach = Reach(catalog, lambda: (np.arange(len(names)), np.array(similarity)), weights, calibration, len(catalog))
+    return Attribution([], "", {}, {}, _reach=reach)
 
 
 def test_a_source_is_dominant_only_if_its_interval_clears_all_others():
@@ -253,9 +256,7 @@ def test_parts_add_up_to_the_similarity_and_are_shapley_values(tiny_run: Path, a
     percentiles = [row.percentile for row in answer.results]
     assert percentiles == sorted(percentiles, reverse=True)
 
-    from fastattr.student import embed
-
-    corpus = Corpus(tiny_run / "corpus")
+    corpus, student = Corpus(tiny_run / "corpus"), open_student(tiny_run)
     features = read_features(folders(tiny_run, "features", attributor.config["encoders"]), corpus.image_ids)
     mean, query = features.mean(axis=0), features[5]
     width = attributor.config["feature_blocks"][0]["width"]
@@ -263,8 +264,8 @@ def test_parts_add_up_to_the_similarity_and_are_shapley_values(tiny_run: Path, a
     for image in (False, True):
         for text in (False, True):
             seen = np.concatenate([(query if image else mean)[:width], (query if text else mean)[width:]])
-            own = embed(attributor._student, features[[3]])
-            values[image, text] = float((embed(attributor._student, seen[None], query=True) @ own.T)[0, 0])
+            own = embed(student, features[[3]])
+            values[image, text] = float((embed(student, seen[None], query=True) @ own.T)[0, 0])
     found = attributor.attribute_features(query[None], ["x"], k=48)[0].results
     row = next(result for result in found if result.image_id == corpus.image_ids[3])
     nothing = values[False, False]
@@ -300,7 +301,7 @@ def test_an_attributor_without_calibration_still_answers(tiny_run: Path, tmp_pat
     del config["feature_blocks"]
     for name in ("linear_path", "separate_heads", "popularity", "dropout"):
         del config["student"][name]
-    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json").write_text(json.dumps(seal(config)))
     old = FastAttributor.from_pretrained(copy)
     answer = old.attribute(draw("red", "circle", "plain"), "red circle", k=5)
     assert isinstance(answer, Attribution)

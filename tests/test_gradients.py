@@ -35,7 +35,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     """A generator in double precision, since whitening multiplies tiny gradients with large numbers."""
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
     encoded = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
-    images = replace(encoded, latents=encoded.latents.double(), conditioning=encoded.conditioning.double())
+    images = replace(encoded, latents=encoded.latents.double(), conditioning=encoded.conditioning.to(torch.float64))
     layers = generator.modules_to_unlearn()
     for layer in layers.values():
         layer.weight.requires_grad_(True)

@@ -25,6 +25,7 @@ from fastattr import (
 )
 from fastattr.artifacts import read_json, sha256_file, write_json
 from fastattr.attribute import build_attributor, read_info
+from fastattr.catalogue import seal
 from fastattr.hub import TRIES, push_folder, split_revision
 from fastattr.index import IndexConfig
 from tests.loopback_hub import READ_TOKEN, Fault, LoopbackHub, regular
@@ -80,7 +81,7 @@ def changed(folder: Path, target: Path, change: Callable[[dict], None]) -> Path:
     shutil.copytree(folder, target)
     config = read_json(target / "config.json")
     change(config)
-    write_json(target / "config.json", config)
+    write_json(target / "config.json", seal(config))
     return target
 
 

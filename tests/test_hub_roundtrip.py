@@ -228,7 +228,9 @@ def test_space_names_its_models_and_pins_what_it_needs(hub: LoopbackHub, tiny_ru
     assert f"gradio=={front['sdk_version']}" in pins
     assert f"fastattr[space]=={__version__}" in pins
     assert repo.variables == {"FASTATTR_GENERATOR": "org/tiny-generator", "FASTATTR_ATTRIBUTOR": "org/tiny-attributor"}
-    assert set(repo.files()) == {".gitattributes", "README.md", "requirements.txt", "app.py", "render.py", "strings.py"}
+    files = {"README.md", "requirements.txt", "app.py", "render.py", "strings.py", "page.css", "thumbnail.png"}
+    assert set(repo.files()) == {".gitattributes", *files}
+    assert front["thumbnail"] == f"{hub.url}/spaces/org/tiny-space/resolve/main/thumbnail.png"
 
 
 def test_command_line_pushes_and_says_what(hub: LoopbackHub, tiny_run: Path, capsys):

@@ -47,7 +47,7 @@ def in_double_precision(setting, tiny_run: Path):
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     _, single, _, factors = setting
-    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.double())
+    images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.to(torch.float64))
     return generator, images, layers, factors
 
 
@@ -98,6 +98,18 @@ def test_mirrored_views_and_all_captions_are_encoded(tiny_run: Path, tmp_path: P
     assert len(images.conditioning) == images.first_caption[-1]
     expected = generator.encode_image([ImageOps.mirror(corpus.image(7))])
     torch.testing.assert_close(images.latents[7, 1:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_encoded_once_is_read_again_unchanged(tiny_run: Path, tmp_path: Path, setting):
+    """Conditioning put together in another order of its parts would give images each other's captions."""
+    generator, corpus = setting[0], Corpus(tiny_run / "corpus")
+    first = encode_corpus(generator, corpus, batch_size=7, folder=tmp_path)
+    again = encode_corpus(generator, corpus, batch_size=7, folder=tmp_path)
+    for row in (0, 6, 7, 47):
+        alone = generator.encode_prompt([corpus.captions[row][0]]).tensors["text"]
+        torch.testing.assert_close(first.conditioning[[row]].tensors["text"], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.conditioning.tensors, first.conditioning.tensors, rtol=0, atol=0)
+    torch.testing.assert_close(again.latents, first.latents, rtol=0, atol=0)
 
 
 def test_antithetic_draws_come_in_opposite_pairs(setting, monkeypatch):
@@ -238,7 +250,7 @@ def test_scores_are_positive_where_the_loss_rose():
 
 def test_pattern_without_layers_is_refused(setting):
     """Unlearning nothing would score every image zero, after hours."""
-    with pytest.raises(InputError, match="no layer of the U-Net matches"):
+    with pytest.raises(InputError, match="no layer of the denoiser matches"):
         setting[0].modules_to_unlearn("no_such_layer")
 
 

@@ -1,4 +1,4 @@
-"""Debian's Chromium behind Playwright, and the page to look at, for the browser test and the screenshots."""
+"""Debian's Chromium behind Playwright, and the page to look at, for the browser tests, the screenshots and the benchmark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -37,17 +37,28 @@ def open_browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def served_page() -> Iterator[str]:
-    """The address of the page on the embedded models, as `fastattr demo` serves it."""
+def served_page(generator: str | Path = "emoji", attributor: str | Path = "emoji") -> Iterator[str]:
+    """The address of the page on these models, as `fastattr demo` serves it."""
     from fastattr.space import app
 
-    demo = app.launch(generator="emoji", attributor="emoji")
+    demo = app.launch(generator=str(generator), attributor=str(attributor))
     yield demo.local_url
     demo.close()
 
 
 def generate(page: Page, prompt: str) -> None:
-    """Type a prompt, click, and wait for the last card (long: a busy machine may run this beside other work)."""
+    """Type a prompt, click, and wait for its result."""
     page.get_by_label(re.compile(r"^\s*Prompt")).fill(prompt)
     page.get_by_role("button", name="Generate and attribute").click()
-    page.locator("ol.cards li").last.wait_for(timeout=120_000)
+    wait_for_result(page, prompt)
+
+
+def wait_for_result(page: Page, prompt: str) -> None:
+    """Wait until the result of this prompt is shown (long: a busy machine may run this beside other work)."""
+    page.locator(f"[data-prompt={prompt!r}] .influence .card").last.wait_for(timeout=120_000)
+
+
+def image_ids(cards: Page | Locator) -> list[str]:
+    """Of the training images shown as most influential, near-duplicates after the card that holds them."""
+    found: list[str] = cards.locator(".influence [data-image-id]").evaluate_all("all => all.map(one => one.dataset.imageId)")
+    return found
