@@ -117,6 +117,8 @@ class _Attributor:
             "versions": {"fastattr": "0.1.0"},
             "licences": {"CC BY 4.0": 3988},
             "metrics": {},
+            "sources": ["openmoji"],
+            "examples": ["cat face", "red apple"],
             "files": sorted(path.name for path in self.folder.iterdir()) if self.folder else [],
         }
 
@@ -638,6 +640,25 @@ def test_mcp_without_its_packages_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"fastattr\[mcp\]"):
         app.serve(app.create_demo(_Generator(), _Attributor()), mcp=True)
+
+
+def test_examples_are_drawn_before_the_first_visitor(client, generator):
+    """With other settings than the page's own the first visitor would wait all the same."""
+    from fastattr.space import app
+
+    app.draw_examples(types.SimpleNamespace(local_url=client.src), ["cat face"])
+    before = generator.drawn
+    client.predict("cat face", 0, 25, 4, api_name="/generate")
+    assert generator.drawn == before
+
+
+def test_words_about_emoji_are_for_the_emoji_models_only():
+    """'Trained on emoji' above a photograph would be false."""
+    from fastattr.space import app, strings
+
+    info = {"sources": ["fluent", "noto", "openmoji", "twemoji"], "examples": ["a photo"]}
+    assert app.examples_of(info) == strings.EXAMPLES_EMOJI
+    assert app.examples_of({**info, "sources": ["openmoji", "photos"]}) == ["a photo"]
 
 
 def test_space_folder_runs_as_a_script():
