@@ -7,7 +7,9 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import re
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -650,6 +652,21 @@ def test_examples_are_drawn_before_the_first_visitor(client, generator):
     before = generator.drawn
     client.predict("cat face", 0, 25, 4, api_name="/generate")
     assert generator.drawn == before
+
+
+def test_benchmark_gives_every_visitor_their_own_answer(client):
+    """A benchmark that counts answers, not whose they are, would call a mixed-up queue fast."""
+    path = Path(__file__).parents[1] / "benchmarks" / "space.py"
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_space", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.ten_visitors(client.src)
+    assert (found["visitors"], found["visitors_served_in_turn"]) == (10, True)
+    used = benchmark.memory(client.src, os.getpid(), warm_up=1, generations=2)
+    assert used["generations"] == 2
+    assert 10 < used["memory_mb"] < 100_000
+    assert used["attribution_seconds"] >= used["attribution_seconds_median"] > 0
 
 
 def test_words_about_emoji_are_for_the_emoji_models_only():
