@@ -30,7 +30,7 @@ bench: venv
 	$(BIN)/python benchmarks/emoji.py --quick
 
 assets: venv
-	$(BIN)/fastattr build hub_scripts/configs/emoji.yaml --run runs/emoji --assets fastattr/assets/emoji
+	$(BIN)/fastattr build hub_scripts/configs/emoji.yaml --yes --run runs/emoji --assets fastattr/assets/emoji
 	$(BIN)/python -m fastattr.showcase generated fastattr/assets/emoji/attributor --generator fastattr/assets/emoji/generator
 
 # The browser tests drive Debian's Chromium; Playwright's own browser build is not used.

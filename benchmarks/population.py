@@ -1,12 +1,15 @@
 """Vectors like the emoji attributor's embeddings, as many as wanted: what the index benchmark is made of.
 
-The 15,351 real embeddings (128 wide) are those that the embedded emoji attributor's index holds. A made vector is a smoothed
-bootstrap of them: a real one, moved by a random combination of the steps to its nearest neighbours, so that it stays on the
-same curved sheet of low dimension:  y = unit(x_i + SPREAD * sum_j g_j (x_nj - x_i) / sqrt(NEIGHBOURS)), g_j standard
-normal, n_1 .. n_NEIGHBOURS the nearest of x_i. To get the 768 dimensions of DINO or CLIP, y is followed by 640 smooth
-functions of it, cos(w y + b) with w normal of scale 1 / LENGTH (random Fourier features), weighted by TAIL: the inner product of
-two such vectors is (y y' + TAIL k(y, y')) / (1 + TAIL) with k the Gaussian kernel, a rising function of y y', so the
-order of neighbours is that of the real space, while all 768 dimensions carry something. `describe` compares made and real ones.
+The 15,351 real embeddings (128 wide) are those that the embedded emoji attributor's index holds. A made vector is a
+smoothed bootstrap of them: a real one, moved by a random combination of the steps to its nearest neighbours, so that it
+stays on the same curved sheet of low dimension:
+
+    y = unit(x_i + SPREAD * sum_j g_j (x_nj - x_i) / sqrt(NEIGHBOURS)),  g_j standard normal, n_1 ... the nearest of x_i.
+
+To get the 768 dimensions of DINO or CLIP, y is followed by 640 smooth functions of it, cos(w y + b) with w normal of scale
+1 / LENGTH (random Fourier features), weighted by TAIL. The inner product of two such vectors is
+(y y' + TAIL k(y, y')) / (1 + TAIL) with k the Gaussian kernel, a rising function of y y': the order of neighbours is that of
+the real space, while all 768 dimensions carry something. `describe` compares made and real ones.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from fastattr.hub import ASSETS
 
 DIM = 768
 NEIGHBOURS = 8
-SPREAD = 0.5
+SPREAD = 0.8
 LENGTH = 0.5
 TAIL = 0.5
 BLOCK = 65_536
@@ -79,8 +82,8 @@ def describe(vectors: np.ndarray, *, sample: int = 1000) -> dict[str, float]:
     """How a set of unit vectors is spread.
 
     Returns:
-        Median cosine to the nearest, 10th and 100th nearest other vector; the intrinsic dimension of neighbourhoods of 20 and of
-        100 (maximum likelihood, Levina and Bickel 2004); and the share of variance in the leading 32 directions.
+        Median cosine to the nearest, 10th and 100th nearest other vector; the intrinsic dimension of neighbourhoods of 20
+        and of 100 (maximum likelihood, Levina and Bickel 2004); the share of variance in the leading 32 directions.
     """
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors)

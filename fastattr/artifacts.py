@@ -132,20 +132,38 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
     """Whether `folder` already holds this stage's complete result for this config and these inputs.
 
+    A setting that came after the folder was made, and has its default value now, is no difference.
+
     Raises:
         ArtifactMismatchError: it holds a complete result of something else, which must not be overwritten.
     """
     if not (folder / MANIFEST).exists():
         return False
     manifest = _read_manifest(folder)
-    expected = fingerprint({"stage": stage, "config": json.loads(json.dumps(config, default=_plain)), "inputs": dict(inputs)})
-    if manifest.get("fingerprint") == expected:
+    wanted = json.loads(json.dumps(config, default=_plain))
+    if isinstance(manifest.get("config"), dict):
+        wanted = _without_newer_defaults(wanted, config, manifest["config"])
+    if manifest.get("fingerprint") == fingerprint({"stage": stage, "config": wanted, "inputs": dict(inputs)}):
         return True
     changed = _differences(manifest, config=config, inputs=inputs)
     raise ArtifactMismatchError(
         f"{folder} holds a finished '{manifest.get('stage')}' made with other settings ({changed}). "
         "Use another run folder, or delete that folder to build it again."
     )
+
+
+def _without_newer_defaults(wanted: dict[str, Any], config: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain values, without those at their default that `found` does not name; sections alike."""
+    kept = dict(wanted)
+    for item in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+        value = getattr(config, item.name)
+        if item.name not in found:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            if value == default:
+                kept.pop(item.name, None)
+        elif dataclasses.is_dataclass(value) and isinstance(found[item.name], dict):
+            kept[item.name] = _without_newer_defaults(wanted[item.name], value, found[item.name])
+    return kept
 
 
 def _differences(manifest: Mapping[str, Any], *, config: Any, inputs: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,6 +113,12 @@ class Reach:
         """(M,) their similarities."""
         return self._found[1]
 
+    def first(self, k: int) -> Reach:
+        """Of an answer with k images: the same with a calibration, the first k images without."""
+        if self.calibration is not None or self.weights is None:
+            return self
+        return replace(self, find=partial(_found, self.rows[:k], self.similarities[:k]), weights=self.weights[:k])
+
     def names(self, column: str) -> np.ndarray:
         """(M,) values of one column of the catalogue; '' where there is none."""
         values = self.catalog[column].take(pa.array(self.rows)).to_pylist()
@@ -172,6 +178,15 @@ class Attribution:
     def to_json(self) -> str:
         """`to_dict` as JSON, the receipt."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def first(self, k: int) -> Attribution:
+        """The same answer as if only k images had been asked for."""
+        return replace(
+            self,
+            results=self.results[:k],
+            query={**self.query, "k": min(k, self.query.get("k", k))},
+            _reach=self._reach.first(k) if self._reach else None,
+        )
 
     def shares(self, by: str = "creator") -> pd.DataFrame:
         """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
@@ -471,6 +486,28 @@ class FastAttributor:
         hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
         return self._search(Asked(features, list(prompts), hashes, {}), k, where)
 
+    def replay(self, embedding: np.ndarray, prompt: str, k: int, *, where: Where | None = None) -> Attribution:
+        """The answer to a query of which only the (D,) embedding is known, as receipts hold it."""
+        asked = Asked(np.zeros((0, self.config["feature_dim"]), dtype=np.float32), [prompt], [""], {})
+        return self._answers(asked, embedding[None], k, where, started=time.perf_counter())[0]
+
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 embeddings of rows of `catalog`, as well as they are kept."""
+        if not isinstance(self._catalogue, Catalogue):
+            raise InputError("embeddings are read from the attributor's own index; load it without index_uri.")
+        if not len(rows):
+            return np.zeros((0, int(self.config["student"]["embed_dim"])), dtype=np.float32)
+        low = int(rows.min())
+        return self._catalogue.read(low, int(rows.max()) + 1)[rows - low]
+
+    def versions(self) -> dict[str, Any]:
+        """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
+        return versions(self.config)
+
+    def has_left(self, image_id: str) -> bool:
+        """Whether an image was in the catalogue once and has been removed."""
+        return image_id in self._catalogue.removed
+
     def _check_features(self, features: np.ndarray, count: int) -> None:
         width = self.config["feature_dim"]
         if features.ndim != 2 or features.shape[1] != width or len(features) != count:
@@ -481,16 +518,20 @@ class FastAttributor:
     def _search(self, asked: Asked, k: int, where: Where | None = None) -> list[Attribution]:
         """By the student."""
         started = time.perf_counter()
-        catalogue = self._catalogue  # one version, whatever another thread takes up meanwhile
         embeddings = self._student.embed_queries(asked.features)
+        return self._answers(asked, embeddings, k, where, started=started)
+
+    def _answers(
+        self, asked: Asked, embeddings: np.ndarray, k: int, where: Where | None, *, started: float
+    ) -> list[Attribution]:
+        """The answers to queries whose (Q, D) embeddings are known; their features may be missing."""
+        catalogue = self._catalogue  # one version, whatever another thread takes up meanwhile
         found = _nearest(catalogue, embeddings, k, where)
-        parts = self._parts(asked.features, catalogue, found)
-        warnings = self._warnings(asked.features)
+        parts = self._parts(asked.features, catalogue, found) if len(asked.features) else [None] * len(found)
+        warnings = self._warnings(asked.features) if len(asked.features) else [[] for _ in found]
         seconds = {**asked.seconds, "search": time.perf_counter() - started}
         answers = []
         for row, (rows, similarities) in enumerate(found):
-            vector = base64.b64encode(embeddings[row].astype("<f4").tobytes()).decode()
-            query = {"sha256": asked.hashes[row], "embedding": vector, "k": k, **({"where": dict(where)} if where else {})}
             records = catalogue.fetch(rows)
             weights = None if self._calibration else self._student.closeness(similarities)
             find = partial(_found, rows, similarities)
@@ -505,7 +546,7 @@ class FastAttributor:
                     records,
                     similarities,
                     seconds,
-                    query,
+                    _query(asked.hashes[row], embeddings[row], k, where),
                     parts=parts[row],
                     reach=Reach(table, find, weights, self._calibration, catalogue.ntotal),
                     warnings=warnings[row],
@@ -1047,6 +1088,16 @@ def _checked(fields: Mapping[str, str]) -> dict[str, str]:
     return dict(fields)
 
 
+def _query(sha256: str, embedding: np.ndarray, k: int, where: Where | None) -> dict[str, Any]:
+    """What a receipt says of a query, but for its prompt."""
+    query: dict[str, Any] = {
+        "sha256": sha256,
+        "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode(),
+        "k": k,
+    }
+    return query | ({"where": dict(where)} if where else {})
+
+
 def image_sha256(image: Image.Image, prompt: str) -> str:
     """Hex SHA-256 of an image's size and RGB pixels, and its prompt."""
     rgb = to_rgb(image)
@@ -1212,6 +1263,10 @@ def build_attributor(
         write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
+        own = {specification.partition(":")[2] for specification in encoders}
+        for part, users in (("generator", {"generator", "gradients"}), ("gradients", {"gradients"})):
+            if own & users:  # what diffusion and gradient features need at query time
+                shutil.copytree(run_dir / part, temporary / part, ignore=shutil.ignore_patterns("checkpoint*"))
         opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
         write_config(
             temporary,

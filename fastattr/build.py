@@ -1,15 +1,20 @@
 """Build: the whole line from a config, stage by stage, resuming where the run folder stands.
 
-`STAGES` is the line; every stage reads earlier folders of the run and writes its own. `embed_assets` packs a finished
-run's generator and attributor as an embedded model.
+`STAGES` is the line; every stage reads earlier folders of the run and writes its own. `run` plans first (once: plan.json),
+asks above a limit, and keeps the config in config.yaml and what each stage took in spent.json. Under `accelerate launch`
+the stages up to the teacher share all processes; the rest, which is small and whose sums would depend on the number of
+processes, is done by one of its own. `embed_assets` packs a finished run's generator and attributor as an embedded model.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +23,24 @@ from fastattr import (
     calibrate,
     candidates,
     corpus,
+    costs,
     distill,
     evaluate,
     features,
     pretrained,
+    publish,
     queries,
+    report,
     teacher,
     train_autoencoder,
     train_encoder,
     train_generator,
 )
-from fastattr.artifacts import atomic_path, finished, open_stage, read_json, write_json, write_manifest
-from fastattr.config import BuildConfig
+from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
+from fastattr.config import BuildConfig, save_config
+from fastattr.errors import FastattrError, InputError
 from fastattr.pretrained import PretrainedConfig
+from fastattr.processes import alone
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +84,44 @@ def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     return train_generator.run(config.generator, run_dir)
 
 
+def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the run's own feature encoder, if the features are its."""
+    if not any(specification.endswith(":encoder") for specification in config.features.encoders):
+        return {}
+    return train_encoder.run(config.encoder, run_dir)
+
+
+def run_card(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Write run_dir/card: README.md and LICENSE.md as they will stand beside the attributor on the Hub."""
+    folder = run_dir / "card"
+    inputs = {"attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"]}
+    if not finished(folder, stage="card", config=config.push, inputs=inputs):
+        repo_id = f"{config.push.namespace or 'NAMESPACE'}/{config.name}-attributor"
+        card, licences = publish.attributor_texts(run_dir / "attributor", repo_id)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir(parents=True)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            (temporary / "LICENSE.md").write_text(licences, encoding="utf-8")
+            write_manifest(temporary, stage="card", config=config.push, inputs=inputs)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest
+
+
+def run_push(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Push what `push.kinds` names to `push.namespace`, if there is one; unchanged parts make no commit."""
+    if not config.push.namespace:
+        return {}
+    pushes = publish.push_all(
+        run_dir, config.name, config.push.namespace, config.push.kinds, private=config.push.private, tag=publish.AUTO
+    )
+    return {"pushed": [push.in_words() for push in pushes]}
+
+
 STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "corpus": lambda config, run_dir: corpus.run(config.corpus, run_dir / "corpus"),
     "train-autoencoder": run_autoencoder,
     "train-generator": run_generator,
-    "train-encoder": lambda config, run_dir: train_encoder.run(config.encoder, run_dir),
+    "train-encoder": run_encoder,
     "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
     "features": lambda config, run_dir: features.run(config.features, run_dir),
     "candidates": lambda config, run_dir: candidates.run(config.candidates, run_dir, encoders=config.features.encoders),
@@ -87,19 +130,92 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
     "evaluate": lambda config, run_dir: evaluate.run(config.evaluate, run_dir, encoders=config.features.encoders),
     "index": run_index,
+    "card": run_card,
+    "push": run_push,
+    "report": report.run,
 }
 """Stage name -> function of (config, run folder), in the order in which they run."""
+SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
+"""Stages that all processes of `accelerate launch` do together."""
 
 
-def run(config: BuildConfig, run_dir: Path) -> dict[str, float]:
-    """Run every stage that is not finished yet; returns the seconds each took."""
-    seconds = {}
+def planned(config: BuildConfig, run_dir: Path, config_file: Path | None) -> dict[str, Any]:
+    """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same.
+
+    Where nothing says how many training images there are, the corpus is read first.
+    """
+    file, identity = run_dir / "plan.json", fingerprint(config)
+    if file.exists():
+        kept: dict[str, Any] = read_json(file)
+        if kept["config"] == identity:
+            return kept
+    try:
+        costs.training_images(config, run_dir)
+    except InputError:
+        STAGES["corpus"](config, run_dir)
+    plan = costs.plan(config, run_dir, config_file=config_file) | {"config": identity}
+    write_json(file, plan)
+    return plan
+
+
+def run(
+    config: BuildConfig,
+    run_dir: Path,
+    *,
+    config_file: Path | None = None,
+    confirm: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, float]:
+    """Run every stage that is not finished yet, on all processes.
+
+    Args:
+        config: of the whole line.
+        run_dir: where the stages' folders are.
+        config_file: the config's file, to measure this machine with before anything runs.
+        confirm: is given the plan, and raises if nothing shall be built; None makes no plan.
+
+    Returns:
+        The seconds each stage took now; run_dir/spent.json adds up what finished stages took in all runs.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(timeout=timedelta(days=30))  # the others wait while one does what is left
+    seconds: dict[str, float] = {}
+    if state.is_main_process:
+        save_config(config, run_dir / "config.yaml")
+        if confirm is not None:
+            confirm(planned(config, run_dir, config_file))
+    state.wait_for_everyone()
     for name, stage in STAGES.items():
-        started = time.monotonic()
+        if state.num_processes > 1 and name not in SHARED:
+            continue
+        started, before = time.monotonic(), _manifests(run_dir)
         logger.info("stage %s", name)
         stage(config, run_dir)
-        seconds[name] = round(time.monotonic() - started, 1)
+        state.wait_for_everyone()
+        seconds[name] = round(time.monotonic() - started, 2)
+        if state.is_main_process and _manifests(run_dir) != before:
+            spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
+            write_json(run_dir / "spent.json", spent | {name: seconds[name]})
+    if state.num_processes > 1 and state.is_main_process:
+        command = [
+            sys.executable,
+            "-m",
+            "fastattr.cli",
+            "build",
+            str(run_dir / "config.yaml"),
+            "--run",
+            str(run_dir),
+            "--no-plan",
+        ]
+        if subprocess.run(command, env=alone(), check=False).returncode:
+            raise FastattrError("the stages after the teacher failed; run the same command again to go on there.")
+    state.wait_for_everyone()
     return seconds
+
+
+def _manifests(run_dir: Path) -> set[tuple[str, int]]:
+    """What is finished in a run folder, and since when."""
+    return {(str(path), path.stat().st_mtime_ns) for path in run_dir.glob(f"**/{MANIFEST}")}
 
 
 def embed_assets(config: BuildConfig, run_dir: Path, folder: Path) -> dict[str, Any]:

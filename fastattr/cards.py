@@ -51,6 +51,7 @@ COLUMNS = {
     "scheduler": "diffusers class that drew the query",
     "generator": "fingerprint of the generator's weights",
     "kind": "caption (of a training image), recombined or free",
+    "near_copy_of": "training image that the drawing is a near-copy of, or empty",
 }
 
 

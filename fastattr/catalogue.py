@@ -646,7 +646,7 @@ def compact(folder: Path, config: Mapping[str, Any], catalogue: Catalogue) -> di
     if plain in config["sha256"]:
         untuned = load_index(folder / plain, sha256=config["sha256"][plain])
         kept_rows = np.flatnonzero(catalogue.rows_of(np.arange(untuned.ntotal)) >= 0)  # they come first in the new base, too
-        copy = empty_copy(folder / plain)
+        copy = empty_copy(folder / plain, factory="")  # read whole: it is exhaustive
         copy.add(untuned.reconstruct_batch(kept_rows))
         files["plain"] = f"plain{suffix}.faiss"
         save_index(copy, folder / files["plain"])

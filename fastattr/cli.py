@@ -1,6 +1,7 @@
 """The command line: `fastattr --help` reads like a guide.
 
-Errors that a user can mend end in one line on stderr and exit code 2. Results go to stdout, progress to stderr.
+Errors that a user can mend end in one line on stderr and exit code 2; `verify` ends with 1 if something differs.
+Results go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastattr.errors import FastattrError, InputError, MissingExtraError, for_terminal
+from fastattr.errors import FastattrError, InputError, MissingExtraError, ReceiptDiffersError, for_terminal
+
+if TYPE_CHECKING:
+    from fastattr.attribute import FastAttributor
 
 GUIDE = """\
 fastattr names the training images that influenced a generated image most, and whose they are.
@@ -24,6 +29,11 @@ see it:
   fastattr generate emoji --prompt "red heart, openmoji style" --seed 0 --out heart.png
   fastattr attribute emoji --image heart.png --prompt "red heart, openmoji style" --top-k 10
   fastattr info emoji
+
+keep it alive, check what it said, serve it to machines:
+  fastattr remove FOLDER IMAGE_ID
+  fastattr verify RECEIPT.json
+  fastattr serve emoji
 
 publish it, and import what others released:
   fastattr push attributor emoji org/emoji-attributor --dry-run
@@ -45,6 +55,8 @@ STAGE_HELP = {
     "calibrate": "fit percentiles and shares on the validation queries",
     "evaluate": "compare a student with its teacher, or any method with what retraining does",
     "index": "build the FAISS index and put the attributor together",
+    "card": "write the attributor's model card and licences",
+    "report": "write the report, a page with the pictures",
 }
 
 
@@ -57,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         result = arguments.run(arguments)
+    except ReceiptDiffersError as error:
+        print(f"fastattr: {for_terminal(error)}", file=sys.stderr)
+        return 1
     except FastattrError as error:
         print(f"fastattr: error: {for_terminal(error)}", file=sys.stderr)
         return 2
@@ -99,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--json", action="store_true", help="print everything as JSON")
     attribute.set_defaults(run=_attribute)
 
+    attribute.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only such images; repeatable")
+    attribute.add_argument("--since", help="only images dated so or later, YYYY-MM-DD")
+    attribute.add_argument("--until", help="only images dated so or earlier")
+    attribute.add_argument("--index-uri", help="search Milvus at this address instead of the attributor's own index")
+
+    _living_parsers(commands)
+
     info = commands.add_parser("info", help="sizes, versions, licences and metrics of an attributor")
     info.add_argument("model", help="'emoji', an attributor folder or a Hub id")
     info.add_argument("--json", action="store_true")
@@ -106,13 +128,17 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="run all stages of a config, resuming")
     _config_arguments(build)
+    build.add_argument("--yes", action="store_true", help="go on without asking, however long it will take")
+    build.add_argument("--no-plan", action="store_true", help="make no plan, measure nothing, ask nothing")
     build.add_argument("--assets", type=Path, help="also pack generator and attributor as an embedded model in this folder")
     build.set_defaults(run=_build)
 
     corpus = commands.add_parser("corpus", help="read training images: emoji, an image folder, or a dataset")
-    corpus.add_argument("kind", choices=["emoji", "folder", "dataset"])
-    corpus.add_argument("path", nargs="?", default="", help="image folder, dataset id or data file (not for emoji)")
+    corpus.add_argument("kind", choices=["emoji", "folder", "dataset", "coco", "webdataset", "urls"])
+    corpus.add_argument("path", nargs="?", default="", help="folder, dataset id or data file (not for emoji)")
     corpus.add_argument("out", type=Path)
+    corpus.add_argument("--shards", default="", help="of urls: the folder of tar shards with the images")
+    corpus.add_argument("--duplicates", default="", choices=["", "skip", "family", "keep"], help="what becomes of copies")
     corpus.add_argument("--split", default="train")
     corpus.add_argument("--image-column", default="image")
     corpus.add_argument("--caption-column", default="caption")
@@ -120,8 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--json", action="store_true")
     corpus.set_defaults(run=_corpus)
 
-    plan = commands.add_parser("plan", help="what the teacher of a config will cost: evaluations, memory, disk")
+    plan = commands.add_parser("plan", help="what each stage of a config will cost: evaluations, memory, disk, hours, money")
     _config_arguments(plan)
+    plan.add_argument("--no-measure", action="store_true", help="leave out the minute that measures this machine")
     plan.set_defaults(run=_plan)
 
     _push_parsers(commands.add_parser("push", help="push score tables, attributor, generator or Space to the Hub"))
@@ -142,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text)
         _config_arguments(stage)
         stage.set_defaults(run=_stage, stage=name)
+        if name == "index":
+            stage.add_argument("--backend", choices=["faiss", "milvus"], default="faiss", help="where the index is to be")
+            stage.add_argument("--uri", help="with milvus: http://HOST:PORT, or a file ending in .db; CONFIG is an attributor")
+            stage.add_argument("--token", help="with milvus: 'user:password', or a key")
+            stage.set_defaults(run=_index)
         if name == "evaluate":
             stage.description = (
                 "Compare a run's student with its teacher (CONFIG.yaml), or, with --truth, any method with what retraining "
@@ -277,9 +309,9 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     image = open_image(arguments.image)
     started = time.perf_counter()
-    attributor = FastAttributor.from_pretrained(arguments.model)
+    attributor = FastAttributor.from_pretrained(arguments.model, index_uri=arguments.index_uri)
     loaded = time.perf_counter() - started
-    result = attributor.attribute(image, arguments.prompt, k=arguments.top_k)
+    result = attributor.attribute(image, arguments.prompt, k=arguments.top_k, where=_where(arguments))
     assert isinstance(result, Attribution)
     result.seconds["load"] = loaded
     if arguments.figure:
@@ -296,6 +328,167 @@ def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
     shares = result.shares(by="creator").sort_values("share", ascending=False).head(5)
     for creator, share in zip(shares["creator"], shares["share"], strict=True):
         print(f"      {share:6.1%}  {creator}")
+    return None
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, str | list[str]] | None:
+    """The restriction that the options ask for."""
+    where: dict[str, str | list[str]] = {}
+    for text in arguments.where:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"write --where COLUMN=VALUE, not {text!r}.")
+        where[column] = [*where.get(column, []), value]
+    for bound in ("since", "until"):
+        if getattr(arguments, bound):
+            where[bound] = getattr(arguments, bound)
+    return where or None
+
+
+def _living_parsers(commands: Any) -> None:
+    """Commands that change, check and serve an attributor."""
+    add = commands.add_parser("add", help="take images into an attributor's catalogue; nothing is trained")
+    add.add_argument("attributor", type=Path, help="attributor folder")
+    add.add_argument("pictures", type=Path, help="captioned image folder, as `fastattr corpus folder` reads it")
+    add.add_argument("--readmit", action="store_true", help="take images in again that were removed")
+    add.set_defaults(run=_add)
+
+    remove = commands.add_parser("remove", help="take images out of an attributor's catalogue (opt-out)")
+    remove.add_argument("attributor", type=Path, help="attributor folder")
+    remove.add_argument("image_ids", nargs="+", metavar="IMAGE_ID")
+    remove.add_argument("--reason", default="", help="kept in the journal")
+    remove.set_defaults(run=_remove)
+
+    update = commands.add_parser("update", help="change what the catalogue says of an image")
+    update.add_argument("attributor", type=Path, help="attributor folder")
+    update.add_argument("image_id")
+    update.add_argument("fields", nargs="+", metavar="COLUMN=VALUE")
+    update.set_defaults(run=_update)
+
+    compact = commands.add_parser("compact", help="fold all changes into the index; erases the data of removed images")
+    compact.add_argument("attributor", type=Path, help="attributor folder")
+    compact.set_defaults(run=_compact)
+
+    verify = commands.add_parser("verify", help="replay a receipt, and say what differs")
+    verify.add_argument("receipt", type=Path, help="JSON, as `fastattr attribute --json` prints it")
+    verify.add_argument("--model", help="attributor to hold it against (default: the one the receipt names)")
+    verify.add_argument("--revision", help="its revision on the Hub (default: the receipt's)")
+    verify.add_argument("--image", type=Path, help="the query's image, to replay the encoders, too")
+    verify.add_argument("--json", action="store_true")
+    verify.set_defaults(run=_verify)
+
+    many = commands.add_parser("attribute-many", help="attribute a table of queries; `accelerate launch` divides it")
+    many.add_argument("model", help="'emoji', an attributor folder or a Hub id")
+    many.add_argument("queries", type=Path, help=".parquet or .jsonl with query_id, prompt, and image or features")
+    many.add_argument("out", type=Path, help="folder of the answers")
+    many.add_argument("--top-k", type=int, default=100)
+    many.add_argument("--json", action="store_true")
+    many.set_defaults(run=_attribute_many)
+
+    serve = commands.add_parser("serve", help="serve an attributor to machines over HTTP (POST an image, get the receipt)")
+    serve.add_argument("model", help="'emoji', an attributor folder or a Hub id")
+    serve.add_argument("--host", default="127.0.0.1", help="others than this machine need FASTATTR_TOKEN to be set")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--timeout", type=float, default=30.0, help="seconds for one request")
+    serve.set_defaults(run=_serve)
+
+
+def _own(folder: Path) -> FastAttributor:
+    """The attributor in a folder, to be changed there."""
+    from fastattr.attribute import FastAttributor
+
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is no attributor folder; write one with FastAttributor.save_pretrained.")
+    return FastAttributor.from_pretrained(folder)
+
+
+def _add(arguments: argparse.Namespace) -> None:
+    from fastattr.corpus import TEXT_COLUMNS, TrainingImage, load_rgb, read_folder
+
+    attributor = _own(arguments.attributor)
+    found = list(read_folder(arguments.pictures))
+    images = [each for each in found if isinstance(each, TrainingImage)]
+    if not images:
+        raise InputError(f"{arguments.pictures} holds no captioned image.")
+    for start in range(0, len(images), 256):
+        batch = images[start : start + 256]
+        attributor.add(
+            [load_rgb(each.image) for each in batch],
+            [each.captions for each in batch],
+            [{"image_id": each.image_id, **{name: getattr(each, name) for name in TEXT_COLUMNS}} for each in batch],
+            readmit=arguments.readmit,
+        )
+    print(f"added {len(images)} images, {len(found) - len(images)} skipped; version {attributor.versions()['catalog_version']}")
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    attributor = _own(arguments.attributor)
+    attributor.remove(arguments.image_ids, reason=arguments.reason)
+    print(f"removed; {len(attributor)} images are left, version {attributor.versions()['catalog_version']}")
+
+
+def _update(arguments: argparse.Namespace) -> None:
+    if not all("=" in text for text in arguments.fields):
+        raise InputError("write COLUMN=VALUE for each thing that changes.")
+    attributor = _own(arguments.attributor)
+    attributor.update({arguments.image_id: dict(text.split("=", 1) for text in arguments.fields)})
+    print(f"updated; version {attributor.versions()['catalog_version']}")
+
+
+def _compact(arguments: argparse.Namespace) -> None:
+    attributor = _own(arguments.attributor)
+    attributor.compact()
+    print(f"compacted; {len(attributor)} images, version {attributor.versions()['catalog_version']}")
+
+
+def _verify(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import receipts
+    from fastattr.attribute import FastAttributor
+
+    receipt = receipts.read_receipt(arguments.receipt)
+    model = arguments.model or receipt["model"]["name"]
+    revision = arguments.revision or (None if arguments.model else receipt["model"].get("revision") or None)
+    attributor = FastAttributor.from_pretrained(
+        model, revision=None if "@" in model and not arguments.revision else revision, thumbnails=False
+    )
+    differences = receipts.verify(receipt, attributor, image=arguments.image)
+    if arguments.json:
+        print(json.dumps({"same": not differences, "differences": differences, "versions": attributor.versions()}, indent=2))
+    else:
+        print("\n".join(differences) or f"{arguments.receipt} is what {attributor.name} answers.")
+    if differences:
+        raise ReceiptDiffersError(f"{len(differences)} differences between {arguments.receipt} and {attributor.name}.")
+    return None
+
+
+def _attribute_many(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from fastattr import batch
+
+    result = batch.run(arguments.model, arguments.queries, arguments.out, k=arguments.top_k)
+    if arguments.json:
+        return result
+    print(f"{result['queries']} queries, in {result['out']}")
+    return None
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from fastattr import serve
+
+    config = serve.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=arguments.timeout)
+    serve.run(arguments.model, host=arguments.host, port=arguments.port, config=config)
+
+
+def _index(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.backend == "faiss":
+        return _stage(arguments)
+    from fastattr.milvus import load
+
+    if not arguments.uri:
+        raise InputError("give --uri: http://HOST:PORT of a Milvus server, or a file ending in .db.")
+    result = load(str(arguments.config), arguments.uri, token=arguments.token or "")
+    if arguments.json:
+        return result
+    print(f"{result['images']} images in {arguments.uri}, version {result['catalog_version']}")
     return None
 
 
@@ -326,6 +519,8 @@ def _corpus(arguments: argparse.Namespace) -> dict[str, Any] | None:
         image_column=arguments.image_column,
         caption_column=arguments.caption_column,
         resolution=arguments.resolution,
+        shards=arguments.shards,
+        duplicates=arguments.duplicates,
     )
     manifest = corpus.run(config, arguments.out)
     if arguments.json:
@@ -349,23 +544,15 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr import plan
+    from fastattr import costs
     from fastattr.config import load_config
 
     config = load_config(arguments.config)
-    result = plan.run(config.teacher, arguments.run_dir or Path("runs") / config.name)
+    run_dir = arguments.run_dir or Path("runs") / config.name
+    result = costs.plan(config, run_dir, config_file=None if arguments.no_measure else arguments.config)
     if arguments.json:
         return result
-    print(f"{'part':16s} {'forward':>14s} {'backward':>14s} {'memory':>10s} {'disk':>10s}")
-    totals = {
-        "name": "in all",
-        "memory": result["peak_memory"],
-        **{name: result[name] for name in ("forward", "backward", "disk")},
-    }
-    for step in [*result["steps"], totals]:
-        memory, disk = (f"{step[name] / 1e6:,.0f} MB" for name in ("memory", "disk"))
-        print(f"{step['name']:16s} {step['forward']:14,d} {step['backward']:14,d} {memory:>10s} {disk:>10s}")
-    print("forward and backward count latents through the network, over all processes; memory is the peak of one process")
+    print(costs.as_table(result))
     return None
 
 
@@ -389,18 +576,35 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _build(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr import build
+    from fastattr import build, costs
     from fastattr.config import load_config
 
     config = load_config(arguments.config)
     run_dir = arguments.run_dir or Path("runs") / config.name
-    seconds = build.run(config, run_dir)
-    result: dict[str, Any] = {"run": str(run_dir), "seconds": seconds}
+
+    def confirm(plan: dict[str, Any]) -> None:
+        """Show the plan; ask, if it takes longer than the config's limit and nobody said yes beforehand."""
+        print(costs.as_table(plan), file=sys.stderr)
+        here, limit = plan["here"], config.plan.confirm_hours
+        if arguments.yes or ("seconds" in here and here["seconds"]["in all"] <= 3600 * limit):
+            return
+        takes = (
+            f"{here['seconds']['in all'] / 3600:,.1f} hours" if "seconds" in here else f"an unknown time ({here['problem']})"
+        )
+        if sys.stdin.isatty():
+            print(f"This takes {takes} on this machine. Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() in {"y", "yes"}:
+                return
+        raise InputError(f"nothing was built: it takes {takes}, and plan.confirm_hours is {limit}. Add --yes to build it.")
+
+    seconds = build.run(config, run_dir, config_file=arguments.config, confirm=None if arguments.no_plan else confirm)
+    result: dict[str, Any] = {"run": str(run_dir), "seconds": seconds, "report": str(run_dir / "report" / "index.html")}
     if arguments.assets:
         result["bytes"] = build.embed_assets(config, run_dir, arguments.assets)["bytes"]
     if arguments.json:
         return result
     print(f"done, in {run_dir}: {run_dir / 'attributor'} is ready for FastAttributor.from_pretrained")
+    print(f"report: {run_dir / 'report' / 'index.html'}")
     return None
 
 

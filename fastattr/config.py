@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -11,15 +12,18 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fastattr.artifacts import atomic_path
 from fastattr.calibrate import CalibrateConfig
 from fastattr.candidates import CandidatesConfig
 from fastattr.corpus import CorpusConfig
+from fastattr.costs import PlanConfig
 from fastattr.distill import DistillConfig
 from fastattr.errors import ArtifactNotFoundError, InputError
 from fastattr.evaluate import EvaluateConfig
 from fastattr.features import FeaturesConfig
 from fastattr.index import IndexConfig
 from fastattr.pretrained import PretrainedConfig
+from fastattr.publish import PushConfig
 from fastattr.queries import QueriesConfig
 from fastattr.teacher import TeacherConfig
 from fastattr.train_autoencoder import AutoencoderConfig
@@ -48,6 +52,8 @@ class BuildConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    push: PushConfig = field(default_factory=PushConfig)
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
 
@@ -55,6 +61,14 @@ class BuildConfig:
 def load_config(path: str | Path) -> BuildConfig:
     """Read and check the config file of a whole line; see `read_config`."""
     return read_config(path, BuildConfig)
+
+
+def save_config(config: BuildConfig, path: Path) -> None:
+    """Write a config with all its settings, defaults too, as a file that `load_config` reads; an equal one is left alone."""
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_config(path: str | Path, kind: type[Config]) -> Config:

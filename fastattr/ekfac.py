@@ -152,7 +152,11 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 
 def factor_bytes(layers: Mapping[str, Layer]) -> int:
     """Memory that fitting takes for sums and factors, all in float64: covariances, eigenvectors and eigenvalues."""
-    shapes = [weight_shape(layer) for layer in layers.values()]
+    return factor_sizes([weight_shape(layer) for layer in layers.values()])
+
+
+def factor_sizes(shapes: Iterable[tuple[int, int]]) -> int:
+    """The same for layers of these (out, in) shapes."""
     return sum(8 * (2 * out * out + 2 * inner * inner + out * inner) for out, inner in shapes)
 
 

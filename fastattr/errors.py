@@ -58,6 +58,10 @@ class QueriesFailedError(FastattrError):
     """Some queries could not be scored; the text lists them with their errors, and the others are kept."""
 
 
+class ReceiptDiffersError(FastattrError):
+    """An attributor does not answer any more what a receipt says."""
+
+
 class DoesNotFitError(FastattrError, MemoryError):
     """Memory or disk are too small for what is to be built; the text has the figures and the alternatives."""
 

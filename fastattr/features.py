@@ -4,6 +4,7 @@ Reads corpus/ or queries/; writes features/<encoder>/ with features.npy (float16
 ids.parquet and manifest.json. An encoder is named by a specification:
 
     open_clip-image:REF   open_clip-text:REF   transformers-image:REF   transformers-text:REF
+    diffusion:GENERATOR   gradient:FOLDER
 
 where REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id ('org/name[@revision]'), a local folder,
 or the name of an embedded model ('emoji'). Images are prepared as the model's own config says. A text encoder reads the
@@ -34,6 +35,8 @@ from fastattr.hub import ASSETS, embedded_models, locate, split_revision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from fastattr.queries import Queries
 
 OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
 """What open_clip loads a model from: no pickle."""
@@ -283,9 +286,21 @@ def open_encoder(
         encoder = TransformersImageEncoder(reference, **options)
     elif kind == "transformers-text":
         encoder = TransformersTextEncoder(reference, captions=captions, **options)
+    elif kind == "diffusion":
+        from fastattr.diffusion_features import DiffusionEncoder
+        from fastattr.generator import Generator
+
+        name = folder / reference if reference == "generator" and folder is not None else reference
+        encoder = DiffusionEncoder(Generator.from_pretrained(name, device=device, dtype=dtype), captions=captions)
+    elif kind == "gradient":
+        from fastattr.gradient_encoder import open_gradient_encoder
+
+        path = folder / reference if reference == "gradients" and folder is not None else Path(reference)
+        encoder = open_gradient_encoder(path, run_dir=folder, device=device)
     else:
         raise InputError(
-            f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text, transformers-image or transformers-text."
+            f"unknown encoder kind {kind!r}; use open_clip-image, open_clip-text, transformers-image, transformers-text, "
+            "diffusion or gradient."
         )
     encoder.specification = specification
     return encoder
@@ -372,8 +387,11 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     accelerator = Accelerator()
     corpus = Corpus(run_dir / "corpus")
     queries = Queries(run_dir / "queries")
-    manifests = {}
+    manifests: dict[str, Any] = {}
     for specification in config.encoders:
+        if specification == "gradient:gradients" and accelerator.is_main_process:
+            _fit_gradients(run_dir, corpus)
+        accelerator.wait_for_everyone()
         encoder = open_encoder(
             specification,
             folder=run_dir,
@@ -381,16 +399,25 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
             device=str(accelerator.device),
             dtype=getattr(torch, config.dtype),
         )
-        sets = (
-            ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
-            ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
+        manifests |= encode_sets(encoder, corpus, queries, run_dir, config, accelerator)
+    return manifests
+
+
+def encode_sets(
+    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig, accelerator: Accelerator
+) -> dict[str, dict[str, Any]]:
+    """Write one encoder's features of corpus and queries below FOLDER, in features/ and query_features/; returns manifests."""
+    manifests = {}
+    sets = (
+        ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
+        ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
+    )
+    for name, source, ids, images, captions in sets:
+        target = folder / name / slug(encoder.specification)
+        inputs = {"source": source, "encoder": encoder.fingerprint}
+        manifests[f"{name}/{target.name}"] = _encode_set(
+            config, target, encoder, ids, images, captions, accelerator, inputs=inputs
         )
-        for name, source, ids, images, captions in sets:
-            folder = run_dir / name / slug(specification)
-            inputs = {"source": source, "encoder": encoder.fingerprint}
-            manifests[f"{name}/{slug(specification)}"] = _encode_set(
-                config, folder, encoder, ids, images, captions, accelerator, inputs=inputs
-            )
     return manifests
 
 
@@ -443,6 +470,17 @@ def _encode_set(
         accelerator.wait_for_everyone()
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     return manifest
+
+
+def _fit_gradients(run_dir: Path, corpus: Corpus) -> None:
+    """Prepare the run folder's gradient encoder from its generator."""
+    from fastattr.generator import Generator
+    from fastattr.gradient_encoder import fit_gradient_encoder
+    from fastattr.gradient_features import GradientConfig
+
+    generator = Generator.from_pretrained(run_dir / "generator")
+    config = GradientConfig(width=2048, draws=4)
+    fit_gradient_encoder(generator, corpus, run_dir / "gradients", config, reference="generator")
 
 
 def folders(run_dir: Path, name: str, encoders: Sequence[str]) -> list[Path]:

@@ -77,6 +77,8 @@ class Generator:
         defaults: Mapping[str, float] | None = None,
         unlearn: str = "base",
         options: Options | None = None,
+        checkpointing: bool = False,
+        offload: bool = False,
     ) -> None:
         """Wrap a loaded diffusers pipeline.
 
@@ -86,6 +88,8 @@ class Generator:
             defaults: 'steps' and 'guidance' used where the caller gives none; else the pipeline's own.
             unlearn: 'base' (text-side key and value projections) or 'lora' (the matrices of its LoRA).
             options: what its files don't say.
+            checkpointing: whether backward passes compute activations anew, which takes less memory and more time.
+            offload: whether autoencoder and text encoders wait on the CPU until they are needed.
 
         Raises:
             InputError: the family, the variant or the scheduler is not supported, or there is no LoRA to unlearn.
@@ -97,7 +101,8 @@ class Generator:
         self.name = name
         self.unlearn = unlearn
         self.options = options or Options()
-        self.denoiser: nn.Module = getattr(pipeline, self.family.denoiser)
+        self._offload = offload
+        self.denoiser: Any = getattr(pipeline, self.family.denoiser)
         self.defaults = sampling_defaults(type(pipeline)) | dict(defaults or {})
         self.evaluations = {"forward": 0, "backward": 0}
         """Latents that went through the denoiser for a loss, and those of them whose gradient could be taken."""
@@ -115,6 +120,8 @@ class Generator:
             part.requires_grad_(False).eval()
         if self.family.denoiser == "unet":
             self.denoiser.to(memory_format=torch.channels_last)  # convolutions run 1.4 times as fast on a CPU
+        if checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
 
     @classmethod
     def from_pretrained(
@@ -192,13 +199,18 @@ class Generator:
             if sha256_file(adapter) != reference["lora_sha256"]:
                 raise ArtifactMismatchError(f"{adapter} has changed since {name_or_path} was made; use another run folder.")
             load_lora(pipeline, adapter)
-        return cls(
-            pipeline.to(device),
+        generator = cls(
+            pipeline,
             name=str(name_or_path),
             defaults=manifest.get("defaults"),
             unlearn=unlearn or "base",
             options=options,
+            checkpointing=bool(reference.get("checkpointing")),
+            offload=bool(reference.get("offload")),
         )
+        for part in [generator.denoiser] if generator._offload else generator._parts():
+            part.to(device)
+        return generator
 
     @staticmethod
     def read_defaults(name_or_path: str | Path) -> dict[str, float]:
@@ -219,7 +231,8 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,6 +248,18 @@ class Generator:
     def train_timesteps(self) -> int:
         """Length of the training schedule, usually 1000."""
         return int(self.pipeline.scheduler.config.num_train_timesteps)
+
+    @contextlib.contextmanager
+    def _at_hand(self, *names: str) -> Iterator[None]:
+        """While open, these parts of the pipeline are where the denoiser is; with `offload` they are not, otherwise."""
+        parts = [part for name in names if (part := getattr(self.pipeline, name, None)) is not None] if self._offload else []
+        for part in parts:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
 
     @cached_property
     def image_size(self) -> int:
@@ -326,15 +351,16 @@ class Generator:
             others["max_sequence_length"] = self.options.max_tokens
         if "callback_on_step_end" not in known:  # PixArt keeps diffusers' older form
             others["callback"] = lambda step, timestep, latents: after_step(None, step, timestep, {})
-        result = self.pipeline(
-            prompt=list(prompts),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=self.image_size,
-            width=self.image_size,
-            **{name: value for name, value in others.items() if name in known},
-        )
+        with self._at_hand("vae", *self.family.text_encoders):
+            result = self.pipeline(
+                prompt=list(prompts),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=self.image_size,
+                width=self.image_size,
+                **{name: value for name, value in others.items() if name in known},
+            )
         images: list[Image.Image] = result.images
         return images
 
@@ -348,8 +374,9 @@ class Generator:
                 for image in images
             ]
         )
-        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(vae.device, vae.dtype).div(127.5).sub(1.0)
-        encoded = vae.encode(tensor)
+        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device, vae.dtype).div(127.5).sub(1.0)
+        with self._at_hand("vae"):
+            encoded = vae.encode(tensor)
         latents: torch.Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
         mean, spread, shift = (vae.config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
         if mean is not None and spread is not None:  # channel by channel
@@ -360,7 +387,8 @@ class Generator:
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning of B prompts, as the pipeline itself would compute it."""
-        return self.family.encode(self.pipeline, list(prompts), self.options)
+        with self._at_hand(*self.family.text_encoders):
+            return self.family.encode(self.pipeline, list(prompts), self.options)
 
     def training_loss(
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor

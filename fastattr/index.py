@@ -143,8 +143,8 @@ def candidates(rows: int, dim: int, *, recall: float) -> list[str]:
 
 
 def coarse_lists(rows: int) -> int:
-    """Lists of an inverted file: about twice the root of the rows, a power of two, 64 to 65,536."""
-    return int(2 ** np.clip(round(math.log2(2 * math.sqrt(rows))), 6, 16))
+    """Lists of an inverted file: about 1.4 times the root of the rows, a power of two, 64 to 65,536."""
+    return int(2 ** np.clip(round(math.log2(1.4 * math.sqrt(rows))), 6, 16))
 
 
 def keeps_vectors(factory: str) -> bool:
@@ -236,6 +236,10 @@ def make(factory: str, dim: int) -> faiss.Index:
             f"FAISS does not know the index {factory!r} for width {dim}; try 'auto', 'Flat', 'SQfp16' or 'HNSW32'."
         ) from error
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if inner is not index:
+        first = faiss.downcast_VectorTransform(index.chain.at(0))
+        if isinstance(first, faiss.OPQMatrix):
+            first.niter, first.max_train_points = 10, 16_384
     if isinstance(inner, faiss.IndexPQ):
         inner.do_polysemous_training = False  # minutes, for a kind of search that is not used here
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
@@ -313,6 +317,8 @@ def build(
         raise ArtifactMismatchError(f"{work} holds a half-built index of something else; remove it to build anew.")
     write_json(work / "identity.json", identity)
     vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(factory) else None
+    if vectors:
+        read = reader(folder / vectors["file"], dim)
     trained = _train_on_sample(read, rows, factory, dim, work / "trained.faiss", seed=seed)
     shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name)
     settings: dict[str, Any] = {"index": factory, "index_shards": shards, "vectors": vectors}
@@ -410,6 +416,16 @@ def row_digests(half: np.ndarray) -> list[bytes]:
     return [hashlib.sha256(row.data).digest()[:DIGEST_BYTES] for row in np.ascontiguousarray(half)]
 
 
+def reader(path: Path, dim: int) -> Read:
+    """Reads a file of (N, D) float16 rows that this process wrote; nothing is checked."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        half = np.fromfile(path, dtype=np.float16, count=(stop - start) * dim, offset=start * dim * 2)
+        return half.reshape(-1, dim).astype(np.float32)
+
+    return read
+
+
 class Vectors:
     """(N, D) float16 vectors on disk; every row is compared with its digest whenever it is read."""
 
@@ -429,8 +445,10 @@ class Vectors:
                 raise MissingFileError(f"{path} does not exist; fetch or build the attributor again.")
             if path.stat().st_size != size:
                 raise ArtifactDamagedError(f"{path} has {path.stat().st_size} bytes, expected {size}; fetch it again.")
-        self._values = np.memmap(self._path, dtype=np.float16, mode="r", shape=(self.rows, self.dim))
         self._digests = np.memmap(digests, dtype=f"V{DIGEST_BYTES}", mode="r", shape=(self.rows,))
+        self._file = self._path.open("rb", buffering=0)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """(n, D) float32 vectors of these rows.
@@ -438,11 +456,12 @@ class Vectors:
         Raises:
             ArtifactDamagedError: a row is not what was written.
         """
-        half = self._values[rows]
-        expected = self._digests[rows].tobytes()
-        if b"".join(row_digests(half)) != expected:
+        size, descriptor = 2 * self.dim, self._file.fileno()
+        data = [os.pread(descriptor, size, row * size) for row in rows.tolist()]
+        found = b"".join([hashlib.sha256(row).digest()[:DIGEST_BYTES] for row in data])
+        if found != self._digests[rows].tobytes():
             raise ArtifactDamagedError(f"{self._path} has rows whose digests differ; fetch it again with force_download=True.")
-        return half.astype(np.float32)
+        return np.frombuffer(b"".join(data), dtype=np.float16).reshape(len(data), self.dim).astype(np.float32)
 
 
 # ---- searching
@@ -461,6 +480,7 @@ class Shards:
         self.shards = list(shards)
         self.ranges = list(ranges) if ranges is not None else [(first, index.ntotal) for index, first in self.shards]
         """First row and number of rows of what is there."""
+        self.kept: Any = None
         self.ntotal = sum(index.ntotal for index, _ in self.shards)
 
     def search(self, queries: np.ndarray, k: int, *, widen: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -526,8 +546,9 @@ def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]]) -> Shards:
     stacked = faiss.HStackInvertedLists(array.size(), array.data())
     files[0].replace_invlists(stacked, False)
     files[0].ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
-    whole.lists = (stacked, lists)  # as long as the index
-    return Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
+    joined = Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
+    joined.kept = (stacked, lists)  # FAISS only points to them
+    return joined
 
 
 def _parameters(index: faiss.Index, k: int, widen: int) -> Any:

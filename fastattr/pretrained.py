@@ -35,6 +35,10 @@ class PretrainedConfig:
     """Tokens of a prompt for a T5 or Gemma text encoder; 0 takes the pipeline's own default."""
     distilled_guidance: float = 3.5
     """Guidance scale that a guidance-distilled denoiser (FLUX.1 dev) is told for a loss; 3.5 as in diffusers' script."""
+    checkpointing: bool = False
+    """Whether backward passes compute activations anew, which takes less memory and more time."""
+    offload: bool = False
+    """Whether autoencoder and text encoders wait on the CPU until they are needed, so that the denoiser has the GPU alone."""
     steps: int | None = None
     """Denoising steps of the images it draws; None takes the pipeline's own default."""
     guidance: float | None = None
@@ -84,6 +88,8 @@ def run(config: PretrainedConfig, run_dir: Path) -> dict[str, Any]:
         "unlearn": config.unlearn,
         "dtype": config.dtype,
         "options": asdict(config.options),
+        "checkpointing": config.checkpointing,
+        "offload": config.offload,
     }
     generator = Generator.from_pretrained(
         name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,12 @@ def files_of_parts(
             with atomic_path(file) as temporary:
                 write(temporary, rows)
     return files
+
+
+def alone() -> dict[str, str]:
+    """The environment for a process that one process of `accelerate launch` starts, and that shall not be one of them."""
+    theirs = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in theirs and not name.startswith("TORCHELASTIC_")}
 
 
 def peak_memory() -> int:

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ ROW_GROUP = 100
 """Rows a reader that streams a score table holds at once."""
 KINDS = ("generator", "scores", "attributor", "space")
 """What can be pushed, in the order in which they refer to each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Where a build pushes what it made."""
+
+    namespace: str = ""
+    """User or organisation on the Hub; '' pushes nothing."""
+    kinds: tuple[str, ...] = ("scores", "attributor")
+    """Some of 'generator', 'scores', 'attributor' and 'space'; a pretrained generator is not ours to push."""
+    private: bool = True
+    """Of repositories that are made."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.kinds) - set(KINDS):
+            raise InputError(f"push.kinds names {sorted(unknown)}; there are {', '.join(KINDS)}")
 
 
 def push_attributor(
@@ -66,28 +83,35 @@ def push_attributor(
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "attributor"
         copy_version(folder, config, staged)
-        catalog = _catalog(staged, config)
-        entries = provenance(catalog)
-        card = attributor_card(
-            repo_id=repo_id,
-            config=config,
-            metrics=read_json(folder / "metrics.json"),
-            entries=entries,
-            example=catalog["caption"][0].as_py() if len(catalog) else "",
-            generator=generator,
-            scores=scores,
-        )
+        card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
         data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
         replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
         return _push(
             staged,
             repo_id,
             card,
-            license_text(entries, config.get("source", {}).get("license")),
+            licences,
             message=message or "Push attributor",
             replaces=replaces,
             **target,
         )
+
+
+def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
+    """The card (README.md) and LICENSE.md of an attributor folder; arguments as `push_attributor`."""
+    config = read_config(folder)
+    catalog = _catalog(folder, config)
+    entries = provenance(catalog)
+    card = attributor_card(
+        repo_id=repo_id,
+        config=config,
+        metrics=read_json(folder / "metrics.json"),
+        entries=entries,
+        example=catalog["caption"][0].as_py() if len(catalog) else "",
+        generator=generator,
+        scores=scores,
+    )
+    return card, license_text(entries, config.get("source", {}).get("license"))
 
 
 def push_generator(

@@ -1,16 +1,18 @@
 """Queries: generated images with their prompts, to be attributed; training, validation and test kept apart.
 
 Reads corpus/ and generator/; writes queries/data.parquet with every setting that made each image. Prompts are
-captions of training images, recombinations (a subject in another set's style) and free text. A subject belongs
-to one split only, by the hash of its name, so no test prompt shares its subject with a training prompt.
-Resumes: images already drawn are kept in shards of one batch each.
+captions of training images, recombinations (a subject in another set's style) and free text: listed in the config, or
+from a file or dataset of prompts. A subject belongs to one split only, by the hash of its name, so no test prompt shares
+its subject with a training prompt. Drawings that are near-copies of a training image name it (`near_copy_of`).
+Resumes: images already drawn are kept in shards of one batch each (`batch_size` 1: one query each).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ from tqdm import tqdm
 
 from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, remove, write_manifest
 from fastattr.corpus import Corpus, load_rgb
-from fastattr.errors import InputError
+from fastattr.errors import ArtifactNotFoundError, InputError
 from fastattr.generator import Generator
+from fastattr.near_copies import look_of, looks_of, near_copies
 from fastattr.processes import split_between
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -44,6 +49,11 @@ class QueriesConfig:
     """Part whose prompts put a subject into the style of a set that has no such subject, or of another set."""
     free_prompts: tuple[str, ...] = ()
     """Free text for the rest; each prompt is used once, in a split chosen by its hash."""
+    prompts: str = ""
+    """More free text: a file (.txt with a prompt a line, .jsonl, .json, .csv, .parquet), or a dataset that `datasets` loads,
+    such as DiffusionDB; of them as many as are needed are taken, chosen by hash."""
+    prompt_column: str = "prompt"
+    """Column of the prompts in that file or dataset."""
     steps: int = 25
     guidance: float = 4.0
     batch_size: int = 20
@@ -75,12 +85,44 @@ def split_of(subject: str, config: QueriesConfig) -> str:
     return "validation" if position < config.train + config.validation else "test"
 
 
-def choose_prompts(captions: Sequence[str], config: QueriesConfig) -> list[Prompt]:
+def read_prompts(source: str, column: str) -> Iterator[str]:
+    """The prompts of a file or of a dataset's train split, in its order; empty ones are left out.
+
+    Raises:
+        ArtifactNotFoundError: it looks like a file and is none.
+        InputError: it has no such column.
+    """
+    path = Path(source)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
+        yield from filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n")))
+        return
+    from datasets import load_dataset
+
+    kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+    if path.suffix in kinds:
+        if not path.is_file():
+            raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
+        rows = load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=True)
+    else:
+        rows = load_dataset(source, split="train", streaming=True)
+    if column in (rows.column_names or []):  # a CSV says only with its first row which columns it has
+        rows = rows.select_columns([column])
+    for row in rows:
+        if column not in row:
+            raise InputError(f"{source} has no column {column!r}; it has {sorted(row)}. Set queries.prompt_column.")
+        if row[column] and row[column].strip():
+            yield row[column].strip()
+
+
+def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequence[str] = ()) -> list[Prompt]:
     """Choose the prompts of all splits.
 
     Args:
         captions: main captions of the corpus, 'SUBJECT, SET style' where sets are known, else any text.
         config: sizes and shares.
+        more: free text that comes after `config.free_prompts`, in an order that follows from the texts alone.
 
     Returns:
         Distinct prompts, train first; captions fill up where a split has too few free prompts or recombinations.
@@ -94,11 +136,13 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig) -> list[Promp
         subject, _, style = caption.rpartition(", ")
         subjects.setdefault(subject or caption, set()).add(style if subject else "")
     styles = sorted({style for known in subjects.values() for style in known if style})
+    texts = list(dict.fromkeys(more))
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(f"{config.seed} {text}".encode()).digest())
     prompts = []
     for split, size in zip(SPLITS, (config.train, config.validation, config.test), strict=True):
         own = [subject for subject in sorted(subjects) if split_of(subject, config) == split]
         rng.shuffle(own)
-        free = [text for text in config.free_prompts if split_of(text, config) == split]
+        free = [text for text in dict.fromkeys([*config.free_prompts, *ordered]) if split_of(text, config) == split]
         n_recombinable = sum(len(subjects[subject]) < len(styles) for subject in own)
         n_recombined = min(n_recombinable, round(size * config.recombined_share))
         n_free = min(len(free), size - n_recombined - round(size * config.caption_share))
@@ -132,6 +176,8 @@ class Queries:
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "queries")
         self.table = pq.read_table(self.folder / "data.parquet")
+        if "near_copy_of" not in self.table.column_names:  # written before drawings were compared with the corpus
+            self.table = self.table.append_column("near_copy_of", pa.array([""] * len(self.table)))
         self.query_ids: list[str] = self.table["query_id"].to_pylist()
         self.prompts: list[str] = self.table["prompt"].to_pylist()
         self.splits: list[str] = self.table["split"].to_pylist()
@@ -154,7 +200,7 @@ def query_schema() -> pa.Schema:
     """Arrow schema of queries, viewable by `datasets`."""
     from datasets import Features, Image as ImageFeature, Value
 
-    text = {name: Value("string") for name in ("scheduler", "generator", "split", "kind")}
+    text = {name: Value("string") for name in ("scheduler", "generator", "split", "kind", "near_copy_of")}
     numbers = {"seed": Value("int64"), "steps": Value("int32"), "guidance": Value("float32")}
     schema: pa.Schema = Features(
         {"query_id": Value("string"), "prompt": Value("string"), "image": ImageFeature(), **numbers, **text}
@@ -172,7 +218,8 @@ def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
     if finished(folder, stage="queries", config=config, inputs=inputs):
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
         return manifest
-    prompts = choose_prompts([captions[0] for captions in corpus.captions], config)
+    more = list(read_prompts(config.prompts, config.prompt_column)) if config.prompts else []
+    prompts = choose_prompts([captions[0] for captions in corpus.captions], config, more)
     # Shards of an unfinished run with other settings lie under another name and are never mixed in.
     shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
     files = {start: shards / f"{start:06d}.parquet" for start in range(0, len(prompts), config.batch_size)}
@@ -182,24 +229,43 @@ def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
             with atomic_path(files[start]) as temporary:
                 pq.write_table(pa.Table.from_pylist(rows, schema=query_schema()), temporary)
     if accelerator.is_main_process:
-        _finish(folder, shards, config, inputs)
+        _finish(folder, shards, config, inputs, corpus, generator)
     accelerator.wait_for_everyone()
     manifest = read_json(folder / MANIFEST)
     return manifest
 
 
-def _finish(folder: Path, shards: Path, config: QueriesConfig, inputs: dict[str, str]) -> None:
-    """Put the shards together as one table and record what made it."""
+def _finish(
+    folder: Path, shards: Path, config: QueriesConfig, inputs: dict[str, str], corpus: Corpus, generator: Generator
+) -> None:
+    """Put the shards together as one table, name the near-copies and record what made it."""
     table = pa.concat_tables([pq.read_table(path) for path in sorted(shards.glob("*.parquet"))])
+    drawn = [image["bytes"] for image in table["image"].to_pylist()]
+    found = near_copies(looks_of([look_of(load_rgb(data)) for data in drawn]), corpus.looks())
+    copied = [corpus.image_ids[rows[0]] if len(rows) else "" for rows in found]
+    table = table.set_column(table.schema.get_field_index("near_copy_of"), "near_copy_of", pa.array(copied, pa.string()))
     with atomic_path(folder / "data.parquet") as temporary:
         pq.write_table(table, temporary)
-    remove(shards)
-    images = [hashlib.sha256(image["bytes"]).hexdigest() for image in table["image"].to_pylist()]
+    near = sum(map(bool, copied))
+    if near:
+        logger.warning("%d of %d drawings are near-copies of a training image (column near_copy_of)", near, len(copied))
+    images = [hashlib.sha256(data).hexdigest() for data in drawn]
     identity = [table["query_id"].to_pylist(), table["prompt"].to_pylist(), table["split"].to_pylist(), images]
     counts = {split: table["split"].to_pylist().count(split) for split in SPLITS}
+    schedule = {key: value for key, value in generator.pipeline.scheduler.config.items() if not key.startswith("_")}
     write_manifest(
-        folder, stage="queries", config=config, inputs=inputs, queries_fingerprint=fingerprint(identity), queries=counts
+        folder,
+        stage="queries",
+        config=config,
+        inputs=inputs,
+        queries_fingerprint=fingerprint(identity),
+        queries=counts,
+        near_copies=near,
+        pipeline=type(generator.pipeline).__name__,
+        scheduler=schedule,
+        image_size=generator.image_size,
     )
+    remove(shards)
 
 
 def draw_queries(generator: Generator, prompts: Sequence[Prompt], *, first: int, config: QueriesConfig) -> list[dict[str, Any]]:
@@ -224,6 +290,7 @@ def draw_queries(generator: Generator, prompts: Sequence[Prompt], *, first: int,
                 "generator": generator.fingerprint,
                 "split": prompt.split,
                 "kind": prompt.kind,
+                "near_copy_of": "",
             }
         )
     return rows

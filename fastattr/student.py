@@ -128,8 +128,8 @@ class Student(Head):
             own = self.state_dict()
             self.query_head.load_state_dict({name: own[name] for name in self.query_head.state_dict()})
         if self.popularity_head is not None:
-            nn.init.zeros_(self.popularity_head[-1].weight)
-            nn.init.zeros_(self.popularity_head[-1].bias)
+            for parameter in self.popularity_head[-1].parameters():
+                nn.init.zeros_(parameter)
 
     def logits(self, cosine: torch.Tensor) -> torch.Tensor:
         """The training loss's logit of a cosine; rises with it."""

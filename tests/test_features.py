@@ -72,7 +72,7 @@ def save_transformers(kind: str, folder: Path) -> None:
         hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**vit, intermediate_size=32, num_register_tokens=2)).save_pretrained(folder)
         hf.DINOv3ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     elif kind == "clip":
-        tokenizer = clip_tokenizer(folder)
+        tokenizer = clip_tokenizer()
         text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
         vision = hf.CLIPVisionConfig(**vit, intermediate_size=32)
         config = hf.CLIPConfig(text_config=hf.CLIPTextConfig(**text), vision_config=vision, projection_dim=8)
@@ -135,7 +135,7 @@ def test_a_clip_text_encoder_alone_serves_too(tmp_path: Path):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = clip_tokenizer(tmp_path)
+    tokenizer = clip_tokenizer()
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = CLIPTextModel(
         CLIPTextConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=12, eos_token_id=tokenizer.eos_token_id)

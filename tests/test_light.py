@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,3 +81,17 @@ def test_light_student_refuses_a_file_of_another_shape(tmp_path: Path):
     for other in (StudentConfig(embed_dim=6, hidden=(10, 10)), StudentConfig(embed_dim=6, hidden=(10,), linear_path=False)):
         with pytest.raises(ArtifactDamagedError, match="not the student"):
             LightStudent(tmp_path / "model.safetensors", feature_dim=7, config=asdict(other))
+
+
+def test_an_answer_of_the_embedded_model_imports_neither_torch_nor_open_clip():
+    """One import at the top of a module on the way would cost every first answer seconds, and no test would fail."""
+    code = """
+import sys
+from PIL import Image
+from fastattr import FastAttributor
+answer = FastAttributor.from_pretrained("emoji").attribute(Image.new("RGB", (64, 64), "red"), "red heart", k=3)
+answer.shares()
+print([name for name in ("torch", "open_clip", "diffusers", "transformers", "datasets", "accelerate") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

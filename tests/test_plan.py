@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from fastattr import InputError
 from fastattr.build import STAGES
-from fastattr.cli import main
 from fastattr.config import load_config
 from fastattr.generator import Generator
 from fastattr.plan import Probe, Sizes, Step, run_sizes, teacher_plan
@@ -71,14 +69,13 @@ def test_memory_grows_with_what_is_held():
     assert one_at_a_time.forward == 80 * (config.query_draws + 900 * config.loss_draws)
 
 
-def test_plan_command_measures_memory_and_prints_a_table(tiny_run: Path, tiny_config: Path, capsys):
-    """The probe runs in a process of its own, whose peak is that of the libraries and one batch."""
-    assert main(["plan", str(tiny_config), "--run", str(tiny_run), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+def test_the_teachers_plan_measures_memory_in_a_process_of_its_own(tiny_run: Path, tiny_config: Path):
+    """The probe's peak is that of the libraries and one batch, not that of the tests before it."""
+    from fastattr.plan import run
+
+    result = run(load_config(tiny_config).teacher, tiny_run)
     assert result["peak_memory"] > 100e6  # torch alone
     assert [step["name"] for step in result["steps"]] == ["encode", "factors", "base loss", "exact", "first order"]
-    assert main(["plan", str(tiny_config), "--run", str(tiny_run)]) == 0
-    assert "first order" in capsys.readouterr().out
 
 
 def test_plan_of_a_baseline_is_refused(tiny_run: Path):

@@ -17,6 +17,7 @@ from fastattr.config import load_config
 from fastattr.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, InputError
 from fastattr.families import Options, recognise
 from fastattr.generator import Generator
+from fastattr.hub import push_folder
 from fastattr.pretrained import PretrainedConfig
 from fastattr.train_generator import GeneratorConfig
 from tests.tiny_pipelines import build
@@ -38,7 +39,7 @@ def save_lora(pipeline: Any, folder: Path) -> Path:
 def saved(tmp_path_factory: pytest.TempPathFactory):
     """(folder of a pipeline, folder of a LoRA for it)."""
     folder = tmp_path_factory.mktemp("saved")
-    pipeline = build("sd", folder / "tokenizer")
+    pipeline = build("sd")
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline", save_lora(pipeline, folder / "lora")
 
@@ -95,6 +96,48 @@ def test_a_scaled_lora_has_another_fingerprint(saved):
     two.pipeline.set_adapters("lora", 0.5)
     assert not torch.allclose(loss_of(one), loss_of(two))
     assert one.fingerprint != two.fingerprint
+
+
+def test_a_reference_to_the_hub_keeps_the_commit(saved, hub, tmp_path: Path):
+    """A branch that moves on between two stages would score the images of one model on another."""
+    pipeline, lora = saved
+    for folder, repo in ((pipeline, "ada/tiny"), (lora, "ada/tiny-lora")):
+        push_folder(folder, repo, message="first")
+    config = PretrainedConfig(pretrained="ada/tiny", lora="ada/tiny-lora", unlearn="lora")
+    manifest = pretrained.run(config, tmp_path / "run")
+    assert manifest["generator_fingerprint"] == Generator.from_pretrained(pipeline, lora=lora, unlearn="lora").fingerprint
+    assert {len(manifest["reference"][name]) for name in ("revision", "lora_revision")} == {40}
+    shutil.copytree(pipeline, tmp_path / "later")
+    (tmp_path / "later" / "scheduler" / "scheduler_config.json").write_text(
+        (pipeline / "scheduler" / "scheduler_config.json").read_text().replace("epsilon", "v_prediction")
+    )
+    push_folder(tmp_path / "later", "ada/tiny", message="second")
+    assert Generator.from_pretrained("ada/tiny").pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert Generator.from_pretrained(tmp_path / "run" / "generator").fingerprint == manifest["generator_fingerprint"]
+
+
+def test_what_is_offloaded_is_at_hand_while_it_is_needed(saved, tmp_path: Path, monkeypatch):
+    """A text encoder left on the other device would stop the run; one never sent back would keep its memory."""
+    pretrained.run(PretrainedConfig(pretrained=str(saved[0]), offload=True, checkpointing=True), tmp_path)
+    generator, plain = Generator.from_pretrained(tmp_path / "generator"), Generator.from_pretrained(saved[0])
+    moves: list[tuple[str, str]] = []
+    for name in ("vae", "text_encoder"):
+        part = getattr(generator.pipeline, name)
+        # The second device is a name here: on a machine without a GPU both are the CPU.
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, str(device))))
+    monkeypatch.setattr(Generator, "device", property(lambda self: torch.device("cpu", 0)))
+    there, back = "cpu:0", "cpu"
+    image = generator.generate("a red ring", steps=1)
+    assert moves == [("vae", there), ("text_encoder", there), ("vae", back), ("text_encoder", back)]
+    moves.clear()
+    torch.testing.assert_close(generator.encode_image([image]), plain.encode_image([image]))
+    assert moves == [("vae", there), ("vae", back)]
+    moves.clear()
+    found, expected = (each.encode_prompt(["a red ring"]).tensors["text"] for each in (generator, plain))
+    torch.testing.assert_close(found, expected)
+    assert moves == [("text_encoder", there), ("text_encoder", back)]
+    assert generator.denoiser.is_gradient_checkpointing
+    assert not plain.denoiser.is_gradient_checkpointing
 
 
 def test_the_section_decides_whether_a_generator_is_trained_or_taken(saved, tmp_path: Path):

@@ -10,33 +10,66 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from safetensors.numpy import load_file
 
+from fastattr import features
 from fastattr.artifacts import read_json
+from fastattr.candidates import read_candidates
+from fastattr.config import load_config
 from fastattr.processes import split_between
+from fastattr.queries import Queries
 from fastattr.scores import read_scores
 
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 """`--cpu --num_processes 2` would silently run one process; with ACCELERATE_USE_CPU this runs two, by gloo."""
 
 
-def test_teacher_gives_the_same_scores_on_two_processes(tiny_run: Path, tiny_config: Path, tmp_path: Path):
-    """A query lost between processes, or noise drawn per process, would only show at scale."""
+def test_a_build_on_two_processes_makes_what_one_makes(tiny_run: Path, tiny_config: Path, tmp_path: Path):
+    """A query lost between processes, noise drawn per process, or a student that depends on their number would only show at
+    scale. The trainings, whose draws depend on the number of processes, are taken over.
+    """
     again = tmp_path / "run"
-    shutil.copytree(tiny_run, again)
-    for stage in ("scores", "ekfac", "base_loss"):
-        shutil.rmtree(again / stage)
+    kept = ("autoencoder", "generator", "encoder", "corpus")
+    shutil.copytree(tiny_run, again, ignore=lambda folder, names: set(names) - set(kept) if Path(folder) == tiny_run else set())
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    script = Path(__file__).parent.parent / "hub_scripts" / "teacher.py"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), str(script)]
-    command += ["--config", str(tiny_config), "--run", str(again)]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "-m", "fastattr.cli"]
+    command += ["build", str(tiny_config), "--run", str(again), "--no-plan"]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     assert read_json(again / "scores" / "manifest.json")["processes"] == 2
-    ours, theirs = read_scores(again / "scores"), read_scores(tiny_run / "scores")
-    assert [query.query_id for query in ours] == [query.query_id for query in theirs]
-    for one, other in zip(ours, theirs, strict=True):
+    ours, theirs = Queries(again / "queries"), Queries(tiny_run / "queries")
+    assert ours.table.drop_columns(["image"]).equals(theirs.table.drop_columns(["image"]))
+    assert read_candidates(again / "candidates").keys() == read_candidates(tiny_run / "candidates").keys()
+    for one, other in zip(read_scores(again / "scores"), read_scores(tiny_run / "scores"), strict=True):
+        assert (one.query_id, one.image_ids) == (other.query_id, other.image_ids)
         np.testing.assert_allclose(one.influence, other.influence, atol=1e-5)
         assert np.abs(one.influence).max() > 0
+    students = [load_file(folder / "student" / "model.safetensors") for folder in (again, tiny_run)]
+    for name, value in students[0].items():
+        np.testing.assert_allclose(value, students[1][name], atol=2e-3)
+    assert (again / "report" / "index.html").exists()
+
+
+def encode_features(config_path: Path, run_dir: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has its parent's, which is alone
+    features.PART_ROWS = 20  # 48 images: three parts
+    features.run(load_config(config_path).features, run_dir)
+
+
+def test_features_are_the_same_to_the_bit_on_two_processes(tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch):
+    """Rows of two processes put together in another order would give every image another's features."""
+    monkeypatch.setattr(features, "PART_ROWS", features.PART_ROWS)  # put back afterwards
+    for name in ("one", "two"):
+        shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("features", "query_features", "encoded"))
+    encode_features(tiny_config, tmp_path / "one")
+    debug_launcher(encode_features, (tiny_config, tmp_path / "two"), num_processes=2)
+    for folder in sorted((tmp_path / "one" / "features").iterdir()):
+        other = tmp_path / "two" / "features" / folder.name
+        assert [read_json(each / "manifest.json")["processes"] for each in (folder, other)] == [1, 2]
+        np.testing.assert_array_equal(np.load(folder / "features.npy"), np.load(other / "features.npy"))
+        assert (folder / "ids.parquet").read_bytes() == (other / "ids.parquet").read_bytes()
 
 
 class TwoProcesses:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,11 @@ SIDE = 16
 """Pixels of the tiny pipelines' images; latents have half of that."""
 
 
-def clip_tokenizer(scratch: Path) -> CLIPTokenizer:
-    """A small BPE vocabulary as CLIP's tokenizer."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    return train_tokenizer([" ".join(WORDS)], vocabulary=300, max_tokens=12, scratch=scratch)
+@functools.cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """A small BPE vocabulary as CLIP's tokenizer; learned once, since ties may fall out otherwise the next time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return train_tokenizer([" ".join(WORDS)], vocabulary=300, max_tokens=12, scratch=Path(scratch))
 
 
 def t5_tokenizer() -> T5TokenizerFast:
@@ -119,9 +122,9 @@ def unet(**config: Any) -> UNet2DConditionModel:
     )
 
 
-def stable_diffusion(scratch: Path, **scheduler: Any) -> StableDiffusionPipeline:
+def stable_diffusion(**scheduler: Any) -> StableDiffusionPipeline:
     """1.x; with prediction_type='v_prediction' 2.x."""
-    tokenizer = clip_tokenizer(scratch)
+    tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
         vae=autoencoder(),
         text_encoder=clip_text(tokenizer),
@@ -136,8 +139,8 @@ def stable_diffusion(scratch: Path, **scheduler: Any) -> StableDiffusionPipeline
     )
 
 
-def stable_diffusion_xl(scratch: Path, **scheduler: Any) -> StableDiffusionXLPipeline:
-    tokenizer = clip_tokenizer(scratch)
+def stable_diffusion_xl(**scheduler: Any) -> StableDiffusionXLPipeline:
+    tokenizer = clip_tokenizer()
     return StableDiffusionXLPipeline(
         vae=autoencoder(scaling_factor=0.13025),
         text_encoder=clip_text(tokenizer),
@@ -155,9 +158,9 @@ def stable_diffusion_xl(scratch: Path, **scheduler: Any) -> StableDiffusionXLPip
     )
 
 
-def stable_diffusion_3(scratch: Path) -> StableDiffusion3Pipeline:
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
     """3.5 medium: the first block has a second, image-only attention (attn2), which must not be taken for the text's."""
-    tokenizer = clip_tokenizer(scratch)
+    tokenizer = clip_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=SIDE // 2,
@@ -185,9 +188,9 @@ def stable_diffusion_3(scratch: Path) -> StableDiffusion3Pipeline:
     )
 
 
-def flux(scratch: Path, *, guidance: bool = True) -> FluxPipeline:
+def flux(*, guidance: bool = True) -> FluxPipeline:
     """dev; without guidance embedding schnell."""
-    tokenizer = clip_tokenizer(scratch)
+    tokenizer = clip_tokenizer()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
@@ -232,16 +235,16 @@ def pixart(kind: type, *, large: bool) -> Any:
     )
 
 
-def pixart_alpha(scratch: Path) -> PixArtAlphaPipeline:
+def pixart_alpha() -> PixArtAlphaPipeline:
     """The one for 1024 pixels, which is told resolution and aspect ratio."""
     return pixart(PixArtAlphaPipeline, large=True)
 
 
-def pixart_sigma(scratch: Path) -> PixArtSigmaPipeline:
+def pixart_sigma() -> PixArtSigmaPipeline:
     return pixart(PixArtSigmaPipeline, large=False)
 
 
-def sana(scratch: Path) -> SanaPipeline:
+def sana() -> SanaPipeline:
     block = {"block_type": "ResBlock", "block_out_channels": (8, 16), "layers_per_block": (1, 1), "qkv_multiscales": ((), ())}
     return SanaPipeline(
         tokenizer=gemma_tokenizer(),
@@ -284,21 +287,21 @@ def sana(scratch: Path) -> SanaPipeline:
     )
 
 
-def build(kind: str, scratch: Path) -> Any:
+def build(kind: str) -> Any:
     """A tiny pipeline by name, the same weights every time."""
     torch.manual_seed(0)
     makers = {
         "sd": stable_diffusion,
-        "sd-v": lambda scratch: stable_diffusion(scratch, prediction_type="v_prediction"),
+        "sd-v": lambda: stable_diffusion(prediction_type="v_prediction"),
         "sdxl": stable_diffusion_xl,
         "sd3": stable_diffusion_3,
         "flux-dev": flux,
-        "flux-schnell": lambda scratch: flux(scratch, guidance=False),
+        "flux-schnell": lambda: flux(guidance=False),
         "pixart-alpha": pixart_alpha,
         "pixart-sigma": pixart_sigma,
         "sana": sana,
     }
-    pipeline = makers[kind](scratch)
+    pipeline = makers[kind]()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,0 +1,382 @@
+"""A new user's build: 300 captioned pictures, a LoRA trained on them by diffusers' usual loop, and `fastattr build`.
+
+    python benchmarks/build.py --json benchmarks/results/build.json --work runs/benchmark-build
+    python benchmarks/build.py --quick
+
+The pictures are icons of two npm packages that nothing in the repository was made from (pinned, SHA-512 checked), by two
+creators. The embedded emoji generator is fine-tuned on them with LoRA (peft) as in diffusers' train_text_to_image_lora.py,
+then `fastattr build` runs on a ten-line config, three times:
+
+- uninterrupted, with its plan: seconds, and how far the plan's time and memory were from what was measured;
+- killed with SIGKILL at random moments and run again each time: its attributor must be the same, file for file;
+- on two processes of `accelerate launch`: its artifacts must be those of one process.
+
+All runs have one thread a process, so that they can be compared. A near-copy of a training image (squeezed, re-encoded,
+brightened) with its caption is asked for the training images that it owes most to. `plan_coco_a100_hours` and
+`plan_sd15_a100_hours` are what `fastattr plan` says of the paper's teacher; the paper: 1,250 and 15,150.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+from PIL import Image, ImageEnhance
+from tqdm import tqdm
+
+from fastattr.artifacts import read_json, sha256_file
+from fastattr.corpus_emoji import EmojiSet, draw, fetch_package
+from fastattr.scores import read_scores
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "hub_scripts" / "configs"
+SETS = (
+    EmojiSet(
+        "flat-color-icons",
+        "@iconify-json/flat-color-icons@1.2.3",
+        "sha512-KcmJ7CY0TKFv5GuBjiS4/v++jEcNXna1jfY+yq014tnw/MN/jMI2oYpoMHGuIpYtUqDu7eove+WySnOYO8nS3w==",
+        "MIT",
+        "Icons8",
+        "https://github.com/icons8/flat-Color-icons",
+    ),
+    EmojiSet(
+        "skill-icons",
+        "@iconify-json/skill-icons@1.2.4",
+        "sha512-S6iRKHGlGCb/zfx3Isv1TBe5PunbDE5FEwJcaXji60+yRZMrcFFtYEI1xivKqaGKXyVZ508yjGDItsehQdJmSg==",
+        "MIT",
+        "tandpfun",
+        "https://github.com/tandpfun/skill-icons",
+    ),
+)
+CONFIG = """\
+name: studio
+corpus: {{kind: folder, path: {folder}/pictures}}
+generator: {{pretrained: emoji, lora: {folder}/lora, unlearn: lora}}
+queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, guidance: 2.5}}
+features: {{encoders: ["open_clip-image:emoji", "open_clip-text:emoji"]}}
+candidates: {{per_query: {candidates}}}
+teacher: {{linearised: [train, validation], query_draws: 64, factor_examples: {factors}}}
+plan: {{probe_seconds: 900}}
+thumbnail_quality: 60
+index: {{factory: Flat}}
+"""
+FULL = {"images": 300, "train": 120, "validation": 16, "test": 24, "candidates": 200, "factors": 2048, "steps": 200}
+QUICK = {"images": 48, "train": 10, "validation": 4, "test": 6, "candidates": 30, "factors": 256, "steps": 5}
+COPIES = 20
+"""Training images of which a near-copy is asked for; the first is `planted_copy_rank`."""
+LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Draw `count` icons at 64 pixels, two thirds of the first set, with metadata.jsonl."""
+    counts = (count - count // 3, count // 3)
+    folder.mkdir(parents=True)
+    lines = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for icons, wanted in zip(SETS, counts, strict=True):
+            archive = fetch_package(icons, Path(scratch))
+            for name, svg in _icons(archive)[:wanted]:
+                file = f"{icons.name}-{name}.png"
+                (folder / file).write_bytes(draw(svg, resolution=64))
+                subject = name.replace("-", " ")
+                lines.append({"file_name": file, "text": f"{subject}, {icons.name.replace('-', ' ')} style"})
+                lines[-1] |= {"creator": icons.creator, "license": icons.license, "source": icons.name, "url": icons.url}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _icons(archive: Path) -> list[tuple[str, str]]:
+    """(name, SVG) of a set's icons in the order of a hash, without the dark twins of light ones."""
+    import tarfile
+
+    with tarfile.open(archive) as opened:
+        content = opened.extractfile("package/icons.json")
+        assert content is not None
+        icons = json.load(content)
+    width, height = icons.get("width", 16), icons.get("height", 16)
+    names = sorted((name for name in icons["icons"] if not name.endswith("-dark")), key=_order)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {} {}">{}</svg>'
+    found = []
+    for name in names:
+        icon = icons["icons"][name]
+        svg = head.format(icon.get("width", width), icon.get("height", height), icon["body"])
+        found.append((name.removesuffix("-light"), svg))
+    return found
+
+
+def _order(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def train_lora(pictures: Path, folder: Path, *, steps: int, seed: int) -> None:
+    """Fine-tune the emoji generator's U-Net on the pictures with LoRA: peft's matrices, AdamW, diffusers' loss and file."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from fastattr import Generator
+
+    torch.manual_seed(seed)
+    generator = Generator.from_pretrained("emoji", device="cpu")
+    pipeline = generator.pipeline
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    pipeline.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    weights = [weight for weight in pipeline.unet.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
+    scheduler = pipeline.scheduler
+    with torch.no_grad():
+        images = [Image.open(pictures / row["file_name"]).convert("RGB") for row in rows]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        text = pipeline.encode_prompt([row["text"] for row in rows], "cpu", 1, False)[0]
+    pipeline.unet.train()
+    for _ in tqdm(range(steps), desc="LoRA", unit="step"):
+        picked = torch.randint(len(rows), (16,))
+        noise, timesteps = torch.randn(16, *latents.shape[1:]), torch.randint(scheduler.config.num_train_timesteps, (16,))
+        noisy = scheduler.add_noise(latents[picked], noise, timesteps)
+        prediction = pipeline.unet(noisy, timesteps, encoder_hidden_states=text[picked]).sample
+        loss = torch.nn.functional.mse_loss(prediction, scheduler.get_velocity(latents[picked], noise, timesteps))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a process; no network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **more}
+
+
+def start(config: Path, run_dir: Path, *options: str) -> subprocess.Popen[bytes]:
+    """`fastattr build`, in a process group of its own."""
+    command = [sys.executable, "-m", "fastattr.cli", "build", str(config), "--run", str(run_dir), *options]
+    with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
+        return subprocess.Popen(command, env=environment(), stderr=log, stdout=log, start_new_session=True)
+
+
+def peak_of(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process; the most memory that it held, in bytes.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            status = ""
+        peak = max([peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))])
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(f"the build failed with exit code {process.returncode}")
+    return peak
+
+
+def build_with_kills(config: Path, run_dir: Path, *, seconds: float, kills: int, seed: int) -> dict[str, Any]:
+    """Build, killed at random moments within the `seconds` that it takes, each time going on; which stages were hit."""
+    moments = sorted(random.Random(seed).uniform(0.02, 0.95) for _ in range(kills))
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    hit = []
+    for before, moment in zip([0.0, *moments], moments, strict=False):
+        process = start(config, run_dir, "--no-plan")
+        time.sleep(12.0 + (moment - before) * seconds)  # 12 s to load the libraries again
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
+            hit.append(list(spent)[-1] if spent else "corpus")
+        process.wait()
+    peak_of(start(config, run_dir, "--no-plan"))
+    return {"kills": len(hit), "kills_asked": kills, "killed_after_stage": ", ".join(hit)}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder."""
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same_scores(first: Path, second: Path) -> dict[str, Any]:
+    """How far two score tables agree."""
+    ours, theirs = read_scores(first / "scores"), read_scores(second / "scores")
+    same = [(a.query_id, a.image_ids) for a in ours] == [(b.query_id, b.image_ids) for b in theirs]
+    spread = max(float(np.abs(a.influence).max()) for a in ours)
+    difference = max(float(np.abs(a.influence - b.influence).max()) for a, b in zip(ours, theirs, strict=True))
+    return {"same_rows": same, "difference": difference / spread}
+
+
+def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
+    """Build on two processes, and compare with the run `first` of one."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "-m", "fastattr.cli", "build", str(config)]
+    settings = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
+        done = subprocess.run(
+            [*command, "--run", str(run_dir), "--no-plan"], env=environment(**settings), stderr=log, stdout=log, check=False
+        )
+    if done.returncode:
+        sys.exit(f"the build on two processes failed with exit code {done.returncode}")
+    scores = same_scores(run_dir, first)
+    folders = ("corpus", "queries", "features", "query_features", "candidates", "scores", "student", "attributor")
+    same = [folder for folder in folders if _data(run_dir / folder) == _data(first / folder)]
+    return {
+        "two_processes": read_json(run_dir / "scores" / "manifest.json")["processes"],
+        "two_processes_same_rows": scores["same_rows"],
+        "two_processes_largest_score_difference": scores["difference"],
+        "two_processes_identical_folders": ", ".join(same),
+        "two_processes_attributor_identical": "attributor" in same,
+        "two_processes_answers": same_answers(run_dir / "attributor", first / "attributor", run_dir),
+    }
+
+
+def _data(folder: Path) -> dict[str, str]:
+    """What a stage made, without the record of how long it took."""
+    return {name: digest for name, digest in contents(folder).items() if not name.endswith("manifest.json")}
+
+
+def same_answers(first: Path, second: Path, run_dir: Path) -> float:
+    """Mean overlap of the first ten training images that two attributors name for the test queries."""
+    from fastattr import FastAttributor
+    from fastattr.queries import Queries
+
+    queries = Queries(run_dir / "queries")
+    rows = queries.of_split("test")
+    images, prompts = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
+    answers = [FastAttributor.from_pretrained(folder).attribute(images, prompts, k=10) for folder in (first, second)]
+    named = [[{result.image_id for result in answer.results} for answer in group] for group in answers]  # type: ignore[union-attr]
+    return float(np.mean([len(a & b) / 10 for a, b in zip(*named, strict=True)]))
+
+
+def near_copy(image: Image.Image) -> Image.Image:
+    """The picture squeezed to 58 x 61 pixels, brightened by 4%, saved as a JPEG of quality 80, and 64 x 64 again."""
+    buffer = io.BytesIO()
+    ImageEnhance.Brightness(image.resize((58, 61), Image.Resampling.LANCZOS)).enhance(1.04).save(buffer, "JPEG", quality=80)
+    return Image.open(buffer).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def planted_copies(run_dir: Path, *, seed: int, copies: int = COPIES) -> dict[str, Any]:
+    """Where near-copies of training images find their originals; 0 is first."""
+    from fastattr import FastAttributor
+    from fastattr.corpus import Corpus
+
+    corpus = Corpus(run_dir / "corpus")
+    attributor = FastAttributor.from_pretrained(run_dir / "attributor")
+    rows = np.random.default_rng(seed).choice(len(corpus), size=min(copies, len(corpus)), replace=False)
+    prompts = [corpus.captions[row][0] for row in rows]
+    answers = attributor.attribute([near_copy(corpus.image(row)) for row in rows], prompts, k=len(corpus))
+    ranks = [
+        next(result.rank for result in answer.results if result.image_id == corpus.image_ids[row])  # type: ignore[union-attr]
+        for row, answer in zip(rows, answers, strict=True)  # type: ignore[arg-type]
+    ]
+    first = machine.share("planted_copies_first", np.array(ranks) == 0)
+    return {"planted_copy_rank": ranks[0], "planted_copy_worst_rank": max(ranks), **first}
+
+
+def paper_plans() -> dict[str, Any]:
+    """What `fastattr plan` says of the paper's teachers, in A100-hours; no run folder is there."""
+    values: dict[str, Any] = {}
+    for name, key in (("coco", "plan_coco"), ("sd15-laion", "plan_sd15")):
+        command = [sys.executable, "-m", "fastattr.cli", "plan", str(CONFIGS / f"{name}.yaml"), "--no-measure", "--json"]
+        with tempfile.TemporaryDirectory() as nowhere:
+            done = subprocess.run([*command, "--run", nowhere + "/run"], env=environment(), capture_output=True, check=True)
+        hours = json.loads(done.stdout)["teacher_hours"]
+        values[f"{key}_a100_hours"] = hours["exact_as_published"]["A100"]
+        values[f"{key}_exact_ours_a100_hours"] = hours["exact"]["A100"]
+        values[f"{key}_first_order_a100_hours"] = hours["first_order"]["A100"]
+    return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark, or the parts named by --only; with --work, what other parts found is kept there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--work", type=Path, help="keep pictures, LoRA, run folders and results here")
+    parser.add_argument("--quick", action="store_true", help="48 pictures, one kill, no second process")
+    parser.add_argument("--only", choices=["prepare", "build", "kills", "processes", "plans"], action="append")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    parts = options.only or (
+        ["prepare", "build", "kills", "plans"] if options.quick else ["prepare", "build", "kills", "processes", "plans"]
+    )
+    sizes = QUICK if options.quick else FULL
+    kills = 1 if options.quick else options.kills
+    with tempfile.TemporaryDirectory() as scratch:
+        work = (options.work or Path(scratch)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        kept = work / "results.json"
+        results: dict[str, Any] = read_json(kept) if kept.exists() else {}
+        for part in parts:
+            results |= run_part(part, work, sizes, results, kills=kills, seed=options.seed)
+            kept.write_text(json.dumps(results))
+    results = {"seed": options.seed, "quick": options.quick, **sizes, **results, **machine.describe()}
+    machine.report(results, options.json)
+    return 0
+
+
+def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, Any], *, kills: int, seed: int) -> dict[str, Any]:
+    """One part of the benchmark; its results."""
+    config, plain = work / "studio.yaml", work / "plain"
+    if part == "prepare":
+        if not (work / "lora").exists():
+            shutil.rmtree(work / "pictures", ignore_errors=True)
+            write_pictures(work / "pictures", sizes["images"])
+            train_lora(work / "pictures", work / "lora", steps=sizes["steps"], seed=seed)
+        config.write_text(CONFIG.format(folder=work, **sizes))
+        return {"config_lines": len(config.read_text().splitlines())}
+    if part == "build":
+        shutil.rmtree(plain, ignore_errors=True)
+        started = time.monotonic()
+        peak = peak_of(start(config, plain))
+        seconds = time.monotonic() - started
+        here, spent = read_json(plain / "plan.json")["here"], sum(read_json(plain / "spent.json").values())
+        if not (plain / "report" / "index.html").exists():
+            sys.exit("the build wrote no report")
+        spent += here["seconds"]["start"]
+        return {
+            "build_seconds_300": seconds,
+            "stages_seconds": spent,
+            "plan_seconds": here["measured"],
+            "planned_stages_seconds": here["seconds"]["in all"],
+            "plan_time_error": abs(here["seconds"]["in all"] / spent - 1),
+            "peak_memory": peak,
+            "planned_peak_memory": here["peak_memory"],
+            "plan_memory_error": abs(here["peak_memory"] / peak - 1),
+            **planted_copies(plain, seed=seed),
+        }
+    if part == "kills":
+        shutil.rmtree(work / "killed", ignore_errors=True)
+        (work / "killed.log").unlink(missing_ok=True)
+        killed = build_with_kills(config, work / "killed", seconds=results["stages_seconds"], kills=kills, seed=seed)
+        identical = contents(work / "killed" / "attributor") == contents(plain / "attributor")
+        scores = same_scores(work / "killed", plain)
+        return {
+            "kills_survived": killed["kills"],
+            "kills_asked": killed["kills_asked"],
+            "killed_after_stage": killed["killed_after_stage"],
+            "identical_after_kill": identical,
+            "largest_score_difference_after_kill": scores["difference"],
+        }
+    if part == "processes":
+        shutil.rmtree(work / "two", ignore_errors=True)
+        return build_on_two(config, work / "two", plain)
+    return paper_plans()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

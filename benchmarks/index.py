@@ -1,0 +1,477 @@
+"""The index from 15 thousand to 10 million images: recall, latency, memory, disk, build time; kills and damage; the server.
+
+    python benchmarks/index.py --json benchmarks/results/index.json            # about an hour on 2 cores, 20 GB of disk
+    python benchmarks/index.py --quick                                         # tiny sizes, less than 2 minutes
+
+Every part runs in a process of its own (its peak memory is its own) and leaves its figures in --work, so that an interrupted
+run goes on with the next part; --part runs one. Vectors of 118 thousand and more are made from the distribution of the real
+ones (benchmarks/population.py). Queries are made vectors that are in no index and tuned nothing; at 15 thousand they are
+real ones, held out. An answer is timed as a user gets it, one query at a time: 100 neighbours, short list ranked again from
+float16 vectors whose digests are compared. Recall is against exhaustive search in float32.
+
+Keys are PART_KIND_FIGURE, e.g. 1m_ivf_rabitq_recall100; those that the project promises stand alone (`KEYS`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import machine
+import numpy as np
+import population
+import pyarrow as pa
+import threadpoolctl
+import torch
+
+from fastattr import FastAttributor, index
+from fastattr.artifacts import atomic_path, read_json, sha256_file, write_json
+from fastattr.attribute import write_config
+from fastattr.catalogue import COLUMNS, write_table
+from fastattr.distill import save_student
+from fastattr.index import IndexConfig, Read
+from fastattr.student import Student, StudentConfig
+
+KEYS = (
+    "recall100_1m",
+    "bytes_per_image_1m",
+    "p50_ms_1m",
+    "speedup_over_exhaustive_sort_1m",
+    "peak_memory_gb_10m",
+    "latency_growth_1m_to_10m",
+    "cold_first_answer_s_1m",
+    "kills",
+    "removed_ids_answered",
+    "adds_lost",
+)
+SIZES = {"118k": 118_287, "1m": 1_000_000, "10m": 10_000_000}
+QUICK_SIZES = {"118k": 6_000, "1m": 8_000, "10m": 12_000}
+HELD_OUT = 200
+"""Real embeddings that serve as queries."""
+K = 100
+LONGEST_TIMING = 15.0
+"""Seconds after which the timing of a slow kind ends, with as many queries as there were."""
+SLOW_TO_TRAIN = ("ivf_pq64", "ivf_opq")
+WHOLE = {"flat": "Flat", "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"}
+"""Kinds that compare, or link, all images."""
+
+
+def kinds(rows: int, dim: int) -> dict[str, str]:
+    """Factory strings by name, for one size; what can't be built here in minutes is left out (docs/index.md says which)."""
+    lists = index.coarse_lists(rows)
+    reduced = f"PCAR{256 if dim > 256 else 64},"
+    inverted = {
+        "ivf_rabitq": f"{reduced}IVF{lists},RaBitQ",
+        "ivf_sq4": f"{reduced.replace('256', '128')}IVF{lists},SQ4",
+        "ivf_pq64": f"{reduced}IVF{lists},PQ{64 if dim > 256 else 32}",
+    }
+    if rows <= 120_000:
+        size = 64 if dim > 256 else 32
+        return {**WHOLE, **inverted, "ivf_opq": f"OPQ{size}_{4 * size if dim > 256 else 64},IVF{lists},PQ{size}"}
+    if rows <= 1_000_000:
+        return {**inverted, "sqfp16": "SQfp16", "sq8": "SQ8"}
+    return {"ivf_rabitq": inverted["ivf_rabitq"]}
+
+
+# ---- one index
+
+
+def measure(
+    prefix: str, factory: str, read: Read, rows: int, queries: np.ndarray, exact: np.ndarray, folder: Path, *, timed: int
+) -> dict[str, Any]:
+    """Build an index in a folder (or find it there) and measure it; keys begin with `prefix`."""
+    finished = folder / "settings.json"
+    if not finished.exists():
+        started = time.perf_counter()
+        settings = index.build(read, rows, queries.shape[1], IndexConfig(factory=factory), folder)
+        write_json(finished, {**settings, "build_seconds": time.perf_counter() - started})
+    settings = read_json(finished)
+    files = [path for path in folder.iterdir() if path.is_file() and path != finished]
+    checksums = {path.name: sha256_file(path) for path in files if path.suffix != ".f16"}
+    ranked = index.open_ranked(folder, settings, checksums)
+    in_memory = sum(path.stat().st_size for path in files if path.suffix != ".f16")
+    result: dict[str, Any] = {
+        "factory": factory,
+        "build_seconds": settings["build_seconds"],
+        "bytes_per_image": in_memory / rows,
+        "disk_bytes_per_image": sum(path.stat().st_size for path in files) / rows,
+        "nprobe": settings["search"]["nprobe"],
+        "shortlist": settings["search"]["shortlist"],
+        "recall_when_tuned": settings["recall_of_search"],
+    }
+    found = ranked.search(queries, K)[1]
+    result |= {"recall10": index.recall_of(found[:, :10], exact[:, :10]), "recall100": index.recall_of(found, exact)}
+    for threads in (1, 2):
+        faiss.omp_set_num_threads(threads)
+        suffix = "" if threads == 1 else "_2_threads"
+        timed_here = latencies(lambda query: ranked.search(query[None], K), queries, timed)
+        result |= {f"{key}{suffix}": value for key, value in timed_here.items()}
+    return {f"{prefix}_{name}": value for name, value in result.items()}
+
+
+def latencies(search: Callable[[np.ndarray], Any], queries: np.ndarray, timed: int) -> dict[str, float]:
+    """Milliseconds of single searches, after a few that warm up, queries in turn: median, 99th percentile, processor time.
+
+    Where other work shares the processor, the median of the processor time says more than that of the clock.
+    """
+    clock, processor = [], []
+    until = time.perf_counter() + LONGEST_TIMING
+    for number in range(timed + 5):
+        if number > 10 and time.perf_counter() > until:
+            break
+        before, spent = time.perf_counter(), time.process_time()
+        search(queries[number % len(queries)])
+        clock.append(1000 * (time.perf_counter() - before))
+        processor.append(1000 * (time.process_time() - spent))
+    return {
+        "p50_ms": float(np.median(clock[5:])),
+        "p99_ms": float(np.percentile(clock[5:], 99)),
+        "cpu_ms": float(np.median(processor[5:])),
+    }
+
+
+def truth(read: Read, rows: int, queries: np.ndarray, path: Path) -> np.ndarray:
+    """(Q, K) exact neighbours, kept in a file."""
+    if not path.exists():
+        faiss.omp_set_num_threads(os.cpu_count() or 1)
+        with atomic_path(path) as temporary:
+            np.save(temporary, index.exact_neighbours(queries, read, rows, K)[1])
+    return np.asarray(np.load(path))
+
+
+def peak_gb() -> float:
+    """The most memory this process has held, in 10^9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---- parts
+
+
+def part_real(work: Path, quick: bool) -> dict[str, Any]:
+    """The real 15,351 embeddings, 128 wide; and how like them the made ones are."""
+    real = population.real_embeddings()
+    held_out = np.sort(np.random.default_rng(0).permutation(len(real))[:HELD_OUT])
+    base = np.ascontiguousarray(np.delete(real, held_out, axis=0)[: 3000 if quick else None])
+    read = lambda start, stop: base[start:stop]  # noqa: E731
+    queries = real[held_out]
+    exact = truth(read, len(base), queries, work / "real.npy")
+    results: dict[str, Any] = {"15k_rows": len(base), "15k_dim": base.shape[1], "15k_queries": len(queries)}
+    relevant = {1: max(1, len(base) // 100), 5: len(base) // 20}
+    values = queries @ base.T
+    order = np.argsort(-values, axis=1)
+    for name, factory in kinds(len(base), base.shape[1]).items():
+        if quick and name in SLOW_TO_TRAIN:
+            continue
+        folder = work / "real" / name
+        results |= measure(f"15k_{name}", factory, read, len(base), queries, exact, folder, timed=20 if quick else 300)
+        settings = read_json(folder / "settings.json")
+        checksums = {path.name: sha256_file(path) for path in folder.iterdir()}
+        whole = index.open_ranked(folder, settings, checksums).search(queries, len(base), widen=10_000)[1]
+        for percent, count in relevant.items():
+            figure = np.mean([average_precision(mine, true[:count]) for mine, true in zip(whole, order, strict=True)])
+            results[f"15k_{name}_map_{percent}pct"] = float(figure)
+    made = population.Population(real, seed=0)
+    lifted = made.lift(real)
+    for name, vectors in (("real_lifted", lifted), ("made", made.read(0, len(real)))):
+        results |= {f"{name}_{key}": value for key, value in population.describe(vectors).items()}
+    results |= {f"real_{key}": value for key, value in population.describe(real).items()}
+    queries = lifted[held_out]
+    others = np.ascontiguousarray(np.delete(lifted, held_out, axis=0)[: len(base)])
+    read_lifted = lambda start, stop: others[start:stop]  # noqa: E731
+    exact = truth(read_lifted, len(others), queries, work / "lifted.npy")
+    factory = kinds(SIZES["118k"] if not quick else len(others), population.DIM)["ivf_rabitq"]
+    folder = work / "lifted"
+    results |= measure("15k_lifted_ivf_rabitq", factory, read_lifted, len(others), queries, exact, folder, timed=20)
+    return results
+
+
+def average_precision(ranking: np.ndarray, relevant: np.ndarray) -> float:
+    """AP of a ranking of rows with a set of relevant ones; rows that are not ranked count as not found."""
+    hits = np.isin(ranking, relevant)
+    return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].sum() / len(relevant))
+
+
+def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
+    """A made corpus of one size: every kind of index that can be built here."""
+    rows = (QUICK_SIZES if quick else SIZES)[name]
+    made = population.Population(population.real_embeddings(), seed=0)
+    queries = made.read(10**9, 10**9 + (50 if quick else 200))  # far beyond any corpus
+    read = stored(rows, work / f"{name}.f16")
+    exact = truth(read, rows, queries, work / f"{name}.npy")
+    results: dict[str, Any] = {f"{name}_rows": rows, f"{name}_dim": population.DIM, f"{name}_queries": len(queries)}
+    for kind, factory in kinds(rows, population.DIM).items():
+        if quick and kind in SLOW_TO_TRAIN:
+            continue
+        faiss.omp_set_num_threads(os.cpu_count() or 1)
+        folder = work / name / kind
+        results |= measure(f"{name}_{kind}", factory, read, rows, queries, exact, folder, timed=20 if quick else 500)
+        results[f"{name}_{kind}_peak_gb"] = peak_gb()
+        if kind != "ivf_rabitq":
+            shutil.rmtree(folder)
+    return results
+
+
+def stored(rows: int, path: Path) -> Read:
+    """The made vectors, written once as float16: what is compared exhaustively is what is indexed."""
+    if not path.exists():
+        made = population.Population(population.real_embeddings(), seed=0)
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            for start in range(0, rows, population.BLOCK):
+                out.write(made.read(start, min(start + population.BLOCK, rows)).astype(np.float16).tobytes())
+    return index.reader(path, population.DIM)
+
+
+def part_latency(work: Path, quick: bool) -> dict[str, Any]:
+    """1 M and 10 M in one run, beside what the authors' demo does with 1 M: the product with all vectors and a full sort."""
+    queries = population.Population(population.real_embeddings(), seed=0).read(10**9, 10**9 + 200)
+    results: dict[str, Any] = {}
+    faiss.omp_set_num_threads(1)
+    with threadpoolctl.threadpool_limits(1):
+        for name in ("1m", "10m"):
+            folder = work / name / "ivf_rabitq"
+            files = {path.name: sha256_file(path) for path in folder.iterdir() if path.suffix not in {".f16", ".json"}}
+            ranked = index.open_ranked(folder, read_json(folder / "settings.json"), files)
+            figures = latencies(lambda query, ranked=ranked: ranked.search(query[None], K), queries, 100 if quick else 1000)
+            results |= {f"{key}_{name}": value for key, value in figures.items()}
+        vectors = stored((QUICK_SIZES if quick else SIZES)["1m"], work / "1m.f16")(0, (QUICK_SIZES if quick else SIZES)["1m"])
+        theirs = latencies(lambda query: np.argsort(-(vectors @ query)), queries, 20)
+        results |= {f"exhaustive_sort_{key}_1m": value for key, value in theirs.items()}
+    results["speedup_over_exhaustive_sort_1m"] = theirs["p50_ms"] / results["p50_ms_1m"]
+    results["latency_growth_1m_to_10m"] = results["p50_ms_10m"] / results["p50_ms_1m"]
+    return results
+
+
+def part_opening(work: Path, quick: bool) -> dict[str, Any]:
+    """From a saved attributor of 1 M images on the disk to the first answer."""
+    folder, attributor = work / "1m" / "ivf_rabitq", work / "1m-attributor"
+    if not attributor.exists():
+        with atomic_path(attributor) as temporary:
+            temporary.mkdir()
+            for path in folder.iterdir():
+                if path.suffix != ".json":
+                    os.link(path, temporary / path.name)
+            rows = (QUICK_SIZES if quick else SIZES)["1m"]
+            write_attributor(temporary, read_json(folder / "settings.json"), rows, population.DIM)
+    results = {}
+    for state in ("cold", "warm"):
+        times = [first_answer(attributor, cold=state == "cold") for _ in range(1 if quick else 5)]
+        for number, what in enumerate(("", "_cpu", "_index_only")):
+            results[f"{state}_first_answer{what}_s_1m"] = float(np.median([each[number] for each in times]))
+    return results
+
+
+def write_attributor(folder: Path, built: dict[str, Any], rows: int, dim: int) -> None:
+    """Finish an attributor around an index in a folder: features pass as they are, catalogue texts have usual lengths."""
+    shape = StudentConfig(embed_dim=dim, hidden=())
+    student = Student(dim, shape)
+    with torch.no_grad():
+        student.linear.weight.copy_(torch.eye(dim))
+        student.linear.bias.zero_()
+    save_student(student, folder / "model.safetensors")
+    table = {name: pa.array([f"{name} {row % 1000}" for row in range(rows)]) for name in COLUMNS}
+    table["image_id"] = pa.array([f"image-{row}" for row in range(rows)])
+    table["caption"] = pa.array([f"a photograph of subject number {row} in a street at night" for row in range(rows)])
+    files = {"catalog": write_table(pa.table(table), folder, "catalog")}
+    write_json(folder / "metrics.json", {})
+    facts = {"corpus_fingerprint": "made", "generator_fingerprint": "", "teacher": "none", "captions": "first"}
+    features = {"encoders": [], "encoder_fingerprints": [], "feature_dim": dim}
+    write_config(folder, student=vars(shape), files=files, **built, **facts, **features)
+
+
+FIRST_ANSWER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+import torch, faiss, pyarrow
+from fastattr import FastAttributor, attribute, index
+from fastattr.artifacts import read_json
+query = np.random.default_rng(0).standard_normal((1, 768)).astype(np.float32)
+folder = Path(sys.argv[1])
+started, spent = time.perf_counter(), time.process_time()
+if sys.argv[2] == "index":
+    config = read_json(folder / "config.json")
+    index.open_ranked(folder, config, config["sha256"]).search(query / np.linalg.norm(query), 100)
+else:
+    FastAttributor.from_pretrained(folder).attribute_features(query, ["x"], 100)
+print(time.perf_counter() - started, time.process_time() - spent)
+"""
+
+
+def first_answer(folder: Path, *, cold: bool) -> tuple[float, float, float]:
+    """Seconds from a folder on disk to 100 names, in fresh processes, imports not counted: whole, its processor time, index."""
+    seconds = []
+    for what in ("attributor", "index"):
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                if cold:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        command = [sys.executable, "-c", FIRST_ANSWER, str(folder), what]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        seconds.append([float(value) for value in done.stdout.split()])
+    return seconds[0][0], seconds[0][1], seconds[1][0]
+
+
+def part_kills(work: Path, quick: bool) -> dict[str, Any]:
+    """Random adds, removals, searches and compactions by a process that is killed at random points, again and again."""
+    folder = work / "kills"
+    shutil.rmtree(folder, ignore_errors=True)
+    real = population.real_embeddings()[:2000]
+    folder.mkdir(parents=True)
+    built = index.build(lambda start, stop: real[start:stop], *real.shape, IndexConfig(factory="IVF16,SQ4"), folder)
+    write_attributor(folder, built, *real.shape)
+    wanted, lives = (300, 6) if quick else (10_000, 100)
+    rng = np.random.default_rng(0)
+    present, gone = {f"image-{row}" for row in range(len(real))}, set[str]()
+    counts = dict.fromkeys(("operations", "kills", "removed_ids_answered", "adds_lost", "not_loadable"), 0)
+    context = multiprocessing.get_context("fork")
+    while counts["operations"] < wanted or counts["kills"] < lives:
+        log = work / f"kills-{counts['kills']}.log"
+        log.unlink(missing_ok=True)
+        process = context.Process(target=live, args=(folder, log, counts["kills"]))
+        process.start()
+        goal = max(1, round(rng.exponential(1.1 * wanted / lives)))
+        while process.is_alive() and (not log.exists() or log.read_bytes().count(b"done") < goal):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        counts["kills"] += 1
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("]")]
+        begun: tuple[str, set[str]] = ("", set())
+        for state, kind, ids in lines:
+            if state == "begin":
+                begun = (kind, set(ids))
+                continue
+            counts["operations"] += 1
+            begun = ("", set())
+            if kind == "add":
+                present |= set(ids)
+            elif kind == "remove":
+                present, gone = present - set(ids), gone | set(ids)
+            elif kind == "search":
+                counts["removed_ids_answered"] += len(gone & set(ids))
+        try:
+            attributor = FastAttributor.from_pretrained(folder)
+            answer = attributor.attribute_features(real[:1], ["x"], len(attributor))[0]
+        except Exception as error:  # what it is matters less than that it was
+            print(f"after kill {counts['kills']}: {type(error).__name__}: {error}", file=sys.stderr)
+            counts["not_loadable"] += 1
+            continue
+        found = {result.image_id for result in answer.results}
+        counts["removed_ids_answered"] += len(found & gone)
+        counts["adds_lost"] += len(present - begun[1] - found)
+        if begun[0] == "remove":
+            gone |= begun[1] - found
+        present = found
+    return {name if name in KEYS else f"kills_{name}": value for name, value in counts.items()}
+
+
+def live(folder: Path, log: Path, seed: int) -> None:
+    """One process's life: random changes and searches, each noted before and after."""
+    attributor = FastAttributor.from_pretrained(folder)
+    rng = np.random.default_rng([7, seed])
+    there = attributor.catalog["image_id"].to_pylist()
+    with log.open("a", buffering=1) as notes:
+        for step in range(1_000_000):
+            kind = str(rng.choice(["add", "remove", "search", "compact"], p=[0.35, 0.3, 0.34, 0.01]))
+            query = rng.standard_normal((1, attributor.config["feature_dim"])).astype(np.float32)
+            ids = [f"life-{seed}-{step}"] if kind == "add" else [str(rng.choice(there))] if kind == "remove" else []
+            notes.write(json.dumps(["begin", kind, ids]) + "\n")
+            if kind == "add":
+                attributor.add_features(query, ["added"], [{"image_id": ids[0]}])
+                there.append(ids[0])
+            elif kind == "remove":
+                attributor.remove(ids)
+                there.remove(ids[0])
+            elif kind == "search":
+                ids = [result.image_id for result in attributor.attribute_features(query, ["x"], 50)[0].results]
+            else:
+                attributor.compact()
+            notes.write(json.dumps(["done", kind, ids]) + "\n")
+
+
+PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "real": part_real,
+    "118k": lambda work, quick: part_size("118k", work, quick),
+    "1m": lambda work, quick: part_size("1m", work, quick),
+    "10m": lambda work, quick: part_size("10m", work, quick),
+    "latency": part_latency,
+    "opening": part_opening,
+    "kills": part_kills,
+}
+
+
+def promised(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the project promises and that no part gives under their own names."""
+    return {
+        "recall100_1m": results["1m_ivf_rabitq_recall100"],
+        "bytes_per_image_1m": results["1m_ivf_rabitq_bytes_per_image"],
+        "peak_memory_gb_10m": results["10m_ivf_rabitq_peak_gb"],
+        **extrapolated(results),
+    }
+
+
+def extrapolated(results: dict[str, Any]) -> dict[str, Any]:
+    """What 400 M images would need: bytes in proportion, milliseconds by a power law through 118 k, 1 M and 10 M."""
+    sizes = [name for name in SIZES if f"{name}_ivf_rabitq_cpu_ms" in results]
+    rows = np.log([results[f"{name}_rows"] for name in sizes])
+    times = np.log([results[f"{name}_ivf_rabitq_cpu_ms"] for name in sizes])
+    slope, start = np.polyfit(rows, times, 1)
+    return {
+        "latency_exponent": float(slope),
+        "cpu_ms_400m": float(np.exp(start + slope * np.log(4e8))),
+        "memory_gb_400m": results["10m_ivf_rabitq_bytes_per_image"] * 4e8 / 1e9,
+        "disk_gb_400m": results["10m_ivf_rabitq_disk_bytes_per_image"] * 4e8 / 1e9,
+        "build_hours_400m": results["10m_ivf_rabitq_build_seconds"] * 40 * 40**0.5 / 3600,
+    }
+
+
+def main() -> None:
+    """Run the parts that have not run, or one of them, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help="where vectors, indexes and figures go (default: a folder that is deleted)")
+    parser.add_argument("--part", choices=list(PARTS), help="only this part")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.work is None:
+        with tempfile.TemporaryDirectory(prefix="fastattr-index-") as name:
+            run(Path(name), arguments.part, arguments.quick, arguments.json)
+    else:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        run(arguments.work, arguments.part, arguments.quick, arguments.json)
+
+
+def run(work: Path, part: str | None, quick: bool, path: Path | None) -> None:
+    """Run parts in processes of their own; with `part`, run that one here and leave its figures in `work`."""
+    if part:
+        started = time.perf_counter()
+        figures = PARTS[part](work, quick)
+        write_json(work / f"part-{part}.json", {**figures, f"{part}_part_seconds": time.perf_counter() - started})
+        return
+    for name in PARTS:
+        if not (work / f"part-{name}.json").exists():
+            extra = ["--quick"] if quick else []
+            subprocess.run([sys.executable, __file__, "--part", name, "--work", str(work), *extra], check=True)
+    results: dict[str, Any] = {}
+    for name in PARTS:
+        results |= read_json(work / f"part-{name}.json")
+    machine.report({**promised(results), **results, "seed": 0, "quick": quick, **machine.describe()}, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Gradient encoder: gradient features as a feature folder like any other, of training images and of later queries.
+
+An image's row is the whitened gradient of its denoising loss in the unlearned layers, its leading coordinates, made a unit
+vector: the cosine of a query's and a training image's row orders training images as the linearised teacher does, up to the
+length of their gradients. As an encoder it is named `gradient:REF`, REF a folder that `fit_gradient_encoder` wrote
+('gradients' in a run folder; the features stage fits it there). Noise is one for all images, since queries have no ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastattr.artifacts import MANIFEST, atomic_path, fingerprint, open_stage, require_same, write_manifest
+from fastattr.corpus import Corpus
+from fastattr.denoising import EncodedImages, denoising_losses
+from fastattr.ekfac import Factors, fit_ekfac
+from fastattr.errors import InputError
+from fastattr.generator import CROSS_ATTENTION_KV, Generator
+from fastattr.gradient_features import Compression, GradientConfig, gradient_features, leading_coordinates
+
+FACTOR_IMAGES = 512
+"""Training images, spread over the corpus, on which the curvature is fitted, each at `GradientConfig.draws` timesteps."""
+
+
+def encode_plainly(generator: Generator, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> EncodedImages:
+    """Images with their first captions as the denoiser sees them, all with one noise."""
+    latents = generator.encode_image(images)
+    conditioning = generator.encode_prompt([texts[0] for texts in captions])
+    return EncodedImages(["gradient features"] * len(images), latents[:, None], conditioning, np.arange(len(images) + 1))
+
+
+class GradientEncoder:
+    """Compressed gradients of a generator's loss as a feature encoder."""
+
+    def __init__(
+        self, generator: Generator, factors: Factors, coordinates: np.ndarray, config: GradientConfig, *, pattern: str
+    ) -> None:
+        """Wrap a generator; its layers that match `pattern` are made to require gradients."""
+        self.specification = "gradient"
+        self.fingerprint = fingerprint([generator.fingerprint, vars(config), pattern, coordinates.tolist()])
+        self._generator, self._config = generator, config
+        self._layers = generator.modules_to_unlearn(pattern)
+        for layer in self._layers.values():
+            layer.weight.requires_grad_(True)
+        self._compression = Compression(self._layers, config, factors, coordinates)
+
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """(B, F) float32 unit vectors; see `fastattr.features.Encoder`."""
+        encoded = encode_plainly(self._generator, images, captions)
+        rows = gradient_features(
+            self._generator, self._layers, encoded, np.arange(len(images)), self._compression, self._config
+        )
+        unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+        return unit
+
+
+def fit_gradient_encoder(
+    generator: Generator,
+    corpus: Corpus,
+    folder: Path,
+    config: GradientConfig,
+    *,
+    reference: str,
+    pattern: str = CROSS_ATTENTION_KV,
+) -> None:
+    """Fit curvature and coordinates on a part of the corpus and write them to a folder.
+
+    Args:
+        generator: whose gradients.
+        corpus: the training images.
+        folder: gets the factor files, coordinates.npy and manifest.json; nothing is done if it has them.
+        config: of the features.
+        reference: the generator's name, which `open_gradient_encoder` loads.
+        pattern: layers whose gradients are taken.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    layers = generator.modules_to_unlearn(pattern)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    rows = np.unique(np.linspace(0, len(corpus) - 1, FACTOR_IMAGES).astype(np.int64))
+    encoded = encode_plainly(generator, [corpus.image(row) for row in rows], [corpus.captions[row] for row in rows])
+
+    def batches() -> Iterator[torch.Tensor]:
+        found = denoising_losses(
+            generator, encoded, np.arange(len(rows)), draws=config.draws, batch_size=config.batch_size, seed=config.seed
+        )
+        for _, losses in found:
+            yield losses * config.draws
+
+    factors = fit_ekfac(layers, batches)
+    coordinates = leading_coordinates(generator, layers, encoded, factors, config)
+    factors.save(folder, made_of={"generator": generator.fingerprint, "corpus": corpus.fingerprint})
+    with atomic_path(folder / "coordinates.npy") as temporary:
+        np.save(temporary, coordinates)
+    write_manifest(
+        folder,
+        stage="gradient_encoder",
+        config=config,
+        inputs={"generator": generator.fingerprint, "corpus": corpus.fingerprint},
+        pattern=pattern,
+        generator=reference,
+    )
+
+
+def open_gradient_encoder(folder: Path, *, run_dir: Path | None = None, device: str = "cpu") -> GradientEncoder:
+    """Load what `fit_gradient_encoder` wrote, with its generator ('generator' is found in `run_dir`).
+
+    Raises:
+        ArtifactMismatchError: the generator is not the one that it was fitted for.
+    """
+    manifest = open_stage(folder, "gradient_encoder")
+    name = manifest["generator"]
+    if name == "generator" and run_dir is None:
+        raise InputError(f"{folder} belongs to the generator of a run folder; open it from there.")
+    generator = Generator.from_pretrained(run_dir / name if name == "generator" and run_dir else name, device=device)
+    require_same("the generator", generator.fingerprint, manifest["inputs"]["generator"], "Fit the gradient encoder again.")
+    factors = Factors.load(folder, generator.modules_to_unlearn(manifest["pattern"]))
+    config = replace(GradientConfig(), **{key: manifest["config"][key] for key in asdict(GradientConfig())})
+    coordinates = np.load(folder / "coordinates.npy", allow_pickle=False)
+    return GradientEncoder(generator, factors, coordinates, config, pattern=manifest["pattern"])
