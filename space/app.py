@@ -79,6 +79,8 @@ RESULT_SECONDS = 1800
 PROGRESS = gr.Progress()
 """As the default of a parameter, it asks Gradio for the progress of the event at hand."""
 KEEP_ADDRESS = "() => { const link = document.querySelector('a.link'); link && history.replaceState(null, '', link.href); }"
+NAME_EMPTY_IMAGE = "() => document.querySelectorAll('.empty[aria-label]').forEach(box => box.setAttribute('role', 'img'))"
+"""Gradio labels an empty image without giving it a role, and a label without a role is read by no one."""
 SAVE_FIGURE = """url => Object.assign(document.createElement('a'), {{href: url, download: '{name}'}}).click()"""
 
 
@@ -192,6 +194,7 @@ def _generate_tab(
         generation = {"generator": generator.name, **settings, "revision": revision, "seconds": seconds}
         return drawn, {**receipt, "generation": generation}, answer
 
+    demo.load(js=NAME_EMPTY_IMAGE)
     asked = gr.State()
     """Changes when an example or a link asks for a drawing: (when, the link's query or None)."""
     examples.load_input_event.then(lambda: (time.time(), None), None, asked, api_visibility="private", show_progress="hidden")
