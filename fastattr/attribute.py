@@ -497,8 +497,11 @@ class FastAttributor:
             raise InputError("embeddings are read from the attributor's own index; load it without index_uri.")
         if not len(rows):
             return np.zeros((0, int(self.config["student"]["embed_dim"])), dtype=np.float32)
-        low = int(rows.min())
-        return self._catalogue.read(low, int(rows.max()) + 1)[rows - low]
+        found = self._catalogue.vectors(rows)
+        if found is None:  # an inverted file without vectors gives ranges only
+            low = int(rows.min())
+            found = self._catalogue.read(low, int(rows.max()) + 1)[rows - low]
+        return found
 
     def versions(self) -> dict[str, Any]:
         """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""

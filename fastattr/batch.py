@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pj
 import pyarrow.parquet as pq
-from accelerate import PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from fastattr.artifacts import MANIFEST, atomic_path, finished, sha256_file, write_manifest
@@ -58,7 +58,7 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
     Raises:
         As `FastAttributor.from_pretrained`, `attribute` and `read_queries`.
     """
-    state = PartialState()
+    state = Accelerator()
     table = read_queries(queries)
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
     config, inputs = {"k": k}, {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}

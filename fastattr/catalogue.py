@@ -60,13 +60,12 @@ class Catalogue:
     Row i is the i-th image that has not been removed: first those of the base, then those added, in order.
     """
 
-    def __init__(self, table: pa.Table, base: Ranked, *, removed: Iterable[str] = ()) -> None:
+    def __init__(self, table: pa.Table, base: Ranked) -> None:
         """A base without changes.
 
         Args:
             table: (N rows) with the columns `COLUMNS`, 'date' if known and 'thumbnail' if loaded.
             base: the index of its rows; may lack shards, whose images are then not found.
-            removed: ids that left before the base was made.
         """
         self._table, self.base = table, base
         self._gone = np.zeros(len(table), dtype=bool)
@@ -77,7 +76,7 @@ class Catalogue:
         self._embeddings: list[np.ndarray] = []
         self._changed: dict[int, dict[str, Any]] = {}
         self._slots: dict[str, int] | None = None
-        self.removed: dict[str, None] = dict.fromkeys(removed)
+        self.removed: dict[str, None] = {}
         """Ids that have left, in order."""
 
     # ---- changes: each returns the next version and leaves this one as it is
@@ -151,8 +150,10 @@ class Catalogue:
             return self.with_updated(
                 {each["image_id"]: {k: v for k, v in each.items() if k != "image_id"} for each in entry["images"]}
             )
-        if operation == "compact":
-            return self
+        if operation == "compact":  # the first line after a base: who left before it was made
+            other = self._next()
+            other.removed = dict.fromkeys(entry["removed"])
+            return other
         raise ArtifactDamagedError(f"the journal has an operation {operation!r}, which this fastattr does not know.")
 
     # ---- contents
@@ -186,11 +187,21 @@ class Catalogue:
         """All images that have not been removed, one row each."""
         if not self._added and not self._changed and not self._gone.any():
             return self._table
-        return (
-            pa.Table.from_pylist(self.fetch(np.arange(len(self))), schema=self._schema)
-            if len(self)
-            else self._table.slice(0, 0)
-        )
+        rows = len(self._table)
+        columns = []
+        for field in self._schema:
+            known = field.name in self._table.column_names
+            column = self._table[field.name] if known else pa.chunked_array([pa.array([""] * rows, field.type)])
+            slots = sorted(slot for slot, fields in self._changed.items() if slot < rows and field.name in fields)
+            if slots:
+                mask = np.zeros(rows, dtype=bool)
+                mask[slots] = True
+                values = pa.array([self._changed[slot][field.name] for slot in slots], field.type)
+                column = pc.replace_with_mask(column.combine_chunks(), pa.array(mask), values)
+            columns.append(column)
+        base = pa.table(columns, schema=self._schema).filter(pa.array(~self._gone[:rows]))
+        added = self.fetch(np.arange(len(base), len(self)))
+        return pa.concat_tables([base, pa.Table.from_pylist(added, schema=self._schema)])
 
     @property
     def _schema(self) -> pa.Schema:
@@ -472,7 +483,7 @@ def open_catalogue(
     base = open_ranked(folder, settings, config["sha256"], shards)
     if shards is None and base.ntotal != len(table):
         raise ArtifactDamagedError(f"{folder}: the index holds {base.ntotal} images, the catalogue {len(table)}.")
-    catalogue = Catalogue(table, base, removed=config.get("removed_before", ()))
+    catalogue = Catalogue(table, base)
     for entry in read_journal(folder, config):
         catalogue = catalogue.applied(entry)
     return catalogue
@@ -663,10 +674,9 @@ def compact(folder: Path, config: Mapping[str, Any], catalogue: Catalogue) -> di
         "index_shards": shards,
         "vectors": stored,
         "catalog_version": version - 1,
-        "removed_before": list(catalogue.removed),
         "sha256": {**kept, **{file: sha256_file(folder / file) for file in written}},
     }
-    new = append(folder, base, [{"operation": "compact", "images": len(catalogue), "removed": len(catalogue.removed)}])
+    new = append(folder, base, [{"operation": "compact", "removed": list(catalogue.removed)}])
     sweep(folder, new)
     return new
 

@@ -403,7 +403,8 @@ def _own(folder: Path) -> FastAttributor:
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    from fastattr.corpus import TEXT_COLUMNS, TrainingImage, load_rgb, read_folder
+    from fastattr.catalogue import COLUMNS
+    from fastattr.corpus import TrainingImage, load_rgb, read_folder
 
     attributor = _own(arguments.attributor)
     found = list(read_folder(arguments.pictures))
@@ -415,7 +416,7 @@ def _add(arguments: argparse.Namespace) -> None:
         attributor.add(
             [load_rgb(each.image) for each in batch],
             [each.captions for each in batch],
-            [{"image_id": each.image_id, **{name: getattr(each, name) for name in TEXT_COLUMNS}} for each in batch],
+            [{"image_id": each.image_id, **{name: getattr(each, name) for name in COLUMNS[2:]}} for each in batch],
             readmit=arguments.readmit,
         )
     print(f"added {len(images)} images, {len(found) - len(images)} skipped; version {attributor.versions()['catalog_version']}")

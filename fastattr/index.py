@@ -46,6 +46,8 @@ TUNED_K = 100
 """The search's settings are chosen for the recall of so many neighbours."""
 TUNING_QUERIES = 200
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+READ_COST = 150
+"""Codes that are compared in the time in which one vector is read from the disk's cache, checked and compared."""
 SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
 
 Read = Callable[[int, int], np.ndarray]
@@ -159,23 +161,26 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
     Raises:
         InputError: FAISS does not know the factory string.
     """
-    index = make(factory, dim)
-    fixed = 0
-    inner = index
-    if isinstance(inner, faiss.IndexPreTransform):
-        fixed += sum(4 * inner.chain.at(i).d_in * inner.chain.at(i).d_out for i in range(inner.chain.size()))
-        inner = faiss.downcast_index(inner.index)
+    index: Any = make(factory, dim)
+    fixed, inner = 0, _inner(index)
+    if inner is not index:
+        fixed += sum(4 * index.chain.at(i).d_in * index.chain.at(i).d_out for i in range(index.chain.size()))
     if isinstance(inner, faiss.IndexIVF):
         per_row = inner.code_size + 8  # and the row's id
-        fixed += 4 * inner.nlist * inner.d + 256 * 4 * inner.d
+        fixed += 4 * inner.nlist * inner.d
     elif isinstance(inner, faiss.IndexHNSW):
-        links = 4 * 2 * inner.hnsw.nb_neighbors(1)  # on the ground level, and 1 in M rows has as many half again
+        # On the ground level; 1 in M rows has as many half again.
+        links = 4 * 2 * inner.hnsw.nb_neighbors(1)  # type: ignore[attr-defined]
         per_row = faiss.downcast_index(inner.storage).sa_code_size() + round(1.1 * links) + 12
     else:
         per_row = inner.sa_code_size()
-    vectors = rows * (2 * dim + DIGEST_BYTES) if keeps_vectors(factory) else 0
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        fixed += 4 * 256 * inner.d  # the codebooks
+    vectors = rows * 2 * dim if keeps_vectors(factory) else 0
     memory = rows * per_row + fixed + (rows * DIGEST_BYTES if vectors else 0)
     at_once = min(rows, shard_rows or (BUILD_ROWS if isinstance(inner, faiss.IndexIVF) else rows))
+    shards = -(-rows // at_once)
+    memory += (shards if shards > 1 else 0) * fixed  # each shard has the lists' centres, and the whole once more
     training = min(rows, TRAINING_ROWS) * dim * 4 * 2
     return Estimate(
         factory=factory,
@@ -230,21 +235,27 @@ def make(factory: str, dim: int) -> faiss.Index:
         InputError: FAISS does not know the factory string.
     """
     try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        index: faiss.Index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise InputError(
             f"FAISS does not know the index {factory!r} for width {dim}; try 'auto', 'Flat', 'SQfp16' or 'HNSW32'."
         ) from error
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner = _inner(index)
     if inner is not index:
-        first = faiss.downcast_VectorTransform(index.chain.at(0))
+        whole: Any = index
+        first: Any = faiss.downcast_VectorTransform(whole.chain.at(0))
         if isinstance(first, faiss.OPQMatrix):
             first.niter, first.max_train_points = 10, 16_384
     if isinstance(inner, faiss.IndexPQ):
-        inner.do_polysemous_training = False  # minutes, for a kind of search that is not used here
+        inner.do_polysemous_training = False  # type: ignore[attr-defined]  # slow, for searches not used here
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
-        inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 12, 128  # a quarter of the time, the same recall
+        inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 12, 128  # a quarter of the work
     return index
+
+
+def _inner(index: faiss.Index) -> Any:
+    """The index behind a transform of the vectors, or itself; it lives as long as the whole. FAISS's types name few members."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
@@ -254,24 +265,26 @@ def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
         InputError: FAISS does not know the factory string, or there are too few vectors to train it.
     """
     index = make(factory, embeddings.shape[1])
-    train(index, embeddings, factory)
+    index = train(index, embeddings, factory)
     index.add(embeddings)
     return index
 
 
-def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> None:
-    """Train an index on (n, D) float32 vectors.
+def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> faiss.Index:
+    """The index, trained on (n, D) float32 vectors.
 
     Raises:
         InputError: there are too few.
     """
+    trained = on_gpu(index)
     try:
-        on_gpu(index).train(embeddings) if faiss.get_num_gpus() and _is_ivf(index) else index.train(embeddings)
+        trained.train(embeddings)
     except RuntimeError as error:
         raise InputError(
             f"{len(embeddings)} images are too few to train an index {factory!r}; take 'SQfp16'. "
             f"FAISS says: {str(error).splitlines()[0][:200]}"
         ) from error
+    return off_gpu(trained)
 
 
 def on_gpu(index: faiss.Index) -> faiss.Index:
@@ -279,6 +292,11 @@ def on_gpu(index: faiss.Index) -> faiss.Index:
     if not faiss.get_num_gpus():
         return index
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def off_gpu(index: faiss.Index) -> faiss.Index:
+    """What `on_gpu` gave, back in memory, where it can be written."""
+    return faiss.index_gpu_to_cpu(index) if faiss.get_num_gpus() else index
 
 
 def _is_ivf(index: faiss.Index) -> bool:
@@ -356,7 +374,7 @@ def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Pa
                     shard.add_with_ids(batch, np.arange(first, first + len(batch)))
                 else:
                     shard.add(batch)
-            save_index(faiss.index_gpu_to_cpu(shard) if faiss.get_num_gpus() else shard, folder / file)
+            save_index(off_gpu(shard), folder / file)
         listed.append({"file": file, "first_row": start, "rows": stop - start} | ({"own_ids": True} if inverted else {}))
     return listed
 
@@ -376,7 +394,7 @@ def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, 
             block = blocks[number]
             picked = np.random.default_rng([seed, int(number)]).permutation(len(block))[:each]
             parts.append(read(int(block[0]), int(block[-1]) + 1)[np.sort(picked)])
-        train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
+        index = train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
     save_index(index, path)
     return path
 
@@ -391,7 +409,7 @@ def _lists(index: faiss.Index) -> int:
 def write_vectors(read: Read, rows: int, dim: int, folder: Path, name: str) -> dict[str, Any]:
     """Write the vectors as float16 and a digest of each; goes on after the last whole batch."""
     stem = "vectors" + name.removeprefix("index")
-    listed = {"file": f"{stem}.f16", "digests": f"{stem}.sha256", "rows": rows, "dim": dim}
+    listed: dict[str, Any] = {"file": f"{stem}.f16", "digests": f"{stem}.sha256", "rows": rows, "dim": dim}
     values, digests = folder / listed["file"], folder / listed["digests"]
     done = 0
     if values.exists() and digests.exists():
@@ -525,43 +543,38 @@ class Shards:
         return vectors
 
 
-def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]]) -> Shards:
+def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]], first: Path) -> Shards:
     """Shards as one; inverted files with the same lists become one index, so that lists are chosen once.
 
     Args:
         loaded: each with what `add_shards` says of it.
+        first: the file of the first.
     """
     if len(loaded) == 1 or not all(listed.get("own_ids") for _, listed in loaded):
         return Shards([(index, 0 if listed.get("own_ids") else int(listed["first_row"])) for index, listed in loaded])
-    files = [faiss.extract_index_ivf(index) for index, _ in loaded]
-    lists = []
-    for file in files:
-        lists.append(faiss.downcast_InvertedLists(file.invlists))
-        lists[-1].this.acquire()  # they outlive the index that they were read with
-        file.own_invlists = False
-    array = faiss.InvertedListsPtrVector()
-    for each in lists:
-        array.push_back(each)
-    whole = loaded[0][0]
-    stacked = faiss.HStackInvertedLists(array.size(), array.data())
-    files[0].replace_invlists(stacked, False)
-    files[0].ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
+    lists = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+    for index, _ in loaded:
+        lists.push_back(faiss.extract_index_ivf(index).invlists)
+    stacked = faiss.HStackInvertedLists(lists.size(), lists.data())
+    whole = _map(first, inverted=True)
+    faiss.extract_index_ivf(whole).replace_invlists(stacked, False)
+    faiss.extract_index_ivf(whole).ntotal = whole.ntotal = sum(index.ntotal for index, _ in loaded)
     joined = Shards([(whole, 0)], ranges=[(int(listed["first_row"]), int(listed["rows"])) for _, listed in loaded])
-    joined.kept = (stacked, lists)  # FAISS only points to them
+    joined.kept = (stacked, loaded)  # FAISS only points to them
     return joined
 
 
 def _parameters(index: faiss.Index, k: int, widen: int) -> Any:
     """How wide to search; None for an exhaustive index."""
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    parameters = None
+    inner = _inner(index)
+    parameters: Any = None
     if isinstance(inner, faiss.IndexIVF):
         wider = {"nprobe": min(inner.nprobe * widen, inner.nlist)}
         parameters = faiss.SearchParametersIVF(**wider)
     elif isinstance(inner, faiss.IndexHNSW):
-        parameters = faiss.SearchParametersHNSW(efSearch=max(inner.hnsw.efSearch, 2 * k))
+        parameters = faiss.SearchParametersHNSW(efSearch=max(inner.hnsw.efSearch, 2 * k))  # type: ignore[attr-defined]
     if parameters is not None and inner is not index:
-        return faiss.SearchParametersPreTransform(index_params=parameters)
+        return faiss.SearchParametersPreTransform(index_params=parameters)  # type: ignore[call-arg]
     return parameters
 
 
@@ -583,8 +596,8 @@ class Ranked:
         """As `Shards.search`; `widen` also lengthens the short list."""
         if self.vectors is None:
             return self.index.search(queries, k, widen=widen)
-        length = min(max(math.ceil(k * self._shortlist / TUNED_K), TUNED_K), self.ntotal)
-        _, short = self.index.search(queries, max(length, k), widen=widen)
+        length = math.ceil(max(k, TUNED_K) * self._shortlist / TUNED_K)
+        _, short = self.index.search(queries, min(max(length, k), self.ntotal), widen=widen)
         return rerank(queries, short, self.vectors.take, k)
 
     @property
@@ -594,7 +607,8 @@ class Ranked:
 
     def similarities(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(Q, n) exact similarities of chosen rows."""
-        return queries @ self.take(rows).T
+        values: np.ndarray = queries @ self.take(rows).T
+        return values
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The best vectors there are of consecutive rows, (stop - start, D) float32."""
@@ -709,7 +723,7 @@ def tune(
     if not inverted and settings["vectors"] is None:
         return {"search": {"nprobe": 0, "shortlist": 0}, "recall_of_search": 1.0}
     listed = settings["index_shards"]
-    shards = join([(_map(folder / each["file"], inverted=inverted), each) for each in listed])
+    shards = join([(_map(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
     own = np.zeros((0, 1), dtype=np.int64)
     if queries is None:
         own = np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:TUNING_QUERIES])[:, None]
@@ -721,22 +735,24 @@ def tune(
     # Exact re-ranking keeps each true neighbour that the short list has, so it need not be done to know the recall.
     lengths = [min(length + itself, rows) for length in (SHORTLISTS if settings["vectors"] else (k,))]
     lists = min((faiss.extract_index_ivf(index).nlist for index, _ in shards.shards), default=0) if inverted else 0
-    best: tuple[float, int, int] = (-1.0, 0, 0)
+    tried: list[tuple[bool, float, float, int, int]] = []  # (misses, cost, -recall, lists, short list): the least is chosen
     for nprobe in [n for n in NPROBES if n < lists] + [lists]:
+        scanned = nprobe * rows / lists if lists else 0.0
+        if tried and not min(tried)[0] and scanned >= min(tried)[1]:
+            break  # more lists cost more than the best settings do in all
         for index, _ in shards.shards if inverted else []:
             faiss.extract_index_ivf(index).nprobe = nprobe
         _, short = shards.search(queries, lengths[-1])
         places = np.stack([_places(mine, true) for mine, true in zip(short, exact, strict=True)])  # (Q, k), of each true one
         for length in lengths:
             reached = float(((places < length) & wanted).sum() / wanted.sum())
-            if reached > best[0] + 0.002:
-                best = (reached, nprobe, length - itself)
-            if reached >= min(recall + 0.01, 1.0):  # a little more, since other queries are a little harder
-                return {"search": {"nprobe": nprobe, "shortlist": length - itself}, "recall_of_search": reached}
-    reached, nprobe, length = best
-    if reached < recall:
-        logger.warning("the search finds %.1f%% of the 100 nearest, wanted %.1f%%", 100 * reached, 100 * recall)
-    return {"search": {"nprobe": nprobe, "shortlist": length}, "recall_of_search": reached}
+            misses = reached < min(recall + 0.01, 1.0)  # a little more, since other queries are a little harder
+            cost = round(-reached, 2) if misses else scanned + (length * READ_COST if settings["vectors"] else 0)
+            tried.append((misses, cost, -reached, nprobe, length - itself))
+    _, _, reached, nprobe, length = min(tried)
+    if -reached < recall:
+        logger.warning("the search finds %.1f%% of the 100 nearest, wanted %.1f%%", -100 * reached, 100 * recall)
+    return {"search": {"nprobe": nprobe, "shortlist": length}, "recall_of_search": -reached}
 
 
 def _places(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -817,7 +833,7 @@ def open_ranked(folder: Path, settings: dict[str, Any], sha256: dict[str, str], 
         if "rows" in shard and index.ntotal != shard["rows"]:
             raise ArtifactDamagedError(f"{folder / shard['file']} holds {index.ntotal} rows, expected {shard['rows']}.")
         loaded.append((index, shard))
-    shards = join(loaded)
+    shards = join(loaded, folder / chosen[0]["file"])
     for index, _ in shards.shards:
         if _is_ivf(index) and wide.get("nprobe"):
             faiss.extract_index_ivf(index).nprobe = int(wide["nprobe"])
@@ -835,7 +851,7 @@ def empty_copy(path: Path, factory: str) -> faiss.Index:
     index = _map(path, inverted=True)
     ivf = faiss.extract_index_ivf(index)
     lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
-    lists.this.disown()
+    lists.this.disown()  # type: ignore[attr-defined]
     ivf.replace_invlists(lists, True)
     ivf.ntotal = index.ntotal = 0
     return index

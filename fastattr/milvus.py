@@ -204,10 +204,10 @@ class MilvusBackend:
                 state["catalog_version"],
                 own["catalog_version"],
             )
-        removed = dict.fromkeys(config.get("removed_before", ()))
+        removed: dict[str, None] = {}
         for entry in read_journal(folder, config):
-            if entry["operation"] == "remove":
-                removed |= dict.fromkeys(entry["image_ids"])
+            if entry["operation"] in {"remove", "compact"}:
+                removed |= dict.fromkeys(entry["image_ids"] if "image_ids" in entry else entry["removed"])
             elif entry["operation"] == "add":
                 for image in entry["images"]:
                     removed.pop(image["image_id"], None)

@@ -21,6 +21,7 @@ from fastattr.artifacts import read_json
 from fastattr.attribute import RECEIPT, Attribution, FastAttributor, ImageLike, image_sha256, open_image
 from fastattr.errors import ArtifactDamagedError, FormatVersionError, InputError
 
+PARTS = ("image_part", "text_part")
 TOLERANCE = 2e-3
 """By which a similarity may differ: other processors and batch sizes round otherwise."""
 
@@ -31,6 +32,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactDamagedError: it is none, or damaged.
         FormatVersionError: it was written by another version of fastattr.
+        InputError: it is of plain similarity, which is not replayed.
     """
     receipt = read_json(path)
     damaged = ArtifactDamagedError(f"{path} is no receipt, or damaged; a receipt is what Attribution.to_json() gives.")
@@ -38,6 +40,13 @@ def read_receipt(path: Path) -> dict[str, Any]:
         raise damaged
     if receipt["format"] != RECEIPT:
         raise FormatVersionError(f"{path} has the format {receipt['format']!r}, this fastattr reads {RECEIPT!r}.")
+    if (
+        isinstance(receipt.get("query"), dict)
+        and isinstance(receipt.get("model"), dict)
+        and "embedding" not in receipt["query"]
+    ):
+        method = receipt["model"].get("method", "an unknown method")
+        raise InputError(f"{path} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
     try:
         vector = decode_embedding(receipt)
         whole = receipt["query"]["sha256"], receipt["query"]["k"], receipt["versions"]["model"], receipt["model"]["name"]
@@ -88,7 +97,12 @@ def verify(
             differences.append(f"the image's embedding differs (cosine {float(again @ embedding):.4f} with the receipt's).")
     else:
         answer = attributor.replay(embedding, query["prompt"], min(query["k"], len(attributor)), where=query.get("where"))
-    return differences + result_differences(receipt["results"], answer.to_dict()["results"], attributor, tolerance)
+    # How much is the image's doing and how much the prompt's is known only with the image.
+    unknown = PARTS if image is None else ()
+    was, now = (
+        [{**row, **dict.fromkeys(unknown)} for row in rows] for rows in (receipt["results"], answer.to_dict()["results"])
+    )
+    return differences + result_differences(was, now, attributor, tolerance)
 
 
 def version_differences(versions: Mapping[str, Any], attributor: FastAttributor) -> list[str]:

@@ -181,7 +181,7 @@ def _answer_together(attributor: FastAttributor, batch: Sequence[Waiting]) -> li
     prompts, where = [each.prompt for each in batch], batch[0].where
     k = max(each.k for each in batch)
     if isinstance(batch[0].query, Image.Image):
-        found = attributor.attribute([each.query for each in batch], prompts, k, where=where)  # type: ignore[misc]
+        found = attributor.attribute([each.query for each in batch], prompts, k, where=where)
         assert isinstance(found, list)
     else:
         found = attributor.attribute_features(np.stack([each.query for each in batch]), prompts, k, where=where)  # type: ignore[misc]

@@ -102,7 +102,10 @@ def test_compaction_changes_no_answer_and_erases_what_left(folder):
     assert {record["image_id"]: record for record in reopened.catalog.to_pylist()}["base-8"]["creator"] == "Cyd"
     config = read_json(folder / "config.json")
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"config.json", *config["sha256"]}
-    assert b"new-3" not in b"".join(path.read_bytes() for path in folder.glob("journal*"))
+    (line,) = (folder / config["files"]["journal"]).read_text().splitlines()
+    assert json.loads(line)["removed"] == ["new-3", "base-7"]  # their ids, and nothing else of them
+    assert set(json.loads(line)) == {"version", "time", "operation", "removed"}
+    assert not {"new-3", "base-7"} & set(reopened.catalog["image_id"].to_pylist())
     attributor.remove(["new-3"])  # a removal asked for twice is no error, even after compaction
 
 
@@ -377,6 +380,8 @@ def test_catalogue_versions_leave_earlier_ones_alone():
     assert first.table.to_pylist() == table.to_pylist()
     assert "3" in [record["image_id"] for record in first.fetch(np.arange(10))]
     assert [record["caption"] for record in second.fetch(np.arange(9))] == ["c"] * 9
+    assert third.with_updated({"5": {"date": "2026-01-01"}}).table.to_pylist()[4]["date"] == "2026-01-01"
+    assert third.table.to_pylist() == third.fetch(np.arange(10))
     assert third.fetch(third.search(QUERY[None], 1)[1][0])[0]["image_id"] == "new"
 
 

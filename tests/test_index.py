@@ -44,7 +44,7 @@ def reader(vectors: np.ndarray) -> index.Read:
 
 @pytest.mark.parametrize(
     "factory",
-    ["Flat", "SQfp16", "SQ8", "HNSW16", "HNSW16_SQ8", "IVF16,SQ4", "IVF16,RaBitQ", "PCAR8,IVF16,SQ8", "IVF16,Flat", "SQ4"],
+    ["Flat", "SQfp16", "SQ8", "HNSW16", "HNSW16_SQ8", "IVF16,SQ4", "IVF16,RaBitQ", "PCAR14,IVF16,SQ4", "IVF16,Flat", "SQ4"],
 )
 @pytest.mark.parametrize("shard_rows", [0, 1000])
 def test_every_kind_finds_what_it_promises(tmp_path, vectors, factory, shard_rows):
@@ -138,11 +138,11 @@ def test_what_is_chosen_fits_the_memory_given(rows, dim):
     assert "SQfp16" in choose(rows, dim, recall=1.0)
 
 
-@pytest.mark.parametrize("factory", ["SQfp16", "SQ8", "Flat", "HNSW16", "IVF16,SQ4", "IVF16,RaBitQ", "PCAR8,IVF16,SQ4"])
+@pytest.mark.parametrize("factory", ["SQfp16", "SQ8", "Flat", "HNSW16", "IVF16,SQ4", "IVF16,RaBitQ", "PCAR14,IVF16,SQ4"])
 def test_estimates_are_what_the_files_have(tmp_path, vectors, factory):
     """The refusal to build rests on them."""
     settings = build(reader(vectors), len(vectors), DIM, IndexConfig(factory=factory, shard_rows=len(vectors)), tmp_path)
-    expected = estimate(len(vectors), DIM, factory)
+    expected = estimate(len(vectors), DIM, factory, shard_rows=len(vectors))
     on_disk = sum(path.stat().st_size for path in tmp_path.iterdir())
     in_memory = on_disk - (tmp_path / settings["vectors"]["file"]).stat().st_size if settings["vectors"] else on_disk
     assert expected.memory == pytest.approx(in_memory, rel=0.1)

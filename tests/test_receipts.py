@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastattr import ArtifactDamagedError, Attribution, FastAttributor, FormatVersionError
+from fastattr import ArtifactDamagedError, Attribution, FastAttributor, FormatVersionError, InputError
 from fastattr.cli import main
 from fastattr.receipts import read_receipt, verify
 from tests.made import QUERY, base_features, write_attributor
@@ -111,10 +111,16 @@ def test_the_image_itself_is_replayed(tiny_run, tmp_path):
     assert isinstance(answer, Attribution)
     receipt = json.loads(answer.to_json())
     assert verify(receipt, attributor, image=draw("red", "ring", "plain")) == []
+    assert receipt["results"][0]["image_part"] is not None
+    assert verify(receipt, attributor) == []
     assert "not those of the receipt" in verify(receipt, attributor, image=draw("blue", "ring", "plain"))[0]
     vector = np.frombuffer(np.random.default_rng(0).standard_normal(8).astype("<f4").tobytes(), dtype="<f4")
     other = attributor.replay(vector / np.linalg.norm(vector), "red ring", 5).to_dict()
     forged = {**receipt, "query": {**receipt["query"], "embedding": other["query"]["embedding"]}}
+    plain = attributor.plain(draw("red", "ring", "plain"), "red ring", k=5)
+    (tmp_path / "plain.json").write_text(plain.to_json())
+    with pytest.raises(InputError, match="plain similarity and holds no embedding"):
+        read_receipt(tmp_path / "plain.json")
     assert "embedding differs" in "\n".join(verify(forged, attributor, image=draw("red", "ring", "plain")))
 
 
@@ -169,7 +175,7 @@ def test_many_queries_are_divided_among_processes_and_answered_as_one_by_one(fol
     import pyarrow.parquet as pq
 
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["processes"] == 2
-    found = pq.read_table(tmp_path / "out").to_pylist()
+    found = [row for part in sorted((tmp_path / "out").glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
     assert sorted(row["query_id"] for row in found) == sorted(f"q{i}" for i in range(25))
     attributor = FastAttributor.from_pretrained(folder)
     for row in found:

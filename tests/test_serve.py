@@ -87,7 +87,7 @@ def test_requests_that_wait_are_answered_together_each_with_its_own(attributor):
             thread.start()
         for thread in threads:
             thread.join()
-        batches = int(client.get("/metrics").text.split("fastattr_batches_total ")[1].split()[0])
+        batches = int(client.get("/metrics").text.split("\nfastattr_batches_total ")[1].split()[0])
     assert batches < len(pictures)
     for number, own in enumerate(expected):
         assert found[number]["prompt"] == f"p{number}"
