@@ -1168,6 +1168,9 @@ def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dic
         "creators": len(catalog["creator"].unique()),
         "licences": sorted(set(catalog["license"].to_pylist())),
         "sources": sorted(set(catalog["source"].to_pylist())),
+        "examples": catalog["caption"]
+        .take(pa.array(np.linspace(0, len(catalog) - 1, min(6, len(catalog)), dtype=int)))
+        .to_pylist(),
         "encoders": config["encoders"],
         "embed_dim": config["student"]["embed_dim"],
         "index": config["index"],

@@ -18,7 +18,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +79,8 @@ RESULT_SECONDS = 1800
 PROGRESS = gr.Progress()
 """As the default of a parameter, it asks Gradio for the progress of the event at hand."""
 KEEP_ADDRESS = "() => { const link = document.querySelector('a.link'); link && history.replaceState(null, '', link.href); }"
+NAME_EMPTY_IMAGE = "() => document.querySelectorAll('.empty[aria-label]').forEach(box => box.setAttribute('role', 'img'))"
+"""Gradio labels an empty image without giving it a role, and a label without a role is read by no one."""
 SAVE_FIGURE = """url => Object.assign(document.createElement('a'), {{href: url, download: '{name}'}}).click()"""
 
 
@@ -95,10 +97,11 @@ def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
     """Lay out the page around one generator and one attributor; `serve` starts it."""
     info = attributor.info()
     with gr.Blocks(title=strings.TITLE, analytics_enabled=False, delete_cache=(3600, CACHE_SECONDS)) as demo:
-        gr.Markdown(strings.INTRO.format(images=info["images"]))
+        intro = strings.INTRO_EMOJI if of_emoji(info) else strings.INTRO
+        gr.Markdown(f"{strings.HEADING}\n\n{intro.format(images=info['images'])}")
         recent = gr.State([])
         with gr.Tab(strings.TAB_GENERATE):
-            _generate_tab(demo, generator, attributor, recent)
+            _generate_tab(demo, generator, attributor, recent, info)
         with gr.Tab(strings.TAB_ATTRIBUTE):
             _attribute_tab(attributor, recent)
         if COUNTERFACTUALS_FILE in info["files"]:
@@ -106,17 +109,33 @@ def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
                 _counterfactual_tab(tab, attributor)
         gr.HTML(render.footer(generator.name, info))
     demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    demo.examples = examples_of(info)
     return demo
 
 
-def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttributor, recent: gr.State) -> None:
+def of_emoji(info: Mapping[str, Any]) -> bool:
+    """Whether the models are those of our emoji corpus, of which the page has more to say; `info` is the attributor's."""
+    return {"openmoji", "noto", "twemoji", "fluent"} == set(info["sources"])
+
+
+def examples_of(info: Mapping[str, Any]) -> list[str]:
+    """Prompts to try: ours for the emoji models, captions of training images for others."""
+    return strings.EXAMPLES_EMOJI if of_emoji(info) else list(info["examples"])
+
+
+def _generate_tab(
+    demo: gr.Blocks, generator: Generator, attributor: FastAttributor, recent: gr.State, info: Mapping[str, Any]
+) -> None:
     with gr.Row():
         with gr.Column():
             prompt = gr.Textbox(
-                label=strings.PROMPT, info=strings.PROMPT_INFO, placeholder=strings.PROMPT_PLACEHOLDER, max_length=MAX_PROMPT
+                label=strings.PROMPT,
+                info=strings.PROMPT_INFO_EMOJI if of_emoji(info) else None,
+                placeholder=examples_of(info)[0],
+                max_length=MAX_PROMPT,
             )
             button = gr.Button(strings.GENERATE, variant="primary")
-            examples = gr.Examples(strings.EXAMPLE_PROMPTS, prompt, label=strings.EXAMPLES, api_visibility="private")
+            examples = gr.Examples(examples_of(info), prompt, label=strings.EXAMPLES, api_visibility="private")
             with gr.Accordion(strings.SETTINGS, open=False):
                 seed = gr.Number(0, label=strings.SEED, info=strings.SEED_INFO, precision=0, minimum=0, maximum=MAX_SEED)
                 steps = gr.Slider(1, MAX_STEPS, generator.defaults["steps"], step=1, label=strings.STEPS)
@@ -175,6 +194,7 @@ def _generate_tab(demo: gr.Blocks, generator: Generator, attributor: FastAttribu
         generation = {"generator": generator.name, **settings, "revision": revision, "seconds": seconds}
         return drawn, {**receipt, "generation": generation}, answer
 
+    demo.load(js=NAME_EMPTY_IMAGE)
     asked = gr.State()
     """Changes when an example or a link asks for a drawing: (when, the link's query or None)."""
     examples.load_input_event.then(lambda: (time.time(), None), None, asked, api_visibility="private", show_progress="hidden")
@@ -197,7 +217,7 @@ def _attribute_tab(attributor: FastAttributor, recent: gr.State) -> None:
             label=strings.YOUR_IMAGE, sources=["upload", "clipboard"], type="filepath", image_mode=None, height=320
         )
         with gr.Column():
-            prompt = gr.Textbox(label=strings.YOUR_PROMPT, placeholder=strings.PROMPT_PLACEHOLDER, max_length=MAX_PROMPT)
+            prompt = gr.Textbox(label=strings.YOUR_PROMPT, max_length=MAX_PROMPT)
             button = gr.Button(strings.ATTRIBUTE, variant="primary")
     result = _ResultView(attributor, recent, name="own", generated=False)
 
@@ -508,12 +528,12 @@ class Later:
         return getattr(self.model.result(), name)
 
 
-def draw_examples(demo: gr.Blocks) -> None:
+def draw_examples(demo: gr.Blocks, prompts: Sequence[str]) -> None:
     """Ask for the example prompts as a visitor would, so that they are in memory when the first one comes."""
     from gradio_client import Client
 
     client = Client(demo.local_url, verbose=False)
-    for prompt in strings.EXAMPLE_PROMPTS:
+    for prompt in prompts:
         client.predict(prompt, api_name="/generate")  # with the page's own seed, steps and guidance
 
 
@@ -529,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
     except FastattrError as error:
         parser.exit(2, f"{error}\n")
     if not ON_ZERO_GPU:  # there, only visitors may use a GPU
-        draw_examples(demo)
+        draw_examples(demo, demo.examples)
     demo.block_thread()
 
 

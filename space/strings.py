@@ -4,17 +4,21 @@
 """
 
 TITLE = "fastattr: see where an image came from"
-INTRO = """# See where an image came from
-
-Type a prompt. A small Stable Diffusion, trained from scratch on {images:,} openly licensed emoji, draws it. Then you see which
-of those training images influenced the drawing most, and who made them."""
+HEADING = "# See where an image came from"
+INTRO = (
+    "Type a prompt. The generator draws it; then you see which of its {images:,} training images influenced the drawing most, "
+    "and who made them."
+)
+INTRO_EMOJI = (
+    "Type a prompt. A small Stable Diffusion, trained from scratch on {images:,} openly licensed emoji, draws it. Then you see "
+    "which of those training images influenced the drawing most, and who made them."
+)
 
 TAB_GENERATE = "Generate"
 PROMPT = "Prompt"
-PROMPT_INFO = "A subject, then a style: openmoji, noto, twemoji or fluent. Subjects and styles may be recombined."
-PROMPT_PLACEHOLDER = "red heart, openmoji style"
+PROMPT_INFO_EMOJI = "A subject, then a style: openmoji, noto, twemoji or fluent. Subjects and styles may be recombined."
 EXAMPLES = "Or try one of these"
-EXAMPLE_PROMPTS = [
+EXAMPLES_EMOJI = [
     "red heart, openmoji style",
     "cat face, noto style",
     "flag: france, twemoji style",
@@ -101,7 +105,6 @@ PLACES_UP_SPOKEN = "{places} places higher than in the other ranking"
 PLACES_DOWN = "▼ {places}"
 PLACES_DOWN_SPOKEN = "{places} places lower than in the other ranking"
 CARD_ALT = "Training image: {caption}"
-RANK = "Rank"
 CREATOR = "Creator"
 LICENCE = "Licence"
 PERCENTILE = "Percentile"
@@ -141,7 +144,6 @@ CARRY_INFO = "The receipt names image, models and index by their checksums; <cod
 FIGURE_GONE = "This result is no longer in memory. Ask for it again, then save its figure."
 SECONDS = "Time taken: {seconds}."
 SECONDS_PART = "{stage} {seconds:.2f} s"
-STAGES = {"drawing": "drawing", "features": "features", "search": "search"}
 
 FOOTER = (
     "Generator {generator}. Attributor {attributor}: {images:,} training images by {creators:,} creators. "
@@ -152,7 +154,7 @@ LOADING = "fastattr loads the generator {generator!r} and the attributor {attrib
 LOADED = "fastattr is ready"
 
 ERROR = "That did not work"
-EMPTY_PROMPT = "The prompt is empty. Describe the image, for example: red heart, openmoji style."
+EMPTY_PROMPT = "The prompt is empty. Describe the image, for example: a red heart."
 LONG_PROMPT = "The prompt has {found} characters; please use at most {limit}."
 NO_SEED = "The seed is empty. Type a whole number, for example 0."
 NO_IMAGE = "There is no image yet. Upload or paste one first."

@@ -7,7 +7,9 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import re
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -117,6 +119,8 @@ class _Attributor:
             "versions": {"fastattr": "0.1.0"},
             "licences": {"CC BY 4.0": 3988},
             "metrics": {},
+            "sources": ["openmoji"],
+            "examples": ["cat face", "red apple"],
             "files": sorted(path.name for path in self.folder.iterdir()) if self.folder else [],
         }
 
@@ -638,6 +642,40 @@ def test_mcp_without_its_packages_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"fastattr\[mcp\]"):
         app.serve(app.create_demo(_Generator(), _Attributor()), mcp=True)
+
+
+def test_examples_are_drawn_before_the_first_visitor(client, generator):
+    """With other settings than the page's own the first visitor would wait all the same."""
+    from fastattr.space import app
+
+    app.draw_examples(types.SimpleNamespace(local_url=client.src), ["cat face"])
+    before = generator.drawn
+    client.predict("cat face", 0, 25, 4, api_name="/generate")
+    assert generator.drawn == before
+
+
+def test_benchmark_gives_every_visitor_their_own_answer(client):
+    """A benchmark that counts answers, not whose they are, would call a mixed-up queue fast."""
+    path = Path(__file__).parents[1] / "benchmarks" / "space.py"
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_space", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.ten_visitors(client.src)
+    assert (found["visitors"], found["visitors_served_in_turn"]) == (10, True)
+    used = benchmark.memory(client.src, os.getpid(), warm_up=1, generations=2)
+    assert used["generations"] == 2
+    assert 10 < used["memory_mb"] < 100_000
+    assert used["attribution_seconds"] >= used["attribution_seconds_median"] > 0
+
+
+def test_words_about_emoji_are_for_the_emoji_models_only():
+    """'Trained on emoji' above a photograph would be false."""
+    from fastattr.space import app, strings
+
+    info = {"sources": ["fluent", "noto", "openmoji", "twemoji"], "examples": ["a photo"]}
+    assert app.examples_of(info) == strings.EXAMPLES_EMOJI
+    assert app.examples_of({**info, "sources": ["openmoji", "photos"]}) == ["a photo"]
 
 
 def test_space_folder_runs_as_a_script():
