@@ -76,7 +76,7 @@ WHOLE = {"flat": "Flat", "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"}
 
 
 def kinds(rows: int, dim: int) -> dict[str, str]:
-    """Factory strings by name, for one size; what can't be built here in minutes is left out (docs/search-index.md says which)."""
+    """Factory strings by name, for one size; docs/search-index.md says what is left out, as it takes more than minutes."""
     lists = index.coarse_lists(rows)
     reduced = f"PCAR{256 if dim > 256 else 64},"
     inverted = {
