@@ -71,3 +71,12 @@ def hub(hub_server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     return hub_server
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """Accelerate remembers one precision for a whole process: what one test has left would be another's error."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
