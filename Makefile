@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CHROMIUM := /usr/bin/chromium
 
-.PHONY: venv demo test lint bench assets chromium
+.PHONY: venv demo test lint bench docs assets chromium
 
 venv: .venv/installed
 
@@ -28,6 +28,9 @@ lint: venv
 
 bench: venv
 	$(BIN)/python benchmarks/emoji.py --quick
+
+docs: venv
+	$(BIN)/python -m mkdocs build --strict
 
 assets: venv
 	$(BIN)/fastattr build hub_scripts/configs/emoji.yaml --yes --run runs/emoji --assets fastattr/assets/emoji

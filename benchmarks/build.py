@@ -67,7 +67,7 @@ CONFIG = """\
 name: studio
 corpus: {{kind: folder, path: {folder}/pictures}}
 generator: {{pretrained: emoji, lora: {folder}/lora, unlearn: lora}}
-queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, guidance: 2.5}}
+queries: {{train: {train}, validation: {validation}, test: {test}, caption_share: 1.0, recombined_share: 0.0, steps: 20}}
 features: {{encoders: ["open_clip-image:emoji", "open_clip-text:emoji"]}}
 candidates: {{per_query: {candidates}}}
 teacher: {{linearised: [train, validation], query_draws: 64, factor_examples: {factors}}}
@@ -75,7 +75,7 @@ plan: {{probe_seconds: 900}}
 thumbnail_quality: 60
 index: {{factory: Flat}}
 """
-FULL = {"images": 300, "train": 120, "validation": 16, "test": 24, "candidates": 200, "factors": 2048, "steps": 200}
+FULL = {"images": 300, "train": 72, "validation": 10, "test": 14, "candidates": 150, "factors": 1024, "steps": 200}
 QUICK = {"images": 48, "train": 10, "validation": 4, "test": 6, "candidates": 30, "factors": 256, "steps": 5}
 COPIES = 20
 """Training images of which a near-copy is asked for; the first is `planted_copy_rank`."""
@@ -192,7 +192,8 @@ def peak_of(process: subprocess.Popen[bytes]) -> int:
 
 def build_with_kills(config: Path, run_dir: Path, *, seconds: float, kills: int, seed: int) -> dict[str, Any]:
     """Build, killed at random moments within the `seconds` that it takes, each time going on; which stages were hit."""
-    moments = sorted(random.Random(seed).uniform(0.02, 0.95) for _ in range(kills))
+    dice = random.Random(seed)
+    moments = sorted(dice.uniform(0.02, 0.95) for _ in range(kills))
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     hit = []
     for before, moment in zip([0.0, *moments], moments, strict=False):
@@ -231,7 +232,13 @@ def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
         )
     if done.returncode:
         sys.exit(f"the build on two processes failed with exit code {done.returncode}")
+    return same_artifacts(run_dir, first)
+
+
+def same_artifacts(run_dir: Path, first: Path) -> dict[str, Any]:
+    """In what a run on two processes is that of one."""
     scores = same_scores(run_dir, first)
+    ours, theirs = contents(run_dir / "attributor"), contents(first / "attributor")
     folders = ("corpus", "queries", "features", "query_features", "candidates", "scores", "student", "attributor")
     same = [folder for folder in folders if _data(run_dir / folder) == _data(first / folder)]
     return {
@@ -239,7 +246,7 @@ def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
         "two_processes_same_rows": scores["same_rows"],
         "two_processes_largest_score_difference": scores["difference"],
         "two_processes_identical_folders": ", ".join(same),
-        "two_processes_attributor_identical": "attributor" in same,
+        "two_processes_attributor_differs_in": ", ".join(name for name in theirs if ours.get(name) != theirs[name]),
         "two_processes_answers": same_answers(run_dir / "attributor", first / "attributor", run_dir),
     }
 
@@ -357,6 +364,7 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
             "peak_memory": peak,
             "planned_peak_memory": here["peak_memory"],
             "plan_memory_error": abs(here["peak_memory"] / peak - 1),
+            "load_average": os.getloadavg()[1],  # above the number of cores, the seconds are those of a shared machine
             **planted_copies(plain, seed=seed),
         }
     if part == "kills":

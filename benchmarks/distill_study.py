@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/student"), help="results one by one (%(default)s)")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    sizes = replace(benchmark.QUICK, steps=20) if options.quick else replace(Sizes(), steps=STEPS)
+    sizes = replace(Sizes(), steps=20 if options.quick else STEPS, precision=benchmark.fast_precision())
     tables = open_tables(options.run, options.work)
     all_cases = cases(tables, sizes)
     kept = options.work / ("study-quick.json" if options.quick else "study.json")

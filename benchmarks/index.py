@@ -76,7 +76,7 @@ WHOLE = {"flat": "Flat", "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"}
 
 
 def kinds(rows: int, dim: int) -> dict[str, str]:
-    """Factory strings by name, for one size; what can't be built here in minutes is left out (docs/index.md says which)."""
+    """Factory strings by name, for one size; docs/search-index.md says what is left out, as it takes more than minutes."""
     lists = index.coarse_lists(rows)
     reduced = f"PCAR{256 if dim > 256 else 64},"
     inverted = {
@@ -541,6 +541,23 @@ def extrapolated(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """Every index at every size, as docs/search-index.md shows it."""
+    figures = ("recall10", "recall100", "p50_ms", "p99_ms", "p50_ms_2_threads")
+    lines = [
+        "| images | index | recall@10 | recall@100 | p50 ms | p99 ms | p50, 2 threads | bytes in memory | on disk | build s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for size in ("15k", *SIZES):
+        for key in [key for key in results if key.startswith(f"{size}_") and key.endswith("_factory")]:
+            prefix = key.removesuffix("_factory")
+            cells = [f"{results[f'{prefix}_{figure}']:.{3 if 'recall' in figure else 2}f}" for figure in figures]
+            cells += [f"{results[f'{prefix}_{figure}']:,.0f}" for figure in ("bytes_per_image", "disk_bytes_per_image")]
+            name = f"`{results[key]}`" + (" (lifted)" if "lifted" in prefix else "")
+            lines.append("| " + " | ".join([size, name, *cells, f"{results[f'{prefix}_build_seconds']:,.1f}"]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the parts that have not run, or one of them, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -548,7 +565,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where vectors, indexes and figures go (default: a folder that is deleted)")
     parser.add_argument("--part", choices=list(PARTS), help="only this part")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", type=Path, help="only print the table of an earlier run's JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read_json(arguments.table)))
+        return
     if arguments.work is None:
         with tempfile.TemporaryDirectory(prefix="fastattr-index-") as name:
             run(Path(name), arguments.part, arguments.quick, arguments.json)

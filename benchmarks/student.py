@@ -91,6 +91,8 @@ class Sizes:
     """Time that the authors' way gets on the emoji tables."""
     truth_queries: int = 1000
     seed: int = 0
+    precision: str = "no"
+    """`TrainingConfig.mixed_precision` of our students."""
 
 
 QUICK = Sizes(speed_images=20_000, speed_candidates=2000, speed_steps=2, steps=60, paper_seconds=10.0)
@@ -110,7 +112,7 @@ def recipe(sizes: Sizes, **options: Any) -> DistillConfig:
         ema_decay=0.99,
         checkpoint_every=10_000,
         seed=sizes.seed,
-        mixed_precision=fast_precision(),
+        mixed_precision=sizes.precision,
     )
     own = {name: options.pop(name) for name in list(options) if name in TrainingConfig.__annotations__}
     return replace(DistillConfig(judge_every=100, patience=3), training=replace(training, **own), **options)
@@ -329,7 +331,7 @@ def our_way(tables: Tables, space: str, config: DistillConfig) -> list[tuple[flo
 def measure_time_to_equal(tables: Tables, sizes: Sizes) -> dict[str, Any]:
     """Seconds until validation mAP(1%) is what the authors' way reaches at most, by each way, with the paper's network."""
     paper = authors_way(tables, "both", sizes.paper_seconds, seed=sizes.seed)
-    ours = our_way(tables, "both", recipe(sizes, judge_every=5, patience=1000, batch_size=128, images_per_step=1024))
+    ours = our_way(tables, "both", recipe(sizes, judge_every=10, patience=1000, batch_size=128, images_per_step=1024))
     best = max(value for _, value in paper)
     first = next(spent for spent, value in paper if value >= best)
     reached = [spent for spent, value in ours if value >= best]
@@ -607,10 +609,9 @@ def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Si
     from ground_truth import CONFIG, BenchConfig
 
     from fastattr.config import read_config
-    from fastattr.diffusion_features import middle_activations
     from fastattr.evaluate import compare_with_truth, table_scores
 
-    bench_sizes = table_of_truth.QUICK if sizes == QUICK else table_of_truth.Sizes()
+    bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
     data = table_of_truth.open_data(truth_dir, run_dir, read_config(CONFIG, BenchConfig), bench_sizes, source)
     truth, lab, settings = data.truth, data.lab, table_of_truth.read_settings(data.truth)
     ids = {
@@ -638,20 +639,10 @@ def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Si
             name, lambda split, name=name: images[name] if split is None else data.queries(ids[split], name)
         )
 
-    def diffusion(split: str | None) -> np.ndarray:
-        own = encoded[split]
-        parts = np.array_split(np.arange(len(own.image_ids)), max(1, len(own.image_ids) // 128))
-        return np.concatenate(
-            [
-                middle_activations(lab.generator, own.latents[part, 0], own.conditioning[part])
-                for part in tqdm(parts, desc="diffusion")
-            ]
-        )
-
     def gradient(split: str | None) -> np.ndarray:
         return whitened_gradients(lab, encoded[split], settings, draws=settings.loss_draws if split is None else 64)
 
-    spaces["diffusion"] = both_kinds("diffusion", diffusion)
+    spaces["diffusion"] = both_kinds("diffusion", lambda split: lab.diffusion_features(encoded[split]))
     spaces["gradient"] = both_kinds("gradient", gradient)
     for name, members in (("both", ("image", "text")), ("all", ("image", "text", "diffusion"))):
         spaces[name] = {kind: np.concatenate([spaces[member][kind] for member in members], axis=1) for kind in spaces["image"]}
@@ -788,6 +779,71 @@ def frontier_figure(points: Mapping[str, tuple[float, float]], path: Path) -> No
         figure.savefig(temporary, dpi=130)
 
 
+def lines_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What docs/student.md shows of the parts that were measured, by the name of its mark."""
+    found: dict[str, list[str]] = {}
+
+    def pairs(*names: str) -> list[str]:
+        return [f"| `{name}` | {_number(results[name])} |" for name in names if name in results]
+
+    if "pairs_per_second_ratio" in results:
+        names = ("pairs_per_second_paper", "pairs_per_second_sparse_tables", "pairs_per_second_full_tables")
+        ratios = ("pairs_per_second_ratio_sparse_tables", "pairs_per_second_ratio")
+        found["speed"] = ["| key | measured |", "| --- | --- |", *pairs(*names, *ratios)]
+    if "best_student" in results:
+        rows = [name.removeprefix("map_1pct_") for name in results if name.startswith("map_1pct_") and f"{name}_se" in results]
+        rows = [name for name in rows if f"map_half_pct_{name}" in results]
+        found["tables"] = [
+            "| student | mAP(0.5%) | mAP(1%) | mAP(4%) | mAP(1%), validation |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name in sorted(rows, key=lambda name: -results[f"validation_map_1pct_{name}"]):
+            cells = [f"{results[f'map_{key}_{name}']:.3f} ± {results[f'map_{key}_{name}_se']:.3f}" for key in PERCENTS]
+            mark = " (chosen)" if name == results["best_student"] else ""
+            found["tables"].append(f"| {name}{mark} | {' | '.join(cells)} | {results[f'validation_map_1pct_{name}']:.3f} |")
+        gains = [f"map_1pct_gain_over_paper_recipe_{end}" for end in ("mean", "low", "high")]
+        equal = ("equal_map", "equal_map_seconds_paper", "equal_map_seconds_ours", "time_to_equal_map_ratio")
+        hubs = [name for name in results if name.startswith(("hub_skewness_", "popularity_share_"))]
+        found["equal"] = ["| key | measured |", "| --- | --- |", *pairs(*gains, *equal)]
+        found["hubs"] = ["| key | measured |", "| --- | --- |", *pairs(*hubs)]
+    if "share_calibration_error" in results:
+        names = [name for name in results if name.startswith(("share_", "percentile_calibration", "influence_"))]
+        foreign = [name for name in results if name.startswith("foreign_") and f"{name}_se" in results]
+        found["degrees"] = ["| key | measured |", "| --- | --- |", *pairs(*names)]
+        found["foreign"] = ["| key | part | queries |", "| --- | --- | --- |"]
+        found["foreign"] += [
+            f"| `{name}` | {results[name]:.2f} ± {results[f'{name}_se']:.2f} | {results[f'{name}_n']} |" for name in foreign
+        ]
+    if "gap_closed_lds" in results:
+        rows = [name.removeprefix("bench_lds_residual_low_") for name in results if name.startswith("bench_lds_residual_low_")]
+        found["bench"] = ["| method | residual LDS | plain LDS | mAP(1%) |", "| --- | --- | --- | --- |"]
+        for name in sorted(rows, key=lambda name: -results[f"bench_lds_residual_{name}"]):
+            middle, low, high = (results[f"bench_lds_residual{end}_{name}"] for end in ("", "_low", "_high"))
+            plain, precision = results[f"bench_lds_{name}"], results[f"bench_map_1pct_{name}"]
+            mark = " (chosen)" if name == results["bench_best_student"] else ""
+            found["bench"].append(f"| {name}{mark} | {middle:.3f} [{low:.3f}, {high:.3f}] | {plain:.3f} | {precision:.3f} |")
+        gap = (
+            "gap_closed_lds",
+            "gap_closed_lds_paper_recipe",
+            *(f"gain_over_paper_recipe_{end}" for end in ("mean", "low", "high")),
+        )
+        found["gap"] = ["| key | measured |", "| --- | --- |", *pairs(*gap)]
+    where = (
+        f"`{results['command']}`, seed {results['seed']}, {results['cpu']}, {results['cores']} cores, {results['date'][:10]}."
+    )
+    return {name: [*lines, "", where] for name, lines in found.items()}
+
+
+def _number(value: Any) -> str:
+    return (
+        f"{value:,.0f}"
+        if isinstance(value, float) and abs(value) >= 1000
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the parts that are asked for and add them to the JSON file."""
     parser = argparse.ArgumentParser(description="Measure the student.")
@@ -802,7 +858,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bench-run", type=Path, default=Path("runs/bench"), help="run folder of emoji-bench (%(default)s)")
     parser.add_argument("--corpus", type=Path, help="a finished emoji corpus for emoji-bench; else it is built there")
     options = parser.parse_args(arguments)
-    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(QUICK if options.quick else Sizes(), precision=fast_precision())
     parts = options.parts or [part for part in PARTS[1:] if part != "bench" or (options.truth / MANIFEST).exists()]
     if options.quick and not options.parts:
         parts = [part for part in parts if part != "bench"]
@@ -837,6 +893,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"benchmark_seconds_{'_'.join(parts)}": round(time.perf_counter() - started, 1),
     }
     machine.report(results, options.json)
+    if docs is not None:
+        from truth import fill
+
+        fill(docs / "student.md", lines_of(results))
 
 
 if __name__ == "__main__":

@@ -50,12 +50,13 @@ from fastattr.conditioning import Conditioning
 from fastattr.config import read_config
 from fastattr.corpus import Corpus
 from fastattr.denoising import EncodedImages, image_losses
+from fastattr.diffusion_features import middle_activations
 from fastattr.distill import DistillConfig, train_student
 from fastattr.ekfac import Factors, Layer, fit_ekfac
 from fastattr.errors import FastattrError, InputError
 from fastattr.evaluate import compare_with_truth, table_scores, write_truth_report
 from fastattr.features import encode_all, open_encoder
-from fastattr.generator import CROSS_ATTENTION_KV, Generator, noise_for
+from fastattr.generator import CROSS_ATTENTION_KV, Generator
 from fastattr.gradient_features import Compression, GradientConfig, gradient_features
 from fastattr.linearised import flat_step, linearised_scores
 from fastattr.queries import Queries
@@ -72,8 +73,6 @@ SETTINGS = "settings.json"
 EXACT = "exact"
 """In the ground truth folder: the exact teacher's score table of the test queries."""
 ENCODERS = {"image": "open_clip-image:emoji", "text": "open_clip-text:emoji"}
-DIFFUSION_TIMESTEPS = (100, 300, 500)
-"""Noise levels at which the denoiser's own features are taken."""
 SIMILARITIES = ("similarity_image", "similarity_text", "similarity_both", "diffusion_features")
 TEACHERS = ("abu_plus_exact", "abu_plus_linearised")
 LEAVE_K_OUT = ("similarity_both", "d_trak", "abu_plus_exact", "abu_plus_linearised", "student")
@@ -258,26 +257,13 @@ class Lab:
         bar = tqdm(parts, desc=f"projected gradients of {output}", unit="part")
         return np.concatenate([gradient_features(self.generator, layers, images, part, compression, config) for part in bar])
 
-    @torch.no_grad()
     def diffusion_features(self, images: EncodedImages) -> np.ndarray:
         """(N, F) activations of the U-Net's middle block at three noise levels, side by side."""
-        kept: list[torch.Tensor] = []
-        unet = self.generator.pipeline.unet
-        handle = unet.mid_block.register_forward_hook(lambda *call: kept.append(call[2].flatten(1)))
-        features = []
-        try:
-            for start in range(0, len(images.image_ids), self.sizes.batch_size):
-                part = slice(start, start + self.sizes.batch_size)
-                ids = list(images.image_ids[part])
-                kept.clear()
-                for draw, timestep in enumerate(DIFFUSION_TIMESTEPS):
-                    noise = noise_for(ids, [draw] * len(ids), seed=self.sizes.seed, shape=self.generator.latent_shape)
-                    timesteps = torch.full((len(ids),), timestep)
-                    self.generator.training_loss(images.latents[part, 0], images.conditioning[part], timesteps, noise)
-                features.append(torch.cat(kept, dim=1).numpy())
-        finally:
-            handle.remove()
-        return np.concatenate(features)
+        starts = range(0, len(images.image_ids), self.sizes.batch_size)
+        parts = [slice(start, start + self.sizes.batch_size) for start in starts]
+        return np.concatenate(
+            [middle_activations(self.generator, images.latents[part, 0], images.conditioning[part]) for part in parts]
+        )
 
 
 def _in_batches(encode: Any, items: Sequence[Any]) -> torch.Tensor:

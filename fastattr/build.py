@@ -139,6 +139,14 @@ SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "qu
 """Stages that all processes of `accelerate launch` do together."""
 
 
+def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Run one stage, in its own precision: Accelerate would keep that of the stage before in the same process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    return STAGES[name](config, run_dir)
+
+
 def planned(config: BuildConfig, run_dir: Path, config_file: Path | None) -> dict[str, Any]:
     """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same.
 
@@ -176,21 +184,24 @@ def run(
     Returns:
         The seconds each stage took now; run_dir/spent.json adds up what finished stages took in all runs.
     """
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import InitProcessGroupKwargs
 
-    state = PartialState(timeout=timedelta(days=30))  # the others wait while one does what is left
+    # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
+    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+    state = PartialState()
     seconds: dict[str, float] = {}
     if state.is_main_process:
         save_config(config, run_dir / "config.yaml")
         if confirm is not None:
             confirm(planned(config, run_dir, config_file))
     state.wait_for_everyone()
-    for name, stage in STAGES.items():
+    for name in STAGES:
         if state.num_processes > 1 and name not in SHARED:
             continue
         started, before = time.monotonic(), _manifests(run_dir)
         logger.info("stage %s", name)
-        stage(config, run_dir)
+        run_stage(name, config, run_dir)
         state.wait_for_everyone()
         seconds[name] = round(time.monotonic() - started, 2)
         if state.is_main_process and _manifests(run_dir) != before:

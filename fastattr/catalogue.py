@@ -215,7 +215,7 @@ class Catalogue:
         """The records of (n,) rows: what the catalogue says of each image."""
         slots = self.alive[np.asarray(rows, dtype=np.int64)]
         base = slots < len(self._table)
-        known = iter(self._table.take(pa.array(slots[base])).to_pylist())
+        known = iter(self._table.take(_numbers(slots[base])).to_pylist())
         found = [
             next(known) if slot < len(self._table) else dict(self._added[slot - len(self._table)]) for slot in slots.tolist()
         ]
@@ -344,6 +344,11 @@ class Catalogue:
         if len(base) < len(slots):
             parts.append(self._stacked[slots[len(base) :] - len(self._table)])
         return np.concatenate(parts)
+
+
+def _numbers(values: np.ndarray) -> pa.Array:
+    """(n,) int64 as Arrow; `pa.array` would import pandas, which takes longer than an answer."""
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, dtype=np.int64))])
 
 
 # ---- records and vectors in the journal

@@ -406,7 +406,7 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
 def encode_sets(
     encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig, accelerator: Accelerator
 ) -> dict[str, dict[str, Any]]:
-    """Write one encoder's features of corpus and queries below FOLDER, in features/ and query_features/; returns manifests."""
+    """Write an encoder's features of corpus and queries under `folder`, as `run` has them; returns the manifests."""
     manifests = {}
     sets = (
         ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),

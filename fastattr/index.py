@@ -1,7 +1,7 @@
 """Index: FAISS over the students' embeddings of the training images, from thousands to hundreds of millions.
 
 Inner product on unit vectors is their cosine. `choose` picks the kind of index from size, memory and recall wanted, or
-takes any FAISS factory string; what each kind costs and finds is measured in docs/index.md. An index that compresses
+takes any FAISS factory string; what each kind costs and finds is measured in docs/search-index.md. An index that compresses
 finds a short list, which is ranked again by exact similarities from float16 vectors that stay on disk. An index is
 built shard by shard from a stream, resumes, and is searched as one; shards can be fetched and read one by one. FAISS maps
 inverted lists into memory from their files, so that an index larger than memory still answers; it reads no byte of a file
@@ -112,7 +112,7 @@ class Estimate:
 
 
 def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.inf) -> str:
-    """The FAISS factory string for a corpus; docs/index.md has the measurements behind it.
+    """The FAISS factory string for a corpus; docs/search-index.md has the measurements behind it.
 
     Args:
         rows: N, images in the corpus.
@@ -127,7 +127,7 @@ def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.in
     if not fitting:
         raise DoesNotFitError(
             f"no index of {rows:,} x {dim} fits into {memory / 1e9:,.2f} GB: {_alternatives(rows, dim, recall)}. "
-            "Give it more memory (memory_gb), or split the corpus over machines (docs/index.md, Milvus)."
+            "Give it more memory (memory_gb), or split the corpus over machines (docs/search-index.md, Milvus)."
         )
     return fitting[0]
 

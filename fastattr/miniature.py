@@ -72,7 +72,7 @@ def _prompts(counts: Mapping[str, int]) -> tuple[str, ...]:
 def run_line(config: BuildConfig, run_dir: Path, images: int) -> dict[str, float]:
     """Run a miniature on the first `images` usable training images; seconds by stage."""
     from fastattr import corpus
-    from fastattr.build import STAGES
+    from fastattr.build import STAGES, run_stage
     from fastattr.corpus_sources import open_source
 
     started = time.monotonic()
@@ -80,11 +80,11 @@ def run_line(config: BuildConfig, run_dir: Path, images: int) -> dict[str, float
     usable = islice((image for image in found if isinstance(image, corpus.TrainingImage)), images)
     corpus.write_corpus(usable, run_dir / "corpus", config.corpus)
     seconds = {"corpus": time.monotonic() - started}
-    for name, stage in STAGES.items():
+    for name in STAGES:
         if name in seconds or name == "push":
             continue
         started = time.monotonic()
-        stage(config, run_dir)
+        run_stage(name, config, run_dir)
         seconds[name] = time.monotonic() - started
     return seconds
 

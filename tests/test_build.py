@@ -102,6 +102,23 @@ def test_the_report_escapes_what_others_wrote(tiny_run: Path, tiny_config: Path)
     assert "&lt;b&gt;" in page
 
 
+def test_every_stage_trains_in_its_own_precision(monkeypatch, tiny_config: Path, tmp_path: Path):
+    """Accelerate refuses a second precision in one process: a build would stop after its first training."""
+    from accelerate import Accelerator
+
+    seen = []
+    monkeypatch.setattr(
+        build,
+        "STAGES",
+        {
+            name: lambda *_, precision=precision: seen.append(Accelerator(mixed_precision=precision).mixed_precision)
+            for name, precision in (("corpus", None), ("train-autoencoder", "no"), ("train-generator", "bf16"))
+        },
+    )
+    build.run(load_config(tiny_config), tmp_path)
+    assert seen == ["no", "no", "bf16"]
+
+
 def test_the_card_is_that_of_the_hub(tiny_run: Path):
     """The card that a build shows must be the one that a push would send."""
     from fastattr.publish import attributor_texts

@@ -31,6 +31,8 @@ def test_plan_without_a_run_folder_is_near_what_the_paper_spent(name: str, tmp_p
     hours = {way: by_name["A100"] for way, by_name in result["teacher_hours"].items()}
     assert PUBLISHED[name] / 2 < hours["exact_as_published"] < 2 * PUBLISHED[name]
     assert hours["first_order"] < hours["exact"] < hours["exact_as_published"]
+    documented = (CONFIGS.parent.parent / "docs" / "costs.md").read_text(encoding="utf-8")
+    assert " | ".join(f"{hours[way]:,.0f} h" for way in ("exact_as_published", "exact", "first_order")) in documented
     assert not run_dir.exists()
 
 

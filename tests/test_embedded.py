@@ -74,7 +74,7 @@ def test_every_stage_is_in_the_manifest():
     """'Rebuilt by one command, with a manifest of how'."""
     manifest = json.loads((ASSETS / "emoji" / "manifest.json").read_text())
     assert manifest["command"].startswith("fastattr build hub_scripts/configs/emoji.yaml")
-    assert set(manifest["stages"]) == {
+    assert set(manifest["stages"]) >= {
         "corpus",
         "autoencoder",
         "generator",

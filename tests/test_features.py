@@ -302,4 +302,4 @@ def test_one_nested_setting_can_be_changed_alone(tmp_path: Path):
     """The rest of a nested section must keep that section's defaults, not the class's."""
     (tmp_path / "c.yaml").write_text("name: x\ndistill: {training: {steps: 7}}")
     training = load_config(tmp_path / "c.yaml").distill.training
-    assert (training.steps, training.batch_size, training.ema_decay) == (7, 16, 0.99)
+    assert (training.steps, training.batch_size, training.ema_decay) == (7, 128, 0.99)

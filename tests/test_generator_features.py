@@ -44,7 +44,7 @@ def test_diffusion_features_are_the_middle_blocks_output(tiny_run: Path):
             handle = unet.mid_block.register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
             with torch.no_grad():
                 noisy = scheduler.add_noise(generator.encode_image([image]), noise, timestep)
-                unet(noisy, timestep, encoder_hidden_states=generator.encode_prompt([caption]))
+                unet(noisy, timestep, encoder_hidden_states=generator.encode_prompt([caption]).tensors["text"])
             handle.remove()
             rows.append(torch.nn.functional.adaptive_avg_pool2d(kept[0], PARTS).flatten())
         parts.append(torch.nn.functional.normalize(torch.stack(rows), dim=1))
