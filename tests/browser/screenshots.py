@@ -1,7 +1,8 @@
 """Save the pictures of the page that README.md and the Space show.
 
 page-desktop.png, page-dark.png (a card opened), page-phone.png and, if the embedded attributor knows plain similarity,
-page-difference.png in the folder given, in few enough colours to be small; thumbnail.png, for social media, in space/. Run from the repository, with the embedded artifacts in place:
+page-difference.png in the folder given, in few enough colours to be small; thumbnail.png, for social media, in space/. Run
+from the repository, with the embedded artifacts in place:
 
     HF_HUB_OFFLINE=1 .venv/bin/python tests/browser/screenshots.py docs
 """
