@@ -1,7 +1,8 @@
 """Save the pictures of the page that README.md and the Space show.
 
-page-desktop.png, page-dark.png (a card opened), page-difference.png and page-phone.png in the folder given, in few enough
-colours to be small; thumbnail.png, for social media, in space/. Run from the repository, with the embedded artifacts in place:
+page-desktop.png, page-dark.png (a card opened), page-phone.png and, if the embedded attributor knows plain similarity,
+page-difference.png in the folder given, in few enough colours to be small; thumbnail.png, for social media, in space/. Run
+from the repository, with the embedded artifacts in place:
 
     HF_HUB_OFFLINE=1 .venv/bin/python tests/browser/screenshots.py docs
 """
@@ -17,6 +18,8 @@ from chromium import generate, open_browser, served_page
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
+from fastattr import FastAttributor
+
 PROMPT = "red heart, openmoji style"
 SPACE = Path(__file__).resolve().parents[2] / "space"
 
@@ -27,10 +30,8 @@ def open_first_card(page: Page) -> None:
 
 
 def show_difference(page: Page) -> None:
-    """The view of what the influence ranking changes; stays where it is if the attributor knows no plain similarity."""
-    choice = page.get_by_role("radio", name="Difference")
-    if choice.count():
-        choice.check(force=True)
+    """The view of what the influence ranking changes."""
+    page.get_by_role("radio", name="Difference").check(force=True)
 
 
 def screenshot(
@@ -79,7 +80,8 @@ def main(folder: Path) -> None:
     with served_page() as url, open_browser() as browser:
         screenshot(browser, url, folder / "page-desktop.png", 1280)
         screenshot(browser, url, folder / "page-dark.png", 1280, dark=True, most=1500, act=open_first_card)
-        screenshot(browser, url, folder / "page-difference.png", 1280, act=show_difference)
+        if FastAttributor.from_pretrained("emoji").has_plain:
+            screenshot(browser, url, folder / "page-difference.png", 1280, act=show_difference)
         screenshot(browser, url, folder / "page-phone.png", 390, scale=1.5, most=2600)
         screenshot(browser, url, SPACE / "thumbnail.png", 1200, height=630, most=630)
 
