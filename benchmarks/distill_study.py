@@ -64,7 +64,7 @@ class Case:
 def cases(tables: Tables, sizes: Sizes) -> list[Case]:
     """All cases of all studies."""
     every, most = len(tables.scored["train"]), len(tables.rows["train"][0])
-    base = recipe(sizes, judge_every=50, patience=4)
+    base = recipe(sizes, loss="listwise", judge_every=50, patience=4)
 
     def case(study: str, label: object, **options: Any) -> Case:
         settings = {"space": "both", "config": base, "queries": every, "candidates": most}

@@ -73,6 +73,8 @@ PAPER = StudentConfig(embed_dim=768, hidden=(768, 768, 768), linear_path=False, 
 """The paper's network (arXiv:2511.10721, sec. 4; dropout as in the authors' code)."""
 PAIRS_A_STEP = 4096
 """Of the authors' training."""
+SHOWN_LOSSES = ("bce", "listwise")
+"""With which each feature space is tuned: the paper's, and the one that was best on the validation queries."""
 BLOCK_IMAGES = 8192
 """Training images in a block, where speed is measured."""
 
@@ -115,7 +117,7 @@ def recipe(sizes: Sizes, **options: Any) -> DistillConfig:
         mixed_precision=sizes.precision,
     )
     own = {name: options.pop(name) for name in list(options) if name in TrainingConfig.__annotations__}
-    return replace(DistillConfig(judge_every=100, patience=3), training=replace(training, **own), **options)
+    return replace(DistillConfig(loss="bce", judge_every=100, patience=3), training=replace(training, **own), **options)
 
 
 @dataclass
@@ -352,12 +354,15 @@ def measure_time_to_equal(tables: Tables, sizes: Sizes) -> dict[str, Any]:
 def variants(sizes: Sizes, spaces: Sequence[str]) -> dict[str, tuple[str, DistillConfig]]:
     """Students that are tried, by name: feature space and settings."""
     found = {f"both_{loss}": ("both", recipe(sizes, loss=loss)) for loss in LOSSES}
-    found |= {f"{space}_bce": (space, recipe(sizes)) for space in spaces if space != "both"}
+    found |= {
+        f"{space}_{loss}": (space, recipe(sizes, loss=loss)) for space in spaces if space != "both" for loss in SHOWN_LOSSES
+    }
     found["both_paper_recipe"] = ("both", recipe(sizes, student=PAPER))
     found["both_listwise_separate_heads"] = ("both", recipe(sizes, loss="listwise", student=StudentConfig(separate_heads=True)))
     found["both_bce_separate_heads"] = ("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
-    found["both_bce_popularity_head"] = ("both", recipe(sizes, student=StudentConfig(popularity=True)))
-    found["both_bce_residual_ranks"] = ("both", recipe(sizes, targets="residual_ranks"))
+    for loss in SHOWN_LOSSES:
+        found[f"both_{loss}_popularity_head"] = ("both", recipe(sizes, loss=loss, student=StudentConfig(popularity=True)))
+        found[f"both_{loss}_residual_ranks"] = ("both", recipe(sizes, loss=loss, targets="residual_ranks"))
     return found
 
 
@@ -414,8 +419,8 @@ def measure_hubs(tables: Tables, best: str) -> dict[str, Any]:
         "student": tables.similarities("both", "test", tables.students[best]),
         "teacher": [query.influence for query in tables.scored["test"]],
     }
-    if "both_bce_residual_ranks" in tables.students:
-        methods["residual_student"] = tables.similarities("both", "test", tables.students["both_bce_residual_ranks"])
+    if "both_listwise_residual_ranks" in tables.students:
+        methods["residual_student"] = tables.similarities("both", "test", tables.students["both_listwise_residual_ranks"])
     rows = tables.rows["test"]
     for name, scores in methods.items():
         first = [own[np.argsort(-values, kind="stable")[:10]] for own, values in zip(rows, scores, strict=True)]
@@ -676,10 +681,14 @@ def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Si
         for loss in ("bce", "listwise", "lambdarank")
     }
     for space in ("image", "text", "diffusion", "gradient"):
-        tried[f"{space}_bce"] = (space, recipe(sizes, student=StudentConfig(input_norm=space == "gradient")))
+        for loss in SHOWN_LOSSES:
+            shape = StudentConfig(input_norm=space == "gradient")
+            tried[f"{space}_{loss}"] = (space, recipe(sizes, loss=loss, student=shape))
     for space in ("both", "all"):
-        tried[f"{space}_bce_residual_ranks"] = (space, recipe(sizes, targets="residual_ranks"))
-        tried[f"{space}_bce_popularity_head"] = (space, recipe(sizes, student=StudentConfig(popularity=True)))
+        for loss in SHOWN_LOSSES:
+            tried[f"{space}_{loss}_residual_ranks"] = (space, recipe(sizes, loss=loss, targets="residual_ranks"))
+            popular = StudentConfig(popularity=True)
+            tried[f"{space}_{loss}_popularity_head"] = (space, recipe(sizes, loss=loss, student=popular))
     tried["both_bce_separate_heads"] = ("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
     tried["both_paper_recipe"] = ("both", recipe(sizes, student=PAPER))
     students = {name: student_of(*setting) for name, setting in tqdm(tried.items(), desc="students", unit="student")}

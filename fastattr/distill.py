@@ -50,7 +50,7 @@ class DistillConfig:
     """Settings of the student and its training; `training.batch_size` counts queries."""
 
     student: StudentConfig = field(default_factory=StudentConfig)
-    loss: str = "bce"
+    loss: str = "listwise"
     """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores', 'listwise', 'margin' or 'lambdarank' (fastattr/losses.py)."""
     targets: str = "ranks"
     """'ranks' of the teacher's scores, or 'residual_ranks', of what is about the query alone; see `pairs.make_table`."""
