@@ -17,6 +17,7 @@ import pytest
 from fastattr import ArtifactDamagedError, FastattrError, FastAttributor, InputError
 from fastattr.artifacts import read_json, sha256_file, write_json
 from fastattr.catalogue import Catalogue, read_config, seal
+from fastattr.hub import ASSETS
 from fastattr.index import open_ranked
 from tests.made import QUERY, WIDTH, base_features, everything, names, write_attributor
 from tests.tiny import draw, unit
@@ -358,7 +359,19 @@ def test_a_config_changed_by_hand_is_refused(folder):
 
 def test_older_formats_still_answer(tmp_path):
     """Attributors on the Hub do not change when the library does; once changed they carry the new format number."""
-    attributor = FastAttributor.from_pretrained("emoji")
+    shutil.copytree(ASSETS / "emoji" / "attributor", tmp_path / "old")
+    config = read_json(tmp_path / "old" / "config.json")
+    gone = ("calibration.safetensors", "plain.faiss", "generated.parquet")
+    for file in gone:
+        (tmp_path / "old" / file).unlink()
+    # What format 2 held, and nothing else.
+    names_of_2 = ("fastattr_version", "encoders", "encoder_fingerprints", "captions", "feature_dim", "index", "index_shards")
+    names_of_2 += ("corpus_fingerprint", "generator_fingerprint", "teacher", "training_queries")
+    old = {"format_version": 2, **{name: config[name] for name in names_of_2}}
+    old["student"] = {name: config["student"][name] for name in ("embed_dim", "hidden", "input_norm")}
+    old["sha256"] = {file: checksum for file, checksum in config["sha256"].items() if file not in gone}
+    write_json(tmp_path / "old" / "config.json", old)
+    attributor = FastAttributor.from_pretrained(tmp_path / "old")
     assert attributor.config["format_version"] == 2
     feature = np.random.default_rng(0).standard_normal(attributor.config["feature_dim"]).astype(np.float32)
     before = names(attributor, feature, 50)
