@@ -32,7 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ from fastattr.artifacts import (
     write_manifest,
 )
 from fastattr.config import read_config
-from fastattr.corpus import TEXT_COLUMNS, Corpus, CorpusConfig, TrainingImage, write_corpus
+from fastattr.corpus import Corpus, CorpusConfig, write_corpus
 from fastattr.errors import ArtifactNotFoundError, FastattrError, InputError, NonFiniteError
 from fastattr.features import open_encoder
 from fastattr.generator import Generator, noise_for, spread_timesteps
@@ -341,7 +341,7 @@ def prepare(config: BenchConfig, run_dir: Path, source: Path | None) -> Bench:
             corpora.run(CorpusConfig(), source)
         whole = Corpus(source)
         rows = choose_part(whole, config.part)
-        write_corpus(_training_images(whole, rows), run_dir / "corpus", CorpusConfig(**whole.manifest["config"]))
+        write_corpus(whole.training_images(rows.tolist()), run_dir / "corpus", CorpusConfig(**whole.manifest["config"]))
     bench = Bench(config, run_dir)
     shared = run_dir / "shared"
     inputs = {
@@ -364,15 +364,6 @@ def prepare(config: BenchConfig, run_dir: Path, source: Path | None) -> Bench:
         ).save_pretrained(shared / "tokenizer")
     write_manifest(shared, stage="bench", config=config.recipe, inputs=inputs)
     return bench
-
-
-def _training_images(corpus: Corpus, rows: np.ndarray) -> Iterable[TrainingImage]:
-    metadata = {name: corpus.column(name) for name in TEXT_COLUMNS}
-    for row in rows.tolist():
-        text = {name: values[row] for name, values in metadata.items()}
-        yield TrainingImage(
-            image_id=corpus.image_ids[row], image=corpus.image_bytes(row), captions=corpus.captions[row], **text
-        )
 
 
 def training_identity(bench: Bench, model: Model) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -492,3 +493,16 @@ def test_an_alias_with_an_unknown_change_is_refused(change):
     icons = {"icons": {"a": {"body": ""}}, "aliases": {"b": {"parent": "a", change: 1}}}
     with pytest.raises(ArtifactDamagedError, match=change):
         corpus_emoji._resolve(icons, "b")
+
+
+def test_a_corpus_of_an_earlier_version_has_empty_texts_for_later_columns(tiny_run: Path, tmp_path: Path):
+    """Columns are added from time to time; corpora that are on people's disks must still be read, and copied in part."""
+    shutil.copytree(tiny_run / "corpus", tmp_path / "corpus")
+    for path in (tmp_path / "corpus").glob("*.parquet"):
+        table = pq.read_table(path)
+        if "nsfw" in table.column_names:
+            pq.write_table(table.drop_columns(["nsfw"]), path)
+    corpus = Corpus(tmp_path / "corpus")
+    assert "nsfw" not in corpus.table.column_names
+    assert corpus.column("nsfw") == [""] * len(corpus)
+    assert len(list(corpus.training_images([3, 1]))) == 2
