@@ -305,7 +305,7 @@ class Bench:
         unet, text_encoder = build_denoiser(
             self.config.generator, tokenizer=self.tokenizer, latent_channels=channels, latent_side=side
         )
-        return DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, build_scheduler())
+        return DenoiserLoss(unet, text_encoder, build_scheduler())
 
     def generator(self, model: Model) -> Generator:
         """A trained model as a generator."""

@@ -144,7 +144,7 @@ def fit(
     if config.batch_size % accelerator.num_processes:
         raise InputError(f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes")
     optimizer = torch.optim.AdamW(
-        loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
     best = _Best()

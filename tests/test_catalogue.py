@@ -246,7 +246,7 @@ def check_log(lines: list[list], found: set[str], present: set[str]) -> None:
 
 def test_killed_writers_lose_nothing_and_bring_nothing_back(folder, tmp_path):
     """A process may die between any two system calls; `benchmarks/index.py` does this a hundred times."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     rng = np.random.default_rng(0)
     present = {f"base-{row}" for row in range(60)}
     for number in range(8):
@@ -267,7 +267,7 @@ def test_killed_writers_lose_nothing_and_bring_nothing_back(folder, tmp_path):
 
 def test_readers_see_one_version_while_a_writer_publishes(folder, tmp_path):
     """An index of one version with the catalogue of another would name wrong images, and crash nothing."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     process = context.Process(target=_write_until_killed, args=(str(folder), str(tmp_path / "log"), 1))
     process.start()
     try:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 
 from fastattr import ArtifactMismatchError, InputError
 from fastattr.build import STAGES
@@ -24,6 +23,7 @@ from fastattr.pairs import MappedFeatures, PairTable, labels_of, make_table, ope
 from fastattr.scores import ScoredQuery, read_scores
 from fastattr.student import StudentConfig, embed, embed_both
 from fastattr.training import TrainingConfig
+from tests.launch import on_two_processes
 from tests.tiny import unit
 
 SMALL = DistillConfig(
@@ -270,7 +270,6 @@ def test_training_stops_at_the_best_student_for_the_validation_queries(tmp_path:
 
 
 def _two_processes(folder: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests left in the process that was forked
     accelerator = Accelerator()
     assert accelerator.num_processes == 2
     scored, rows, query_features, corpus_features = planted(candidates=60)
@@ -292,7 +291,7 @@ def _two_processes(folder: str) -> None:
 
 def test_two_processes_train_one_student(tmp_path: Path):
     """Processes that drift apart, or learn from the same half, save whichever happens to be first."""
-    debug_launcher(_two_processes, args=(str(tmp_path),), num_processes=2)
+    on_two_processes(_two_processes, tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
     assert np.load(tmp_path / "gain-0.npy") > 0.05
 

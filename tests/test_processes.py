@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from accelerate import debug_launcher
-from accelerate.state import AcceleratorState
 from safetensors.numpy import load_file
 
 from fastattr import features
@@ -21,6 +19,7 @@ from fastattr.config import load_config
 from fastattr.processes import split_between
 from fastattr.queries import Queries
 from fastattr.scores import read_scores
+from tests.launch import on_two_processes
 
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 """`--cpu --num_processes 2` would silently run one process; with ACCELERATE_USE_CPU this runs two, by gloo."""
@@ -52,10 +51,9 @@ def test_a_build_on_two_processes_makes_what_one_makes(tiny_run: Path, tiny_conf
     assert (again / "report" / "index.html").exists()
 
 
-def encode_features(config_path: Path, run_dir: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has its parent's, which is alone
+def _encode_features(config_path: str, run_dir: str) -> None:
     features.PART_ROWS = 20  # 48 images: three parts
-    features.run(load_config(config_path).features, run_dir)
+    features.run(load_config(Path(config_path)).features, Path(run_dir))
 
 
 def test_features_are_the_same_to_the_bit_on_two_processes(tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch):
@@ -63,8 +61,8 @@ def test_features_are_the_same_to_the_bit_on_two_processes(tiny_run: Path, tiny_
     monkeypatch.setattr(features, "PART_ROWS", features.PART_ROWS)  # put back afterwards
     for name in ("one", "two"):
         shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("features", "query_features", "encoded"))
-    encode_features(tiny_config, tmp_path / "one")
-    debug_launcher(encode_features, (tiny_config, tmp_path / "two"), num_processes=2)
+    _encode_features(str(tiny_config), str(tmp_path / "one"))
+    on_two_processes(_encode_features, tiny_config, tmp_path / "two")
     for folder in sorted((tmp_path / "one" / "features").iterdir()):
         other = tmp_path / "two" / "features" / folder.name
         assert [read_json(each / "manifest.json")["processes"] for each in (folder, other)] == [1, 2]
