@@ -41,12 +41,20 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_config: Path) -> Path:
-    """A finished run folder of that config; tests must not change it."""
+    """A finished run folder of that config; tests must not change it.
+
+    Made by one thread, as each process of `accelerate launch` has: more threads add up in another order, which may turn
+    a pixel of a drawing over, and with it the drawing's scores by a per cent.
+    """
+    import torch
+
     from fastattr.build import run
     from fastattr.config import load_config
 
-    run_dir = tiny_config.parent / "run"
+    run_dir, threads = tiny_config.parent / "run", torch.get_num_threads()
+    torch.set_num_threads(1)
     run(load_config(tiny_config), run_dir)
+    torch.set_num_threads(threads)
     return run_dir
 
 
