@@ -206,6 +206,8 @@ def first_order(bench: Bench) -> tuple[dict[str, float | int], Taught, Taught]:
     exact = {name: bench.teach(run_dir, bench.config(query_loss_rise=rise)) for name, rise in RISES.items()}
     for name, taught in exact.items():
         results |= agreement(f"at_{name}_step", taught.scores, linearised.scores, seed=bench.seed)
+    both_ways = bench.teach(run_dir, bench.config(query_loss_rise=RISES["2pct"], symmetric=True))
+    results |= agreement("at_2pct_symmetric_step", both_ways.scores, linearised.scores, seed=bench.seed)
     stored = bench.teach(run_dir, bench.config(linearised=("test",), gradients="stored"))
     results |= agreement("stored", stored.scores, linearised.scores, seed=bench.seed)
     results["bytes_per_image"] = 2 * bench.config().gradient_width
