@@ -115,7 +115,7 @@ def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHOD
     """Take the queries that every method has a retrained model for, all of them: none is picked.
 
     Args:
-        truth: a ground truth folder whose counterfactuals hold the images drawn again (column 'image', PNG).
+        truth: a ground truth folder whose counterfactuals hold the images drawn again (column 'image').
         methods: what the page calls a method, and its name in the ground truth. Where several models belong to one
             method and query ('random'), the first by name is taken.
 
@@ -158,7 +158,7 @@ def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHOD
                     "loss_before": before,
                     "loss_after": float(row["loss"]),
                     "original": original,
-                    "image": _png(load_rgb(row["image"])),
+                    "image": _png(load_rgb(row["image"]["bytes"])),
                 }
             )
     return pa.Table.from_pylist(records, schema=COUNTERFACTUALS)

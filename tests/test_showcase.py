@@ -25,7 +25,7 @@ from fastattr.showcase import (
     pack_counterfactuals,
     read_table,
 )
-from fastattr.truth import LOSSES, MODELS, GroundTruth, write_table
+from fastattr.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
 
 QUERIES = ("test-000000", "test-000001", "test-000002")
 
@@ -73,13 +73,13 @@ def truth(tmp_path: Path) -> GroundTruth:
                     "loss": 1.0 + number + row / 10,
                     "mse": 0.0,
                     "similarity": 0.0,
-                    "image": _picture(10 * (number + 1) + row),
+                    "image": {"bytes": _picture(10 * (number + 1) + row), "path": None},
                 }
             )
     write_table(folder / "models.parquet", models, MODELS)
     losses = [{"model_id": "full", "query_id": query, "loss": 0.5 + row / 10} for row, query in enumerate(QUERIES)]
     write_table(folder / "losses.parquet", losses, LOSSES)
-    pq.write_table(pa.Table.from_pylist(drawn), folder / "counterfactuals.parquet")
+    write_table(folder / "counterfactuals.parquet", drawn, counterfactuals_schema())
     write_manifest(folder, stage="ground_truth", config={}, inputs={}, corpus_fingerprint="x")
     return GroundTruth(folder)
 
