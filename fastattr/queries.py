@@ -43,6 +43,8 @@ class QueriesConfig:
     train: int = 200
     validation: int = 20
     test: int = 40
+    train_drawings: int = 1
+    """How many training queries share a prompt, each drawn from a noise of its own: for corpora of few subjects."""
     caption_share: float = 0.6
     """Part of each split whose prompts are captions of the corpus."""
     recombined_share: float = 0.3
@@ -60,10 +62,17 @@ class QueriesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.train_drawings < 1:
+            raise InputError(f"train_drawings must be at least 1, got {self.train_drawings}")
         if min(self.train, self.validation, self.test) < 0 or self.train + self.validation + self.test == 0:
             raise InputError("the numbers of queries must not be negative, and at least one must be positive")
         if not 0 <= self.caption_share + self.recombined_share <= 1:
             raise InputError("caption_share + recombined_share must be between 0 and 1")
+
+    @property
+    def prompts_of_split(self) -> dict[str, int]:
+        """How many prompts each split has."""
+        return {"train": -(-self.train // self.train_drawings), "validation": self.validation, "test": self.test}
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,12 @@ class Prompt:
 
 def split_of(subject: str, config: QueriesConfig) -> str:
     """The split a subject belongs to, in proportion to the splits' sizes; depends on the subject and sizes only."""
-    total = config.train + config.validation + config.test
+    sizes = config.prompts_of_split
+    total = sum(sizes.values())
     position = int(hashlib.sha256(f"split {subject}".encode()).hexdigest()[:12], 16) / 16**12 * total
-    if position < config.train:
+    if position < sizes["train"]:
         return "train"
-    return "validation" if position < config.train + config.validation else "test"
+    return "validation" if position < sizes["train"] + sizes["validation"] else "test"
 
 
 def read_prompts(source: str, column: str) -> Iterator[str]:
@@ -125,7 +135,8 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequenc
         more: free text that comes after `config.free_prompts`, in an order that follows from the texts alone.
 
     Returns:
-        Distinct prompts, train first; captions fill up where a split has too few free prompts or recombinations.
+        Distinct prompts, but each of the training split `train_drawings` times; train first. Captions fill up where a split
+        has too few free prompts or recombinations.
 
     Raises:
         InputError: the corpus has too few distinct subjects.
@@ -139,7 +150,7 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequenc
     texts = list(dict.fromkeys(more))
     ordered = sorted(texts, key=lambda text: hashlib.sha256(f"{config.seed} {text}".encode()).digest())
     prompts = []
-    for split, size in zip(SPLITS, (config.train, config.validation, config.test), strict=True):
+    for split, size in config.prompts_of_split.items():
         own = [subject for subject in sorted(subjects) if split_of(subject, config) == split]
         rng.shuffle(own)
         free = [text for text in dict.fromkeys([*config.free_prompts, *ordered]) if split_of(text, config) == split]
@@ -161,7 +172,8 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequenc
                 f"the corpus has {len(own)} subjects for the {split} queries, {size - n_free} too few; ask for fewer."
             )
         prompts += [Prompt(text, "free", split) for text in free[:n_free]]
-    return prompts
+    training = [prompt for prompt in prompts if prompt.split == "train"]
+    return [*(training * config.train_drawings)[: config.train], *prompts[len(training) :]]
 
 
 class Queries:

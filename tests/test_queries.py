@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from fastattr import ArtifactNotFoundError, InputError, queries as module
 from fastattr.config import load_config
 from fastattr.corpus import Corpus
-from fastattr.queries import Queries, QueriesConfig, choose_prompts, read_prompts, run
+from fastattr.queries import SPLITS, Queries, QueriesConfig, choose_prompts, read_prompts, run
 from tests.test_near_copies import retouched
 
 PROMPTS = [f"prompt {number}" for number in range(60)]
@@ -52,6 +53,19 @@ def test_prompts_of_a_table_are_used_once_and_keep_their_split(tmp_path: Path):
     assert all(split.get(prompt.text, prompt.split) == prompt.split for prompt in larger)
     with pytest.raises(InputError, match="too few"):
         choose_prompts(["a caption"], config, PROMPTS[:5])
+
+
+def test_training_prompts_are_drawn_several_times_and_no_other():
+    """A prompt in two splits would leak; subjects shared out by drawings instead of prompts would leave the test too few."""
+    captions = [f"thing {number}, {style} style" for number in range(60) for style in ("round", "flat")]
+    sizes = {"validation": 10, "test": 20, "caption_share": 1.0, "recombined_share": 0.0}
+    once = choose_prompts(captions, QueriesConfig(train=15, **sizes))
+    often = choose_prompts(captions, QueriesConfig(train=58, train_drawings=4, **sizes))
+    assert set(once) == set(often)
+    counts = {split: Counter(prompt.text for prompt in often if prompt.split == split) for split in SPLITS}
+    assert {split: sum(found.values()) for split, found in counts.items()} == {"train": 58, "validation": 10, "test": 20}
+    assert set(counts["train"].values()) == {3, 4}
+    assert set(counts["test"].values()) == {1}
 
 
 def test_a_drawing_that_copies_a_training_image_names_it(
