@@ -318,7 +318,9 @@ def test_the_shipped_benchmark_shares_no_prompt_between_splits():
     config = read_config(jobs.CONFIG, jobs.BenchConfig).queries
     captions = [f"thing {index}, {style} style" for index in range(2000) for style in ("openmoji", "fluent")[: 1 + index % 2]]
     prompts = choose_prompts(captions, config)
-    assert len({prompt.text for prompt in prompts}) == len(prompts)
+    splits = {prompt.text: prompt.split for prompt in prompts}
+    assert all(prompt.split == splits[prompt.text] for prompt in prompts)
+    assert len(splits) == config.train / config.train_drawings + config.validation + config.test
     test = [prompt for prompt in prompts if prompt.split == "test"]
     assert len(test) >= 100
     assert {prompt.kind for prompt in test} == {"caption", "recombined", "free"}
