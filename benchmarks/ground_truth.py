@@ -375,7 +375,16 @@ def measurement_identity(bench: Bench, model: Model) -> str:
     """All that determines what is measured of a model."""
     config = bench.config
     noise = [config.loss_timesteps, config.seed]
-    return fingerprint([training_identity(bench, model), bench.queries.fingerprint, noise, model.regenerate])
+    return fingerprint([training_identity(bench, model), bench.queries.fingerprint, measured_rows(bench, model), noise])
+
+
+def measured_rows(bench: Bench, model: Model) -> list[int]:
+    """Queries whose loss is measured: those that the model draws again, or, without any, the first drawing of each prompt."""
+    queries = bench.queries
+    if model.regenerate:
+        return [queries.query_ids.index(query_id) for query_id in model.regenerate]
+    first = {prompt: row for row, prompt in reversed(list(enumerate(queries.prompts)))}
+    return sorted(first.values())
 
 
 def read_measured(bench: Bench, model: Model) -> dict[str, Any] | None:
@@ -509,18 +518,13 @@ def regenerations(
 
 
 def measure(bench: Bench, model: Model) -> None:
-    """Measure a trained model on the queries that it draws again, or, without any, on all validation and test queries.
-
-    Does nothing if it has been done.
-    """
+    """Measure a trained model on its queries (`measured_rows`), and draw again what it shall; does nothing if that is done."""
     if read_measured(bench, model):
         return
     folder, config = bench.folder(model), bench.config
     started = time.monotonic()
     generator = bench.generator(model)
-    rows = [row for split in ("validation", "test") for row in bench.queries.of_split(split)]
-    if model.regenerate:
-        rows = [row for row in rows if bench.queries.query_ids[row] in model.regenerate]
+    rows = measured_rows(bench, model)
     losses = query_losses(
         generator,
         bench.queries,
@@ -693,7 +697,7 @@ Denoising losses of generated images (queries) under small text-to-image generat
 of one corpus of emoji: which training images, once left out, change them? Made by `benchmarks/ground_truth.py` of
 fastattr; settings, seeds and fingerprints are in `manifest.json`.
 
-- `losses`: one row a model and query (validation and test), mean squared error per latent element, common noise.
+- `losses`: one row a model and query (one drawing of each prompt), mean squared error per latent element, common noise.
 - `models`: the images that each model was *not* trained on, its seed; models with one `subset` differ in seed only.
 - `queries`: prompts, drawings of the model 'full', seeds and splits.
 - `images`: the training images' ids, captions, creators and licences (the pictures are in the emoji packages).

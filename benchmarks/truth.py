@@ -1,7 +1,7 @@
 """The table of truth: every method and every null against emoji-bench's retrained models.
 
     python benchmarks/truth.py [--quick]     the table, docs/truth.md and benchmarks/results/truth.json
-    python benchmarks/truth.py --sweep       choose settings on the validation queries: SETTINGS in the ground truth folder
+    python benchmarks/truth.py --sweep       choose settings on validation and training queries: SETTINGS in the truth folder
     python benchmarks/truth.py --exact       the exact teacher's scores of the test queries, kept in the ground truth folder
     python benchmarks/truth.py --rankings    whom leave-K-out removes: RUN/rankings.parquet, for benchmarks/ground_truth.py
 
@@ -76,7 +76,12 @@ ENCODERS = {"image": "open_clip-image:emoji", "text": "open_clip-text:emoji"}
 SIMILARITIES = ("similarity_image", "similarity_text", "similarity_both", "diffusion_features")
 TEACHERS = ("abu_plus_exact", "abu_plus_linearised")
 LEAVE_K_OUT = ("similarity_both", "d_trak", "abu_plus_exact", "abu_plus_linearised", "student")
-PATTERNS = {"cross-attention k, v": CROSS_ATTENTION_KV, "cross-attention": r"attn2\.", "attention blocks": r"attentions\."}
+PATTERNS = {
+    "cross-attention k, v": CROSS_ATTENTION_KV,
+    "cross-attention": r"attn2\.",
+    "attention blocks": r"attentions\.",
+    "U-Net": r".",
+}
 """Weights to unlearn that --sweep tries."""
 
 
@@ -112,8 +117,8 @@ class Sizes:
     """Of which the students learn."""
     test_queries: int = 1000
     """At most; all there are."""
-    swept_exact_queries: int = 12
-    """Validation queries on which the exact step's size is chosen."""
+    swept_exact_queries: int = 26
+    """Queries on which the exact step's size is chosen."""
     student: DistillConfig = field(default_factory=DistillConfig)
     resamples: int = 1000
     batch_size: int = 64
@@ -362,9 +367,12 @@ def read_settings(truth: GroundTruth) -> Settings:
 
 
 def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
-    """Try settings on the validation queries alone, by residual LDS; returns the chosen ones and all that was tried."""
+    """Try settings on validation and training queries, by residual LDS; returns the chosen ones and all that was tried.
+
+    To choose among teachers, training queries are as good as validation queries: no teacher has learned from them.
+    """
     lab, truth = data.lab, data.truth
-    query_ids = truth.of_split("validation")
+    query_ids = truth.measured("validation") + truth.measured("train")
     queries = lab.queries(truth, query_ids)
     tried: list[dict[str, Any]] = []
     chosen: dict[str, Any] = asdict(Settings())
@@ -384,11 +392,10 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
         curvatures: list[tuple[str, Factors | None, float]] = [("none", None, 1.0)]
         for name, factors in (("ekfac", lab.factors(pattern)), ("diagonal", lab.factors(pattern, diagonal=True))):
             curvatures += [(name, factors, damping) for damping in (0.01, 0.1, 1.0, 10.0)]
-        steps = [natural_steps(gradients, factors, damping, layers) for _, factors, damping in curvatures]
-        swept = lab.first_order(pattern, steps, chosen["loss_draws"])
-        for (curvature, _, damping), of_setting in zip(curvatures, swept, strict=True):
+        for curvature, factors, damping in curvatures:  # one at a time: all steps of many weights are too large together
             name = f"{weights}/{curvature}/{damping}"
-            scores[name] = of_setting
+            steps = natural_steps(gradients, factors, damping, layers)
+            scores[name] = lab.first_order(pattern, [steps], chosen["loss_draws"])[0]
             found[name] = {"method": "first order", "weights": weights, "curvature": curvature, "damping": damping}
     ekfac = {name: values for name, values in scores.items() if found[name]["curvature"] == "ekfac"}
     best = judge(ekfac, found, query_ids)
@@ -436,7 +443,7 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
                 found[name] = {"method": method, "weights": weights, "ridge": ridge}
         best = judge(scores, found, query_ids)
         chosen |= {f"{method}_pattern": PATTERNS[best["weights"]], f"{method}_ridge": best["ridge"]}
-    return {"chosen": chosen, "tried": tried, "split": "validation", "seed": sizes.seed}
+    return {"chosen": chosen, "tried": tried, "splits": ["validation", "train"], "seed": sizes.seed}
 
 
 def score_exactly(data: Data, sizes: Sizes, settings: Settings) -> None:

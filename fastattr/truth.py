@@ -281,6 +281,10 @@ class GroundTruth:
             raise InputError(f"{self.folder} has no {split!r} query; its splits are {', '.join(sorted(set(splits)))}.")
         return found
 
+    def measured(self, split: str) -> list[str]:
+        """Ids of a split's queries whose losses are known: of training queries, the first drawing of each prompt."""
+        return [query_id for query_id in self.of_split(split) if ("full", query_id) in self._losses]
+
     def prompt(self, query_id: str) -> str:
         """A query's prompt."""
         return str(self.queries["prompt"][self._query_row[query_id]].as_py())
@@ -304,7 +308,7 @@ class GroundTruth:
         except KeyError as error:
             raise ArtifactMismatchError(
                 f"{self.folder} has no loss of query {error.args[0][1]!r} under model {error.args[0][0]!r}; "
-                "only validation and test queries are measured."
+                "of each prompt, the first drawing is measured."
             ) from error
 
     def retrained(self, kind: str, query_ids: Sequence[str]) -> Retrained:

@@ -285,7 +285,7 @@ def test_ground_truth_loads_with_datasets(made, tmp_path):
         return load_dataset(str(made), name, split="train", cache_dir=str(tmp_path))
 
     losses = load("losses")
-    assert len(losses) == 10 * 7 + 2  # models x (validation and test queries), and the random removal's two
+    assert len(losses) == 10 * 11 + 2  # models x prompts, and the random removal's two
     queries = load("queries")
     assert queries[0]["image"].size == (64, 64)
     assert set(load("models").column_names) >= {"model_id", "removed_image_ids"}
