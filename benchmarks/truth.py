@@ -94,7 +94,7 @@ class Settings:
     diagonal_damping: float = 0.1
     query_draws: int = 256
     """(timestep, noise) pairs of a query's gradient; training queries take a quarter."""
-    loss_draws: int = 8
+    loss_draws: int = 16
     """(timestep, noise) pairs of a training image's gradient or loss."""
     rise: float = 0.02
     """By how much the exact step raises the query's loss, to first order, as a part of it."""
@@ -109,7 +109,7 @@ class Sizes:
     """How much is computed."""
 
     factor_examples: int = 4096
-    exact_draws: int = 4
+    exact_draws: int = 16
     """(timestep, noise) pairs of a training image's loss under the exact teacher."""
     sketch: int = 4096
     """Width of TRAK's and D-TRAK's projected gradients."""
@@ -407,13 +407,13 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
 
     pattern, layers = chosen["pattern"], list(lab.layers(chosen["pattern"]))
     factors = lab.factors(pattern)
-    draws = (32, 64, 128, 256)
+    draws = (64, 256, 512)
     steps = [
         natural_steps([one for one, _ in lab.gradients(queries, pattern, count)], factors, chosen["damping"], layers)
         for count in draws
     ]
     scores, found = {}, {}
-    for loss_draws in (2, 4, 8, 16):
+    for loss_draws in (4, 16, 32):
         for count, values in zip(draws, lab.first_order(pattern, steps, loss_draws), strict=True):
             name = f"{count}/{loss_draws}"
             scores[name] = values
