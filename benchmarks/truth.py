@@ -87,7 +87,7 @@ PATTERNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What --sweep chooses; the defaults are those of fastattr's teacher."""
+    """What --sweep chooses, and from where it starts."""
 
     pattern: str = CROSS_ATTENTION_KV
     damping: float = 0.1
@@ -113,7 +113,7 @@ class Sizes:
     """(timestep, noise) pairs of a training image's loss under the exact teacher."""
     sketch: int = 4096
     """Width of TRAK's and D-TRAK's projected gradients."""
-    train_queries: int = 300
+    train_queries: int = 320
     """Of which the students learn."""
     test_queries: int = 1000
     """At most; all there are."""

@@ -277,11 +277,11 @@ def test_readers_see_one_version_while_a_writer_publishes(folder, tmp_path):
     try:
         kept = FastAttributor.from_pretrained(folder)
         while kept.config["catalog_version"] <= 25:
+            assert process.is_alive()
             for attributor in (kept, FastAttributor.from_pretrained(folder)):
                 answer = attributor.attribute_features(QUERY[None], ["x"], 5)[0]
                 assert len({result.image_id for result in answer.results}) == 5
                 assert answer.versions["catalog_version"] == attributor.config["catalog_version"]
-        assert process.is_alive()
     finally:
         process.kill()
         process.join()
