@@ -759,9 +759,9 @@ def whitened_gradients(lab: Any, images: Any, settings: Any, *, draws: int) -> n
     """(N, k) unit leading coordinates of whitened gradients under the teacher's settings."""
     from fastattr.gradient_features import Compression, GradientConfig, gradient_features, leading_coordinates
 
-    layers = lab.layers(settings.pattern)
+    layers = lab.matching(settings.pattern)
     config = GradientConfig(width=2048, draws=draws, damping=settings.damping, batch_size=lab.sizes.batch_size)
-    factors = lab.factors(settings.pattern)
+    factors = lab.factors()
     coordinates = leading_coordinates(lab.generator, layers, lab.corpus, factors, replace(config, draws=settings.loss_draws))
     compression = Compression(layers, config, factors, coordinates)
     parts = np.array_split(np.arange(len(images.image_ids)), max(1, len(images.image_ids) // 64))

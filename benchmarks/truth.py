@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from ground_truth import AUTOENCODER, BenchConfig, chosen_queries, prepare, removed_count
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from fastattr.artifacts import (
     atomic_path,
@@ -49,16 +50,15 @@ from fastattr.baselines import kernel_scores, similarity_scores
 from fastattr.conditioning import Conditioning
 from fastattr.config import read_config
 from fastattr.corpus import Corpus
-from fastattr.denoising import EncodedImages, image_losses
+from fastattr.denoising import EncodedImages, denoising_losses, image_losses
 from fastattr.diffusion_features import middle_activations
 from fastattr.distill import DistillConfig, train_student
-from fastattr.ekfac import Factors, Layer, fit_ekfac
+from fastattr.ekfac import Factors, Layer, fit_ekfac, weight_shape
 from fastattr.errors import FastattrError, InputError
 from fastattr.evaluate import compare_with_truth, table_scores, write_truth_report
 from fastattr.features import encode_all, open_encoder
 from fastattr.generator import CROSS_ATTENTION_KV, Generator
-from fastattr.gradient_features import Compression, GradientConfig, gradient_features
-from fastattr.linearised import flat_step, linearised_scores
+from fastattr.linearised import flat_step
 from fastattr.queries import Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.student import embed
@@ -83,6 +83,11 @@ PATTERNS = {
     "U-Net": r".",
 }
 """Weights to unlearn that --sweep tries."""
+SWEPT_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+SWEPT_QUERY_DRAWS = (64, 256, 512)
+SWEPT_LOSS_DRAWS = (4, 16, 32)
+SWEPT_RISES = (0.005, 0.02, 0.1, 0.5)
+SWEPT_RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +116,6 @@ class Sizes:
     factor_examples: int = 4096
     exact_draws: int = 16
     """(timestep, noise) pairs of a training image's loss under the exact teacher."""
-    sketch: int = 4096
-    """Width of TRAK's and D-TRAK's projected gradients."""
     train_queries: int = 320
     """Of which the students learn."""
     test_queries: int = 1000
@@ -125,7 +128,7 @@ class Sizes:
     seed: int = 0
 
 
-QUICK = Sizes(factor_examples=512, sketch=1024, train_queries=40, test_queries=24, resamples=200)
+QUICK = Sizes(factor_examples=512, train_queries=40, test_queries=24, resamples=200)
 
 
 def open_generator(folder: Path, autoencoder_sha256: str) -> Generator:
@@ -150,7 +153,7 @@ class Lab:
 
     def __init__(self, generator: Generator, corpus: EncodedImages, sizes: Sizes) -> None:
         self.generator, self.corpus, self.sizes = generator, corpus, sizes
-        self._factors: dict[tuple[str, bool], Factors] = {}
+        self._factors: dict[bool, Factors] = {}
 
     @classmethod
     def open(cls, folder: Path, truth: GroundTruth, corpus: Corpus, latents: torch.Tensor, sizes: Sizes) -> Lab:
@@ -165,35 +168,34 @@ class Lab:
         conditioning = _encode_prompts(self.generator, [truth.prompt(query_id) for query_id in query_ids])
         return EncodedImages(list(query_ids), latents[:, None], conditioning, _one_each(len(query_ids)))
 
-    def layers(self, pattern: str) -> dict[str, Layer]:
-        """Those that match, and they alone ready for gradients."""
-        self.generator.pipeline.unet.requires_grad_(False)
-        found = self.generator.modules_to_unlearn(pattern)
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """All of the U-Net's, ready for gradients: one backward pass gives them all, a pattern picks its own afterwards."""
+        found = self.generator.modules_to_unlearn(PATTERNS["U-Net"])
         for layer in found.values():
             layer.weight.requires_grad_(True)
         return found
 
-    def factors(self, pattern: str, *, diagonal: bool = False) -> Factors:
-        """Curvature of these layers, fitted once."""
-        key = (pattern, diagonal)
-        if key not in self._factors:
+    def matching(self, pattern: str) -> dict[str, Layer]:
+        """Those whose weights a teacher unlearns."""
+        return self.generator.modules_to_unlearn(pattern)
+
+    def factors(self, *, diagonal: bool = False) -> Factors:
+        """Curvature of all layers, fitted once; each layer's is the same whichever others are unlearned."""
+        if diagonal not in self._factors:
             config = TeacherConfig(
-                pattern=pattern,
-                factor_examples=self.sizes.factor_examples,
-                batch_size=self.sizes.batch_size,
-                seed=self.sizes.seed,
+                factor_examples=self.sizes.factor_examples, batch_size=self.sizes.batch_size, seed=self.sizes.seed
             )
             batches = factor_batches(self.generator, self.corpus, config)
-            self._factors[key] = fit_ekfac(self.layers(pattern), batches, diagonal=diagonal)
-        return self._factors[key]
+            self._factors[diagonal] = fit_ekfac(self.layers, batches, diagonal=diagonal)
+        return self._factors[diagonal]
 
-    def gradients(self, queries: EncodedImages, pattern: str, draws: int) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+    def gradients(self, queries: EncodedImages, draws: int) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
         """Each query's mean gradient by layer, and its loss."""
-        layers = self.layers(pattern)
         for row, query_id in enumerate(tqdm(queries.image_ids, desc="query gradients", unit="query")):
             yield query_gradient(
                 self.generator,
-                layers,
+                self.layers,
                 queries.latents[row],
                 queries.conditioning[row : row + 1],
                 query_id=query_id,
@@ -203,29 +205,54 @@ class Lab:
                 antithetic=True,
             )
 
-    def first_order(self, pattern: str, steps: Sequence[np.ndarray], draws: int) -> list[np.ndarray]:
-        """Each (Q, P) array of steps -> (Q, N) loss changes to first order, all in one backward pass over the corpus."""
-        rows = np.arange(len(self.corpus.image_ids))
-        parts = []
-        stacked = torch.from_numpy(np.concatenate(steps))
-        for part in tqdm(np.array_split(rows, max(1, len(rows) // 64)), desc="corpus gradients", unit="part"):
-            parts.append(
-                linearised_scores(
-                    self.generator,
-                    self.layers(pattern),
-                    self.corpus,
-                    part,
-                    stacked,
-                    draws=draws,
-                    batch_size=self.sizes.batch_size,
-                    seed=self.sizes.seed,
-                )
-            )
-        return np.split(np.concatenate(parts, axis=1), np.cumsum([len(one) for one in steps])[:-1])
+    def query_gradients(self, queries: EncodedImages, draws: int) -> np.ndarray:
+        """(Q, P) the same, layers one after another."""
+        found = self._no_gradients(queries)
+        for row, (gradients, _) in enumerate(self.gradients(queries, draws)):
+            found[row] = flat_step(gradients, list(self.layers))
+        return found
+
+    def image_gradients(self, images: EncodedImages, draws: int, output: str = "loss") -> np.ndarray:
+        """(N, P) each image's mean gradient of an output function, at the noise of the teacher's losses.
+
+        All of them fit into memory here: one backward pass an image then gives its mean over the draws, where
+        `linearised_scores`, made for a corpus that does not fit, needs every draw's own.
+        """
+        found = self._no_gradients(images)
+        for row in trange(len(found), desc=f"gradients of {output}", unit="image"):
+            for _, losses in denoising_losses(
+                self.generator,
+                images,
+                np.array([row]),
+                draws=draws,
+                batch_size=self.sizes.batch_size,
+                seed=self.sizes.seed,
+                output=output,
+            ):
+                parts = torch.autograd.grad(losses.sum(), [layer.weight for layer in self.layers.values()])
+                found[row] += torch.cat([part.flatten() for part in parts]).numpy()
+        return found
+
+    def _no_gradients(self, images: EncodedImages) -> np.ndarray:
+        return np.zeros((len(images.image_ids), sum(layer.weight.numel() for layer in self.layers.values())), np.float32)
+
+    def columns(self, gradients: np.ndarray, pattern: str) -> np.ndarray:
+        """The gradients of the layers that match."""
+        sizes = [layer.weight.numel() for layer in self.layers.values()]
+        chosen = self.matching(pattern)
+        return gradients[:, np.repeat([name in chosen for name in self.layers], sizes)]
+
+    def first_order(
+        self, queries: np.ndarray, images: np.ndarray, pattern: str, factors: Factors | None, damping: float
+    ) -> np.ndarray:
+        """(Q, N) loss changes to first order from (Q, P) and (N, P) gradients, those of the layers that match counted."""
+        by_layer = layer_scores(queries, images, self.layers, factors, [damping])[damping]
+        total: np.ndarray = np.sum([by_layer[name] for name in self.matching(pattern)], axis=0)
+        return total
 
     def exact(self, queries: EncodedImages, settings: Settings) -> Iterator[np.ndarray]:
         """Each query's (N,) exact scores: losses after the unlearning step less losses before it."""
-        factors = self.factors(settings.pattern)
+        factors, chosen = self.factors(), self.matching(settings.pattern)
         rows = np.arange(len(self.corpus.image_ids))
 
         def losses() -> np.ndarray:
@@ -239,28 +266,11 @@ class Lab:
             )
 
         before = losses()
-        for gradients, loss in self.gradients(queries, settings.pattern, settings.query_draws):
-            step, _ = unlearning_step(
-                gradients, factors, damping=settings.damping, loss=loss, rise=settings.rise, step_size=None
-            )
-            with unlearned(self.layers(settings.pattern), step):
+        for gradients, loss in self.gradients(queries, settings.query_draws):
+            part = {name: gradients[name] for name in chosen}
+            step, _ = unlearning_step(part, factors, damping=settings.damping, loss=loss, rise=settings.rise, step_size=None)
+            with unlearned(chosen, step):
                 yield influence_scores(before, losses())
-
-    def projected(self, images: EncodedImages, pattern: str, output: str, draws: int) -> np.ndarray:
-        """(N, k) projected gradients of an output function, for TRAK ('loss') and D-TRAK ('squared_norm')."""
-        layers = self.layers(pattern)
-        config = GradientConfig(
-            output=output,
-            whiten=False,
-            width=self.sizes.sketch,
-            draws=draws,
-            batch_size=self.sizes.batch_size,
-            seed=self.sizes.seed,
-        )
-        compression = Compression(layers, config)
-        parts = np.array_split(np.arange(len(images.image_ids)), max(1, len(images.image_ids) // 64))
-        bar = tqdm(parts, desc=f"projected gradients of {output}", unit="part")
-        return np.concatenate([gradient_features(self.generator, layers, images, part, compression, config) for part in bar])
 
     def diffusion_features(self, images: EncodedImages) -> np.ndarray:
         """(N, F) activations of the U-Net's middle block at three noise levels, side by side."""
@@ -286,12 +296,45 @@ def _one_each(count: int) -> np.ndarray:
     return np.arange(count + 1)
 
 
-def natural_steps(
-    gradients: Sequence[Mapping[str, torch.Tensor]], factors: Factors | None, damping: float, layers: Sequence[str]
-) -> np.ndarray:
-    """(Q, P) preconditioned gradients, flat; without factors the gradients themselves."""
-    natural = [factors.precondition(one, damping=damping) if factors else one for one in gradients]
-    return np.stack([flat_step(one, layers) for one in natural])
+def layer_scores(
+    queries: np.ndarray,
+    images: np.ndarray,
+    layers: Mapping[str, Layer],
+    factors: Factors | None,
+    dampings: Sequence[float],
+) -> dict[float, dict[str, np.ndarray]]:
+    """What each layer adds to the first-order scores, at several dampings.
+
+    A score is the inner product of the query's natural gradient and the image's gradient, which is taken in the factors'
+    eigenbasis: there damping is a division, so that all dampings share what is expensive.
+
+    Args:
+        queries: (Q, P) gradients, layers one after another.
+        images: (N, P) the same of training images.
+        layers: in that order.
+        factors: of these layers and maybe more; None is no curvature, where dampings mean nothing.
+        dampings: as fractions of each layer's mean eigenvalue.
+
+    Returns:
+        damping -> layer -> (Q, N) float32.
+    """
+    found: dict[float, dict[str, np.ndarray]] = {damping: {} for damping in dampings}
+    start = 0
+    for name, layer in layers.items():
+        shape = weight_shape(layer)
+        part = slice(start, start + shape[0] * shape[1])
+        own, theirs = (torch.from_numpy(rows[:, part]).reshape(-1, *shape) for rows in (queries, images))
+        if factors:
+            left, right = factors.gradient_eigenvectors[name].float(), factors.activation_eigenvectors[name].float()
+            own, theirs = (left.T @ rows @ right for rows in (own, theirs))
+        for damping in dampings:
+            damped = own
+            if factors:
+                eigenvalues = factors.eigenvalues[name]
+                damped = own / (eigenvalues + damping * eigenvalues.mean()).float()
+            found[damping][name] = (damped.flatten(1) @ theirs.flatten(1).T).numpy()
+        start = part.stop
+    return found
 
 
 class Timed:
@@ -377,71 +420,73 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
     tried: list[dict[str, Any]] = []
     chosen: dict[str, Any] = asdict(Settings())
 
-    def judge(scores: Mapping[str, np.ndarray], facts: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> dict[str, Any]:
-        """Keep all results; return the facts of the best."""
+    def judge(candidates: Mapping[str, tuple[Mapping[str, Any], np.ndarray]], ids: Sequence[str]) -> dict[str, Any]:
+        """Keep all results, by name facts and scores; return the facts of the best."""
+        scores = {name: _in_order(data, values) for name, (_, values) in candidates.items()}
         rows = compare_with_truth(scores, truth, ids, resamples=min(sizes.resamples, 500), seed=sizes.seed)["methods"]
         keys = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high")
-        tried.extend({**facts[name], **{key: rows[name][key] for key in keys}, "queries": len(ids)} for name in scores)
-        return dict(facts[max(scores, key=lambda name: rows[name]["lds_residual"])])
+        tried.extend({**candidates[name][0], **{key: rows[name][key] for key in keys}, "queries": len(ids)} for name in scores)
+        return dict(candidates[max(scores, key=lambda name: rows[name]["lds_residual"])][0])
 
-    found: dict[str, Any] = {}
-    scores: dict[str, np.ndarray] = {}
-    for weights, pattern in PATTERNS.items():
-        layers = list(lab.layers(pattern))
-        gradients = [one for one, _ in lab.gradients(queries, pattern, chosen["query_draws"])]
-        curvatures: list[tuple[str, Factors | None, float]] = [("none", None, 1.0)]
-        for name, factors in (("ekfac", lab.factors(pattern)), ("diagonal", lab.factors(pattern, diagonal=True))):
-            curvatures += [(name, factors, damping) for damping in (0.01, 0.1, 1.0, 10.0)]
-        for curvature, factors, damping in curvatures:  # one at a time: all steps of many weights are too large together
-            name = f"{weights}/{curvature}/{damping}"
-            steps = natural_steps(gradients, factors, damping, layers)
-            scores[name] = lab.first_order(pattern, [steps], chosen["loss_draws"])[0]
-            found[name] = {"method": "first order", "weights": weights, "curvature": curvature, "damping": damping}
-    ekfac = {name: values for name, values in scores.items() if found[name]["curvature"] == "ekfac"}
-    best = judge(ekfac, found, query_ids)
-    chosen |= {"pattern": PATTERNS[best["weights"]], "damping": best["damping"]}
-    same = {name: values for name, values in scores.items() if found[name]["weights"] == best["weights"]}
-    diagonal = {name: values for name, values in same.items() if found[name]["curvature"] == "diagonal"}
-    chosen["diagonal_damping"] = judge(diagonal, found, query_ids)["damping"]
-    judge({name: values for name, values in scores.items() if found[name]["curvature"] == "none"}, found, query_ids)
+    own = {count: lab.query_gradients(queries, count) for count in SWEPT_QUERY_DRAWS}
+    theirs = {count: lab.image_gradients(lab.corpus, count) for count in SWEPT_LOSS_DRAWS}
+    ekfac = lab.factors()
+    for curvature, factors in (("ekfac", ekfac), ("diagonal", lab.factors(diagonal=True)), ("none", None)):
+        dampings = SWEPT_DAMPINGS if factors else (1.0,)
+        by_layer = layer_scores(own[SWEPT_QUERY_DRAWS[-1]], theirs[SWEPT_LOSS_DRAWS[-1]], lab.layers, factors, dampings)
+        best = judge(
+            {
+                f"{weights} {damping}": (
+                    {"method": "first order", "weights": weights, "curvature": curvature, "damping": damping},
+                    np.sum([by_layer[damping][name] for name in lab.matching(pattern)], axis=0),
+                )
+                for weights, pattern in PATTERNS.items()
+                for damping in dampings
+                if curvature != "diagonal" or pattern == chosen["pattern"]
+            },
+            query_ids,
+        )
+        if curvature == "ekfac":
+            chosen |= {"pattern": PATTERNS[best["weights"]], "damping": best["damping"]}
+        elif curvature == "diagonal":
+            chosen["diagonal_damping"] = best["damping"]
 
-    pattern, layers = chosen["pattern"], list(lab.layers(chosen["pattern"]))
-    factors = lab.factors(pattern)
-    draws = (64, 256, 512)
-    steps = [
-        natural_steps([one for one, _ in lab.gradients(queries, pattern, count)], factors, chosen["damping"], layers)
-        for count in draws
-    ]
-    scores, found = {}, {}
-    for loss_draws in (4, 16, 32):
-        for count, values in zip(draws, lab.first_order(pattern, steps, loss_draws), strict=True):
-            name = f"{count}/{loss_draws}"
-            scores[name] = values
-            found[name] = {"method": "first order", "query_draws": count, "loss_draws": loss_draws}
-    best = judge(scores, found, query_ids)
+    pattern, damping = chosen["pattern"], chosen["damping"]
+    best = judge(
+        {
+            f"{query_draws}/{loss_draws}": (
+                {"method": "first order", "query_draws": query_draws, "loss_draws": loss_draws},
+                lab.first_order(queries_part, images_part, pattern, ekfac, damping),
+            )
+            for query_draws, queries_part in own.items()
+            for loss_draws, images_part in theirs.items()
+        },
+        query_ids,
+    )
     chosen |= {"query_draws": best["query_draws"], "loss_draws": best["loss_draws"]}
 
     few = query_ids[: sizes.swept_exact_queries]
     some = lab.queries(truth, few)
-    scores, found = {}, {}
-    for rise in (0.005, 0.02, 0.1, 0.5):
-        name = f"{rise:.1%}"
-        scores[name] = np.stack(list(lab.exact(some, replace(Settings(**chosen), rise=rise))))
-        found[name] = {"method": "exact", "rise": rise}
-    chosen["rise"] = judge(scores, found, few)["rise"]
+    candidates = {}
+    for rise in SWEPT_RISES:
+        scores = np.stack(list(lab.exact(some, replace(Settings(**chosen), rise=rise))))
+        candidates[f"{rise:.1%}"] = ({"method": "exact", "rise": rise}, scores)
+    chosen["rise"] = judge(candidates, few)["rise"]
 
-    for method, output in (("trak", "loss"), ("d_trak", "squared_norm")):
-        scores, found = {}, {}
-        for weights in ("cross-attention k, v", "attention blocks"):
-            own, theirs = (
-                lab.projected(images, PATTERNS[weights], output, count)
-                for images, count in ((queries, chosen["query_draws"]), (lab.corpus, chosen["loss_draws"]))
-            )
-            for ridge in (0.001, 0.01, 0.1, 1.0):
-                name = f"{weights}/{ridge}"
-                scores[name] = kernel_scores(own, theirs, ridge=ridge)
-                found[name] = {"method": method, "weights": weights, "ridge": ridge}
-        best = judge(scores, found, query_ids)
+    gradients = {"trak": (own[chosen["query_draws"]], theirs[chosen["loss_draws"]])}
+    del own, theirs  # some gigabytes
+    gradients["d_trak"] = (
+        lab.image_gradients(queries, chosen["query_draws"], "squared_norm"),
+        lab.image_gradients(lab.corpus, chosen["loss_draws"], "squared_norm"),
+    )
+    for method, pair in gradients.items():
+        candidates = {}
+        for weights, pattern in PATTERNS.items():
+            queries_part, images_part = (lab.columns(rows, pattern) for rows in pair)
+            for ridge in SWEPT_RIDGES:
+                facts = {"method": method, "weights": weights, "ridge": ridge}
+                candidates[f"{weights} {ridge}"] = facts, kernel_scores(queries_part, images_part, ridge=ridge)
+        best = judge(candidates, query_ids)
         chosen |= {f"{method}_pattern": PATTERNS[best["weights"]], f"{method}_ridge": best["ridge"]}
     return {"chosen": chosen, "tried": tried, "splits": ["validation", "train"], "seed": sizes.seed}
 
@@ -505,38 +550,33 @@ def all_scores(data: Data, query_ids: Sequence[str], sizes: Sizes, settings: Set
     with timed.measure(count, "diffusion_features"):
         methods["diffusion_features"] = similarity_scores(lab.diffusion_features(queries), corpus_features)
 
-    for method, output in (("trak", "loss"), ("d_trak", "squared_norm")):
-        pattern, ridge = getattr(settings, f"{method}_pattern"), getattr(settings, f"{method}_ridge")
-        stored = lab.projected(lab.corpus, pattern, output, settings.loss_draws)
+    with timed.measure(count, *FIRST_ORDER, "trak"):  # the pass over the corpus serves all queries, so each bears its part
+        query_gradients = lab.query_gradients(queries, settings.query_draws)
+        corpus_gradients = lab.image_gradients(lab.corpus, settings.loss_draws)
+    curvatures: dict[str, tuple[Factors | None, float]] = {
+        "abu_plus_linearised": (lab.factors(), settings.damping),
+        "abu_diagonal": (lab.factors(diagonal=True), settings.diagonal_damping),
+        "gradient_no_curvature": (None, 1.0),
+    }
+    for method, curvature in curvatures.items():
         with timed.measure(count, method):
-            methods[method] = kernel_scores(lab.projected(queries, pattern, output, settings.query_draws), stored, ridge=ridge)
+            methods[method] = lab.first_order(query_gradients, corpus_gradients, settings.pattern, *curvature)
+    with timed.measure(count, "trak"):
+        part = (lab.columns(rows, settings.trak_pattern) for rows in (query_gradients, corpus_gradients))
+        methods["trak"] = kernel_scores(*part, ridge=settings.trak_ridge)
+    corpus_gradients = lab.image_gradients(lab.corpus, settings.loss_draws, "squared_norm")
+    with timed.measure(count, "d_trak"):
+        query_gradients = lab.image_gradients(queries, settings.query_draws, "squared_norm")
+        part = (lab.columns(rows, settings.d_trak_pattern) for rows in (query_gradients, corpus_gradients))
+        methods["d_trak"] = kernel_scores(*part, ridge=settings.d_trak_ridge)
 
-    methods |= _unlearning(lab, queries, settings, timed)
     methods |= _students(data, both[0], both[1], sizes, settings, timed)
     methods["popularity"] = popularity(methods["abu_plus_linearised"])
     return {name: _in_order(data, scores) for name, scores in methods.items()}
 
 
+FIRST_ORDER = ("abu_plus_linearised", "abu_diagonal", "gradient_no_curvature")
 STUDENTS = ("student", "student_shuffled_teacher", "student_other_teacher")
-
-
-def _unlearning(lab: Lab, queries: EncodedImages, settings: Settings, timed: Timed) -> dict[str, np.ndarray]:
-    """First-order scores under several curvatures and dampings, in one pass over the corpus."""
-    pattern, layers = settings.pattern, list(lab.layers(settings.pattern))
-    ekfac, diagonal = lab.factors(pattern), lab.factors(pattern, diagonal=True)
-    variants: dict[str, tuple[Factors | None, float]] = {
-        "abu_plus_linearised": (ekfac, settings.damping),
-        "abu_plus_linearised_damping_0.1": (ekfac, 0.1),
-        "abu_plus_linearised_damping_1.0": (ekfac, 1.0),
-        "abu_diagonal": (diagonal, settings.diagonal_damping),
-        "gradient_no_curvature": (None, 1.0),
-    }
-    count = len(queries.image_ids)
-    with timed.measure(count, *variants):
-        gradients = [one for one, _ in lab.gradients(queries, pattern, settings.query_draws)]
-        steps = [natural_steps(gradients, *variant, layers) for variant in variants.values()]
-        scores = lab.first_order(pattern, steps, settings.loss_draws)
-    return dict(zip(variants, scores, strict=True))
 
 
 def _students(
@@ -582,12 +622,10 @@ def _students(
 
 def _teacher_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
     """(Q, N) first-order scores by the chosen teacher, with a quarter of the test queries' draws."""
-    queries = lab.queries(truth, query_ids)
     draws = max(2, settings.query_draws // 4 // 2 * 2)
-    gradients = [one for one, _ in lab.gradients(queries, settings.pattern, draws)]
-    layers = list(lab.layers(settings.pattern))
-    steps = natural_steps(gradients, lab.factors(settings.pattern), settings.damping, layers)
-    return lab.first_order(settings.pattern, [steps], settings.loss_draws)[0].astype(np.float32)
+    own = lab.query_gradients(lab.queries(truth, query_ids), draws)
+    images = lab.image_gradients(lab.corpus, settings.loss_draws)
+    return lab.first_order(own, images, settings.pattern, lab.factors(), settings.damping).astype(np.float32)
 
 
 def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:

@@ -28,7 +28,7 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
     Args:
         query_features: (Q, k) projected gradients of the queries.
         corpus_features: (N, k) projected gradients of the training images.
-        ridge: as a fraction of the mean eigenvalue of Phi^T Phi.
+        ridge: as a fraction of the mean eigenvalue of Phi^T Phi; where k > N, of those that can be other than 0.
 
     Returns:
         (Q, N) float64; storage k numbers an image. D-TRAK is the same with gradients of the output's squared norm.
@@ -43,7 +43,7 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
         raise InputError(f"ridge must be positive, got {ridge}")
     corpus, queries = corpus_features.astype(np.float64), query_features.astype(np.float64)
     images, width = corpus.shape
-    added = ridge * float(np.square(corpus).sum()) / width
+    added = ridge * float(np.square(corpus).sum()) / min(images, width)
     # The same numbers from the smaller of the two kernels, (k, k) or (N, N).
     kernel = corpus.T @ corpus if width <= images else corpus @ corpus.T
     kernel[np.diag_indices_from(kernel)] += added

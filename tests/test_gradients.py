@@ -156,8 +156,8 @@ def test_kernel_scores_are_those_of_the_dual_form():
     ridge = 0.3 * np.trace(corpus.T @ corpus) / 8
     dual = queries @ corpus.T @ np.linalg.inv(corpus @ corpus.T + ridge * np.eye(30))
     np.testing.assert_allclose(kernel_scores(queries, corpus, ridge=0.3), dual, rtol=1e-9)
-    few = corpus[:5]  # fewer images than numbers: the other kernel is the smaller one
-    primal = queries @ np.linalg.inv(few.T @ few + 0.3 * np.trace(few.T @ few) / 8 * np.eye(8)) @ few.T
+    few = corpus[:5]  # fewer images than numbers: the other kernel is the smaller one, with five eigenvalues
+    primal = queries @ np.linalg.inv(few.T @ few + 0.3 * np.trace(few.T @ few) / 5 * np.eye(8)) @ few.T
     np.testing.assert_allclose(kernel_scores(queries, few, ridge=0.3), primal, rtol=1e-9)
 
 
