@@ -9,9 +9,9 @@ Every model has one recipe (benchmarks/emoji-bench.yaml); the training images an
     repeat        the first half and its seed once more: how far do two equal trainings agree?
     group-I       all but the images of one creator or set
     random-I      all but a random 1%
-    METHOD-QUERY-DIGEST
-                  all but the 1% that METHOD holds most influential for QUERY (RUN/rankings.parquet, which
-                  benchmarks/truth.py --rankings writes)
+    without-DIGEST
+                  all but the 1% that some method holds most influential for some query (RUN/rankings.parquet, which
+                  benchmarks/truth.py --rankings writes); methods that name the same images share the model
 
 Each model is a process of its own with one thread, --processes of them side by side. A process trains, resuming from its
 last checkpoint, keeps the weights, measures every query's denoising loss under noise that is the same for all models,
@@ -154,9 +154,14 @@ class Model:
     subset: str
     """The same for models that are trained on the same images."""
     method: str = ""
-    """Whose ranking chose the removed images, or the group's name."""
-    regenerate: tuple[str, ...] = ()
-    """Queries to draw again from their own starting noise."""
+    """Whose ranking chose the removed images (several: with commas between them), or the group's name."""
+    counterfactuals: tuple[tuple[str, str], ...] = ()
+    """(method, query) pairs for which the images were removed."""
+
+    @property
+    def regenerate(self) -> list[str]:
+        """Queries to draw again from their own starting noise."""
+        return sorted({query_id for _, query_id in self.counterfactuals})
 
 
 def choose_part(corpus: Corpus, config: PartConfig) -> np.ndarray:
@@ -247,14 +252,19 @@ def removals(corpus: Corpus, queries: Queries, rankings: Path, config: BenchConf
     for index in range(config.random_removals):
         drawn = np.random.default_rng([config.seed, 3, index]).choice(ids, count, replace=False)
         name = f"random-{index:02d}"
-        models.append(Model(name, "random", config.seed, frozenset(drawn.tolist()), name, "random", chosen))
+        pairs = tuple(("random", query_id) for query_id in chosen)
+        models.append(Model(name, "random", config.seed, frozenset(drawn.tolist()), name, "random", pairs))
+    wanted: dict[frozenset[str], list[tuple[str, str]]] = {}
     for row in pq.read_table(rankings).to_pylist() if rankings.exists() else []:
         top = row["image_ids"][:count]
         corpus.rows(top)  # refuses unknown ids
         if len(top) < count:
             raise InputError(f"{rankings}: {row['method']} names {len(top)} images for {row['query_id']}, {count} are needed.")
-        name = f"{row['method']}-{row['query_id']}-{fingerprint(sorted(top))[:6]}"  # another ranking is another model
-        models.append(Model(name, "leave_k_out", config.seed, frozenset(top), name, row["method"], (row["query_id"],)))
+        wanted.setdefault(frozenset(top), []).append((row["method"], row["query_id"]))
+    for removed, asked in wanted.items():
+        name = f"without-{fingerprint(sorted(removed))[:8]}"
+        methods = ", ".join(sorted({method for method, _ in asked}))
+        models.append(Model(name, "leave_k_out", config.seed, removed, name, methods, tuple(asked)))
     return models
 
 
@@ -625,14 +635,14 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
     counterfactuals = [
         {
             "model_id": model.model_id,
-            "method": model.method,
+            "method": method,
             "query_id": query_id,
             "loss": measured[model.model_id]["losses"][query_id],
             "image": {"bytes": (bench.folder(model) / f"{query_id}.png").read_bytes(), "path": None},
-            **values,
+            **measured[model.model_id]["regenerated"][query_id],
         }
         for model in present
-        for query_id, values in measured[model.model_id]["regenerated"].items()
+        for method, query_id in model.counterfactuals
     ]
     names = {"model_id", "kind", "seed", "subset", "method"}
     records = [

@@ -685,8 +685,8 @@ def write_rankings(data: Data, sizes: Sizes) -> None:
     ids = np.array(truth.image_ids)
     rows = [
         {"method": method, "query_id": query_id, "image_ids": ids[np.argsort(-scores, kind="stable")[:count]].tolist()}
-        for method in LEAVE_K_OUT
-        for query_id, scores in zip(query_ids, methods[method], strict=True)
+        for query_id, *of_methods in zip(query_ids, *(methods[method] for method in LEAVE_K_OUT), strict=True)
+        for method, scores in zip(LEAVE_K_OUT, of_methods, strict=True)
     ]
     with atomic_path(data.run_dir / "rankings.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
