@@ -86,6 +86,8 @@ AUTOENCODER = ASSETS / "emoji" / "generator" / "vae"
 IMAGE_ENCODER = "open_clip-image:emoji"
 """Judges how alike a query and its regeneration look."""
 WHAT = ("lds", "groups", "leave-k-out")
+LOSS_SEED = 1_000_000
+"""Added to the seed for the noise of the measured losses: no teacher may unlearn a query at the noise that judges it."""
 OTHER = "half-000-s1"
 """The generator whose teacher is a null: other seed, other training images."""
 
@@ -125,6 +127,8 @@ class BenchConfig:
     """Creators, those of most images in the main set, each of whom is left out once; the second set is another group."""
     loss_timesteps: int = 32
     """Timesteps at which a query's loss is measured, with one noise and its negative each."""
+    judged: tuple[float, float] = (0.375, 0.875)
+    """The part of the noise schedule whose losses judge methods; chosen by where two seeds agree (docs/truth.md)."""
     batch_size: int = 128
     """Of measuring."""
     seed: int = 0
@@ -134,6 +138,17 @@ class BenchConfig:
             raise InputError(f"second_seeds must be between 1 and {self.halves} (halves), got {self.second_seeds}")
         if not 0 < self.removed_percent < 100:
             raise InputError(f"removed_percent must be between 0 and 100, got {self.removed_percent}")
+        if not self.judged_timesteps.any():
+            raise InputError(
+                f"judged must span a part of (0, 1) with one of {self.loss_timesteps} timesteps, got {self.judged}"
+            )
+
+    @property
+    def judged_timesteps(self) -> np.ndarray:
+        """(T,) bool, which of the measured timesteps are judged by."""
+        middles = (np.arange(self.loss_timesteps) + 0.5) / self.loss_timesteps
+        judged: np.ndarray = (self.judged[0] < middles) & (middles < self.judged[1])
+        return judged
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -384,7 +399,7 @@ def training_identity(bench: Bench, model: Model) -> dict[str, Any]:
 def measurement_identity(bench: Bench, model: Model) -> str:
     """All that determines what is measured of a model."""
     config = bench.config
-    noise = [config.loss_timesteps, config.seed]
+    noise = {"timesteps": config.loss_timesteps, "seed": config.seed + LOSS_SEED}
     return fingerprint([training_identity(bench, model), bench.queries.fingerprint, measured_rows(bench, model), noise])
 
 
@@ -471,7 +486,7 @@ def query_losses(
         seed: of the noise.
 
     Returns:
-        (Q,) float64 mean squared errors per latent element, averaged over the 2 T draws.
+        (Q, T) float64 mean squared errors per latent element, each the mean of its two draws.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -481,16 +496,16 @@ def query_losses(
     ids = [queries.query_ids[row] for row in rows]
     spread = spread_timesteps(timesteps, train_timesteps=generator.train_timesteps)
     query, draw = (part.ravel() for part in np.indices((len(rows), 2 * timesteps)))
-    losses = np.zeros(len(rows))
+    losses = np.zeros((len(rows), timesteps))
     for start in range(0, len(query), batch_size):
         own, drawn = query[start : start + batch_size], draw[start : start + batch_size]
         noise = noise_for([ids[index] for index in own], (drawn // 2).tolist(), seed=seed, shape=generator.latent_shape)
         sign = torch.from_numpy(1.0 - 2.0 * (drawn % 2)).float()[:, None, None, None]
         part = generator.training_loss(latents[own], conditioning[own], torch.from_numpy(spread[drawn // 2]), noise * sign)
-        np.add.at(losses, own, part.double().numpy())
+        np.add.at(losses, (own, drawn // 2), part.double().numpy() / 2)
     if not np.isfinite(losses).all():
         raise NonFiniteError(f"{int((~np.isfinite(losses)).sum())} of {len(rows)} query losses are not finite.")
-    return losses / (2 * timesteps)
+    return losses
 
 
 def regenerations(
@@ -541,7 +556,7 @@ def measure(bench: Bench, model: Model) -> None:
         rows,
         timesteps=config.loss_timesteps,
         batch_size=config.batch_size,
-        seed=config.seed,
+        seed=config.seed + LOSS_SEED,
     )
     write_json(
         folder / "measured.json",
@@ -627,17 +642,21 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
         if needed not in measured:
             raise ArtifactNotFoundError(f"model {needed!r} is not measured yet; run with --only lds first.")
     present = [model for model in models if model.model_id in measured]
-    losses = [
-        {"model_id": model.model_id, "query_id": query_id, "loss": loss}
+
+    def judged_loss(losses: Sequence[float]) -> float:
+        return float(np.mean(np.array(losses)[bench.config.judged_timesteps]))
+
+    rows = [
+        {"model_id": model.model_id, "query_id": query_id, "loss": judged_loss(losses), "by_timestep": losses}
         for model in present
-        for query_id, loss in measured[model.model_id]["losses"].items()
+        for query_id, losses in measured[model.model_id]["losses"].items()
     ]
     counterfactuals = [
         {
             "model_id": model.model_id,
             "method": method,
             "query_id": query_id,
-            "loss": measured[model.model_id]["losses"][query_id],
+            "loss": judged_loss(measured[model.model_id]["losses"][query_id]),
             "image": {"bytes": (bench.folder(model) / f"{query_id}.png").read_bytes(), "path": None},
             **measured[model.model_id]["regenerated"][query_id],
         }
@@ -649,7 +668,7 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
         {**{name: getattr(model, name) for name in names}, "removed_image_ids": sorted(model.removed)} for model in present
     ]
     write_table(out / "models.parquet", records, MODELS)
-    write_table(out / "losses.parquet", losses, LOSSES)
+    write_table(out / "losses.parquet", rows, LOSSES)
     write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
         pq.write_table(bench.corpus.catalog().drop_columns(["url"]), temporary, compression="zstd")
@@ -679,7 +698,7 @@ def _repeated(measured: Mapping[str, Any]) -> float | None:
     pair = [measured[name]["losses"] for name in ("half-000-s0", "repeat") if name in measured]
     if len(pair) < 2:
         return None
-    return float(max(abs(np.log(loss) - np.log(pair[1][query_id])) for query_id, loss in pair[0].items()))
+    return float(max(np.abs(np.log(losses) - np.log(pair[1][query_id])).max() for query_id, losses in pair[0].items()))
 
 
 CARD = """---
@@ -707,7 +726,8 @@ Denoising losses of generated images (queries) under small text-to-image generat
 of one corpus of emoji: which training images, once left out, change them? Made by `benchmarks/ground_truth.py` of
 fastattr; settings, seeds and fingerprints are in `manifest.json`.
 
-- `losses`: one row a model and query (one drawing of each prompt), mean squared error per latent element, common noise.
+- `losses`: one row a model and query (one drawing of each prompt), mean squared error per latent element, common noise:
+  at each timestep, and the mean over those that are judged by (`judged` in the manifest's settings).
 - `models`: the images that each model was *not* trained on, its seed; models with one `subset` differ in seed only.
 - `queries`: prompts, drawings of the model 'full', seeds and splits.
 - `images`: the training images' ids, captions, creators and licences (the pictures are in the emoji packages).

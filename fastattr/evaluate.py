@@ -282,8 +282,11 @@ def compare_with_truth(
         seed: of the bootstrap.
 
     Returns:
-        'n_models', 'n_queries', 'noise_ceiling' and 'noise_ceiling_plain', 'methods' (see `truth_metrics`), and 'gains':
-        for each pair 'lds' and 'lds_residual', each with mean, low and high.
+        'n_models', 'n_queries', 'noise_ceiling' (of residual LDS), 'noise_ceiling_plain' and 'noise_ceiling_all_timesteps';
+        'methods': for each 'lds', 'lds_residual' and the same of the losses over all timesteps,
+        'lds_residual_all_timesteps', each with `_low` and `_high`, 'map_1pct', what `leave_k_out` gives,
+        'group_spearman_residual' and 'seconds_per_query'; and 'gains': for each pair the differences in the three LDS, each
+        with mean, low and high.
 
     Raises:
         InputError: the truth holds no models on random halves.
@@ -292,10 +295,17 @@ def compare_with_truth(
     if not len(halves.kept):
         raise InputError(f"{truth.folder} holds no models on random halves; run benchmarks/ground_truth.py first.")
     outputs = outputs_of(halves.losses)
-    targets = {"lds": outputs, "lds_residual": residual_outputs(outputs)}
+    at_all = outputs_of(truth.losses_by_timestep(halves.model_ids, query_ids).mean(axis=2))
+    targets = {
+        "lds": outputs,
+        "lds_residual": residual_outputs(outputs),
+        "lds_residual_all_timesteps": residual_outputs(at_all),
+    }
+    residual = {name: predictions_of(residual_scores(scores), halves.kept) for name, scores in methods.items()}
     predicted = {
         "lds": {name: predictions_of(scores, halves.kept) for name, scores in methods.items()},
-        "lds_residual": {name: predictions_of(residual_scores(scores), halves.kept) for name, scores in methods.items()},
+        "lds_residual": residual,
+        "lds_residual_all_timesteps": residual,
     }
     drawn = {
         metric: bootstrap(predicted[metric], target, halves.subsets, resamples=resamples, seed=seed)
@@ -329,8 +339,9 @@ def compare_with_truth(
         }
     ceilings = {}
     rows = halves.seed_pairs()
-    for key, target in (("noise_ceiling", targets["lds_residual"]), ("noise_ceiling_plain", targets["lds"])):
-        ceilings[key] = noise_ceiling(target[rows[0]], target[rows[1]]) if len(rows[0]) > 1 else None
+    for metric, key in (("lds_residual", ""), ("lds", "_plain"), ("lds_residual_all_timesteps", "_all_timesteps")):
+        first, second = (targets[metric][part] for part in rows)
+        ceilings[f"noise_ceiling{key}"] = noise_ceiling(first, second) if len(first) > 1 else None
     return {
         "n_models": len(halves.kept),
         "n_subsets": len(set(halves.subsets)),
@@ -352,21 +363,27 @@ def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> di
     """What became of queries whose most influential images, by this method, were left out of the training.
 
     Returns:
-        'leave_k_out_dloss' (rise of the query's loss over the full model's), 'leave_k_out_mse' and
+        'leave_k_out_dloss' (rise of the query's loss over the full model's, all timesteps as in the paper's Table 1),
+        'leave_k_out_dloss_judged' (the same over the timesteps that are judged by), 'leave_k_out_mse' and
         'leave_k_out_similarity' (of the query drawn again), each a mean over the queries with its standard error
         (`_se`); None for a method whose images were never left out.
     """
     table = truth.counterfactuals
     rows = table[(table["method"] == method) & table["query_id"].isin(list(query_ids))]
-    keys = {"leave_k_out_dloss": "dloss", "leave_k_out_mse": "mse", "leave_k_out_similarity": "similarity"}
+    columns = ("dloss", "dloss_judged", "mse", "similarity")
     if rows.empty:
-        return {key: None for name in keys for key in (name, f"{name}_se")}
-    base = truth.losses(["full"], rows["query_id"].tolist())[0]
-    by_query = rows.assign(dloss=rows["loss"].to_numpy() - base).groupby("query_id")[list(keys.values())].mean()
+        return {key: None for column in columns for key in (f"leave_k_out_{column}", f"leave_k_out_{column}_se")}
+    pairs = list(zip(rows["model_id"], rows["query_id"], strict=True))
+    rises = [
+        truth.losses_by_timestep([model_id], [query_id]).mean() - truth.losses_by_timestep(["full"], [query_id]).mean()
+        for model_id, query_id in pairs
+    ]
+    judged = [float((truth.losses([one], [two]) - truth.losses(["full"], [two]))[0, 0]) for one, two in pairs]
+    by_query = rows.assign(dloss=rises, dloss_judged=judged).groupby("query_id")[list(columns)].mean()
     found: dict[str, float | None] = {}
-    for name, column in keys.items():
+    for column in columns:
         values = by_query[column].to_numpy()
-        found |= {name: float(values.mean()), f"{name}_se": standard_error(values)}
+        found |= {f"leave_k_out_{column}": float(values.mean()), f"leave_k_out_{column}_se": standard_error(values)}
     return found
 
 

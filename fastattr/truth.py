@@ -16,6 +16,9 @@ residual LDS, ours, takes both away. With z_qi the scores of q standardised over
 and the residual LDS of q is Spearman's correlation of f'_mq and g'_mq, the sums of s'_qi. A method whose scores are the
 same for every query has s' = 0 and residual LDS 0.
 
+The loss of a query is its mean over the timesteps that the ground truth's maker judges by (its manifest names them); each
+timestep's own is kept beside it.
+
 Reads a ground truth folder: manifest.json, images.parquet, queries.parquet, models.parquet, losses.parquet,
 counterfactuals.parquet.
 """
@@ -48,7 +51,14 @@ MODELS = pa.schema(
         ("removed_image_ids", pa.list_(pa.string())),
     ]
 )
-LOSSES = pa.schema([("model_id", pa.string()), ("query_id", pa.string()), ("loss", pa.float64())])
+LOSSES = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("query_id", pa.string()),
+        ("loss", pa.float64()),  # mean over the timesteps that are judged by
+        ("by_timestep", pa.list_(pa.float32())),  # all, spread evenly over the schedule from little noise to much
+    ]
+)
 
 
 def counterfactuals_schema() -> pa.Schema:
@@ -225,7 +235,9 @@ class Retrained:
     kept: np.ndarray
     """(M, N) bool."""
     losses: np.ndarray
-    """(M, Q)."""
+    """(M, Q), over the timesteps that are judged by."""
+    model_ids: list[str]
+    """(M,)."""
     subsets: list[str]
     """(M,)."""
     seeds: np.ndarray
@@ -265,9 +277,13 @@ class GroundTruth:
         return str(self.manifest["corpus_fingerprint"])
 
     @cached_property
-    def _losses(self) -> dict[tuple[str, str], float]:
-        rows = pq.read_table(self.folder / "losses.parquet").to_pylist()
-        return {(row["model_id"], row["query_id"]): row["loss"] for row in rows}
+    def _losses(self) -> pa.Table:
+        return pq.read_table(self.folder / "losses.parquet")
+
+    @cached_property
+    def _loss_row(self) -> dict[tuple[str, str], int]:
+        pairs = zip(self._losses["model_id"].to_pylist(), self._losses["query_id"].to_pylist(), strict=True)
+        return {pair: row for row, pair in enumerate(pairs)}
 
     def of_split(self, split: str) -> list[str]:
         """Ids of a split's queries.
@@ -283,7 +299,7 @@ class GroundTruth:
 
     def measured(self, split: str) -> list[str]:
         """Ids of a split's queries whose losses are known: of training queries, the first drawing of each prompt."""
-        return [query_id for query_id in self.of_split(split) if ("full", query_id) in self._losses]
+        return [query_id for query_id in self.of_split(split) if ("full", query_id) in self._loss_row]
 
     def prompt(self, query_id: str) -> str:
         """A query's prompt."""
@@ -298,18 +314,35 @@ class GroundTruth:
         return np.array(self.images[name].to_pylist())
 
     def losses(self, model_ids: Sequence[str], query_ids: Sequence[str]) -> np.ndarray:
-        """(M, Q) losses.
+        """(M, Q) losses, over the timesteps that are judged by.
 
         Raises:
             ArtifactMismatchError: a loss is missing.
         """
+        found: np.ndarray = self._losses["loss"].to_numpy()[self._loss_rows(model_ids, query_ids)]
+        return found
+
+    def losses_by_timestep(self, model_ids: Sequence[str], query_ids: Sequence[str]) -> np.ndarray:
+        """(M, Q, T) losses at all timesteps, evenly spread from little noise to much.
+
+        Raises:
+            ArtifactMismatchError: a loss is missing.
+        """
+        rows = self._loss_rows(model_ids, query_ids)
+        column = self._losses["by_timestep"].take(pa.array(rows.ravel())).combine_chunks()
+        found: np.ndarray = column.flatten().to_numpy().astype(np.float64).reshape(*rows.shape, -1)
+        return found
+
+    def _loss_rows(self, model_ids: Sequence[str], query_ids: Sequence[str]) -> np.ndarray:
+        """(M, Q) rows of losses.parquet."""
         try:
-            return np.array([[self._losses[model_id, query_id] for query_id in query_ids] for model_id in model_ids])
+            rows = [[self._loss_row[model_id, query_id] for query_id in query_ids] for model_id in model_ids]
         except KeyError as error:
             raise ArtifactMismatchError(
                 f"{self.folder} has no loss of query {error.args[0][1]!r} under model {error.args[0][0]!r}; "
                 "of each prompt, the first drawing is measured."
             ) from error
+        return np.array(rows, dtype=np.int64).reshape(len(model_ids), len(query_ids))
 
     def retrained(self, kind: str, query_ids: Sequence[str]) -> Retrained:
         """Models of one kind ('half', 'group', ...) and the losses of these queries under them; maybe none."""
@@ -318,10 +351,11 @@ class GroundTruth:
         kept = np.ones((len(models), len(self.image_ids)), dtype=bool)
         for row, model in enumerate(models):
             kept[row, [row_of[image_id] for image_id in model["removed_image_ids"]]] = False
-        losses = self.losses([model["model_id"] for model in models], query_ids)
+        model_ids = [model["model_id"] for model in models]
         return Retrained(
             kept,
-            losses.reshape(len(models), len(query_ids)),
+            self.losses(model_ids, query_ids),
+            model_ids,
             [model["subset"] for model in models],
             np.array([model["seed"] for model in models]),
         )

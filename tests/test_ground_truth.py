@@ -254,10 +254,10 @@ def test_query_losses_equal_a_slow_loop(made, folder, config):
         losses = []
         for draw, timestep in enumerate(spread_timesteps(3, train_timesteps=1000)):
             noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5, shape=generator.latent_shape)
-            for sign in (1, -1):
-                with torch.no_grad():
-                    losses.append(float(generator.training_loss(latent, text, torch.tensor([timestep]), sign * noise)))
-        assert found[position] == pytest.approx(np.mean(losses), rel=1e-5)
+            with torch.no_grad():
+                pair = [generator.training_loss(latent, text, torch.tensor([timestep]), sign * noise) for sign in (1, -1)]
+            losses.append(float(sum(pair)) / 2)
+        assert found[position] == pytest.approx(losses, rel=1e-5)
 
 
 def test_ground_truth_holds_every_model_and_query_with_its_own_loss(made, folder, config):
@@ -272,7 +272,10 @@ def test_ground_truth_holds_every_model_and_query_with_its_own_loss(made, folder
     assert halves.seeds[first].tolist() != halves.seeds[second].tolist()
     measured = read_json(folder / "run" / "models" / "half-001-s1" / "measured.json")["losses"]
     row = [model["model_id"] for model in truth.models if model["kind"] == "half"].index("half-001-s1")
-    assert halves.losses[row].tolist() == [measured[query_id] for query_id in query_ids]
+    by_timestep = [measured[query_id] for query_id in query_ids]
+    assert truth.losses_by_timestep(["half-001-s1"], query_ids)[0].tolist() == np.float32(by_timestep).tolist()
+    assert config.judged_timesteps.tolist() == [False, True]
+    assert halves.losses[row].tolist() == [noisy for _, noisy in by_timestep]
     assert truth.manifest["repeat_max_log_difference"] == 0
     assert truth.manifest["models"] == {"full": 1, "group": 2, "half": 6, "random": 1, "repeat": 1}
 
