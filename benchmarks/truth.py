@@ -16,6 +16,7 @@ each query bears its part of the pass.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ from fastattr.denoising import EncodedImages, denoising_losses, image_losses
 from fastattr.diffusion_features import middle_activations
 from fastattr.distill import DistillConfig, train_student
 from fastattr.ekfac import Factors, Layer, fit_ekfac, weight_shape
-from fastattr.errors import FastattrError, InputError
+from fastattr.errors import FastattrError, InputError, NonFiniteError
 from fastattr.evaluate import compare_with_truth, table_scores, write_truth_report
 from fastattr.features import encode_all, open_encoder
 from fastattr.generator import CROSS_ATTENTION_KV, Generator
@@ -63,8 +65,10 @@ from fastattr.queries import Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.student import embed
 from fastattr.teacher import TeacherConfig, factor_batches
-from fastattr.truth import GroundTruth, popularity
+from fastattr.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
 from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
+
+logger = logging.getLogger(__name__)
 
 DOCS = Path(__file__).parents[1] / "docs" / "truth.md"
 RESULTS = Path(__file__).parent / "results" / "truth.json"
@@ -84,7 +88,7 @@ PATTERNS = {
 }
 """Weights to unlearn that --sweep tries."""
 SWEPT_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
-SWEPT_QUERY_DRAWS = (64, 256, 512)
+SWEPT_QUERY_DRAWS = (64, 128, 512)
 SWEPT_LOSS_DRAWS = (4, 16, 32)
 SWEPT_RISES = (0.005, 0.02, 0.1, 0.5)
 SWEPT_RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -98,9 +102,10 @@ class Settings:
     damping: float = 0.1
     diagonal_damping: float = 0.1
     query_draws: int = 256
-    """(timestep, noise) pairs of a query's gradient; training queries take a quarter."""
+    """(timestep, noise) pairs of a query's gradient; training queries, and D-TRAK, take a quarter."""
     loss_draws: int = 16
     """(timestep, noise) pairs of a training image's gradient or loss."""
+
     rise: float = 0.02
     """By how much the exact step raises the query's loss, to first order, as a part of it."""
     trak_pattern: str = CROSS_ATTENTION_KV
@@ -108,12 +113,17 @@ class Settings:
     d_trak_pattern: str = CROSS_ATTENTION_KV
     d_trak_ridge: float = 0.1
 
+    @property
+    def fewer_query_draws(self) -> int:
+        """A quarter of `query_draws`, in pairs."""
+        return max(2, self.query_draws // 4 // 2 * 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much is computed."""
 
-    factor_examples: int = 4096
+    factor_examples: int = 2048
     exact_draws: int = 16
     """(timestep, noise) pairs of a training image's loss under the exact teacher."""
     train_queries: int = 320
@@ -469,14 +479,18 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
     some = lab.queries(truth, few)
     candidates = {}
     for rise in SWEPT_RISES:
-        scores = np.stack(list(lab.exact(some, replace(Settings(**chosen), rise=rise))))
+        try:
+            scores = np.stack(list(lab.exact(some, replace(Settings(**chosen), rise=rise))))
+        except NonFiniteError as error:  # so long a step that the network breaks
+            logger.warning("a rise of %.1f%% is no candidate: %s", 100 * rise, error)
+            continue
         candidates[f"{rise:.1%}"] = ({"method": "exact", "rise": rise}, scores)
     chosen["rise"] = judge(candidates, few)["rise"]
 
     gradients = {"trak": (own[chosen["query_draws"]], theirs[chosen["loss_draws"]])}
     del own, theirs  # some gigabytes
     gradients["d_trak"] = (
-        lab.image_gradients(queries, chosen["query_draws"], "squared_norm"),
+        lab.image_gradients(queries, Settings(**chosen).fewer_query_draws, "squared_norm"),
         lab.image_gradients(lab.corpus, chosen["loss_draws"], "squared_norm"),
     )
     for method, pair in gradients.items():
@@ -488,7 +502,26 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
                 candidates[f"{weights} {ridge}"] = facts, kernel_scores(queries_part, images_part, ridge=ridge)
         best = judge(candidates, query_ids)
         chosen |= {f"{method}_pattern": PATTERNS[best["weights"]], f"{method}_ridge": best["ridge"]}
-    return {"chosen": chosen, "tried": tried, "splits": ["validation", "train"], "seed": sizes.seed}
+    return {
+        "chosen": chosen,
+        "tried": tried,
+        "noise_ceilings": ceilings_by_part(truth, query_ids),
+        "models": len(truth.retrained("half", query_ids).model_ids),
+        "splits": ["validation", "train"],
+        "seed": sizes.seed,
+    }
+
+
+def ceilings_by_part(truth: GroundTruth, query_ids: Sequence[str], parts: int = 8) -> list[float]:
+    """Noise ceiling of residual LDS for losses at equal parts of the noise schedule, from little noise to much."""
+    halves = truth.retrained("half", query_ids)
+    losses = truth.losses_by_timestep(halves.model_ids, query_ids)
+    found = []
+    for part in np.array_split(np.arange(losses.shape[2]), min(parts, losses.shape[2])):
+        outputs = residual_outputs(outputs_of(losses[:, :, part].mean(axis=2)))
+        first, second = halves.seed_pairs()
+        found.append(noise_ceiling(outputs[first], outputs[second]))
+    return found
 
 
 def score_exactly(data: Data, sizes: Sizes, settings: Settings) -> None:
@@ -566,7 +599,7 @@ def all_scores(data: Data, query_ids: Sequence[str], sizes: Sizes, settings: Set
         methods["trak"] = kernel_scores(*part, ridge=settings.trak_ridge)
     corpus_gradients = lab.image_gradients(lab.corpus, settings.loss_draws, "squared_norm")
     with timed.measure(count, "d_trak"):
-        query_gradients = lab.image_gradients(queries, settings.query_draws, "squared_norm")
+        query_gradients = lab.image_gradients(queries, settings.fewer_query_draws, "squared_norm")
         part = (lab.columns(rows, settings.d_trak_pattern) for rows in (query_gradients, corpus_gradients))
         methods["d_trak"] = kernel_scores(*part, ridge=settings.d_trak_ridge)
 
@@ -622,8 +655,7 @@ def _students(
 
 def _teacher_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
     """(Q, N) first-order scores by the chosen teacher, with a quarter of the test queries' draws."""
-    draws = max(2, settings.query_draws // 4 // 2 * 2)
-    own = lab.query_gradients(lab.queries(truth, query_ids), draws)
+    own = lab.query_gradients(lab.queries(truth, query_ids), settings.fewer_query_draws)
     images = lab.image_gradients(lab.corpus, settings.loss_draws)
     return lab.first_order(own, images, settings.pattern, lab.factors(), settings.damping).astype(np.float32)
 
@@ -695,15 +727,18 @@ def write_rankings(data: Data, sizes: Sizes) -> None:
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """The table of docs/truth.md."""
     lines = [
-        "| method | residual LDS | plain LDS | mAP(1%) | leave-K-out dL x 1000 | MSE x 100 | similarity | groups | s / query |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | residual LDS | all timesteps | plain LDS | mAP(1%) | dL x 1000 | middle dL x 1000 | MSE x 100 | similarity "
+        "| groups | s / query |",
+        f"|{' --- |' * 11}",
     ]
+    lds = ("lds_residual", "lds_residual_all_timesteps", "lds")
+    removals = (("dloss", 1000, 2), ("dloss_judged", 1000, 2), ("mse", 100, 2), ("similarity", 1, 3))
     rows = sorted(result["methods"].items(), key=lambda item: -item[1]["lds_residual"])
     for name, row in rows:
-        scaled = [("leave_k_out_dloss", 1000, 2), ("leave_k_out_mse", 100, 2), ("leave_k_out_similarity", 1, 3)]
+        scaled = [(f"leave_k_out_{what}", factor, digits) for what, factor, digits in removals]
         cells = [
             name,
-            *(f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]" for key in ("lds_residual", "lds")),
+            *(f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]" for key in lds),
             _cell(row["map_1pct"], 3),
             *(
                 "" if row[key] is None else f"{row[key] * factor:.{digits}f} ± {row[f'{key}_se'] * factor:.{digits}f}"
@@ -740,12 +775,26 @@ def sweep_lines(swept: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def ceiling_lines(swept: Mapping[str, Any]) -> list[str]:
+    """The noise ceilings by part of the schedule, of docs/truth.md."""
+    ceilings = swept["noise_ceilings"]
+    edges = [position / len(ceilings) for position in range(len(ceilings) + 1)]
+    spans = [f"{low:.1%} to {high:.1%}" for low, high in pairwise(edges)]
+    return [
+        f"| part of the schedule | {' | '.join(spans)} |",
+        f"| --- |{' --- |' * len(spans)}",
+        f"| noise ceiling ({swept['models']} models) | {' | '.join(f'{value:.3f}' for value in ceilings)} |",
+    ]
+
+
 def head_lines(result: Mapping[str, Any]) -> list[str]:
     """What stands above the table: how much was measured, where, how long."""
-    ceilings = [_cell(result[key], 3) or "unknown" for key in ("noise_ceiling", "noise_ceiling_plain")]
+    kinds = ("noise_ceiling", "noise_ceiling_all_timesteps", "noise_ceiling_plain")
+    ceilings = [_cell(result[kind], 3) or "unknown" for kind in kinds]
     return [
         f"`{result['command']}`, seed {result['seed']}: {result['n_models']} models on {result['n_subsets']} random halves, "
-        f"{result['n_queries']} test queries; noise ceiling {ceilings[0]} (residual), {ceilings[1]} (plain). "
+        f"{result['n_queries']} test queries; noise ceiling {ceilings[0]} (residual), "
+        f"{ceilings[1]} (residual, all timesteps), {ceilings[2]} (plain). "
         f"{result['cpu']}, {result['cores']} cores, {result['benchmark_seconds'] / 60:.1f} minutes, {result['date'][:10]}."
     ]
 
@@ -805,6 +854,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "measured": head_lines(result),
                     "table": table_lines(result),
                     "gains": gain_lines(result),
+                    "ceilings": ceiling_lines(swept),
                     "sweep": sweep_lines(swept),
                 },
             )

@@ -114,7 +114,7 @@ def reported(folder, arguments, made) -> Path:
     """The same after --sweep, --exact, --rankings, leave-K-out and the table; returns the folder of its results."""
     docs = folder / "results" / "truth.md"
     docs.parent.mkdir()
-    names = ("measured", "table", "gains", "sweep")
+    names = ("measured", "table", "gains", "ceilings", "sweep")
     docs.write_text("\n\n".join(f"# {name}\n<!-- {name} -->\nNOT REPLACED\n<!-- end {name} -->" for name in names))
     of_table = [*arguments, "--truth", str(made), "--docs", str(docs), "--json", str(docs.with_suffix(".json"))]
     with pytest.MonkeyPatch.context() as patch:
