@@ -20,10 +20,10 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from fastattr.artifacts import (
     write_json,
     write_manifest,
 )
-from fastattr.baselines import kernel_scores, similarity_scores
+from fastattr.baselines import kernel_scores_of_products, similarity_scores
 from fastattr.conditioning import Conditioning
 from fastattr.config import read_config
 from fastattr.corpus import Corpus
@@ -79,7 +79,7 @@ EXACT = "exact"
 ENCODERS = {"image": "open_clip-image:emoji", "text": "open_clip-text:emoji"}
 SIMILARITIES = ("similarity_image", "similarity_text", "similarity_both", "diffusion_features")
 TEACHERS = ("abu_plus_exact", "abu_plus_linearised")
-LEAVE_K_OUT = ("similarity_both", "d_trak", "abu_plus_exact", "abu_plus_linearised", "student")
+LEAVE_K_OUT = ("student", "similarity_both", "abu_plus_linearised", "abu_plus_exact", "d_trak")
 PATTERNS = {
     "cross-attention k, v": CROSS_ATTENTION_KV,
     "cross-attention": r"attn2\.",
@@ -90,7 +90,7 @@ PATTERNS = {
 SWEPT_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 SWEPT_QUERY_DRAWS = (64, 128, 512)
 SWEPT_LOSS_DRAWS = (4, 16, 32)
-SWEPT_RISES = (0.005, 0.02, 0.1, 0.5)
+SWEPT_RISES = (0.005, 0.02, 0.1)
 SWEPT_RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
@@ -246,11 +246,14 @@ class Lab:
     def _no_gradients(self, images: EncodedImages) -> np.ndarray:
         return np.zeros((len(images.image_ids), sum(layer.weight.numel() for layer in self.layers.values())), np.float32)
 
-    def columns(self, gradients: np.ndarray, pattern: str) -> np.ndarray:
-        """The gradients of the layers that match."""
-        sizes = [layer.weight.numel() for layer in self.layers.values()]
-        chosen = self.matching(pattern)
-        return gradients[:, np.repeat([name in chosen for name in self.layers], sizes)]
+    def exact_scores(self, queries: EncodedImages, settings: Settings) -> np.ndarray:
+        """(Q, N) the same of all queries."""
+        return np.stack(list(self.exact(queries, settings)))
+
+    def products(self, queries: np.ndarray, images: np.ndarray, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, N) and (N, N) inner products of gradients of the layers that match, for TRAK and D-TRAK."""
+        ours, theirs = (self.first_order(rows, images, pattern, None, 1.0) for rows in (queries, images))
+        return ours, theirs
 
     def first_order(
         self, queries: np.ndarray, images: np.ndarray, pattern: str, factors: Factors | None, damping: float
@@ -333,7 +336,7 @@ def layer_scores(
     for name, layer in layers.items():
         shape = weight_shape(layer)
         part = slice(start, start + shape[0] * shape[1])
-        own, theirs = (torch.from_numpy(rows[:, part]).reshape(-1, *shape) for rows in (queries, images))
+        own, theirs = (torch.from_numpy(rows[:, part].copy()).reshape(-1, *shape) for rows in (queries, images))
         if factors:
             left, right = factors.gradient_eigenvectors[name].float(), factors.activation_eigenvectors[name].float()
             own, theirs = (left.T @ rows @ right for rows in (own, theirs))
@@ -438,8 +441,22 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
         tried.extend({**candidates[name][0], **{key: rows[name][key] for key in keys}, "queries": len(ids)} for name in scores)
         return dict(candidates[max(scores, key=lambda name: rows[name]["lds_residual"])][0])
 
-    own = {count: lab.query_gradients(queries, count) for count in SWEPT_QUERY_DRAWS}
-    theirs = {count: lab.image_gradients(lab.corpus, count) for count in SWEPT_LOSS_DRAWS}
+    made_of = [
+        lab.generator.fingerprint,
+        truth.corpus_fingerprint,
+        query_ids,
+        sizes.factor_examples,
+        sizes.exact_draws,
+        sizes.seed,
+    ]
+    kept = data.run_dir / f"sweep-{fingerprint(made_of)}"
+    own = {
+        count: _kept(kept / f"queries-{count}.npy", partial(lab.query_gradients, queries, count)) for count in SWEPT_QUERY_DRAWS
+    }
+    theirs = {
+        count: _kept(kept / f"images-{count}.npy", partial(lab.image_gradients, lab.corpus, count))
+        for count in SWEPT_LOSS_DRAWS
+    }
     ekfac = lab.factors()
     for curvature, factors in (("ekfac", ekfac), ("diagonal", lab.factors(diagonal=True)), ("none", None)):
         dampings = SWEPT_DAMPINGS if factors else (1.0,)
@@ -479,8 +496,9 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
     some = lab.queries(truth, few)
     candidates = {}
     for rise in SWEPT_RISES:
+        settings = replace(Settings(**chosen), rise=rise)
         try:
-            scores = np.stack(list(lab.exact(some, replace(Settings(**chosen), rise=rise))))
+            scores = _kept(kept / f"exact-{fingerprint([settings, few])}.npy", partial(lab.exact_scores, some, settings))
         except NonFiniteError as error:  # so long a step that the network breaks
             logger.warning("a rise of %.1f%% is no candidate: %s", 100 * rise, error)
             continue
@@ -489,17 +507,18 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
 
     gradients = {"trak": (own[chosen["query_draws"]], theirs[chosen["loss_draws"]])}
     del own, theirs  # some gigabytes
+    few_draws, draws = Settings(**chosen).fewer_query_draws, chosen["loss_draws"]
     gradients["d_trak"] = (
-        lab.image_gradients(queries, Settings(**chosen).fewer_query_draws, "squared_norm"),
-        lab.image_gradients(lab.corpus, chosen["loss_draws"], "squared_norm"),
+        _kept(kept / f"norms-{few_draws}.npy", lambda: lab.image_gradients(queries, few_draws, "squared_norm")),
+        _kept(kept / f"image-norms-{draws}.npy", lambda: lab.image_gradients(lab.corpus, draws, "squared_norm")),
     )
     for method, pair in gradients.items():
         candidates = {}
         for weights, pattern in PATTERNS.items():
-            queries_part, images_part = (lab.columns(rows, pattern) for rows in pair)
+            products = lab.products(*pair, pattern)
             for ridge in SWEPT_RIDGES:
                 facts = {"method": method, "weights": weights, "ridge": ridge}
-                candidates[f"{weights} {ridge}"] = facts, kernel_scores(queries_part, images_part, ridge=ridge)
+                candidates[f"{weights} {ridge}"] = facts, kernel_scores_of_products(*products, ridge=ridge)
         best = judge(candidates, query_ids)
         chosen |= {f"{method}_pattern": PATTERNS[best["weights"]], f"{method}_ridge": best["ridge"]}
     return {
@@ -510,6 +529,15 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
         "splits": ["validation", "train"],
         "seed": sizes.seed,
     }
+
+
+def _kept(path: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """What an earlier run of the sweep computed, else `compute()`, kept for the next."""
+    if not path.exists():
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, compute())
+    found: np.ndarray = np.load(path, mmap_mode="r")  # some are gigabytes
+    return found
 
 
 def ceilings_by_part(truth: GroundTruth, query_ids: Sequence[str], parts: int = 8) -> list[float]:
@@ -562,8 +590,13 @@ def _in_order(data: Data, scores: np.ndarray) -> np.ndarray:
     return scores[..., data.corpus.rows(data.truth.image_ids)]
 
 
-def all_scores(data: Data, query_ids: Sequence[str], sizes: Sizes, settings: Settings, timed: Timed) -> dict[str, np.ndarray]:
-    """(Q, N) scores of every method and null but the exact teacher, in the order of the ground truth's images."""
+def all_scores(
+    data: Data, query_ids: Sequence[str], sizes: Sizes, settings: Settings, timed: Timed, *, nulls: bool = True
+) -> dict[str, np.ndarray]:
+    """(Q, N) scores of every method and null but the exact teacher, in the order of the ground truth's images.
+
+    Without `nulls`, there are no students of wrong teachers, which cost much.
+    """
     truth, lab = data.truth, data.lab
     count = len(query_ids)
     methods: dict[str, np.ndarray] = {"random": np.random.default_rng(sizes.seed).random((count, len(truth.image_ids)))}
@@ -595,15 +628,15 @@ def all_scores(data: Data, query_ids: Sequence[str], sizes: Sizes, settings: Set
         with timed.measure(count, method):
             methods[method] = lab.first_order(query_gradients, corpus_gradients, settings.pattern, *curvature)
     with timed.measure(count, "trak"):
-        part = (lab.columns(rows, settings.trak_pattern) for rows in (query_gradients, corpus_gradients))
-        methods["trak"] = kernel_scores(*part, ridge=settings.trak_ridge)
+        products = lab.products(query_gradients, corpus_gradients, settings.trak_pattern)
+        methods["trak"] = kernel_scores_of_products(*products, ridge=settings.trak_ridge)
     corpus_gradients = lab.image_gradients(lab.corpus, settings.loss_draws, "squared_norm")
     with timed.measure(count, "d_trak"):
         query_gradients = lab.image_gradients(queries, settings.fewer_query_draws, "squared_norm")
-        part = (lab.columns(rows, settings.d_trak_pattern) for rows in (query_gradients, corpus_gradients))
-        methods["d_trak"] = kernel_scores(*part, ridge=settings.d_trak_ridge)
+        products = lab.products(query_gradients, corpus_gradients, settings.d_trak_pattern)
+        methods["d_trak"] = kernel_scores_of_products(*products, ridge=settings.d_trak_ridge)
 
-    methods |= _students(data, both[0], both[1], sizes, settings, timed)
+    methods |= _students(data, both[0], both[1], sizes, settings, timed, nulls=nulls)
     methods["popularity"] = popularity(methods["abu_plus_linearised"])
     return {name: _in_order(data, scores) for name, scores in methods.items()}
 
@@ -619,18 +652,19 @@ def _students(
     sizes: Sizes,
     settings: Settings,
     timed: Timed,
+    *,
+    nulls: bool,
 ) -> dict[str, np.ndarray]:
     """Similarities by students of the teacher, of the teacher with its queries mixed up, and of another generator's teacher."""
     truth = data.truth
     train_ids = truth.of_split("train")[: sizes.train_queries]
     features = np.concatenate([data.queries(train_ids, name) for name in ENCODERS], axis=1)
     labels = _teacher_labels(data.lab, truth, train_ids, settings)
-    other = Lab.open(truth.folder / "other_generator", truth, data.corpus, data.latents, sizes)
-    tables = {
-        "student": labels,
-        "student_shuffled_teacher": np.roll(labels, 1, axis=0),  # each query is taught another one's scores
-        "student_other_teacher": _teacher_labels(other, truth, train_ids, settings),
-    }
+    tables = {"student": labels}
+    if nulls:
+        tables["student_shuffled_teacher"] = np.roll(labels, 1, axis=0)  # each query is taught another one's scores
+        other = Lab.open(truth.folder / "other_generator", truth, data.corpus, data.latents, sizes)
+        tables["student_other_teacher"] = _teacher_labels(other, truth, train_ids, settings)
     found = {}
     for name, table in tables.items():
         nobody = np.zeros(table.shape[1], dtype=bool)
@@ -711,14 +745,14 @@ def write_rankings(data: Data, sizes: Sizes) -> None:
     drawn = data.run_dir / "queries"
     require_same("the queries of the run", Queries(drawn).fingerprint, truth.manifest["queries_fingerprint"], "Compact again.")
     query_ids = chosen_queries(Queries(drawn), data.config)
-    methods = all_scores(data, query_ids, sizes, settings, Timed())
+    methods = all_scores(data, query_ids, sizes, settings, Timed(), nulls=False)
     methods["abu_plus_exact"] = table_scores(truth.folder / EXACT, truth, query_ids)
     count = removed_count(len(data.corpus), data.config)
     ids = np.array(truth.image_ids)
     rows = [
         {"method": method, "query_id": query_id, "image_ids": ids[np.argsort(-scores, kind="stable")[:count]].tolist()}
-        for query_id, *of_methods in zip(query_ids, *(methods[method] for method in LEAVE_K_OUT), strict=True)
-        for method, scores in zip(LEAVE_K_OUT, of_methods, strict=True)
+        for method in LEAVE_K_OUT
+        for query_id, scores in zip(query_ids, methods[method], strict=True)
     ]
     with atomic_path(data.run_dir / "rankings.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)

@@ -39,18 +39,41 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
     Source: arXiv:2303.14186, sec. 3.2; the ridge is that of arXiv:2311.00500.
     """
     _same_width(query_features, corpus_features)
-    if ridge <= 0:
-        raise InputError(f"ridge must be positive, got {ridge}")
     corpus, queries = corpus_features.astype(np.float64), query_features.astype(np.float64)
     images, width = corpus.shape
-    added = ridge * float(np.square(corpus).sum()) / min(images, width)
-    # The same numbers from the smaller of the two kernels, (k, k) or (N, N).
-    kernel = corpus.T @ corpus if width <= images else corpus @ corpus.T
-    kernel[np.diag_indices_from(kernel)] += added
-    scores: np.ndarray = (
-        np.linalg.solve(kernel, queries.T).T @ corpus.T if width <= images else np.linalg.solve(kernel, corpus @ queries.T).T
-    )
+    if width > images:  # the same numbers from the smaller kernel
+        return kernel_scores_of_products(queries @ corpus.T, corpus @ corpus.T, ridge=ridge)
+    _positive(ridge)
+    kernel = corpus.T @ corpus
+    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / width
+    scores: np.ndarray = np.linalg.solve(kernel, queries.T).T @ corpus.T
     return scores
+
+
+def kernel_scores_of_products(query_products: np.ndarray, corpus_products: np.ndarray, *, ridge: float) -> np.ndarray:
+    """`kernel_scores` from inner products alone, for gradients that are wider than the corpus is long and never projected.
+
+    Args:
+        query_products: (Q, N) of queries and training images.
+        corpus_products: (N, N) of training images.
+        ridge: as a fraction of the mean eigenvalue of `corpus_products`.
+
+    Returns:
+        (Q, N) float64.
+
+    Raises:
+        InputError: the ridge is not positive.
+    """
+    _positive(ridge)
+    kernel = corpus_products.astype(np.float64)
+    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / len(kernel)
+    scores: np.ndarray = np.linalg.solve(kernel, query_products.astype(np.float64).T).T
+    return scores
+
+
+def _positive(ridge: float) -> None:
+    if ridge <= 0:
+        raise InputError(f"ridge must be positive, got {ridge}")
 
 
 def _same_width(query_features: np.ndarray, corpus_features: np.ndarray) -> None:

@@ -140,11 +140,17 @@ def popularity(scores: np.ndarray) -> np.ndarray:
 
 def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(Q,) Spearman's correlation of each column of two (M, Q) arrays; equal values share their mean rank, constants give 0."""
-    ranks = [rankdata(values, axis=0) for values in (first, second)]
-    a, b = (values - values.mean(axis=0) for values in ranks)
-    length = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
-    correlations: np.ndarray = (a * b).sum(axis=0) / np.where(length > 0, length, 1.0)
+    correlations: np.ndarray = (_unit_ranks(first) * _unit_ranks(second)).sum(axis=0)
     return correlations
+
+
+def _unit_ranks(values: np.ndarray) -> np.ndarray:
+    """(M, Q) ranks of each column, centred and of length 1; of a constant column zeros."""
+    ranks = rankdata(values, axis=0)
+    ranks = ranks - ranks.mean(axis=0)
+    length = np.sqrt((ranks**2).sum(axis=0))
+    unit: np.ndarray = ranks / np.where(length > 0, length, 1.0)
+    return unit
 
 
 def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -184,8 +190,9 @@ def bootstrap(
     for resample in range(resamples):
         models = np.concatenate([members[index] for index in rng.integers(0, len(members), len(members))])
         queries = rng.integers(0, outputs.shape[1], outputs.shape[1])
+        ranks = _unit_ranks(outputs[models])
         for name, predicted in predictions.items():
-            means[name][resample] = rank_correlations(predicted[models], outputs[models])[queries].mean()
+            means[name][resample] = (_unit_ranks(predicted[models]) * ranks).sum(axis=0)[queries].mean()
     return means
 
 

@@ -355,7 +355,7 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     monkeypatch.setattr(benchmark, "train_student", watching)
     features = np.random.default_rng(0).standard_normal((len(truth.image_ids), 256)).astype(np.float32)
     settings = benchmark.Settings(query_draws=8, loss_draws=1)
-    benchmark._students(data, features[:4], features, SIZES, settings, benchmark.Timed())
+    benchmark._students(data, features[:4], features, SIZES, settings, benchmark.Timed(), nulls=True)
     assert set(taught) == set(truth.of_split("train"))
     assert not set(asked) & forbidden
 
