@@ -55,6 +55,7 @@ loss_timesteps: 2
 SIZES = benchmark.Sizes(
     factor_examples=16,
     exact_draws=1,
+    exact_query_draws=8,
     swept_exact_queries=2,
     resamples=20,
     student=DistillConfig(
@@ -382,7 +383,7 @@ def test_the_report_has_every_method_and_every_null(reported):
 def test_first_order_and_exact_scores_agree(made, arguments):
     """Rows matched by position, or a sign lost between step and loss, would break this first."""
     _, run_dir, _, config, *_ = arguments
-    sizes = benchmark.replace(SIZES, exact_draws=2)
+    sizes = benchmark.replace(SIZES, exact_draws=2, exact_query_draws=32)
     data = benchmark.open_data(made, Path(run_dir), read_config(config, jobs.BenchConfig), sizes, None)
     settings = benchmark.Settings(query_draws=32, loss_draws=2, rise=0.001)  # 0.02 is a long way for an untrained network
     queries = data.lab.queries(data.truth, data.truth.of_split("validation")[:2])
