@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ from ground_truth import AUTOENCODER, BenchConfig, chosen_queries, prepare, remo
 from tqdm import tqdm, trange
 
 from fastattr.artifacts import (
+    MANIFEST,
     atomic_path,
     fingerprint,
     open_stage,
@@ -250,10 +252,6 @@ class Lab:
     def _no_gradients(self, images: EncodedImages) -> np.ndarray:
         return np.zeros((len(images.image_ids), sum(layer.weight.numel() for layer in self.layers.values())), np.float32)
 
-    def exact_scores(self, queries: EncodedImages, settings: Settings) -> np.ndarray:
-        """(Q, N) the same of all queries."""
-        return np.stack(list(self.exact(queries, settings)))
-
     def products(self, queries: np.ndarray, images: np.ndarray, pattern: str) -> tuple[np.ndarray, np.ndarray]:
         """(Q, N) and (N, N) inner products of gradients of the layers that match, for TRAK and D-TRAK."""
         ours, theirs = (self.first_order(rows, images, pattern, None, 1.0) for rows in (queries, images))
@@ -267,27 +265,33 @@ class Lab:
         total: np.ndarray = np.sum([by_layer[name] for name in self.matching(pattern)], axis=0)
         return total
 
-    def exact(self, queries: EncodedImages, settings: Settings) -> Iterator[np.ndarray]:
-        """Each query's (N,) exact scores: losses after the unlearning step less losses before it."""
+    def losses(self) -> np.ndarray:
+        """(N, 1) losses of the training images under the weights as they are."""
+        return image_losses(
+            self.generator,
+            self.corpus,
+            np.arange(len(self.corpus.image_ids)),
+            draws=self.sizes.exact_draws,
+            batch_size=2 * self.sizes.batch_size,
+            seed=self.sizes.seed,
+        )
+
+    @cached_property
+    def base_losses(self) -> np.ndarray:
+        """The same under the generator's own weights."""
+        return self.losses()
+
+    def exact(self, queries: EncodedImages, settings: Settings) -> np.ndarray:
+        """(Q, N) exact scores: losses after the query's unlearning step less losses before it."""
         factors, chosen = self.factors(), self.matching(settings.pattern)
-        rows = np.arange(len(self.corpus.image_ids))
-
-        def losses() -> np.ndarray:
-            return image_losses(
-                self.generator,
-                self.corpus,
-                rows,
-                draws=self.sizes.exact_draws,
-                batch_size=2 * self.sizes.batch_size,
-                seed=self.sizes.seed,
-            )
-
-        before = losses()
+        before = self.base_losses
+        scores = []
         for gradients, loss in self.gradients(queries, self.sizes.exact_query_draws):
             part = {name: gradients[name] for name in chosen}
             step, _ = unlearning_step(part, factors, damping=settings.damping, loss=loss, rise=settings.rise, step_size=None)
             with unlearned(chosen, step):
-                yield influence_scores(before, losses())
+                scores.append(influence_scores(before, self.losses()))
+        return np.stack(scores)
 
     def diffusion_features(self, images: EncodedImages) -> np.ndarray:
         """(N, F) activations of the U-Net's middle block at three noise levels, side by side."""
@@ -510,7 +514,7 @@ def sweep(data: Data, sizes: Sizes) -> dict[str, Any]:
         settings = replace(Settings(**chosen), rise=rise)
         try:
             name = f"exact-{fingerprint([exact_settings(settings, sizes), few])}.npy"
-            scores = _kept(kept / name, partial(lab.exact_scores, some, settings))
+            scores = _kept(kept / name, partial(lab.exact, some, settings))
         except NonFiniteError as error:  # so long a step that the network breaks
             logger.warning("a rise of %.1f%% is no candidate: %s", 100 * rise, error)
             continue
@@ -572,23 +576,28 @@ def exact_settings(settings: Settings, sizes: Sizes) -> dict[str, Any]:
 
 
 def score_exactly(data: Data, sizes: Sizes, settings: Settings) -> None:
-    """Write the exact teacher's score table of the test queries into the ground truth folder; resumes query by query."""
+    """Write the exact teacher's score table of the test queries into the ground truth folder.
+
+    Resumes query by query; started several times, the processes share the queries.
+    """
     truth, lab = data.truth, data.lab
     folder = truth.folder / EXACT
     query_ids = truth.of_split("test")
     config = exact_settings(settings, sizes)
     inputs = {"ground_truth": truth.manifest["fingerprint"], "generator": lab.generator.fingerprint}
     shards = data.run_dir / f"exact-{fingerprint([config, inputs])}"
-    missing = [query_id for query_id in query_ids if not (shards / f"{query_id}.parquet").exists()]
-    started = time.perf_counter()
-    if missing:
-        for query_id, scores in zip(missing, lab.exact(lab.queries(truth, missing), settings), strict=True):
-            nobody = np.zeros(len(scores), dtype=bool)
-            row = ScoredQuery(
-                query_id, truth.prompt(query_id), "test", truth.image_ids, _in_order(data, scores), nobody, settings.rise
-            )
-            write_shard(shards / f"{query_id}.parquet", [row], teacher="abu_plus_exact", config=fingerprint(config))
-    spent = time.perf_counter() - started
+    seconds = []
+    for query_id in np.random.default_rng(os.getpid()).permutation(query_ids).tolist():  # so that several may share the work
+        if (shards / f"{query_id}.parquet").exists():
+            continue
+        started = time.perf_counter()
+        scores = lab.exact(lab.queries(truth, [query_id]), settings)[0]
+        seconds.append(time.perf_counter() - started)
+        nobody = np.zeros(len(scores), dtype=bool)
+        row = ScoredQuery(
+            query_id, truth.prompt(query_id), "test", truth.image_ids, _in_order(data, scores), nobody, settings.rise
+        )
+        write_shard(shards / f"{query_id}.parquet", [row], teacher="abu_plus_exact", config=fingerprint(config))
     table = pa.concat_tables([pq.read_table(shards / f"{query_id}.parquet") for query_id in query_ids])
     with atomic_path(folder / "test-00000.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -600,7 +609,7 @@ def score_exactly(data: Data, sizes: Sizes, settings: Settings) -> None:
         teacher="abu_plus_exact",
         corpus_fingerprint=truth.corpus_fingerprint,
         generator_fingerprint=lab.generator.fingerprint,
-        seconds_per_query=round(spent / max(1, len(missing)), 2),
+        seconds_per_query=round(float(np.median(seconds)), 2) if seconds else read_json(folder / MANIFEST)["seconds_per_query"],
     )
 
 
