@@ -106,7 +106,7 @@ class Settings:
     damping: float = 0.1
     diagonal_damping: float = 0.1
     query_draws: int = 256
-    """(timestep, noise) pairs of a query's gradient; training queries, and D-TRAK, take a quarter."""
+    """(timestep, noise) pairs of a query's gradient; D-TRAK takes a quarter."""
     loss_draws: int = 16
     """(timestep, noise) pairs of a training image's gradient or loss."""
 
@@ -716,8 +716,8 @@ def _students(
 
 
 def _teacher_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
-    """(Q, N) first-order scores by the chosen teacher, with a quarter of the test queries' draws."""
-    own = lab.query_gradients(lab.queries(truth, query_ids), settings.fewer_query_draws)
+    """(Q, N) first-order scores by the chosen teacher."""
+    own = lab.query_gradients(lab.queries(truth, query_ids), settings.query_draws)
     images = lab.image_gradients(lab.corpus, settings.loss_draws)
     return lab.first_order(own, images, settings.pattern, lab.factors(), settings.damping).astype(np.float32)
 
