@@ -40,11 +40,12 @@ def describe() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line of this process, the script named relative to the repository."""
+    """The command line of this process: the script relative to the repository, other absolute paths by their last part."""
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[1]
     name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    arguments = [Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]]
+    return shlex.join(["python", str(name), *arguments])
 
 
 def _cpu_model() -> str:
