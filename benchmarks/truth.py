@@ -136,6 +136,8 @@ class Sizes:
     """Of which the students learn."""
     test_queries: int = 1000
     """At most; all there are."""
+    most_loss_draws: int = 1000
+    """`Settings.loss_draws`, at most."""
     swept_exact_queries: int = 26
     """Queries on which the exact step's size is chosen."""
     student: DistillConfig = field(default_factory=DistillConfig)
@@ -144,7 +146,14 @@ class Sizes:
     seed: int = 0
 
 
-QUICK = Sizes(factor_examples=512, train_queries=40, test_queries=24, resamples=200)
+QUICK = Sizes(
+    factor_examples=256,
+    train_queries=40,
+    test_queries=24,
+    most_loss_draws=4,
+    student=DistillConfig(training=replace(DistillConfig().training, steps=150)),
+    resamples=200,
+)
 
 
 def open_generator(folder: Path, autoencoder_sha256: str) -> Generator:
@@ -347,7 +356,8 @@ def layer_scores(
         own, theirs = (torch.from_numpy(rows[:, part].copy()).reshape(-1, *shape) for rows in (queries, images))
         if factors:
             left, right = factors.gradient_eigenvectors[name].float(), factors.activation_eigenvectors[name].float()
-            own, theirs = (left.T @ rows @ right for rows in (own, theirs))
+            if not torch.equal(left, torch.eye(len(left))):  # a diagonal curvature has no other basis
+                own, theirs = (left.T @ rows @ right for rows in (own, theirs))
         for damping in dampings:
             damped = own
             if factors:
@@ -725,6 +735,7 @@ def _teacher_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], sett
 def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
     """Every method and null on the test queries; returns the results, the (Q, N) scores by method and the Q query ids."""
     truth, settings = data.truth, read_settings(data.truth)
+    settings = replace(settings, loss_draws=min(settings.loss_draws, sizes.most_loss_draws))
     query_ids = truth.of_split("test")[: sizes.test_queries]
     timed = Timed()
     started = time.perf_counter()
@@ -890,7 +901,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="a finished emoji corpus; else it is built in the run folder")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers are written (%(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="document whose tables are replaced (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer queries, no document: about 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: about 3 minutes")
     what = parser.add_mutually_exclusive_group()
     for name in ("sweep", "exact", "rankings"):
         what.add_argument(f"--{name}", action="store_true")
