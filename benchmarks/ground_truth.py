@@ -16,7 +16,7 @@ Every model has one recipe (benchmarks/emoji-bench.yaml); the training images an
 Each model is a process of its own with one thread, --processes of them side by side. A process trains, resuming from its
 last checkpoint, keeps the weights, measures every query's denoising loss under noise that is the same for all models,
 and writes both atomically; what is there is not done again, so the command may be killed and started again at any
-time. Two trainings with one seed on one machine and one thread are the same bit for bit (tests/test_ground_truth.py);
+time. A new run folder takes what the ground truth in --out already has, if recipe, images and queries are the same. Two trainings with one seed on one machine and one thread are the same bit for bit (tests/test_ground_truth.py);
 on other processors or library versions they are as two seeds are, for rounding errors grow in training.
 
 Reads the emoji corpus (--corpus, or built from npm packages) and the embedded autoencoder; writes RUN/ and, once models
@@ -40,6 +40,7 @@ from typing import Any
 
 import machine
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -78,7 +79,7 @@ from fastattr.train_generator import (
     train_tokenizer,
 )
 from fastattr.training import fit, trapezoid
-from fastattr.truth import LOSSES, MODELS, counterfactuals_schema, write_table
+from fastattr.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"
 OUT = Path(__file__).parent / "truth" / "emoji-bench"
@@ -86,6 +87,8 @@ AUTOENCODER = ASSETS / "emoji" / "generator" / "vae"
 IMAGE_ENCODER = "open_clip-image:emoji"
 """Judges how alike a query and its regeneration look."""
 WHAT = ("lds", "groups", "leave-k-out")
+RANKINGS = "rankings.parquet"
+"""In the run, and kept with the ground truth: whom each method names for each query of leave-K-out."""
 LOSS_SEED = 1_000_000
 """Added to the seed for the noise of the measured losses: no teacher may unlearn a query at the noise that judges it."""
 OTHER = "half-000-s1"
@@ -244,12 +247,13 @@ def groups(corpus: Corpus, config: BenchConfig) -> list[Model]:
     ]
 
 
-def chosen_queries(queries: Queries, config: BenchConfig) -> list[str]:
+def chosen_queries(queries: pa.Table, config: BenchConfig) -> list[str]:
     """Test queries for leave-K-out: as many of each kind of prompt as can be, in a random order that is fixed."""
-    kinds = queries.table["kind"].to_pylist()
+    query_ids, kinds = queries["query_id"].to_pylist(), queries["kind"].to_pylist()
+    test = [row for row, split in enumerate(queries["split"].to_pylist()) if split == "test"]
     by_kind: dict[str, list[str]] = {}
-    for row in np.random.default_rng([config.seed, 2]).permutation(queries.of_split("test")):
-        by_kind.setdefault(kinds[row], []).append(queries.query_ids[row])
+    for row in np.random.default_rng([config.seed, 2]).permutation(test):
+        by_kind.setdefault(kinds[row], []).append(query_ids[row])
     longest = max(map(len, by_kind.values()))
     turns = [of_kind[turn] for turn in range(longest) for _, of_kind in sorted(by_kind.items()) if turn < len(of_kind)]
     return turns[: config.leave_k_out_queries]
@@ -261,7 +265,7 @@ def removals(corpus: Corpus, queries: Queries, rankings: Path, config: BenchConf
     Raises:
         InputError: a ranking is shorter than K or names an unknown image.
     """
-    count, chosen = removed_count(len(corpus), config), tuple(chosen_queries(queries, config))
+    count, chosen = removed_count(len(corpus), config), tuple(chosen_queries(queries.table, config))
     ids = np.array(sorted(corpus.image_ids))
     models = []
     for index in range(config.random_removals):
@@ -313,7 +317,7 @@ class Bench:
     @property
     def rankings(self) -> Path:
         """Whom leave-K-out removes."""
-        return self.run_dir / "rankings.parquet"
+        return self.run_dir / RANKINGS
 
     def folder(self, model: Model) -> Path:
         """Where a model's weights and measurements are."""
@@ -572,6 +576,58 @@ def measure(bench: Bench, model: Model) -> None:
     )
 
 
+def restore(bench: Bench, out: Path) -> bool:
+    """Take queries and measurements from the ground truth at `out` into the run, so that its models need no second training.
+
+    Returns:
+        Whether there is one of this recipe, these images, these queries and this noise; of another one nothing is taken.
+    """
+    if not (out / MANIFEST).exists():
+        return False
+    truth = GroundTruth(out)
+    config = read_json(out / MANIFEST)["config"]
+    made = [config["part"], config["generator"], config["queries"], config["loss_timesteps"], config["seed"]]
+    wanted = [bench.config.part, bench.config.generator, bench.config.queries, bench.config.loss_timesteps, bench.config.seed]
+    if truth.corpus_fingerprint != bench.corpus.fingerprint or fingerprint(made) != fingerprint(wanted):
+        return False
+    folder = bench.run_dir / "queries"
+    with atomic_path(folder / "data.parquet") as temporary:
+        shutil.copyfile(out / "queries.parquet", temporary)
+    write_manifest(
+        folder,
+        stage="queries",
+        config=bench.config.queries,
+        inputs={"corpus": bench.corpus.fingerprint, "generator": truth.queries["generator"][0].as_py()},
+        queries_fingerprint=truth.manifest["queries_fingerprint"],
+    )
+    if (out / RANKINGS).exists() and not bench.rankings.exists():
+        with atomic_path(bench.rankings) as temporary:
+            shutil.copyfile(out / RANKINGS, temporary)
+    records = {record["model_id"]: record for record in truth.models}
+    spent = {name: round(total / len(records), 1) for name, total in truth.manifest["seconds"].items()}
+    drawn = {(row["model_id"], row["query_id"]): row for row in truth.counterfactuals.to_dict("records")}
+    for model in [bench.full(), *(model for what in WHAT for model in planned(bench, what))]:
+        record = records.get(model.model_id)
+        if not record or record["seed"] != model.seed or set(record["removed_image_ids"]) != model.removed:
+            continue
+        query_ids = [bench.queries.query_ids[row] for row in measured_rows(bench, model)]
+        again = {query_id: drawn[model.model_id, query_id] for query_id in model.regenerate}
+        for query_id, row in again.items():
+            with atomic_path(bench.folder(model) / f"{query_id}.png") as temporary:
+                temporary.write_bytes(row["image"]["bytes"])
+        losses = truth.losses_by_timestep([model.model_id], query_ids)[0]
+        write_json(
+            bench.folder(model) / "measured.json",
+            {
+                "identity": measurement_identity(bench, model),
+                "losses": dict(zip(query_ids, losses.tolist(), strict=True)),
+                "regenerated": {query_id: {name: row[name] for name in ("mse", "similarity")} for query_id, row in again.items()},
+                "seconds": spent,  # the mean of all: each model's own is not kept
+            },
+        )
+    return True
+
+
 def save_generator(bench: Bench, model: Model, folder: Path) -> None:
     """Write a trained model as a pipeline folder in half precision, which `Generator.from_pretrained` loads."""
     pipeline = bench.generator(model).pipeline
@@ -674,8 +730,13 @@ def compact(bench: Bench, models: Sequence[Model], out: Path) -> dict[str, Any]:
         pq.write_table(bench.corpus.catalog().drop_columns(["url"]), temporary, compression="zstd")
     with atomic_path(out / "queries.parquet") as temporary:
         shutil.copyfile(bench.run_dir / "queries" / "data.parquet", temporary)
+    if bench.rankings.exists():
+        with atomic_path(out / RANKINGS) as temporary:
+            shutil.copyfile(bench.rankings, temporary)
     by_id = {model.model_id: model for model in present}
     for name, model_id in (("generator", "full"), ("other_generator", OTHER)):
+        if not (bench.folder(by_id[model_id]) / "weights.safetensors").exists():  # restored from the ground truth
+            continue
         save_generator(bench, by_id[model_id], out / name)
         shutil.rmtree(out / name / "vae", ignore_errors=True)  # the embedded emoji model's, named by its checksum
     (out / "README.md").write_text(CARD, encoding="utf-8")
@@ -760,10 +821,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failed:
             raise FastattrError(f"{len(failed)} models failed ({', '.join(failed)}); see {options.run / 'logs'}, run again.")
 
-    if not (bench.run_dir / "queries" / MANIFEST).exists():  # their measurements come with the others'
-        train_all([bench.full(), other], "first two models")
+    drawn = bench.run_dir / "queries"
+    if not (drawn / MANIFEST).exists() and not restore(bench, options.out):
+        train_all([bench.full(), other], "first two models")  # their measurements come with the others'
         save_generator(bench, bench.full(), bench.run_dir / "generator")
-    queries_stage.run(bench.config.queries, bench.run_dir)
+        queries_stage.run(bench.config.queries, bench.run_dir)
+    inputs = {"corpus": bench.corpus.fingerprint, "generator": bench.queries.table["generator"][0].as_py()}
+    finished(drawn, stage="queries", config=bench.config.queries, inputs=inputs)  # refuses other settings than they have
     wanted = [model for what in options.only or WHAT for model in planned(bench, what)]
     distinct = {model.model_id: model for model in [bench.full(), other, *wanted]}.values()
     train_all([model for model in distinct if not read_measured(bench, model)], "models")

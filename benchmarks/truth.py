@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from ground_truth import AUTOENCODER, BenchConfig, chosen_queries, prepare, removed_count
+from ground_truth import AUTOENCODER, RANKINGS, BenchConfig, chosen_queries, prepare, removed_count
 from tqdm import tqdm, trange
 
 from fastattr.artifacts import (
@@ -63,7 +63,6 @@ from fastattr.evaluate import compare_with_truth, table_scores, write_truth_repo
 from fastattr.features import encode_all, open_encoder
 from fastattr.generator import CROSS_ATTENTION_KV, Generator
 from fastattr.linearised import flat_step
-from fastattr.queries import Queries
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.student import embed
 from fastattr.teacher import TeacherConfig, factor_batches
@@ -81,7 +80,7 @@ EXACT = "exact"
 ENCODERS = {"image": "open_clip-image:emoji", "text": "open_clip-text:emoji"}
 SIMILARITIES = ("similarity_image", "similarity_text", "similarity_both", "diffusion_features")
 TEACHERS = ("abu_plus_exact", "abu_plus_linearised")
-LEAVE_K_OUT = ("student", "similarity_both", "abu_plus_linearised", "abu_plus_exact", "d_trak")
+LEAVE_K_OUT = ("abu_plus_exact", "abu_plus_linearised", "d_trak", "similarity_both", "student")
 PATTERNS = {
     "cross-attention k, v": CROSS_ATTENTION_KV,
     "cross-attention": r"attn2\.",
@@ -782,9 +781,7 @@ def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarr
 def write_rankings(data: Data, sizes: Sizes) -> None:
     """Write RUN/rankings.parquet: each method's first K images for each query that leave-K-out takes."""
     truth, settings = data.truth, read_settings(data.truth)
-    drawn = data.run_dir / "queries"
-    require_same("the queries of the run", Queries(drawn).fingerprint, truth.manifest["queries_fingerprint"], "Compact again.")
-    query_ids = chosen_queries(Queries(drawn), data.config)
+    query_ids = chosen_queries(truth.queries, data.config)
     methods = all_scores(data, query_ids, sizes, settings, Timed(), nulls=False)
     methods["abu_plus_exact"] = table_scores(truth.folder / EXACT, truth, query_ids)
     count = removed_count(len(data.corpus), data.config)
@@ -794,7 +791,7 @@ def write_rankings(data: Data, sizes: Sizes) -> None:
         for method in LEAVE_K_OUT
         for query_id, scores in zip(query_ids, methods[method], strict=True)
     ]
-    with atomic_path(data.run_dir / "rankings.parquet") as temporary:
+    with atomic_path(data.run_dir / RANKINGS) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
 
 
