@@ -16,8 +16,9 @@ Every model has one recipe (benchmarks/emoji-bench.yaml); the training images an
 Each model is a process of its own with one thread, --processes of them side by side. A process trains, resuming from its
 last checkpoint, keeps the weights, measures every query's denoising loss under noise that is the same for all models,
 and writes both atomically; what is there is not done again, so the command may be killed and started again at any
-time. A new run folder takes what the ground truth in --out already has, if recipe, images and queries are the same. Two trainings with one seed on one machine and one thread are the same bit for bit (tests/test_ground_truth.py);
-on other processors or library versions they are as two seeds are, for rounding errors grow in training.
+time. A new run folder takes what the ground truth in --out already has, if recipe, images and queries are the same. Two
+trainings with one seed on one machine and one thread are the same bit for bit (tests/test_ground_truth.py); on other
+processors or library versions they are as two seeds are, for rounding errors grow in training.
 
 Reads the emoji corpus (--corpus, or built from npm packages) and the embedded autoencoder; writes RUN/ and, once models
 are there, the ground truth (fastattr/truth.py) to --out.
@@ -612,6 +613,7 @@ def restore(bench: Bench, out: Path) -> bool:
             continue
         query_ids = [bench.queries.query_ids[row] for row in measured_rows(bench, model)]
         again = {query_id: drawn[model.model_id, query_id] for query_id in model.regenerate}
+        alike = {query_id: {name: row[name] for name in ("mse", "similarity")} for query_id, row in again.items()}
         for query_id, row in again.items():
             with atomic_path(bench.folder(model) / f"{query_id}.png") as temporary:
                 temporary.write_bytes(row["image"]["bytes"])
@@ -621,7 +623,7 @@ def restore(bench: Bench, out: Path) -> bool:
             {
                 "identity": measurement_identity(bench, model),
                 "losses": dict(zip(query_ids, losses.tolist(), strict=True)),
-                "regenerated": {query_id: {name: row[name] for name in ("mse", "similarity")} for query_id, row in again.items()},
+                "regenerated": alike,
                 "seconds": spent,  # the mean of all: each model's own is not kept
             },
         )

@@ -1233,6 +1233,7 @@ def build_attributor(
     """
     from fastattr.distill import open_student, save_student
     from fastattr.features import folders, modality, open_encoder, read_features
+    from fastattr.gradient_encoder import RECIPES
     from fastattr.student import embed
 
     corpus = Corpus(run_dir / "corpus")
@@ -1267,8 +1268,8 @@ def build_attributor(
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
         own = {specification.partition(":")[2] for specification in encoders}
-        for part, users in (("generator", {"generator", "gradients"}), ("gradients", {"gradients"})):
-            if own & users:  # what diffusion and gradient features need at query time
+        for part in ("generator", *RECIPES):  # what diffusion and gradient features need at query time
+            if part in own or (part == "generator" and own & set(RECIPES)):
                 shutil.copytree(run_dir / part, temporary / part, ignore=shutil.ignore_patterns("checkpoint*"))
         opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
         write_config(

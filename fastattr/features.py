@@ -293,9 +293,9 @@ def open_encoder(
         name = folder / reference if reference == "generator" and folder is not None else reference
         encoder = DiffusionEncoder(Generator.from_pretrained(name, device=device, dtype=dtype), captions=captions)
     elif kind == "gradient":
-        from fastattr.gradient_encoder import open_gradient_encoder
+        from fastattr.gradient_encoder import RECIPES, open_gradient_encoder
 
-        path = folder / reference if reference == "gradients" and folder is not None else Path(reference)
+        path = folder / reference if reference in RECIPES and folder is not None else Path(reference)
         encoder = open_gradient_encoder(path, run_dir=folder, device=device)
     else:
         raise InputError(
@@ -389,8 +389,9 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     queries = Queries(run_dir / "queries")
     manifests: dict[str, Any] = {}
     for specification in config.encoders:
-        if specification == "gradient:gradients" and accelerator.is_main_process:
-            _fit_gradients(run_dir, corpus)
+        kind, _, reference = specification.partition(":")
+        if kind == "gradient" and accelerator.is_main_process:
+            _fit_gradients(run_dir, corpus, reference)
         accelerator.wait_for_everyone()
         encoder = open_encoder(
             specification,
@@ -472,15 +473,14 @@ def _encode_set(
     return manifest
 
 
-def _fit_gradients(run_dir: Path, corpus: Corpus) -> None:
-    """Prepare the run folder's gradient encoder from its generator."""
+def _fit_gradients(run_dir: Path, corpus: Corpus, name: str) -> None:
+    """Prepare a gradient encoder of the run folder from its generator; one that lies elsewhere was made by someone else."""
     from fastattr.generator import Generator
-    from fastattr.gradient_encoder import fit_gradient_encoder
-    from fastattr.gradient_features import GradientConfig
+    from fastattr.gradient_encoder import RECIPES, fit_gradient_encoder
 
-    generator = Generator.from_pretrained(run_dir / "generator")
-    config = GradientConfig(width=2048, draws=4)
-    fit_gradient_encoder(generator, corpus, run_dir / "gradients", config, reference="generator")
+    if name in RECIPES:
+        generator = Generator.from_pretrained(run_dir / "generator")
+        fit_gradient_encoder(generator, corpus, run_dir / name, RECIPES[name], reference="generator")
 
 
 def folders(run_dir: Path, name: str, encoders: Sequence[str]) -> list[Path]:

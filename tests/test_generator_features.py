@@ -11,22 +11,23 @@ import pytest
 import torch
 
 from fastattr import FastAttributor, Generator
+from fastattr.baselines import kernel_scores, similarity_scores
 from fastattr.build import STAGES
 from fastattr.config import load_config
 from fastattr.corpus import Corpus
 from fastattr.diffusion_features import PARTS, TIMESTEPS, DiffusionEncoder
 from fastattr.ekfac import Factors
-from fastattr.errors import ArtifactMismatchError
+from fastattr.errors import ArtifactMismatchError, InputError
 from fastattr.features import folders, open_encoder, read_features
 from fastattr.generator import noise_for
-from fastattr.gradient_encoder import encode_plainly, fit_gradient_encoder, open_gradient_encoder
-from fastattr.gradient_features import Compression, GradientConfig, gradient_features
+from fastattr.gradient_encoder import Recipe, encode_plainly, fit_gradient_encoder, open_gradient_encoder
+from fastattr.gradient_features import Compression, GradientConfig, RidgeKernel, gradient_features
 from fastattr.linearised import flat_step, linearised_scores
 from tests.tiny import draw
 
 IMAGES = [draw("red", "ring", "plain"), draw("blue", "square", "framed"), draw("green", "circle", "plain")]
 CAPTIONS = [["red ring"], ["a blue square"], ["green circle"]]
-ENCODERS = ("open_clip-text:encoder", "diffusion:generator", "gradient:gradients")
+ENCODERS = ("open_clip-text:encoder", "diffusion:generator", "gradient:gradients", "gradient:output-gradients")
 
 
 def test_diffusion_features_are_the_middle_blocks_output(tiny_run: Path):
@@ -68,7 +69,7 @@ def test_gradient_encoder_orders_as_the_linearised_teacher(tiny_run: Path, tmp_p
     generator, corpus = Generator.from_pretrained(tiny_run / "generator"), Corpus(tiny_run / "corpus")
     config = GradientConfig(width=0, draws=4, batch_size=16)
     whole = replace(config, width=100_000)
-    fit_gradient_encoder(generator, corpus, tmp_path / "g", whole, reference=str(tiny_run / "generator"))
+    fit_gradient_encoder(generator, corpus, tmp_path / "g", Recipe(config=whole), reference=str(tiny_run / "generator"))
     encoder = open_gradient_encoder(tmp_path / "g")
     rows = np.arange(24)
     features = encoder.encode([corpus.image(row) for row in rows], [corpus.captions[row] for row in rows])
@@ -88,11 +89,43 @@ def test_gradient_encoder_orders_as_the_linearised_teacher(tiny_run: Path, tmp_p
     assert np.argmax(cosines) == 3
 
 
+@pytest.mark.parametrize(("images", "width"), [(6, 20), (20, 6)])
+def test_inner_products_of_what_a_ridge_kernel_maps_are_kernel_scores(images: int, width: int):
+    """Half of the inverse on one side alone would be neither TRAK's score nor a plain similarity."""
+    rng = np.random.default_rng(0)
+    corpus, queries = (rng.standard_normal((count, width)).astype(np.float32) for count in (images, 3))
+    kernel = RidgeKernel.fit(corpus, ridge=0.5)
+    found = kernel(queries) @ kernel(corpus).T
+    expected = kernel_scores(queries, corpus, ridge=0.5)
+    np.testing.assert_allclose(found, expected * (found[0, 0] / expected[0, 0]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="ridge"):
+        RidgeKernel.fit(corpus, ridge=0)
+
+
+def test_output_gradients_order_as_d_trak_in_the_eigenbasis(tiny_run: Path, tmp_path: Path):
+    """Gradients of the loss, or a kernel that is lost on the way to the disk, would order images otherwise."""
+    generator, corpus = Generator.from_pretrained(tiny_run / "generator"), Corpus(tiny_run / "corpus")
+    config = GradientConfig(output="squared_norm", width=200, draws=2, batch_size=16)
+    fit_gradient_encoder(
+        generator, corpus, tmp_path / "g", Recipe(config=config, pattern=".", ridge=1.0), reference=str(tiny_run / "generator")
+    )
+    encoder = open_gradient_encoder(tmp_path / "g")
+    rows = np.arange(len(corpus))  # all of them: fewer than what the kernel is fitted on at most
+    images, captions = [corpus.image(row) for row in rows], [corpus.captions[row] for row in rows]
+    found = encoder.encode(images[:4], captions[:4]) @ encoder.encode(images, captions).T
+    encoded = encode_plainly(encoder._generator, images, captions)
+    raw = gradient_features(encoder._generator, encoder._layers, encoded, rows, encoder._compression, config)
+    scores = kernel_scores(raw, raw, ridge=1.0)
+    lengths = np.sqrt(np.diag(scores))
+    np.testing.assert_allclose(found, scores[:4] / np.outer(lengths[:4], lengths), atol=1e-3)
+    assert not np.allclose(found, similarity_scores(raw[:4], raw), atol=0.05)
+
+
 def test_gradient_encoder_refuses_another_generator(tiny_run: Path, tmp_path: Path):
     """Gradients in another generator's eigenbasis mean nothing, and look like any others."""
     generator, corpus = Generator.from_pretrained(tiny_run / "generator"), Corpus(tiny_run / "corpus")
     config = GradientConfig(width=64, draws=2, batch_size=16)
-    fit_gradient_encoder(generator, corpus, tmp_path / "g", config, reference="emoji")
+    fit_gradient_encoder(generator, corpus, tmp_path / "g", Recipe(config=config), reference="emoji")
     with pytest.raises(ArtifactMismatchError, match="the generator is"):
         open_gradient_encoder(tmp_path / "g")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -422,6 +423,36 @@ def test_leave_k_out_removes_what_the_rankings_say(folder, made, reported, confi
     for query_id, image_ids in exact.items():
         best = np.argsort(-table_scores(made / "exact", truth, [query_id])[0], kind="stable")
         assert image_ids == [truth.image_ids[row] for row in best[: len(image_ids)]]
+
+
+def test_a_new_run_folder_goes_on_from_the_ground_truth(folder, made, reported, tmp_path, monkeypatch):
+    """Days of training that are kept must not be trained again, nor come out otherwise, where the run folder is lost."""
+
+    def nobody(models, *rest, **options):
+        assert not models
+        return []
+
+    monkeypatch.setattr(jobs, "run_all", nobody)
+    out = shutil.copytree(made, tmp_path / "truth")
+    arguments = ["--run", str(tmp_path / "run"), "--config", str(folder / "tiny.yaml"), "--corpus", str(folder / "corpus")]
+    jobs.main([*arguments, "--out", str(out)])
+    for name in ("losses", "models", "counterfactuals", "queries", "images", "rankings"):
+        before, after = (pq.read_table(path / f"{name}.parquet").to_pydict() for path in (made, out))
+        if name == "losses":  # kept in single precision by timestep
+            np.testing.assert_allclose(before.pop("loss"), after.pop("loss"), rtol=1e-6)
+        if name == "counterfactuals":
+            np.testing.assert_allclose(before.pop("loss"), after.pop("loss"), rtol=1e-6)
+        assert before == after
+    facts = ("fingerprint", "queries_fingerprint", "models", "repeat_max_log_difference")
+    assert [GroundTruth(made).manifest[name] for name in facts] == [GroundTruth(out).manifest[name] for name in facts]
+    assert (out / "generator" / "unet").exists()
+
+
+def test_nothing_is_taken_from_the_ground_truth_of_another_recipe(folder, made, config, tmp_path):
+    """Its models would stand in one table with models trained otherwise."""
+    other = jobs.replace(config, generator=jobs.replace(config.generator, caption_dropout=0.5))
+    assert not jobs.restore(jobs.prepare(other, tmp_path / "run", folder / "corpus"), made)
+    assert not (tmp_path / "run" / "queries").exists()
 
 
 def test_unknown_images_and_short_rankings_are_refused(bench, made, folder, config, tmp_path):
