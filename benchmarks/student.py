@@ -27,8 +27,11 @@ from typing import Any
 import machine
 import numpy as np
 import torch
+import truth as table_of_truth
 from accelerate import Accelerator
+from ground_truth import CONFIG, BenchConfig
 from PIL import Image
+from student_truth import Setting, measure as measure_students, open_bench
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -42,6 +45,7 @@ from fastattr.calibrate import (
     teacher_percentiles,
     teacher_shares,
 )
+from fastattr.config import read_config
 from fastattr.corpus import Corpus
 from fastattr.distill import DistillConfig, Validation, distill
 from fastattr.errors import FastattrError, InputError
@@ -71,6 +75,7 @@ SPACES = {
 """Feature spaces by name; those whose folders are not there are left out."""
 PAPER = StudentConfig(embed_dim=768, hidden=(768, 768, 768), linear_path=False, dropout=0.1)
 """The paper's network (arXiv:2511.10721, sec. 4; dropout as in the authors' code)."""
+PAPER_RECIPE = "both_paper_recipe"
 PAIRS_A_STEP = 4096
 """Of the authors' training."""
 SHOWN_LOSSES = ("bce", "listwise")
@@ -357,7 +362,7 @@ def variants(sizes: Sizes, spaces: Sequence[str]) -> dict[str, tuple[str, Distil
     found |= {
         f"{space}_{loss}": (space, recipe(sizes, loss=loss)) for space in spaces if space != "both" for loss in SHOWN_LOSSES
     }
-    found["both_paper_recipe"] = ("both", recipe(sizes, student=PAPER))
+    found[PAPER_RECIPE] = ("both", recipe(sizes, student=PAPER))
     found["both_listwise_separate_heads"] = ("both", recipe(sizes, loss="listwise", student=StudentConfig(separate_heads=True)))
     found["both_bce_separate_heads"] = ("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
     for loss in SHOWN_LOSSES:
@@ -392,12 +397,12 @@ def measure_tables(tables: Tables, sizes: Sizes, folder: Path) -> dict[str, Any]
         found[f"seconds_{name}"] = round(time.perf_counter() - started, 1)
         note(name, space, tables.students[name])
         write_json(folder / "tables.json", found)
-    eligible = [name for name, (space, _) in tried.items() if space == "both" and name != "both_paper_recipe"]
+    eligible = [name for name, (space, _) in tried.items() if space == "both" and name != PAPER_RECIPE]
     best = max(eligible, key=lambda name: valid[name])
     found["best_student"] = best
     for key in PERCENTS:
         found[f"map_{key}"] = found[f"map_{key}_{best}"]
-    gains = paired_bootstrap(precision[best]["1pct"], precision["both_paper_recipe"]["1pct"], seed=sizes.seed)
+    gains = paired_bootstrap(precision[best]["1pct"], precision[PAPER_RECIPE]["1pct"], seed=sizes.seed)
     found |= {
         f"map_1pct_gain_over_paper_recipe_{end}": value for end, value in zip(("mean", "low", "high"), gains, strict=True)
     }
@@ -608,184 +613,42 @@ def measure_foreign(tables: Tables, calibration: Calibration, run_dir: Path, siz
 # emoji-bench
 
 
-def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Sizes, docs: Path | None) -> dict[str, Any]:
-    """Residual LDS of students, untuned features and teachers on retrained models; students chosen on validation queries."""
-    import truth as table_of_truth
-    from ground_truth import CONFIG, BenchConfig
+def bench_students(sizes: Sizes) -> dict[str, Setting]:
+    """Students that part bench tries, by name.
 
-    from fastattr.config import read_config
-    from fastattr.evaluate import compare_with_truth, table_scores
-
-    bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
-    data = table_of_truth.open_data(truth_dir, run_dir, read_config(CONFIG, BenchConfig), bench_sizes, source)
-    truth, lab, settings = data.truth, data.lab, table_of_truth.read_settings(data.truth)
-    ids = {
-        "train": truth.of_split("train")[: bench_sizes.train_queries],
-        "validation": truth.of_split("validation")[: sizes.truth_queries],
-        "test": truth.of_split("test")[: sizes.truth_queries],
-    }
-    labels = {split: table_of_truth._teacher_labels(lab, truth, names, settings) for split, names in ids.items()}
-    seconds: dict[str, float] = {}
-
-    def both_kinds(space: str, compute: Callable[[str | None], np.ndarray]) -> dict[str, np.ndarray]:
-        features = {"images": compute(None)}
-        for split in ids:
-            started = time.perf_counter()
-            features[split] = compute(split)
-            if split == "test":
-                seconds[space] = (time.perf_counter() - started) / len(ids["test"])
-        return features
-
-    encoded = {None: lab.corpus, **{split: lab.queries(truth, names) for split, names in ids.items()}}
-    images = data.images()
-    spaces: dict[str, dict[str, np.ndarray]] = {}
-    for name in table_of_truth.ENCODERS:
-        spaces[name] = both_kinds(
-            name, lambda split, name=name: images[name] if split is None else data.queries(ids[split], name)
-        )
-
-    def gradient(split: str | None) -> np.ndarray:
-        return whitened_gradients(lab, encoded[split], settings, draws=settings.loss_draws if split is None else 64)
-
-    spaces["diffusion"] = both_kinds("diffusion", lambda split: lab.diffusion_features(encoded[split]))
-    spaces["gradient"] = both_kinds("gradient", gradient)
-    for name, members in (("both", ("image", "text")), ("all", ("image", "text", "diffusion"))):
-        spaces[name] = {kind: np.concatenate([spaces[member][kind] for member in members], axis=1) for kind in spaces["image"]}
-        seconds[name] = sum(seconds[member] for member in members)
-    rows = [np.arange(len(data.corpus))] * max(len(names) for names in ids.values())
-
-    def student_of(space: str, config: DistillConfig) -> Student:
-        nobody = np.zeros(len(data.corpus), dtype=bool)
-        scored = [
-            ScoredQuery(query_id, "", "train", data.corpus.image_ids, influence, nobody, 0.0)
-            for query_id, influence in zip(ids["train"], labels["train"], strict=True)
-        ]
-        table = make_table(labels_of(scored, rows[: len(scored)]), corpus_size=len(data.corpus), kind=config.target_kind)
-        own = spaces[space]
-        validation = Validation(own["validation"], rows[: len(ids["validation"])], list(labels["validation"]))
-        with tempfile.TemporaryDirectory() as scratch:
-            checkpoint = Path(scratch) / "checkpoint.safetensors"
-            return distill(table, own["train"], own["images"], config, checkpoint=checkpoint, validation=validation)
-
-    def scores_of(space: str, split: str, student: Student | None) -> np.ndarray:
-        own, theirs = spaces[space][split], spaces[space]["images"]
-        if student is None:
-            own, theirs = (F.normalize(torch.from_numpy(part), dim=1).numpy() for part in (own, theirs))
-        else:
-            own, theirs = embed_both(student, own, theirs)
-        return table_of_truth._in_order(data, own @ theirs.T)
-
-    tried = {
-        f"{space}_{loss}": (space, recipe(sizes, loss=loss))
-        for space in ("both", "all")
-        for loss in ("bce", "listwise", "lambdarank")
-    }
-    for space in ("image", "text", "diffusion", "gradient"):
-        for loss in SHOWN_LOSSES:
-            shape = StudentConfig(input_norm=space == "gradient")
-            tried[f"{space}_{loss}"] = (space, recipe(sizes, loss=loss, student=shape))
+    Residual LDS is about all scores, not about the first images alone, so `mse_scores` trains for a set number of steps. In
+    the gradient spaces, which order images well as they are, learning is gentle.
+    """
+    found = {PAPER_RECIPE: Setting("both", recipe(sizes, student=PAPER))}
     for space in ("both", "all"):
+        for loss in ("bce", "listwise", "lambdarank"):
+            found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss))
         for loss in SHOWN_LOSSES:
-            tried[f"{space}_{loss}_residual_ranks"] = (space, recipe(sizes, loss=loss, targets="residual_ranks"))
+            found[f"{space}_{loss}_residual_ranks"] = Setting(space, recipe(sizes, loss=loss, targets="residual_ranks"))
             popular = StudentConfig(popularity=True)
-            tried[f"{space}_{loss}_popularity_head"] = (space, recipe(sizes, loss=loss, student=popular))
-    tried["both_bce_separate_heads"] = ("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
-    tried["both_paper_recipe"] = ("both", recipe(sizes, student=PAPER))
-    students = {name: student_of(*setting) for name, setting in tqdm(tried.items(), desc="students", unit="student")}
-
-    on_validation = compare_with_truth(
-        {name: scores_of(tried[name][0], "validation", student) for name, student in students.items()},
-        truth,
-        ids["validation"],
-        resamples=100,
-        seed=sizes.seed,
-    )["methods"]
-    eligible = [name for name in tried if name != "both_paper_recipe"]
-    best = max(eligible, key=lambda name: on_validation[name]["lds_residual"])
-    methods = {f"untuned_{space}": scores_of(space, "test", None) for space in spaces}
-    methods |= {name: scores_of(tried[name][0], "test", student) for name, student in students.items()}
-    methods["teacher_linearised"] = table_of_truth._in_order(data, labels["test"])
-    methods["teacher_exact"] = table_scores(truth.folder / table_of_truth.EXACT, truth, ids["test"])
-    result = compare_with_truth(
-        methods,
-        truth,
-        ids["test"],
-        teacher="teacher_exact",
-        pairs=[(best, "both_paper_recipe"), (best, "untuned_both"), ("teacher_exact", best)],
-        resamples=bench_sizes.resamples,
-        seed=sizes.seed,
-    )
-    found: dict[str, Any] = {
-        "bench_best_student": best,
-        "bench_queries": result["n_queries"],
-        "bench_models": result["n_models"],
-    }
-    for name, row in result["methods"].items():
-        found |= {
-            f"bench_{key}_{name}": row[key]
-            for key in ("lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct")
-        }
-    for name, value in on_validation.items():
-        found[f"bench_validation_lds_residual_{name}"] = value["lds_residual"]
-    residual = {name: row["lds_residual"] for name, row in result["methods"].items()}
-    teacher = max(residual["teacher_linearised"], residual["teacher_exact"])
-    gap = teacher - residual["untuned_both"]
-
-    def closed(name: str) -> float:
-        return (residual[name] - residual["untuned_both"]) / gap if gap > 0 else float("nan")
-
-    gain = result["gains"][f"{best} - both_paper_recipe"]["lds_residual"]
-    found |= {
-        "gap_closed_lds": closed(best),
-        "gap_closed_lds_paper_recipe": closed("both_paper_recipe"),
-        **{f"gain_over_paper_recipe_{end}": gain[end] for end in ("mean", "low", "high")},
-        **{f"bench_seconds_{space}": value for space, value in seconds.items()},
-    }
-    if docs is not None:
-        exact = read_json(truth.folder / table_of_truth.EXACT / MANIFEST)["seconds_per_query"]
-        points = {
-            "similarity (image + text)": (seconds["both"], residual["untuned_both"]),
-            "the paper's recipe": (seconds["both"], residual["both_paper_recipe"]),
-            f"student ({best})": (seconds[tried[best][0]], residual[best]),
-            "diffusion features": (seconds["diffusion"], residual["untuned_diffusion"]),
-            "gradient embedding": (seconds["gradient"], residual["untuned_gradient"]),
-            "exact unlearning": (exact, residual["teacher_exact"]),
-        }
-        frontier_figure(points, docs / "student-frontier.png")
+            found[f"{space}_{loss}_popularity_head"] = Setting(space, recipe(sizes, loss=loss, student=popular))
+    for space in ("image", "text", "diffusion", "gradient", "output_gradient"):
+        for loss in SHOWN_LOSSES:
+            shape = StudentConfig(input_norm=space.endswith("gradient"))
+            found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss, student=shape))
+    found["both_bce_separate_heads"] = Setting("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
+    for space in ("both", "all", "image", "text", "diffusion"):
+        scores = recipe(sizes, loss="mse_scores", steps=min(sizes.steps, 300))
+        found[f"{space}_mse_scores"] = Setting(space, scores, judged=False)
+    for space in ("gradient", "output_gradient"):
+        shape = StudentConfig(embed_dim=256, hidden=(64,))
+        gentle = recipe(sizes, loss="mse_scores", student=shape, steps=min(sizes.steps, 200), learning_rate=2e-4)
+        found[f"{space}_mse_scores_gentle"] = Setting(space, gentle, judged=False)
     return found
 
 
-def whitened_gradients(lab: Any, images: Any, settings: Any, *, draws: int) -> np.ndarray:
-    """(N, k) unit leading coordinates of whitened gradients under the teacher's settings."""
-    from fastattr.gradient_features import Compression, GradientConfig, gradient_features, leading_coordinates
-
-    layers = lab.matching(settings.pattern)
-    config = GradientConfig(width=2048, draws=draws, damping=settings.damping, batch_size=lab.sizes.batch_size)
-    factors = lab.factors()
-    coordinates = leading_coordinates(lab.generator, layers, lab.corpus, factors, replace(config, draws=settings.loss_draws))
-    compression = Compression(layers, config, factors, coordinates)
-    parts = np.array_split(np.arange(len(images.image_ids)), max(1, len(images.image_ids) // 64))
-    rows = np.concatenate(
-        [gradient_features(lab.generator, layers, images, part, compression, config) for part in tqdm(parts, desc="gradients")]
-    )
-    unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-    return unit
-
-
-def frontier_figure(points: Mapping[str, tuple[float, float]], path: Path) -> None:
-    """Residual LDS against seconds a query."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, (seconds, quality) in points.items():
-        axes.plot(seconds, quality, "o")
-        axes.annotate(name, (seconds, quality), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.set(
-        xscale="log", xlabel="seconds a query (features; the search is negligible here)", ylabel="residual LDS, emoji-bench"
-    )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Sizes, docs: Path | None) -> dict[str, Any]:
+    """Residual LDS of students, untuned features and teachers on retrained models (benchmarks/student_truth.py)."""
+    bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
+    config = read_config(CONFIG, BenchConfig)
+    bench = open_bench(truth_dir, run_dir, source, config, bench_sizes, queries=sizes.truth_queries)
+    tried = bench_students(sizes)
+    return measure_students(bench, tried, PAPER_RECIPE, docs, resamples=bench_sizes.resamples, seed=sizes.seed)
 
 
 def lines_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -825,17 +688,22 @@ def lines_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
         ]
     if "gap_closed_lds" in results:
         rows = [name.removeprefix("bench_lds_residual_low_") for name in results if name.startswith("bench_lds_residual_low_")]
+        marks = {results["bench_fast_student"]: " (chosen among the fast)", results["bench_best_student"]: " (chosen)"}
         found["bench"] = ["| method | residual LDS | plain LDS | mAP(1%) |", "| --- | --- | --- | --- |"]
         for name in sorted(rows, key=lambda name: -results[f"bench_lds_residual_{name}"]):
             middle, low, high = (results[f"bench_lds_residual{end}_{name}"] for end in ("", "_low", "_high"))
             plain, precision = results[f"bench_lds_{name}"], results[f"bench_map_1pct_{name}"]
-            mark = " (chosen)" if name == results["bench_best_student"] else ""
+            mark = marks.get(name, "")
             found["bench"].append(f"| {name}{mark} | {middle:.3f} [{low:.3f}, {high:.3f}] | {plain:.3f} | {precision:.3f} |")
         gap = (
             "gap_closed_lds",
+            "gap_closed_lds_fast",
             "gap_closed_lds_paper_recipe",
-            *(f"gain_over_paper_recipe_{end}" for end in ("mean", "low", "high")),
+            *(f"gain{part}_over_paper_recipe_{end}" for part in ("", "_fast") for end in ("mean", "low", "high")),
         )
+        teachers = sorted(name for name in results if name.startswith("bench_choosing_lds_residual_"))
+        seconds = sorted((name for name in results if name.startswith("bench_seconds_")), key=lambda name: results[name])
+        found["teachers"] = ["| key | measured |", "| --- | --- |", *pairs("bench_teacher", *teachers, *seconds)]
         found["gap"] = ["| key | measured |", "| --- | --- |", *pairs(*gap)]
     where = (
         f"`{results['command']}`, seed {results['seed']}, {results['cpu']}, {results['cores']} cores, {results['date'][:10]}."
@@ -903,9 +771,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     machine.report(results, options.json)
     if docs is not None:
-        from truth import fill
-
-        fill(docs / "student.md", lines_of(results))
+        table_of_truth.fill(docs / "student.md", lines_of(results))
 
 
 if __name__ == "__main__":

@@ -59,10 +59,11 @@ from fastattr.diffusion_features import middle_activations
 from fastattr.distill import DistillConfig, train_student
 from fastattr.ekfac import Factors, Layer, fit_ekfac, weight_shape
 from fastattr.errors import FastattrError, InputError, NonFiniteError
-from fastattr.evaluate import compare_with_truth, table_scores, write_truth_report
+from fastattr.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
 from fastattr.features import encode_all, open_encoder
 from fastattr.generator import CROSS_ATTENTION_KV, Generator
 from fastattr.linearised import flat_step
+from fastattr.pairs import standardised
 from fastattr.scores import ScoredQuery, write_shard
 from fastattr.student import embed
 from fastattr.teacher import TeacherConfig, factor_batches
@@ -139,7 +140,12 @@ class Sizes:
     """`Settings.loss_draws`, at most."""
     swept_exact_queries: int = 26
     """Queries on which the exact step's size is chosen."""
-    student: DistillConfig = field(default_factory=DistillConfig)
+    student: DistillConfig = field(
+        default_factory=lambda: DistillConfig(
+            loss="mse_scores", training=replace(DistillConfig().training, steps=300, warmup_steps=20)
+        )
+    )
+    """Its loss is the one that is best on the validation queries (part bench of benchmarks/student.py)."""
     resamples: int = 1000
     batch_size: int = 64
     seed: int = 0
@@ -150,7 +156,7 @@ QUICK = Sizes(
     train_queries=40,
     test_queries=24,
     most_loss_draws=4,
-    student=DistillConfig(training=replace(DistillConfig().training, steps=150)),
+    student=DistillConfig(loss="mse_scores", training=replace(DistillConfig().training, steps=100)),
     resamples=200,
 )
 
@@ -178,6 +184,7 @@ class Lab:
     def __init__(self, generator: Generator, corpus: EncodedImages, sizes: Sizes) -> None:
         self.generator, self.corpus, self.sizes = generator, corpus, sizes
         self._factors: dict[bool, Factors] = {}
+        self._corpus_gradients: dict[tuple[int, str], np.ndarray] = {}
 
     @classmethod
     def open(cls, folder: Path, truth: GroundTruth, corpus: Corpus, latents: torch.Tensor, sizes: Sizes) -> Lab:
@@ -257,6 +264,12 @@ class Lab:
                 found[row] += torch.cat([part.flatten() for part in parts]).numpy()
         return found
 
+    def corpus_gradients(self, draws: int, output: str = "loss") -> np.ndarray:
+        """(N, P) those of the training images, computed once."""
+        if (draws, output) not in self._corpus_gradients:
+            self._corpus_gradients[draws, output] = self.image_gradients(self.corpus, draws, output)
+        return self._corpus_gradients[draws, output]
+
     def _no_gradients(self, images: EncodedImages) -> np.ndarray:
         return np.zeros((len(images.image_ids), sum(layer.weight.numel() for layer in self.layers.values())), np.float32)
 
@@ -272,6 +285,13 @@ class Lab:
         by_layer = layer_scores(queries, images, self.layers, factors, [damping])[damping]
         total: np.ndarray = np.sum([by_layer[name] for name in self.matching(pattern)], axis=0)
         return total
+
+    def whitened_d_trak(self, queries: np.ndarray, images: np.ndarray, settings: Settings) -> np.ndarray:
+        """(Q, N) D-TRAK's scores with products taken in EKFAC's eigenbasis, as the teacher's are, before the ridge."""
+        ours, theirs = (
+            self.first_order(rows, images, settings.pattern, self.factors(), settings.damping) for rows in (queries, images)
+        )
+        return kernel_scores_of_products(ours, theirs, ridge=settings.d_trak_ridge)
 
     def losses(self) -> np.ndarray:
         """(N, 1) losses of the training images under the weights as they are."""
@@ -352,11 +372,12 @@ def layer_scores(
     for name, layer in layers.items():
         shape = weight_shape(layer)
         part = slice(start, start + shape[0] * shape[1])
-        own, theirs = (torch.from_numpy(rows[:, part].copy()).reshape(-1, *shape) for rows in (queries, images))
+        distinct = [torch.from_numpy(rows[:, part].copy()).reshape(-1, *shape) for rows in _distinct(queries, images)]
         if factors:
             left, right = factors.gradient_eigenvectors[name].float(), factors.activation_eigenvectors[name].float()
             if not torch.equal(left, torch.eye(len(left))):  # a diagonal curvature has no other basis
-                own, theirs = (left.T @ rows @ right for rows in (own, theirs))
+                distinct = [left.T @ rows @ right for rows in distinct]
+        own, theirs = distinct[0], distinct[-1]
         for damping in dampings:
             damped = own
             if factors:
@@ -365,6 +386,10 @@ def layer_scores(
             found[damping][name] = (damped.flatten(1) @ theirs.flatten(1).T).numpy()
         start = part.stop
     return found
+
+
+def _distinct(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
+    return [first] if first is second else [first, second]
 
 
 class Timed:
@@ -650,12 +675,14 @@ def all_scores(
         methods["similarity_both"] = similarity_scores(*both)
     queries = lab.queries(truth, query_ids)
     corpus_features = lab.diffusion_features(lab.corpus)
+    with timed.measure(count, "diffusion_features", *STUDENTS):
+        query_features = lab.diffusion_features(queries)
     with timed.measure(count, "diffusion_features"):
-        methods["diffusion_features"] = similarity_scores(lab.diffusion_features(queries), corpus_features)
+        methods["diffusion_features"] = similarity_scores(query_features, corpus_features)
 
     with timed.measure(count, *FIRST_ORDER, "trak"):  # the pass over the corpus serves all queries, so each bears its part
         query_gradients = lab.query_gradients(queries, settings.query_draws)
-        corpus_gradients = lab.image_gradients(lab.corpus, settings.loss_draws)
+        corpus_gradients = lab.corpus_gradients(settings.loss_draws)
     curvatures: dict[str, tuple[Factors | None, float]] = {
         "abu_plus_linearised": (lab.factors(), settings.damping),
         "abu_diagonal": (lab.factors(diagonal=True), settings.diagonal_damping),
@@ -667,15 +694,36 @@ def all_scores(
     with timed.measure(count, "trak"):
         products = lab.products(query_gradients, corpus_gradients, settings.trak_pattern)
         methods["trak"] = kernel_scores_of_products(*products, ridge=settings.trak_ridge)
-    corpus_gradients = lab.image_gradients(lab.corpus, settings.loss_draws, "squared_norm")
-    with timed.measure(count, "d_trak"):
+    corpus_gradients = lab.corpus_gradients(settings.loss_draws, "squared_norm")
+    with timed.measure(count, "d_trak", "d_trak_ekfac"):
         query_gradients = lab.image_gradients(queries, settings.fewer_query_draws, "squared_norm")
+    with timed.measure(count, "d_trak"):
         products = lab.products(query_gradients, corpus_gradients, settings.d_trak_pattern)
         methods["d_trak"] = kernel_scores_of_products(*products, ridge=settings.d_trak_ridge)
+    with timed.measure(count, "d_trak_ekfac"):
+        methods["d_trak_ekfac"] = lab.whitened_d_trak(query_gradients, corpus_gradients, settings)
+    methods["averaged"] = averaged(methods["abu_plus_linearised"], methods["d_trak_ekfac"])
+    timed.seconds["averaged"] = timed.seconds["abu_plus_linearised"] + timed.seconds["d_trak_ekfac"]
 
-    methods |= _students(data, both[0], both[1], sizes, settings, timed, nulls=nulls)
+    everything = [
+        np.concatenate([features, of_unit_length(of_generator)], axis=1)
+        for features, of_generator in zip(both, (query_features, corpus_features), strict=True)
+    ]
+    methods |= _students(data, *everything, sizes, settings, timed, nulls=nulls)
     methods["popularity"] = popularity(methods["abu_plus_linearised"])
     return {name: _in_order(data, scores) for name, scores in methods.items()}
+
+
+def averaged(*scores: np.ndarray) -> np.ndarray:
+    """(Q, N) mean of several methods' scores, each standardised for each query."""
+    mean: np.ndarray = np.mean([[standardised(row) for row in rows] for rows in scores], axis=0)
+    return mean
+
+
+def of_unit_length(rows: np.ndarray) -> np.ndarray:
+    """(N, F) rows divided by their lengths."""
+    unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
 
 
 FIRST_ORDER = ("abu_plus_linearised", "abu_diagonal", "gradient_no_curvature")
@@ -692,16 +740,23 @@ def _students(
     *,
     nulls: bool,
 ) -> dict[str, np.ndarray]:
-    """Similarities by students of the teacher, of the teacher with its queries mixed up, and of another generator's teacher."""
+    """Similarities by students of the averaged teacher, of it with its queries mixed up, and of another generator's.
+
+    They read image, text and diffusion features.
+    """
     truth = data.truth
     train_ids = truth.of_split("train")[: sizes.train_queries]
-    features = np.concatenate([data.queries(train_ids, name) for name in ENCODERS], axis=1)
-    labels = _teacher_labels(data.lab, truth, train_ids, settings)
+    features = np.concatenate(
+        [data.queries(train_ids, name) for name in ENCODERS]
+        + [of_unit_length(data.lab.diffusion_features(data.lab.queries(truth, train_ids)))],
+        axis=1,
+    )
+    labels = averaged_labels(data.lab, truth, train_ids, settings)
     tables = {"student": labels}
     if nulls:
         tables["student_shuffled_teacher"] = np.roll(labels, 1, axis=0)  # each query is taught another one's scores
         other = Lab.open(truth.folder / "other_generator", truth, data.corpus, data.latents, sizes)
-        tables["student_other_teacher"] = _teacher_labels(other, truth, train_ids, settings)
+        tables["student_other_teacher"] = averaged_labels(other, truth, train_ids, settings)
     found = {}
     for name, table in tables.items():
         nobody = np.zeros(table.shape[1], dtype=bool)
@@ -724,11 +779,22 @@ def _students(
     return found
 
 
-def _teacher_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
-    """(Q, N) first-order scores by the chosen teacher."""
-    own = lab.query_gradients(lab.queries(truth, query_ids), settings.query_draws)
-    images = lab.image_gradients(lab.corpus, settings.loss_draws)
-    return lab.first_order(own, images, settings.pattern, lab.factors(), settings.damping).astype(np.float32)
+def averaged_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
+    """(Q, N) scores that students learn: the mean of the first-order teacher and of D-TRAK in the eigenbasis of EKFAC.
+
+    On validation and training queries it is truer than either (docs/student.md).
+    """
+    queries = lab.queries(truth, query_ids)
+    first_order = lab.first_order(
+        lab.query_gradients(queries, settings.query_draws),
+        lab.corpus_gradients(settings.loss_draws),
+        settings.pattern,
+        lab.factors(),
+        settings.damping,
+    )
+    outputs = lab.image_gradients(queries, settings.fewer_query_draws, "squared_norm")
+    d_trak = lab.whitened_d_trak(outputs, lab.corpus_gradients(settings.loss_draws, "squared_norm"), settings)
+    return averaged(first_order, d_trak).astype(np.float32)
 
 
 def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
@@ -751,7 +817,8 @@ def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarr
     timed.seconds["abu_plus_exact"] = manifest["seconds_per_query"]
     rivals = (*SIMILARITIES, "popularity", "random")
     pairs = [(teacher, rival) for teacher in TEACHERS for rival in rivals]
-    pairs += [("abu_plus_exact", "abu_plus_linearised"), ("abu_plus_exact", "d_trak")]
+    pairs += [("abu_plus_exact", other) for other in ("abu_plus_linearised", "d_trak", "d_trak_ekfac", "averaged", "student")]
+    pairs += [("d_trak_ekfac", "d_trak")]
     pairs += [("student", rival) for rival in (*SIMILARITIES, *STUDENTS[1:], "popularity")]
     result = compare_with_truth(
         methods,
@@ -763,9 +830,11 @@ def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarr
         resamples=sizes.resamples,
         seed=sizes.seed,
     )
+    removed = [(method, rival) for method in LEAVE_K_OUT for rival in ("random", "similarity_both") if method != rival]
     return (
         {
             **result,
+            "leave_k_out_gains": leave_k_out_gains(truth, removed, query_ids, seed=sizes.seed),
             "settings": asdict(settings),
             "ground_truth": truth.manifest["fingerprint"],
             "seed": sizes.seed,
@@ -832,6 +901,20 @@ def gain_lines(result: Mapping[str, Any]) -> list[str]:
     for pair, of_metric in result["gains"].items():
         gains = [of_metric[metric] for metric in ("lds_residual", "lds_residual_all_timesteps")]
         cells = [f"{gain['mean']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" for gain in gains]
+        lines.append(f"| {pair} | {' | '.join(cells)} |")
+    return lines
+
+
+def removal_lines(result: Mapping[str, Any]) -> list[str]:
+    """Leave-K-out, methods compared on the same queries, of docs/truth.md."""
+    scales = {"dloss": ("dL x 1000", 1000), "dloss_judged": ("middle dL x 1000", 1000), "mse": ("MSE x 100", 100)}
+    shown = {**scales, "similarity": ("similarity", 1)}
+    lines = [f"| difference | {' | '.join(name for name, _ in shown.values())} |", f"|{' --- |' * (len(shown) + 1)}"]
+    for pair, of_measure in result["leave_k_out_gains"].items():
+        cells = [
+            "{:.2f} [{:.2f}, {:.2f}]".format(*(of_measure[measure][end] * factor for end in ("mean", "low", "high")))
+            for measure, (_, factor) in shown.items()
+        ]
         lines.append(f"| {pair} | {' | '.join(cells)} |")
     return lines
 
@@ -914,7 +997,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_rankings(data, sizes)
     else:
         result, methods, query_ids = report(data, sizes)
-        print("\n".join([*head_lines(result), "", *table_lines(result), "", *gain_lines(result)]))
+        print("\n".join([*head_lines(result), "", *table_lines(result), "", *gain_lines(result), "", *removal_lines(result)]))
         if not options.quick:
             write_json(options.json, result)
             shown = {name: methods[name] for name in (*TEACHERS, "student", "similarity_both")}
@@ -926,6 +1009,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "measured": head_lines(result),
                     "table": table_lines(result),
                     "gains": gain_lines(result),
+                    "removals": removal_lines(result),
                     "ceilings": ceiling_lines(swept),
                     "sweep": sweep_lines(swept),
                 },

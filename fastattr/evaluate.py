@@ -43,6 +43,7 @@ from fastattr.truth import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 ScoreFunction = Callable[[Image.Image, str], Mapping[str, float]]
@@ -359,31 +360,70 @@ def _mean_average_precision(scores: np.ndarray, teacher: np.ndarray) -> float:
     return float(np.mean([teacher_average_precision(own, theirs, positives=positives) for own, theirs in pairs]))
 
 
-def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> dict[str, float | None]:
+LEAVE_K_OUT = ("dloss", "dloss_judged", "mse", "similarity")
+"""What is measured of a query once images are left out."""
+
+
+def left_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> pd.DataFrame:
     """What became of queries whose most influential images, by this method, were left out of the training.
 
     Returns:
-        'leave_k_out_dloss' (rise of the query's loss over the full model's, all timesteps as in the paper's Table 1),
-        'leave_k_out_dloss_judged' (the same over the timesteps that are judged by), 'leave_k_out_mse' and
-        'leave_k_out_similarity' (of the query drawn again), each a mean over the queries with its standard error
-        (`_se`); None for a method whose images were never left out.
+        One row a query for which that was done, in the order of the ids: 'dloss' (rise of its loss over the full model's, all
+        timesteps as in the paper's Table 1), 'dloss_judged' (the same over the timesteps that are judged by), 'mse' and
+        'similarity' (of the query drawn again); means where several models belong to one method and query.
     """
     table = truth.counterfactuals
     rows = table[(table["method"] == method) & table["query_id"].isin(list(query_ids))]
-    columns = ("dloss", "dloss_judged", "mse", "similarity")
-    if rows.empty:
-        return {key: None for column in columns for key in (f"leave_k_out_{column}", f"leave_k_out_{column}_se")}
     pairs = list(zip(rows["model_id"], rows["query_id"], strict=True))
     rises = [
         truth.losses_by_timestep([model_id], [query_id]).mean() - truth.losses_by_timestep(["full"], [query_id]).mean()
         for model_id, query_id in pairs
     ]
     judged = [float((truth.losses([one], [two]) - truth.losses(["full"], [two]))[0, 0]) for one, two in pairs]
-    by_query = rows.assign(dloss=rises, dloss_judged=judged).groupby("query_id")[list(columns)].mean()
+    by_query: pd.DataFrame = rows.assign(dloss=rises, dloss_judged=judged).groupby("query_id")[list(LEAVE_K_OUT)].mean()
+    return by_query
+
+
+def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> dict[str, float | None]:
+    """`left_out` as 'leave_k_out_dloss' and so on, means over the queries with their standard errors (`_se`).
+
+    None for a method whose images were never left out.
+    """
+    by_query = left_out(truth, method, query_ids)
     found: dict[str, float | None] = {}
-    for column in columns:
+    for column in LEAVE_K_OUT:
         values = by_query[column].to_numpy()
-        found |= {f"leave_k_out_{column}": float(values.mean()), f"leave_k_out_{column}_se": standard_error(values)}
+        key = f"leave_k_out_{column}"
+        found |= {
+            key: float(values.mean()) if len(values) else None,
+            f"{key}_se": standard_error(values) if len(values) else None,
+        }
+    return found
+
+
+def leave_k_out_gains(
+    truth: GroundTruth, pairs: Sequence[tuple[str, str]], query_ids: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By pair of methods and measure, their paired difference over the queries that both were measured on.
+
+    Each has 'mean', 'low' and 'high', a 95% bootstrap interval over queries; pairs that share no query are left out.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for first, second in pairs:
+        ours, theirs = left_out(truth, first, query_ids), left_out(truth, second, query_ids)
+        shared = ours.index.intersection(theirs.index)
+        if shared.empty:
+            continue
+        found[f"{first} - {second}"] = {
+            column: dict(
+                zip(
+                    ("mean", "low", "high"),
+                    paired_bootstrap(ours.loc[shared, column].to_numpy(), theirs.loc[shared, column].to_numpy(), seed=seed),
+                    strict=True,
+                )
+            )
+            for column in LEAVE_K_OUT
+        }
     return found
 
 

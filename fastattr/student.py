@@ -119,8 +119,12 @@ class Student(Head):
         query head starts as a copy of the training images', a popularity head at zero.
         """
         if self.linear is not None:
-            _, vectors = np.linalg.eigh(features.T.astype(np.float64) @ features)
-            leading = np.ascontiguousarray(vectors[:, ::-1].T[: self.linear.out_features])
+            values = features.astype(np.float64)
+            if len(values) < values.shape[1]:  # wide features, such as gradients
+                rows = np.linalg.svd(values, full_matrices=False)[2]
+            else:
+                rows = np.linalg.eigh(values.T @ values)[1][:, ::-1].T
+            leading = np.ascontiguousarray(rows[: self.linear.out_features])
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
             self.linear.weight[: len(leading)] = torch.from_numpy(leading).float()

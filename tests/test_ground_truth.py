@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from tests.tiny import write_folder
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ground_truth as jobs
+import student_truth
 import truth as benchmark
 
 CONFIG = """
@@ -116,7 +118,7 @@ def reported(folder, arguments, made) -> Path:
     """The same after --sweep, --exact, --rankings, leave-K-out and the table; returns the folder of its results."""
     docs = folder / "results" / "truth.md"
     docs.parent.mkdir()
-    names = ("measured", "table", "gains", "ceilings", "sweep")
+    names = ("measured", "table", "gains", "removals", "ceilings", "sweep")
     docs.write_text("\n\n".join(f"# {name}\n<!-- {name} -->\nNOT REPLACED\n<!-- end {name} -->" for name in names))
     of_table = [*arguments, "--truth", str(made), "--docs", str(docs), "--json", str(docs.with_suffix(".json"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -355,7 +357,8 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
         return train_student(scored, *others, **named_others)
 
     monkeypatch.setattr(benchmark, "train_student", watching)
-    features = np.random.default_rng(0).standard_normal((len(truth.image_ids), 256)).astype(np.float32)
+    width = 256 + data.lab.diffusion_features(data.lab.corpus).shape[1]
+    features = np.random.default_rng(0).standard_normal((len(truth.image_ids), width)).astype(np.float32)
     settings = benchmark.Settings(query_draws=8, loss_draws=1)
     benchmark._students(data, features[:4], features, SIZES, settings, benchmark.Timed(), nulls=True)
     assert set(taught) == set(truth.of_split("train"))
@@ -366,6 +369,7 @@ def test_the_report_has_every_method_and_every_null(reported):
     """A method left out of the table is a method that was never compared."""
     result = json.loads((reported / "truth.json").read_text())
     expected = {*benchmark.SIMILARITIES, *benchmark.TEACHERS, *benchmark.STUDENTS, "random", "trak", "d_trak", "popularity"}
+    expected |= {"d_trak_ekfac", "averaged"}
     assert expected < set(result["methods"])
     keys = {"lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct", "leave_k_out_dloss"}
     for row in result["methods"].values():
@@ -375,10 +379,53 @@ def test_the_report_has_every_method_and_every_null(reported):
     assert result["methods"]["abu_plus_exact"]["map_1pct"] == 1
     for method in (*benchmark.LEAVE_K_OUT, "random"):
         assert result["methods"][method]["leave_k_out_dloss"] is not None
+    gain = result["leave_k_out_gains"]["abu_plus_exact - random"]["dloss"]
+    means = [result["methods"][method]["leave_k_out_dloss"] for method in ("abu_plus_exact", "random")]
+    assert gain["mean"] == pytest.approx(means[0] - means[1])
+    assert gain["low"] <= gain["mean"] <= gain["high"]
     text = (reported / "truth.md").read_text()
     assert "NOT REPLACED" not in text
     assert "| abu_plus_exact |" in text
     assert all((reported / "truth" / name).exists() for name in ("metrics.json", "lds.png", "leave-k-out.png", "shares.png"))
+
+
+@pytest.fixture(scope="module")
+def student_bench(made, reported, arguments, config) -> student_truth.Bench:
+    """Of the tiny ground truth, gradient spaces with every coordinate."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student_truth, "WIDTHS", {"gradient": 10**9, "output_gradient": 10**9})
+        return student_truth.open_bench(made, Path(arguments[1]), None, config, SIZES, queries=100)
+
+
+def test_the_output_gradient_space_orders_as_the_teacher_it_comes_from(student_bench):
+    """Its cosine is the teacher's score over both lengths; coordinates in another order, or a kernel on one side, are not."""
+    cosines = student_bench.spaces["output_gradient"]["test"] @ student_bench.spaces["output_gradient"]["images"].T
+    lengths = cosines / student_bench.teachers["d_trak_ekfac"]["test"]  # 1 / (length of the query x length of the image)
+    assert (lengths > 0).all()
+    factors = np.log(lengths)
+    np.testing.assert_allclose(factors - factors.mean(axis=1, keepdims=True) - factors.mean(axis=0), -factors.mean(), atol=0.02)
+
+
+def test_students_of_the_bench_are_chosen_without_the_test_queries(student_bench, tmp_path):
+    """The best of many on the test queries would look better than it is."""
+    config = SIZES.student
+    tried = {"paper": student_truth.Setting("both", config), "one": student_truth.Setting("all", config, judged=False)}
+    tried["two"] = student_truth.Setting("output_gradient", config)
+    results = []
+    for turned in (False, True):
+        teachers = {
+            name: {**scores, "test": scores["test"][::-1] if turned else scores["test"]}
+            for name, scores in student_bench.teachers.items()
+        }
+        bench = replace(student_bench, teachers=teachers)
+        results.append(student_truth.measure(bench, tried, "paper", tmp_path, resamples=5, seed=0))
+    chosen = ("bench_teacher", "bench_best_student", "bench_fast_student")
+    assert [results[0][name] for name in chosen] == [results[1][name] for name in chosen]
+    assert results[0]["bench_fast_student"] == "one"
+    promised = {"gap_closed_lds", "gap_closed_lds_paper_recipe", "gain_over_paper_recipe_low"}
+    assert promised <= set(results[0])
+    assert not [name for name, value in results[0].items() if not isinstance(value, str | int | float)]
+    assert (tmp_path / "student-frontier.png").exists()
 
 
 def test_first_order_and_exact_scores_agree(made, arguments):
