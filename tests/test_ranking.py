@@ -184,10 +184,11 @@ def test_student_learns_what_untuned_features_do_not_show(tmp_path: Path):
     assert np.mean(gains) > 0.1
 
 
-def test_untrained_student_keeps_the_features_cosines():
-    """Its starting point must be the untuned ranking, not a random one."""
-    features = unit(np.random.default_rng(10), 60, 12)
-    student = Student(12, StudentConfig(embed_dim=12, hidden=(8,)))
+@pytest.mark.parametrize("width", [12, 200])
+def test_untrained_student_keeps_the_features_cosines(width: int):
+    """Its starting point must be the untuned ranking, not a random one, also where features are wider than they are many."""
+    features = unit(np.random.default_rng(10), 60, width)
+    student = Student(width, StudentConfig(embed_dim=min(60, width), hidden=(8,)))
     student.start_from(features)
     vectors = embed(student, features)
     np.testing.assert_allclose(vectors @ vectors.T, features @ features.T, atol=1e-5)
