@@ -53,8 +53,8 @@ COUNTERFACTUALS = pa.schema(
         ("of", pa.int32()),  # images in the corpus
         ("loss_before", pa.float64()),  # of the query under the model trained on everything; mean squared error
         ("loss_after", pa.float64()),  # under the retrained one, with the same noise draws
-        ("original", pa.binary()),  # PNG
-        ("image", pa.binary()),  # PNG, drawn by the retrained model
+        ("original", pa.binary()),  # lossless WebP
+        ("image", pa.binary()),  # the same, drawn by the retrained model
     ]
 )
 METHODS = {"influence": "student", "similarity": "similarity_both", "random": "random"}
@@ -144,7 +144,7 @@ def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHOD
     records = []
     for query_id in query_ids:
         before = float(truth.losses(["full"], [query_id])[0, 0])
-        original = _png(truth.image(query_id))
+        original = _lossless(truth.image(query_id))
         for method, name in methods.items():
             row = by_key[name, query_id]
             records.append(
@@ -158,7 +158,7 @@ def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHOD
                     "loss_before": before,
                     "loss_after": float(row["loss"]),
                     "original": original,
-                    "image": _png(load_rgb(row["image"]["bytes"])),
+                    "image": _lossless(load_rgb(row["image"]["bytes"])),
                 }
             )
     return pa.Table.from_pylist(records, schema=COUNTERFACTUALS)
@@ -189,9 +189,9 @@ def attach(table: pa.Table, folder: Path, name: str) -> None:
     write_json(folder / "config.json", seal(config))
 
 
-def _png(image: Image.Image) -> bytes:
+def _lossless(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="WEBP", lossless=True, method=6)
     return buffer.getvalue()
 
 

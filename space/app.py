@@ -303,6 +303,8 @@ def _counterfactual_tab(tab: gr.Tab, attributor: FastAttributor) -> None:
         choices = [(prompt, query_id) for query_id, prompt in queries.items()]
         own = [row for row in table if row["query_id"] == chosen]
         about = strings.COUNTERFACTUAL_INTRO.format(of=own[0]["of"])
+        if len(queries) > 1:
+            about += " " + strings.COUNTERFACTUAL_AVERAGE.format(count=len(queries), **render.mean_rises(table))
         return about, gr.update(choices=choices, value=chosen), render.counterfactual(own)
 
     gr.on([tab.select, prompt.input], show, prompt, [about, prompt, page], **QUIETLY)

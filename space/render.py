@@ -304,6 +304,14 @@ def how() -> str:
     return f'<ol class="how">{"".join(f"<li><strong>{name}</strong>{text}</li>" for name, text in strings.STEPS_HTML)}</ol>'
 
 
+def mean_rises(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By method the mean, over the prompts, of how far retrained models' errors are above the original's, as parts of it."""
+    rises: dict[str, list[float]] = {}
+    for row in rows:
+        rises.setdefault(row["method"], []).append(row["loss_after"] / row["loss_before"] - 1)
+    return {method: sum(values) / len(values) for method, values in rises.items()}
+
+
 def counterfactual(rows: Sequence[Mapping[str, Any]]) -> str:
     """A query and what the retrained models drew for it: rows of counterfactuals.parquet, one a method."""
     figures = [
@@ -319,7 +327,7 @@ def counterfactual(rows: Sequence[Mapping[str, Any]]) -> str:
 def _figure(image: bytes, prompt: str, model: str, text: str) -> str:
     alt = escape(strings.COUNTERFACTUAL_ALT.format(prompt=prompt, model=model))
     return (
-        f'<li><figure><img src="{_data(image, "image/png")}" alt="{alt}">'
+        f'<li><figure><img src="{_data(image, "image/webp")}" alt="{alt}">'
         f"<figcaption><strong>{model}</strong>{text}</figcaption></figure></li>"
     )
 

@@ -57,6 +57,11 @@ COUNTERFACTUAL_INTRO = (
     "training images, and then drew the same prompt from the same noise. It is the benchmark's generator, smaller than the "
     "one on this page, so that it can be trained many times. All prompts for which this was done are here; none is picked."
 )
+COUNTERFACTUAL_AVERAGE = (
+    "Over all {count} prompts the error on the original rose on average by {influence:.1%} without the most influential, by "
+    "{similarity:.1%} without the most similar and by {random:.1%} without a few at random: no other model knows a "
+    "picture as well as the one that drew it."
+)
 COUNTERFACTUAL_PROMPT = "Prompt"
 COUNTERFACTUAL_ORIGINAL = "Trained on everything"
 COUNTERFACTUAL_METHODS = {

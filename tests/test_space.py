@@ -611,6 +611,8 @@ def test_counterfactual_shows_each_model_with_its_own_loss():
     for figure, change in zip(figures[1:], ("+25.0%", "+10.0%", "-0.5%"), strict=True):
         assert change in figure
     assert "<cat>" not in page
+    other = {**rows[0], "prompt": "a dog", "loss_before": 2.0, "loss_after": 2.1}
+    assert render.mean_rises([*rows, other]) == pytest.approx({"influence": 0.15, "similarity": 0.1, "random": -0.005})
 
 
 def test_counterfactuals_are_offered_only_where_they_are(tmp_path):

@@ -222,6 +222,7 @@ def test_counterfactual_follows_the_choice(page: Page) -> None:
     page.get_by_role("tab", name="Counterfactual").click()
     page.get_by_alt_text("a red cat: Without the 9 most influential").wait_for()
     assert page.get_by_text("Error on the original: +20.0%").count() == 1  # similarity: 0.5 to 0.6
+    assert page.get_by_text("by 100.0% without the most influential, by 120.0% without the most similar and by 140.0%").count()
     page.get_by_role("radio", name="a blue dog").check()
     page.get_by_alt_text("a blue dog: Without 9 at random").wait_for()
     assert page.get_by_text("Error on the original: +240.0%").count() == 1  # random: 0.5 to 1.7
