@@ -60,7 +60,7 @@ COUNTERFACTUAL_INTRO = (
 COUNTERFACTUAL_AVERAGE = (
     "Over all {count} prompts the error on the original rose on average by {influence:.1%} without the most influential, by "
     "{similarity:.1%} without the most similar and by {random:.1%} without a few at random: no other model knows a "
-    "picture as well as the one that drew it."
+    "picture as well as the one that drew it. With so few prompts, differences of a few percent can be chance."
 )
 COUNTERFACTUAL_PROMPT = "Prompt"
 COUNTERFACTUAL_ORIGINAL = "Trained on everything"

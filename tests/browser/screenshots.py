@@ -1,8 +1,8 @@
 """Save the pictures of the page that README.md and the Space show.
 
-page-desktop.png, page-dark.png (a card opened), page-phone.png and, if the embedded attributor knows plain similarity,
-page-difference.png in the folder given, in few enough colours to be small; thumbnail.png, for social media, in space/. Run
-from the repository, with the embedded artifacts in place:
+page-desktop.png, page-dark.png (a card opened), page-counterfactual.png, page-phone.png and, if the embedded attributor knows
+plain similarity, page-difference.png in the folder given, in few enough colours to be small; thumbnail.png, for social media,
+in space/. Run from the repository, with the embedded artifacts in place:
 
     HF_HUB_OFFLINE=1 .venv/bin/python tests/browser/screenshots.py docs
 """
@@ -32,6 +32,12 @@ def open_first_card(page: Page) -> None:
 def show_difference(page: Page) -> None:
     """The view of what the influence ranking changes."""
     page.get_by_role("radio", name="Difference").check(force=True)
+
+
+def open_counterfactual(page: Page) -> None:
+    """The tab of what retrained models drew, with its first prompt."""
+    page.get_by_role("tab", name="Counterfactual").click()
+    page.get_by_text("Trained on everything").wait_for()
 
 
 def screenshot(
@@ -82,6 +88,7 @@ def main(folder: Path) -> None:
         screenshot(browser, url, folder / "page-dark.png", 1280, dark=True, most=1500, act=open_first_card)
         if FastAttributor.from_pretrained("emoji").has_plain:
             screenshot(browser, url, folder / "page-difference.png", 1280, act=show_difference)
+        screenshot(browser, url, folder / "page-counterfactual.png", 1280, act=open_counterfactual)
         screenshot(browser, url, folder / "page-phone.png", 390, scale=1.5, most=2600)
         screenshot(browser, url, SPACE / "thumbnail.png", 1200, height=630, most=630)
 
