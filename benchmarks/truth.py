@@ -145,7 +145,7 @@ class Sizes:
             loss="mse_scores", training=replace(DistillConfig().training, steps=300, warmup_steps=20)
         )
     )
-    """Its loss is the one that is best on the validation queries (part bench of benchmarks/student.py)."""
+    """Its loss did best in cross-validation over the training prompts (docs/truth.md)."""
     resamples: int = 1000
     batch_size: int = 64
     seed: int = 0
@@ -782,7 +782,7 @@ def _students(
 def averaged_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], settings: Settings) -> np.ndarray:
     """(Q, N) scores that students learn: the mean of the first-order teacher and of D-TRAK in the eigenbasis of EKFAC.
 
-    On validation and training queries it is truer than either (docs/student.md).
+    On validation and training queries it is truer than the first alone (docs/truth.md).
     """
     queries = lab.queries(truth, query_ids)
     first_order = lab.first_order(

@@ -98,8 +98,11 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
     )
     bpe.train_from_iterator(captions, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    (scratch / "vocab.json").write_text(json.dumps(learned["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
+    merged = dict.fromkeys(pair.replace(" ", "") for pair in merges)
+    letters = sorted(set(learned["vocab"]) - set(merged) - {START, END})  # which the trainer numbers otherwise in every process
+    vocabulary_ids = {token: number for number, token in enumerate([START, END, *letters, *merged])}
+    (scratch / "vocab.json").write_text(json.dumps(vocabulary_ids, ensure_ascii=False), encoding="utf-8")
     (scratch / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(scratch, model_max_length=max_tokens, pad_token=END)
 
