@@ -601,7 +601,7 @@ def restore(bench: Bench, out: Path) -> bool:
         inputs={"corpus": bench.corpus.fingerprint, "generator": truth.queries["generator"][0].as_py()},
         queries_fingerprint=truth.manifest["queries_fingerprint"],
     )
-    if not any((bench.run_dir / "models").glob("*/weights.safetensors")):  # one that was learned before letters had their order
+    if not any((bench.run_dir / "models").glob("*/weights.safetensors")):  # ids must be those of the kept models
         shutil.copytree(out / "generator" / "tokenizer", bench.run_dir / "shared" / "tokenizer", dirs_exist_ok=True)
     if (out / RANKINGS).exists() and not bench.rankings.exists():
         with atomic_path(bench.rankings) as temporary:

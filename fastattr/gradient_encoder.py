@@ -48,7 +48,7 @@ RECIPES = {
     "gradients": Recipe(config=GradientConfig(width=2048, draws=4)),
     "output-gradients": Recipe(
         config=GradientConfig(output="squared_norm", width=4096, draws=8), pattern=r".", ridge=1.0
-    ),  # settings by emoji-bench's validation and training queries (benchmarks/student.py, part bench)
+    ),  # layers and ridge as emoji-bench's sweep chose for D-TRAK (docs/truth.md)
 }
 """By the name that a feature specification and a run folder give them."""
 
