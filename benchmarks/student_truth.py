@@ -99,8 +99,7 @@ def open_bench(
         queries: of validation and test, at most.
     """
     data = open_data(truth_dir, run_dir, config, sizes, source)
-    truth, lab, settings = data.truth, data.lab, read_settings(data.truth)
-    settings = replace(settings, loss_draws=min(settings.loss_draws, sizes.most_loss_draws))
+    truth, lab, settings = data.truth, data.lab, read_settings(data.truth).at_most(sizes)
     counts = {"train": sizes.train_queries, "validation": queries, "test": queries}
     ids = {split: truth.of_split(split)[: counts[split]] for split in SPLITS}
     seconds: dict[str, float] = {}

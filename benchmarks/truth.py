@@ -122,6 +122,11 @@ class Settings:
         """A quarter of `query_draws`, in pairs."""
         return max(2, self.query_draws // 4 // 2 * 2)
 
+    def at_most(self, sizes: Sizes) -> Settings:
+        """These, with no more draws than `sizes` allow."""
+        query_draws, loss_draws = min(self.query_draws, sizes.most_query_draws), min(self.loss_draws, sizes.most_loss_draws)
+        return replace(self, query_draws=query_draws, loss_draws=loss_draws)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -136,8 +141,9 @@ class Sizes:
     """Of which the students learn."""
     test_queries: int = 1000
     """At most; all there are."""
+    most_query_draws: int = 1000
     most_loss_draws: int = 1000
-    """`Settings.loss_draws`, at most."""
+    """`Settings.query_draws` and `Settings.loss_draws`, at most."""
     swept_exact_queries: int = 26
     """Queries on which the exact step's size is chosen."""
     student: DistillConfig = field(
@@ -152,9 +158,12 @@ class Sizes:
 
 
 QUICK = Sizes(
-    factor_examples=256,
+    factor_examples=128,
+    exact_query_draws=64,
+    exact_draws=4,
     train_queries=40,
     test_queries=24,
+    most_query_draws=64,
     most_loss_draws=4,
     student=DistillConfig(loss="mse_scores", training=replace(DistillConfig().training, steps=100)),
     resamples=200,
@@ -799,8 +808,7 @@ def averaged_labels(lab: Lab, truth: GroundTruth, query_ids: Sequence[str], sett
 
 def report(data: Data, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
     """Every method and null on the test queries; returns the results, the (Q, N) scores by method and the Q query ids."""
-    truth, settings = data.truth, read_settings(data.truth)
-    settings = replace(settings, loss_draws=min(settings.loss_draws, sizes.most_loss_draws))
+    truth, settings = data.truth, read_settings(data.truth).at_most(sizes)
     query_ids = truth.of_split("test")[: sizes.test_queries]
     timed = Timed()
     started = time.perf_counter()
@@ -981,7 +989,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="a finished emoji corpus; else it is built in the run folder")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers are written (%(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="document whose tables are replaced (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: about 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: under 2 minutes")
     what = parser.add_mutually_exclusive_group()
     for name in ("sweep", "exact", "rankings"):
         what.add_argument(f"--{name}", action="store_true")

@@ -90,8 +90,9 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
         ]
     )
     captions = list(captions)
-    words = {word for text in captions for word, _ in bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(text))}
-    ends = sorted({word[-1] + "</w>" for word in words})  # the trainer would number them otherwise in every process, and ties with them
+    split = (bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(caption)) for caption in captions)
+    # The trainer numbers a word's last letters in an order that differs between processes, and ties among merges by these numbers.
+    ends = sorted({word[-1] + "</w>" for words in split for word, _ in words})
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[START, END, *ends],

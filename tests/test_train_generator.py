@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastattr.train_generator import train_tokenizer
 
-CAPTIONS = ["red heart, openmoji style", "smiling face with halo, noto style", "flag: côte d'ivoire", "keycap: 7", "o-button (blood type)"]
+CAPTIONS = ["red heart, openmoji style", "smiling face, noto style", "flag: côte d'ivoire", "keycap: 7", "o-button (blood type)"]
 
 PROGRAM = f"""
 import sys
@@ -19,7 +19,7 @@ train_tokenizer({CAPTIONS!r}, vocabulary=360, max_tokens=12, scratch=Path(sys.ar
 
 
 def test_a_learned_tokenizer_is_the_same_in_every_process(tmp_path: Path):
-    """The trainer walks hash maps: letters, and merges of equal count, in an order of their own would make one seed two generators."""
+    """The trainer walks hash maps: letters or equally frequent merges in their order would make one seed two generators."""
     folders = [tmp_path / str(number) for number in range(3)]
     for folder in folders:
         folder.mkdir()
