@@ -91,7 +91,7 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
     )
     captions = list(captions)
     split = (bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(caption)) for caption in captions)
-    # The trainer numbers a word's last letters in an order that differs between processes, and ties among merges by these numbers.
+    # The trainer numbers a word's last letters in an order of its own in every process, and breaks ties by these numbers.
     ends = sorted({word[-1] + "</w>" for words in split for word, _ in words})
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from fastattr.train_generator import train_tokenizer
 
-CAPTIONS = ["red heart, openmoji style", "smiling face, noto style", "flag: côte d'ivoire", "keycap: 7", "o-button (blood type)"]
+CAPTIONS = [
+    "red heart, openmoji style",
+    "smiling face, noto",
+    "flag: côte d'ivoire",
+    "keycap: 7",
+    "o-button (blood type)",
+]
 
 PROGRAM = f"""
 import sys
