@@ -304,7 +304,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
     """The metrics as a table: each method's mean with its 95% interval, the untuned features and chance beside the student."""
     measured = _measured(metrics)
     if not measured:
-        return "Not evaluated."
+        return "\n\n".join(["Not evaluated against its teacher.", *_benchmarks(metrics)])
     rows = []
     for method in metrics["methods"]:
         cells = [f"`{method}`"]
@@ -330,8 +330,18 @@ def _results(metrics: Mapping[str, Any]) -> str:
             "intervals; `random` is chance, `untuned` the features before training.",
             _table(["method", *(_metric_name(key, metrics) for key, _ in measured)], rows),
             *gains,
+            *_benchmarks(metrics),
         ]
     )
+
+
+def _benchmarks(metrics: Mapping[str, Any]) -> list[str]:
+    """What benchmarks wrote into metrics.json: a paragraph and a table for each command."""
+    found = []
+    for run in metrics.get("benchmarks", []):
+        rows = [[f"`{row['key']}`", f"{row['value']:.4g}", row["meaning"]] for row in run["rows"]]
+        found += [f"`{run['command']}`, seed {run['seed']}, {run['date'][:10]}:", _table(["key", "value", "what it is"], rows)]
+    return found
 
 
 def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalResult]:

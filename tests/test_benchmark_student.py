@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastattr.artifacts import read_json, write_json
+from fastattr.cards import _benchmarks
+from fastattr.errors import InputError
 from fastattr.student import Student, StudentConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -74,6 +77,26 @@ def test_every_part_runs_and_fills_the_document(benchmark, tiny_run: Path, tmp_p
     for name in lines:
         assert f"<!-- {name} -->" in document
         assert f"<!-- end {name} -->" in document
+
+
+def test_the_card_shows_the_benchmarks_figures_once(benchmark, tmp_path: Path):
+    """A card of last month's figures beside this month's would have the reader choose."""
+    card = importlib.import_module("card")
+    results = {key: 0.5 + number / 100 for number, key in enumerate(card.MEANINGS)} | {"seed": 7, "date": "2026-01-02T00:00:00"}
+    write_json(tmp_path / "metrics.json", {"queries": 3, "benchmarks": [{"command": "another"}]})
+    write_json(tmp_path / "results.json", results | {"gap_closed_lds": 0.1})
+    card.main([str(tmp_path), "--results", str(tmp_path / "results.json")])
+    write_json(tmp_path / "results.json", results)
+    card.main([str(tmp_path), "--results", str(tmp_path / "results.json")])
+    metrics = read_json(tmp_path / "metrics.json")
+    assert metrics["queries"] == 3
+    assert [run["command"] for run in metrics["benchmarks"]] == ["another", card.COMMAND]
+    text = "\n".join(_benchmarks({"benchmarks": metrics["benchmarks"][1:]}))
+    assert f"`{card.COMMAND}`, seed 7, 2026-01-02" in text
+    assert all(f"| `{key}` | {results[key]:.4g} | {meaning} |" in text for key, meaning in card.MEANINGS.items())
+    del results["map_1pct"]
+    with pytest.raises(InputError, match="lacks map_1pct"):
+        card.card_rows(results)
 
 
 def test_the_best_student_is_chosen_without_the_test_queries(benchmark, tiny_run: Path, tmp_path: Path):
