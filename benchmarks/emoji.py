@@ -129,13 +129,15 @@ def split_caption(caption: str) -> tuple[str, str]:
     return subject, style.removesuffix(" style")
 
 
-def draw(generator: Generator, prompts: Sequence[str], *, first_seed: int, what: str) -> list[Image.Image]:
-    """One image a prompt, with the generator's own steps and guidance; seeds count up from `first_seed`."""
+def draw(
+    generator: Generator, prompts: Sequence[str], *, first_seed: int, what: str, guidance: float | None = None
+) -> list[Image.Image]:
+    """One image a prompt, with the generator's own steps and, if None is given, guidance; seeds count up from `first_seed`."""
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), BATCH), desc=f"draw {what}", unit="batch"):
         batch = prompts[start : start + BATCH]
         seeds = range(first_seed + start, first_seed + start + len(batch))
-        images += generator.generate_batch(batch, seeds=list(seeds))
+        images += generator.generate_batch(batch, seeds=list(seeds), guidance=guidance)
     return images
 
 
