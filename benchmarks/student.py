@@ -745,7 +745,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "features" in parts:
         encoder = open_encoder("diffusion:generator", folder=options.run)
         corpus, queries = Corpus(options.run / "corpus"), Queries(options.run / "queries")
-        encode_sets(encoder, corpus, queries, options.work, FeaturesConfig(), Accelerator())
+        encode_sets(encoder, corpus, queries, options.work, FeaturesConfig(), Accelerator(mixed_precision=sizes.precision))
     if "speed" in parts:
         results |= measure_speed(sizes)
     if {"tables", "degrees"} & set(parts):
