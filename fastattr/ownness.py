@@ -17,6 +17,8 @@ from fastattr.errors import InputError
 
 AXES = 64
 """Principal axes at most; their number is also bounded by a quarter of the images."""
+SHRINKAGE = 0.3
+"""Weight of the mean variance in that of a direction: chosen on emoji training queries and foreign ones (docs/student.md)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Density:
     """Distances above it are called foreign."""
 
     def distance(self, features: np.ndarray) -> np.ndarray:
-        """(Q,) squared distance of (Q, F) features, in standard deviations, divided by F; own ones are near 1."""
+        """(Q,) squared distance of (Q, F) features, in (shrunken) standard deviations, divided by F."""
         centred = features - self.mean
         along = centred @ self.axes.T
         within = (along**2 / self.variances).sum(axis=1)
@@ -67,11 +69,12 @@ def fit_density(own: np.ndarray, held_out: np.ndarray, *, false_alarms: float) -
     variances = singular**2 / len(own)
     count = min(AXES, len(own) // 4, own.shape[1] - 1)
     left = own.shape[1] - count
-    rest = max(float(variances[count:].sum() / left), float(variances.sum() / own.shape[1]) * 1e-4, 1e-12)
+    evenly = SHRINKAGE * max(float(variances.sum() / own.shape[1]), 1e-12)
+    rest = (1 - SHRINKAGE) * float(variances[count:].sum() / left) + evenly
     density = Density(
         mean=mean.astype(np.float32),
         axes=axes[:count].astype(np.float32),
-        variances=np.maximum(variances[:count], rest).astype(np.float32),
+        variances=((1 - SHRINKAGE) * variances[:count] + evenly).astype(np.float32),
         rest=rest,
         threshold=float("inf"),
     )
