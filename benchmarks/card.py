@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattr.artifacts import read_json, write_json
+from fastattr.artifacts import read_json, sha256_file, write_json
+from fastattr.catalogue import read_config, seal
 from fastattr.errors import FastattrError, InputError
 
 RESULTS = Path(__file__).parent / "results" / "student.json"
@@ -53,9 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("attributor", type=Path, help="attributor folder")
     parser.add_argument("--results", type=Path, default=RESULTS, help="of benchmarks/student.py (%(default)s)")
     options = parser.parse_args(arguments)
-    metrics = read_json(options.attributor / "metrics.json")
+    config, file = read_config(options.attributor), options.attributor / "metrics.json"
+    metrics = read_json(file)
     others = [run for run in metrics.get("benchmarks", []) if run["command"] != COMMAND]
-    write_json(options.attributor / "metrics.json", metrics | {"benchmarks": [*others, card_rows(read_json(options.results))]})
+    write_json(file, metrics | {"benchmarks": [*others, card_rows(read_json(options.results))]})
+    config["sha256"][file.name] = sha256_file(file)
+    write_json(options.attributor / "config.json", seal(config))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastattr import FastAttributor
 from fastattr.artifacts import read_json, write_json
 from fastattr.cards import _benchmarks
 from fastattr.errors import InputError
@@ -79,19 +81,18 @@ def test_every_part_runs_and_fills_the_document(benchmark, tiny_run: Path, tmp_p
         assert f"<!-- end {name} -->" in document
 
 
-def test_the_card_shows_the_benchmarks_figures_once(benchmark, tmp_path: Path):
-    """A card of last month's figures beside this month's would have the reader choose."""
-    card = importlib.import_module("card")
+def test_the_card_shows_the_benchmarks_figures_once(benchmark, tiny_run: Path, tmp_path: Path):
+    """A card of last month's figures beside this month's, or an attributor that no longer opens, would help no one."""
+    card, folder = importlib.import_module("card"), tmp_path / "attributor"
+    shutil.copytree(tiny_run / "attributor", folder)
     results = {key: 0.5 + number / 100 for number, key in enumerate(card.MEANINGS)} | {"seed": 7, "date": "2026-01-02T00:00:00"}
-    write_json(tmp_path / "metrics.json", {"queries": 3, "benchmarks": [{"command": "another"}]})
-    write_json(tmp_path / "results.json", results | {"gap_closed_lds": 0.1})
-    card.main([str(tmp_path), "--results", str(tmp_path / "results.json")])
-    write_json(tmp_path / "results.json", results)
-    card.main([str(tmp_path), "--results", str(tmp_path / "results.json")])
-    metrics = read_json(tmp_path / "metrics.json")
-    assert metrics["queries"] == 3
-    assert [run["command"] for run in metrics["benchmarks"]] == ["another", card.COMMAND]
-    text = "\n".join(_benchmarks({"benchmarks": metrics["benchmarks"][1:]}))
+    for found in (results | {"gap_closed_lds": 0.1}, results):
+        write_json(tmp_path / "results.json", found)
+        card.main([str(folder), "--results", str(tmp_path / "results.json")])
+    metrics = FastAttributor.from_pretrained(folder).info()["metrics"]
+    assert [run["command"] for run in metrics["benchmarks"]] == [card.COMMAND]
+    assert {**metrics, "benchmarks": []} == {**read_json(tiny_run / "attributor" / "metrics.json"), "benchmarks": []}
+    text = "\n".join(_benchmarks(metrics))
     assert f"`{card.COMMAND}`, seed 7, 2026-01-02" in text
     assert all(f"| `{key}` | {results[key]:.4g} | {meaning} |" in text for key, meaning in card.MEANINGS.items())
     del results["map_1pct"]
