@@ -91,7 +91,8 @@ class ColourGenerator:
         other = next(image for caption, image in self.known.items() if caption.startswith(prompt.rpartition(", ")[0] + ", "))
         return self.known.get(prompt, other)
 
-    def generate_batch(self, prompts: list[str], *, seeds: list[int]) -> list[Image.Image]:
+    def generate_batch(self, prompts: list[str], *, seeds: list[int], guidance: float | None) -> list[Image.Image]:
+        assert guidance is None  # what is reported is drawn with the generator's own
         return [self.generate(prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
