@@ -10,7 +10,7 @@ candidates      by candidates per query
 budget          at a fixed number of pairs: more queries against more candidates
 Each with three seeds of network and draws (and of what is left out). mAP(L) is on the test queries, within their candidates, by
 exact scores; nothing is chosen here. Results are kept one by one, so that a killed run goes on; docs/distill-study.png and
-benchmarks/results/distill_study.json are made from all that are there.
+benchmarks/results/distill_study.json are made from all that are there. A student that several studies show is trained once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class Case:
     queries: int
     candidates: int
     keep_outsiders: bool = True
+
+    @property
+    def settings(self) -> Case:
+        """The case without its name: cases of several studies that share these share their student."""
+        return replace(self, study="", label="")
 
 
 def cases(tables: Tables, sizes: Sizes) -> list[Case]:
@@ -161,14 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     all_cases = cases(tables, sizes)
     kept = options.work / ("study-quick.json" if options.quick else "study.json")
     results: dict[str, dict[str, float]] = read_json(kept) if kept.exists() else {}
-    todo: list[tuple[str, Callable[[], dict[str, float]]]] = []
-    for seed in range(1 if options.quick else SEEDS):
-        for case in all_cases:
-            name = f"{case.study}/{case.label}/{seed}"
-            if case.study in options.studies and name not in results:
-                todo.append((name, lambda case=case, seed=seed: run_case(tables, case, seed)))
-    for name, work in tqdm(todo, desc="students", unit="student"):
-        results[name] = work()
+    seeds = range(1 if options.quick else SEEDS)
+    every = {f"{case.study}/{case.label}/{seed}": (case, seed) for seed in seeds for case in all_cases}
+    trained = {(case.settings, seed): results[name] for name, (case, seed) in every.items() if name in results}
+    wanted = {name: found for name, found in every.items() if found[0].study in options.studies}
+    for name, (case, seed) in tqdm(wanted.items(), desc="students", unit="student"):
+        if (case.settings, seed) not in trained:
+            trained[case.settings, seed] = run_case(tables, case, seed)
+        results[name] = trained[case.settings, seed]
         write_json(kept, results)
     found = summary(tables, results)
     if not options.quick:
