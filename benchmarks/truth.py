@@ -989,7 +989,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="a finished emoji corpus; else it is built in the run folder")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers are written (%(default)s)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="document whose tables are replaced (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: under 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: about 4 minutes")
     what = parser.add_mutually_exclusive_group()
     for name in ("sweep", "exact", "rankings"):
         what.add_argument(f"--{name}", action="store_true")
