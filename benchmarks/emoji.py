@@ -6,7 +6,8 @@ Models come from the installed package alone. Real images come from RUN/corpus, 
 is built into a temporary folder (about a minute; needs npm). A drawn image is right in style or subgroup if
 benchmarks/judge/ says so: a classifier of the real images, used for nothing else. Seen prompts are captions that the
 generator was trained on; recombined ones ask for a subject in the style of a set that has no such subject, drawn evenly
-from all there are; recombined_known_kind takes those alone whose kind (subgroup) the set draws.
+from the half of all there are that refinement (fastattr/refine_generator.py) leaves alone; recombined_known_kind takes
+those alone whose kind (subgroup) the set draws.
 Everything random follows --seed. Accuracies carry a standard error (_se) and a sample size (_n).
 """
 
@@ -34,6 +35,7 @@ from fastattr import FastattrError, FastAttributor, Generator, InputError, corpu
 from fastattr.artifacts import MANIFEST, require_same
 from fastattr.corpus import Corpus, CorpusConfig
 from fastattr.hub import ASSETS
+from fastattr.refine_generator import is_refined_on, recombinations
 from fastattr.train_autoencoder import AutoencoderConfig, held_out, pixel_tensor, psnr
 
 MODEL = "emoji"
@@ -92,26 +94,20 @@ def choose_seen(captions: Sequence[str], count: int, *, seed: int) -> np.ndarray
 def choose_recombined(
     captions: Sequence[str], count: int, *, seed: int, kinds: Sequence[str] | None = None
 ) -> list[tuple[int, str]]:
-    """(row, set) pairs: the set has no subject of that row's name; uniform among all such, at most `count`.
+    """(row, set) pairs: the set has no subject of that row's name, and the generator was not refined on it; uniform.
 
     Args:
         captions: (N,) 'SUBJECT, SET style'.
-        count: how many; all of them if there are fewer.
+        count: how many at most; all of them if there are fewer.
         seed: of the choice.
         kinds: (N,) the subjects' kinds; given, only pairs count where the set has a subject of that kind, '' not being one.
 
     Returns:
         The row is that of the subject's first caption.
     """
-    rows: dict[str, int] = {}
-    known: dict[str, set[str]] = {}
-    for row, caption in enumerate(captions):
-        subject, style = split_caption(caption)
-        rows.setdefault(subject, row)
-        known.setdefault(subject, set()).add(style)
     drawn = {(kind, split_caption(caption)[1]) for kind, caption in zip(kinds or (), captions, strict=False) if kind}
-    styles = sorted(set().union(*known.values()))
-    absent = [(rows[subject], style) for subject in sorted(rows) for style in styles if style not in known[subject]]
+    absent = [(row, style.removesuffix(" style")) for row, style in recombinations(captions)]
+    absent = [(row, style) for row, style in absent if not is_refined_on(recombine(captions[row], style))]
     if kinds is not None:
         absent = [(row, style) for row, style in absent if (kinds[row], style) in drawn]
     order = np.random.default_rng([seed, 1]).permutation(len(absent))[:count]

@@ -81,7 +81,7 @@ def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Train the generator in run_dir/generator, or take the one that the config names."""
     if isinstance(config.generator, PretrainedConfig):
         return pretrained.run(config.generator, run_dir)
-    return train_generator.run(config.generator, run_dir)
+    return train_generator.run(config.generator, run_dir, config.refinement)
 
 
 def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fastattr.index import IndexConfig
 from fastattr.pretrained import PretrainedConfig
 from fastattr.publish import PushConfig
 from fastattr.queries import QueriesConfig
+from fastattr.refine_generator import RefinementConfig
 from fastattr.teacher import TeacherConfig
 from fastattr.train_autoencoder import AutoencoderConfig
 from fastattr.train_encoder import EncoderConfig
@@ -43,6 +44,8 @@ class BuildConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     generator: GeneratorConfig | PretrainedConfig = field(default_factory=GeneratorConfig)
     """`pretrained: NAME` takes an existing pipeline; without it one is trained."""
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    """A second phase of the generator's training; by default there is none."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     queries: QueriesConfig = field(default_factory=QueriesConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -56,6 +59,10 @@ class BuildConfig:
     push: PushConfig = field(default_factory=PushConfig)
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
+
+    def __post_init__(self) -> None:
+        if self.refinement.steps and isinstance(self.generator, PretrainedConfig):
+            raise InputError("a pretrained generator is taken as it is: leave out the section 'refinement', or 'pretrained'")
 
 
 def load_config(path: str | Path) -> BuildConfig:

@@ -327,19 +327,21 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
     """Of the networks that the line trains itself."""
     stages = []
     if not isinstance(config.generator, PretrainedConfig):
-        for name, settings, flops in (
-            ("train-autoencoder", config.autoencoder.training, 3 * network.encode_flops),
-            ("train-generator", config.generator.training, network.flops),
+        refinement = config.refinement.steps  # each of its steps evaluates the first phase's generator twice more
+        for name, settings, more, flops in (
+            ("train-autoencoder", config.autoencoder.training, 0, 3 * network.encode_flops),
+            ("train-generator", config.generator.training, refinement, network.flops),
         ):
-            examples = settings.steps * settings.batch_size
+            examples = (settings.steps + more) * settings.batch_size
+            guiding = 2 * more * settings.batch_size
             stages.append(
                 StageCost(
                     name=name,
-                    units=settings.steps,
+                    units=settings.steps + more,
                     unit="steps",
-                    forward=examples if name == "train-generator" else 0,
+                    forward=examples + guiding if name == "train-generator" else 0,
                     backward=examples if name == "train-generator" else 0,
-                    flops=3 * flops * examples,
+                    flops=flops * (3 * examples + guiding),
                     memory=weights + 16 * network.parameters + settings.batch_size * network.activations,
                     disk=2 * network.parameters,
                 )

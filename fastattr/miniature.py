@@ -60,6 +60,7 @@ def miniature(config: BuildConfig, size: int) -> BuildConfig:
         "autoencoder": replace(config.autoencoder, training=fewer(config.autoencoder.training, 3)),
     }
     if not getattr(config.generator, "pretrained", ""):
+        settings["refinement"] = replace(config.refinement, steps=min(config.refinement.steps, 3 * size))
         settings["generator"] = replace(config.generator, training=fewer(config.generator.training, 3))  # type: ignore[union-attr]
     return replace(config, **settings)
 

@@ -2,7 +2,8 @@
 
 Reads corpus/ and autoencoder/; writes generator/, a `StableDiffusionPipeline` folder that plain
 `DiffusionPipeline.from_pretrained` loads. Tokenizer, text encoder and U-Net are trained here; the text encoder
-together with the U-Net. v-prediction on a cosine schedule, captions dropped at a set rate for classifier-free guidance.
+together with the U-Net. v-prediction on a cosine schedule, captions dropped at a set rate for classifier-free guidance;
+then, if wanted, a second phase that makes styles surer (refine_generator.py).
 Sources: arXiv:2112.10752 (latent diffusion), arXiv:2202.00512 (v-prediction), arXiv:2207.12598 (guidance).
 """
 
@@ -34,6 +35,7 @@ from fastattr.artifacts import (
     write_manifest,
 )
 from fastattr.corpus import Corpus
+from fastattr.refine_generator import RefinementConfig, refine
 from fastattr.train_autoencoder import encode_latents, load_images
 from fastattr.training import TrainingConfig, fit, trapezoid
 
@@ -180,15 +182,63 @@ class DenoiserLoss(nn.Module):
         self.text_encoder = text_encoder
         self._scheduler = scheduler
 
+    def noisy_and_target(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, h, w) latents with noise, and the v that the U-Net is to predict of them."""
+        noisy: torch.Tensor = self._scheduler.add_noise(latents, noise, timesteps)
+        target: torch.Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, target
+
+    def predict(self, noisy: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """(B, L, h, w) predicted v."""
+        text = self.text_encoder(tokens).last_hidden_state
+        prediction: torch.Tensor = self.unet(noisy, timesteps, encoder_hidden_states=text).sample
+        return prediction
+
     def forward(
         self, latents: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """Args: latents and noise (B, L, h, w), scaled; tokens (B, max_tokens); timesteps (B,)."""
-        noisy = self._scheduler.add_noise(latents, noise, timesteps)
-        target = self._scheduler.get_velocity(latents, noise, timesteps)
-        text = self.text_encoder(tokens).last_hidden_state
-        prediction = self.unet(noisy, timesteps, encoder_hidden_states=text).sample
-        return F.mse_loss(prediction.float(), target)
+        noisy, target = self.noisy_and_target(latents, timesteps, noise)
+        return F.mse_loss(self.predict(noisy, tokens, timesteps).float(), target)
+
+
+class TrainingExamples:
+    """Latents and token ids of a corpus, and batches of them as the denoiser is trained on them."""
+
+    def __init__(
+        self, latents: torch.Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: GeneratorConfig, timesteps: int
+    ) -> None:
+        """Tokenize.
+
+        Args:
+            latents: (N, L, h, w), scaled.
+            captions: (N,).
+            tokenizer: the generator's.
+            config: for the shares of examples that see less than their caption.
+            timesteps: of the noise schedule.
+        """
+        self.latents = latents
+        self.captions = list(captions)
+        self.tokens = tokenize(tokenizer, captions)
+        self.subjects = tokenize(tokenizer, [caption.rpartition(", ")[0] or caption for caption in captions])
+        self._endings = tokenize(tokenizer, [caption.rpartition(", ")[2] for caption in captions])
+        self._empty = tokenize(tokenizer, [""])
+        self._shares = np.cumsum([config.caption_dropout, config.subject_dropout, config.style_dropout])[::-1].tolist()
+        self._timesteps = timesteps
+
+    def batch_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Latents (B, L, h, w), tokens (B, max_tokens), timesteps (B,) and noise (B, L, h, w) of these (B,) rows."""
+        picked = self.latents[rows]
+        # One timestep from each of B equal parts: the same uniform law with less variance over the batch.
+        stratum = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
+        timesteps = (stratum / len(rows) * self._timesteps).long().clamp_max(self._timesteps - 1)
+        lot = torch.rand(len(rows), 1, generator=generator)
+        prompt = self.tokens[rows]
+        for share, shorter in zip(self._shares, (self.subjects[rows], self._endings[rows], self._empty), strict=True):
+            prompt = torch.where(lot < share, shorter, prompt)
+        return picked, prompt, timesteps, torch.randn(picked.shape, generator=generator)
 
 
 def _tidy_configs(folder: Path) -> None:
@@ -203,13 +253,15 @@ def _tidy_configs(folder: Path) -> None:
         write_json(path, kept | {"dtype": "float32"} if "dtype" in kept else kept)
 
 
-def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the generator on run_dir/corpus with run_dir/autoencoder; returns the manifest."""
+def run(config: GeneratorConfig, run_dir: Path, refinement: RefinementConfig | None = None) -> dict[str, Any]:
+    """Train the generator on run_dir/corpus with run_dir/autoencoder, in one phase or two; returns the manifest."""
     corpus = Corpus(run_dir / "corpus")
     autoencoder_manifest = open_stage(run_dir / "autoencoder", "autoencoder")
     folder = run_dir / "generator"
     inputs = {"corpus": corpus.fingerprint, "autoencoder": autoencoder_manifest["fingerprint"]}
-    if finished(folder, stage="generator", config=config, inputs=inputs):
+    refined = refinement is not None and refinement.steps > 0
+    settings = {**vars(config), "refinement": refinement} if refined else config
+    if finished(folder, stage="generator", config=settings, inputs=inputs):
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,44 +276,39 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
             max_tokens=config.max_tokens,
             scratch=scratch,
         )
-    tokens = tokenize(tokenizer, [captions[0] for captions in corpus.captions])
-    subjects = tokenize(tokenizer, [captions[0].rpartition(", ")[0] or captions[0] for captions in corpus.captions])
-    endings = tokenize(tokenizer, [captions[0].rpartition(", ")[2] for captions in corpus.captions])
-    empty = tokenize(tokenizer, [""])
     torch.manual_seed(config.training.seed)
     scheduler = build_scheduler()
+    captions = [captions[0] for captions in corpus.captions]
+    examples = TrainingExamples(latents, captions, tokenizer, config, scheduler.config.num_train_timesteps)
     unet, text_encoder = build_denoiser(
         config, tokenizer=tokenizer, latent_channels=latents.shape[1], latent_side=latents.shape[2]
     )
-    loss_module = DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler)
-    train_timesteps = scheduler.config.num_train_timesteps
-    shares = np.cumsum([config.caption_dropout, config.subject_dropout, config.style_dropout])[::-1]
-
-    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        picked = latents[rows]
-        # One timestep from each of B equal parts: the same uniform law with less variance over the batch.
-        stratum = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
-        timesteps = (stratum / len(rows) * train_timesteps).long().clamp_max(train_timesteps - 1)
-        lot = torch.rand(len(rows), 1, generator=generator)
-        prompt = tokens[rows]
-        for share, shorter in zip(shares, (subjects[rows], endings[rows], empty), strict=True):
-            prompt = torch.where(lot < share, shorter, prompt)
-        return picked, prompt, timesteps, torch.randn(picked.shape, generator=generator)
-
-    checkpoint = folder / "checkpoint.safetensors"
+    made_from = [{**vars(config), "training": None}, inputs]
+    checkpoint, second_checkpoint = folder / "checkpoint.safetensors", folder / "checkpoint-refinement.safetensors"
     average = fit(
-        loss_module,
-        batch_of,
+        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
+        examples.batch_of,
         config.training,
         examples=len(corpus),
         checkpoint=checkpoint,
-        made_from=[{**vars(config), "training": None}, inputs],
+        made_from=made_from,
         accelerator=accelerator,
         schedule=trapezoid(config.decay_share),
         description="generator",
     )
+    assert isinstance(average, DenoiserLoss)
+    if refinement is not None and refined:
+        average = refine(
+            average,
+            examples,
+            refinement,
+            config.training,
+            tokens_of=lambda prompts: tokenize(tokenizer, prompts),
+            checkpoint=second_checkpoint,
+            made_from=[made_from, vars(config.training)],
+            accelerator=accelerator,
+        )
     if accelerator.is_main_process:
-        assert isinstance(average, DenoiserLoss)
         pipeline = StableDiffusionPipeline(
             vae=autoencoder,
             text_encoder=average.text_encoder,
@@ -275,22 +322,24 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         # Half precision is what ships, so it is also what later stages score and measure.
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
         _tidy_configs(folder)
+        checkpoints = (checkpoint, second_checkpoint)
         write_manifest(
             folder,
             stage="generator",
-            config=config,
+            config=settings,
             inputs=inputs,
             corpus_fingerprint=corpus.fingerprint,
             sha256={
                 path.relative_to(folder).as_posix(): sha256_file(path)
                 for path in sorted(folder.rglob("*.safetensors"))
-                if path != checkpoint
+                if path not in checkpoints
             },
             defaults={"steps": config.steps, "guidance": config.guidance},
             unet_parameters=sum(parameter.numel() for parameter in average.unet.parameters()),
             text_parameters=sum(parameter.numel() for parameter in average.text_encoder.parameters()),
         )
-        checkpoint.unlink(missing_ok=True)
+        for path in checkpoints:
+            path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     manifest = read_json(folder / MANIFEST)
     return manifest

@@ -36,6 +36,7 @@ generator:
   steps: 2
   guidance: 2.0
   training: {{steps: 3, batch_size: 4, checkpoint_every: 2}}
+refinement: {{steps: 2, warmup_steps: 1, recombined_share: 0.3}}
 encoder:
   embed_dim: 16
   image_size: 16
