@@ -22,7 +22,7 @@ import numpy as np
 
 from fastattr import FastattrError, Generator
 
-SCALES = (1.5, 2.5, 4.0, 6.0, 7.0, 8.0, 10.0)
+SCALES = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 REPORTED = emoji.Sizes()
 """Of the prompts that are kept apart."""
 
