@@ -100,13 +100,14 @@ def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
         intro = strings.INTRO_EMOJI if of_emoji(info) else strings.INTRO
         gr.Markdown(f"{strings.HEADING}\n\n{intro.format(images=info['images'])}")
         recent = gr.State([])
-        with gr.Tab(strings.TAB_GENERATE):
-            _generate_tab(demo, generator, attributor, recent, info)
-        with gr.Tab(strings.TAB_ATTRIBUTE):
-            _attribute_tab(attributor, recent)
-        if COUNTERFACTUALS_FILE in info["files"]:
-            with gr.Tab(strings.TAB_COUNTERFACTUAL) as tab:
-                _counterfactual_tab(tab, attributor)
+        with gr.Tabs(overflow_behavior="wrap"):  # a menu would hide the last tab from phones, when it pleased
+            with gr.Tab(strings.TAB_GENERATE):
+                _generate_tab(demo, generator, attributor, recent, info)
+            with gr.Tab(strings.TAB_ATTRIBUTE):
+                _attribute_tab(attributor, recent)
+            if COUNTERFACTUALS_FILE in info["files"]:
+                with gr.Tab(strings.TAB_COUNTERFACTUAL) as tab:
+                    _counterfactual_tab(tab, attributor)
         gr.HTML(render.footer(generator.name, info))
     demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     demo.examples = examples_of(info)
