@@ -31,11 +31,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fastattr import FastattrError, FastAttributor, Generator, InputError, corpus as corpora
+from fastattr import FastattrError, FastAttributor, Generator, InputError, corpus as corpora, refine_generator
 from fastattr.artifacts import MANIFEST, require_same
 from fastattr.corpus import Corpus, CorpusConfig
 from fastattr.hub import ASSETS
-from fastattr.refine_generator import is_refined_on, recombinations
 from fastattr.train_autoencoder import AutoencoderConfig, held_out, pixel_tensor, psnr
 
 MODEL = "emoji"
@@ -106,8 +105,8 @@ def choose_recombined(
         The row is that of the subject's first caption.
     """
     drawn = {(kind, split_caption(caption)[1]) for kind, caption in zip(kinds or (), captions, strict=False) if kind}
-    absent = [(row, style.removesuffix(" style")) for row, style in recombinations(captions)]
-    absent = [(row, style) for row, style in absent if not is_refined_on(recombine(captions[row], style))]
+    absent = [(row, style.removesuffix(" style")) for row, style in refine_generator.recombinations(captions)]
+    absent = [(row, style) for row, style in absent if not refine_generator.is_refined_on(recombine(captions[row], style))]
     if kinds is not None:
         absent = [(row, style) for row, style in absent if (kinds[row], style) in drawn]
     order = np.random.default_rng([seed, 1]).permutation(len(absent))[:count]
@@ -121,7 +120,7 @@ def recombine(caption: str, style: str) -> str:
 
 def split_caption(caption: str) -> tuple[str, str]:
     """'red heart, openmoji style' -> ('red heart', 'openmoji')."""
-    subject, _, style = caption.rpartition(", ")
+    subject, style = refine_generator.split_caption(caption)
     return subject, style.removesuffix(" style")
 
 

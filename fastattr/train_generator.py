@@ -35,7 +35,7 @@ from fastattr.artifacts import (
     write_manifest,
 )
 from fastattr.corpus import Corpus
-from fastattr.refine_generator import RefinementConfig, refine
+from fastattr.refine_generator import RefinementConfig, refine, split_caption
 from fastattr.train_autoencoder import encode_latents, load_images
 from fastattr.training import TrainingConfig, fit, trapezoid
 
@@ -222,7 +222,7 @@ class TrainingExamples:
         self.latents = latents
         self.captions = list(captions)
         self.tokens = tokenize(tokenizer, captions)
-        self.subjects = tokenize(tokenizer, [caption.rpartition(", ")[0] or caption for caption in captions])
+        self.subjects = tokenize(tokenizer, [split_caption(caption)[0] for caption in captions])
         self._endings = tokenize(tokenizer, [caption.rpartition(", ")[2] for caption in captions])
         self._empty = tokenize(tokenizer, [""])
         self._shares = np.cumsum([config.caption_dropout, config.subject_dropout, config.style_dropout])[::-1].tolist()
