@@ -20,10 +20,10 @@ from fastattr.errors import FastattrError, InputError
 RESULTS = Path(__file__).parent / "results" / "student.json"
 COMMAND = "python benchmarks/student.py"
 MEANINGS = {
-    "map_half_pct": "mAP(0.5% of the corpus), best student against the exact teacher",
-    "map_1pct": "mAP(1%)",
-    "map_4pct": "mAP(4%)",
-    "share_calibration_error": "expected calibration error of creators' shares",
+    "map_half_pct": "mAP(0.5% of the corpus), best student on the tables of docs/student.md against the exact teacher",
+    "map_1pct": "the same, mAP(1%)",
+    "map_4pct": "the same, mAP(4%)",
+    "share_calibration_error": "expected calibration error of creators' shares, same student and tables",
     "gap_closed_lds": "emoji-bench: part of the gap in residual LDS from untuned features to the best teacher that the best "
     "student closes",
     "gap_closed_lds_fast": "the same by the best student that needs no gradient at query time",

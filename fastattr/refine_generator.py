@@ -185,7 +185,7 @@ def refine(
         return latents, tokens, timesteps, noise, subjects, guided | invented, invented
 
     average = fit(
-        RefinementLoss(denoiser, config.style_guidance),
+        RefinementLoss(denoiser.to(accelerator.device), config.style_guidance),  # its frozen copy moves with nothing else
         batch_of,
         replace(
             training,
