@@ -34,8 +34,8 @@ docs: venv
 
 assets: venv
 	$(BIN)/fastattr build hub_scripts/configs/emoji.yaml --yes --run runs/emoji --assets fastattr/assets/emoji
-	$(BIN)/python -m fastattr.showcase generated fastattr/assets/emoji/attributor --generator fastattr/assets/emoji/generator
-	$(BIN)/python -m fastattr.showcase counterfactuals fastattr/assets/emoji/attributor --truth benchmarks/truth/emoji-bench
+	$(BIN)/python -m fastattr.evaluation.showcase generated fastattr/assets/emoji/attributor --generator fastattr/assets/emoji/generator
+	$(BIN)/python -m fastattr.evaluation.showcase counterfactuals fastattr/assets/emoji/attributor --truth benchmarks/truth/emoji-bench
 
 # The browser tests drive Debian's Chromium; Playwright's own browser build is not used.
 chromium:

@@ -39,9 +39,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from fastattr.artifacts import read_json, sha256_file
-from fastattr.corpus_emoji import EmojiSet, draw, fetch_package
-from fastattr.scores import read_scores
+from fastattr.core.files import read_json, sha256_file
+from fastattr.corpus.emoji import EmojiSet, draw, fetch_package
+from fastattr.teachers.scores import read_scores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "hub_scripts" / "configs"
@@ -166,7 +166,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def start(config: Path, run_dir: Path, *options: str) -> subprocess.Popen[bytes]:
     """`fastattr build`, in a process group of its own."""
-    command = [sys.executable, "-m", "fastattr.cli", "build", str(config), "--run", str(run_dir), *options]
+    command = [sys.executable, "-m", "fastattr", "build", str(config), "--run", str(run_dir), *options]
     with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
         return subprocess.Popen(command, env=environment(), stderr=log, stdout=log, start_new_session=True)
 
@@ -224,7 +224,16 @@ def same_scores(first: Path, second: Path) -> dict[str, Any]:
 
 def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
     """Build on two processes, and compare with the run `first` of one."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), "-m", "fastattr.cli", "build", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *LAUNCH.split(),
+        "-m",
+        "fastattr",
+        "build",
+        str(config),
+    ]
     settings = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
         done = subprocess.run(
@@ -259,7 +268,7 @@ def _data(folder: Path) -> dict[str, str]:
 def same_answers(first: Path, second: Path, run_dir: Path) -> float:
     """Mean overlap of the first ten training images that two attributors name for the test queries."""
     from fastattr import FastAttributor
-    from fastattr.queries import Queries
+    from fastattr.generators.queries import Queries
 
     queries = Queries(run_dir / "queries")
     rows = queries.of_split("test")
@@ -279,7 +288,7 @@ def near_copy(image: Image.Image) -> Image.Image:
 def planted_copies(run_dir: Path, *, seed: int, copies: int = COPIES) -> dict[str, Any]:
     """Where near-copies of training images find their originals; 0 is first."""
     from fastattr import FastAttributor
-    from fastattr.corpus import Corpus
+    from fastattr.corpus.store import Corpus
 
     corpus = Corpus(run_dir / "corpus")
     attributor = FastAttributor.from_pretrained(run_dir / "attributor")
@@ -298,7 +307,7 @@ def paper_plans() -> dict[str, Any]:
     """What `fastattr plan` says of the paper's teachers, in A100-hours; no run folder is there."""
     values: dict[str, Any] = {}
     for name, key in (("coco", "plan_coco"), ("sd15-laion", "plan_sd15")):
-        command = [sys.executable, "-m", "fastattr.cli", "plan", str(CONFIGS / f"{name}.yaml"), "--no-measure", "--json"]
+        command = [sys.executable, "-m", "fastattr", "plan", str(CONFIGS / f"{name}.yaml"), "--no-measure", "--json"]
         with tempfile.TemporaryDirectory() as nowhere:
             done = subprocess.run([*command, "--run", nowhere + "/run"], env=environment(), capture_output=True, check=True)
         hours = json.loads(done.stdout)["teacher_hours"]

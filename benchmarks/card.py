@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattr.artifacts import read_json, sha256_file, write_json
-from fastattr.catalogue import read_config, seal
-from fastattr.errors import FastattrError, InputError
+from fastattr.attributor.catalogue import read_config, seal
+from fastattr.core.errors import FastattrError, InputError
+from fastattr.core.files import read_json, sha256_file, write_json
 
 RESULTS = Path(__file__).parent / "results" / "student.json"
 COMMAND = "python benchmarks/student.py"

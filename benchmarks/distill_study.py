@@ -29,13 +29,13 @@ import student as benchmark
 from student import DOCS, PERCENTS, Sizes, Tables, open_tables, recipe
 from tqdm import tqdm
 
-from fastattr.artifacts import atomic_path, read_json, write_json
-from fastattr.distill import DistillConfig
-from fastattr.errors import FastattrError
-from fastattr.losses import LOSSES
-from fastattr.metrics import standard_error
-from fastattr.pairs import labels_of, make_table
-from fastattr.scores import ScoredQuery
+from fastattr.core.errors import FastattrError
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.students.distill import DistillConfig
+from fastattr.students.losses import LOSSES
+from fastattr.students.metrics import standard_error
+from fastattr.students.pairs import labels_of, make_table
+from fastattr.teachers.scores import ScoredQuery
 
 RESULTS = Path(__file__).parent / "results" / "distill_study.json"
 STUDIES = ("features", "losses", "queries", "outsiders", "candidates", "budget")

@@ -6,7 +6,7 @@ Models come from the installed package alone. Real images come from RUN/corpus, 
 is built into a temporary folder (about a minute; needs npm). A drawn image is right in style or subgroup if
 benchmarks/judge/ says so: a classifier of the real images, used for nothing else. Seen prompts are captions that the
 generator was trained on; recombined ones ask for a subject in the style of a set that has no such subject, drawn evenly
-from the half of all there are that refinement (fastattr/refine_generator.py) leaves alone; recombined_known_kind takes
+from the half of all there are that refinement (refinement.py) leaves alone; recombined_known_kind takes
 those alone whose kind (subgroup) the set draws.
 Everything random follows --seed. Accuracies carry a standard error (_se) and a sample size (_n).
 """
@@ -31,11 +31,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fastattr import FastattrError, FastAttributor, Generator, InputError, corpus as corpora, refine_generator
-from fastattr.artifacts import MANIFEST, require_same
-from fastattr.corpus import Corpus, CorpusConfig
-from fastattr.hub import ASSETS
-from fastattr.train_autoencoder import AutoencoderConfig, held_out, pixel_tensor, psnr
+from fastattr import FastattrError, FastAttributor, Generator, InputError
+from fastattr.core.files import MANIFEST, require_same
+from fastattr.core.models import ASSETS
+from fastattr.corpus import store as corpora
+from fastattr.corpus.store import Corpus, CorpusConfig
+from fastattr.generators.scratch import refinement as refine_generator
+from fastattr.generators.scratch.autoencoder import AutoencoderConfig, held_out, pixel_tensor, psnr
 
 MODEL = "emoji"
 KEYS = (

@@ -17,11 +17,11 @@ Each model is a process of its own with one thread, --processes of them side by 
 last checkpoint, keeps the weights, measures every query's denoising loss under noise that is the same for all models,
 and writes both atomically; what is there is not done again, so the command may be killed and started again at any
 time. A new run folder takes what the ground truth in --out already has, if recipe, images and queries are the same. Two
-trainings with one seed on one machine and one thread are the same bit for bit (tests/test_ground_truth.py); on other
+trainings with one seed on one machine and one thread are the same bit for bit (tests/evaluation/test_ground_truth.py); on other
 processors or library versions they are as two seeds are, for rounding errors grow in training.
 
 Reads the emoji corpus (--corpus, or built from npm packages) and the embedded autoencoder; writes RUN/ and, once models
-are there, the ground truth (fastattr/truth.py) to --out.
+are there, the ground truth (fastattr/evaluation/truth.py) to --out.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from fastattr import queries as queries_stage
-from fastattr.artifacts import (
+from fastattr.core.errors import ArtifactNotFoundError, FastattrError, InputError, NonFiniteError
+from fastattr.core.files import (
     MANIFEST,
     atomic_path,
     fingerprint,
@@ -63,15 +63,16 @@ from fastattr.artifacts import (
     write_json,
     write_manifest,
 )
-from fastattr.config import read_config
-from fastattr.corpus import Corpus, CorpusConfig, write_corpus
-from fastattr.errors import ArtifactNotFoundError, FastattrError, InputError, NonFiniteError
-from fastattr.features import open_encoder
-from fastattr.generator import Generator, noise_for, spread_timesteps
-from fastattr.hub import ASSETS
-from fastattr.queries import Queries, QueriesConfig
-from fastattr.train_autoencoder import encode_latents, load_images
-from fastattr.train_generator import (
+from fastattr.core.models import ASSETS
+from fastattr.core.training import fit, trapezoid
+from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
+from fastattr.evaluation.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
+from fastattr.features.features import open_encoder
+from fastattr.generators import queries as queries_stage
+from fastattr.generators.generator import Generator, noise_for, spread_timesteps
+from fastattr.generators.queries import Queries, QueriesConfig
+from fastattr.generators.scratch.autoencoder import encode_latents, load_images
+from fastattr.generators.scratch.denoiser import (
     DenoiserLoss,
     GeneratorConfig,
     build_denoiser,
@@ -79,8 +80,7 @@ from fastattr.train_generator import (
     tokenize,
     train_tokenizer,
 )
-from fastattr.training import fit, trapezoid
-from fastattr.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
+from fastattr.pipeline.config import read_config
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"
 OUT = Path(__file__).parent / "truth" / "emoji-bench"
@@ -365,7 +365,7 @@ def prepare(config: BenchConfig, run_dir: Path, source: Path | None) -> Bench:
     """
     if not (run_dir / "corpus" / MANIFEST).exists():
         if source is None:
-            from fastattr import corpus as corpora
+            from fastattr.corpus import store as corpora
 
             source = run_dir / "source"
             corpora.run(CorpusConfig(), source)

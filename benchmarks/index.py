@@ -43,13 +43,14 @@ import threadpoolctl
 import torch
 from PIL import Image
 
-from fastattr import FastAttributor, index
-from fastattr.artifacts import atomic_path, read_json, sha256_file, write_json
-from fastattr.attribute import write_config
-from fastattr.catalogue import COLUMNS, write_table
-from fastattr.distill import save_student
-from fastattr.index import IndexConfig, Read
-from fastattr.student import Student, StudentConfig
+from fastattr import FastAttributor
+from fastattr.attributor.attribute import write_config
+from fastattr.attributor.catalogue import COLUMNS, write_table
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.index import index
+from fastattr.index.index import IndexConfig, Read
+from fastattr.students.distill import save_student
+from fastattr.students.student import Student, StudentConfig
 
 KEYS = (
     "recall100_1m",
@@ -312,7 +313,7 @@ from pathlib import Path
 import numpy as np
 import torch, faiss, pyarrow
 from fastattr import FastAttributor, attribute, index
-from fastattr.artifacts import read_json
+from fastattr.core.files import read_json
 query = np.random.default_rng(0).standard_normal((1, 768)).astype(np.float32)
 folder = Path(sys.argv[1])
 started, spent = time.perf_counter(), time.process_time()
@@ -425,7 +426,7 @@ def part_serve(work: Path, quick: bool) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "fastattr.cli", "serve", "emoji", "--port", str(port)])
+    server = subprocess.Popen([sys.executable, "-m", "fastattr", "serve", "emoji", "--port", str(port)])
     try:
         while True:
             with socket.socket() as client:

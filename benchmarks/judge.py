@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from fastattr.artifacts import atomic_path, read_json, sha256_file, write_json
-from fastattr.corpus import Corpus
-from fastattr.errors import ArtifactDamagedError, FastattrError
-from fastattr.train_autoencoder import held_out, load_images, pixel_tensor
-from fastattr.training import TrainingConfig, fit
+from fastattr.core.errors import ArtifactDamagedError, FastattrError
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.training import TrainingConfig, fit
+from fastattr.corpus.store import Corpus
+from fastattr.generators.scratch.autoencoder import held_out, load_images, pixel_tensor
 
 JUDGE = Path(__file__).parent / "judge"
 UNKNOWN = -100

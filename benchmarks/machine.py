@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattr.artifacts import write_json
+from fastattr.core.files import write_json
 
 LIBRARIES = ("fastattr", "torch", "diffusers", "transformers", "open_clip_torch", "faiss-cpu", "numpy")
 

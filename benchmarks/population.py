@@ -19,7 +19,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from fastattr.hub import ASSETS
+from fastattr.core.models import ASSETS
 
 DIM = 768
 NEIGHBOURS = 8

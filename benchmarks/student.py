@@ -35,8 +35,14 @@ from student_truth import Setting, measure as measure_students, open_bench
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastattr.artifacts import MANIFEST, atomic_path, read_json, write_json
-from fastattr.calibrate import (
+from fastattr.core.errors import FastattrError, InputError
+from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
+from fastattr.core.training import TrainingConfig
+from fastattr.corpus.store import Corpus
+from fastattr.features.features import FeaturesConfig, encode_sets, folders, open_encoder, read_features
+from fastattr.generators.queries import Queries
+from fastattr.pipeline.config import read_config
+from fastattr.students.calibrate import (
     Calibration,
     corpus_weights,
     estimate_shares,
@@ -45,19 +51,13 @@ from fastattr.calibrate import (
     teacher_percentiles,
     teacher_shares,
 )
-from fastattr.config import read_config
-from fastattr.corpus import Corpus
-from fastattr.distill import DistillConfig, Validation, distill
-from fastattr.errors import FastattrError, InputError
-from fastattr.features import FeaturesConfig, encode_sets, folders, open_encoder, read_features
-from fastattr.losses import LOSSES
-from fastattr.metrics import paired_bootstrap, spearman, standard_error, teacher_average_precision
-from fastattr.ownness import fit_density
-from fastattr.pairs import PairTable, labels_of, make_table, standardised
-from fastattr.queries import Queries
-from fastattr.scores import ScoredQuery, read_scores
-from fastattr.student import Student, StudentConfig, embed_both
-from fastattr.training import TrainingConfig
+from fastattr.students.distill import DistillConfig, Validation, distill
+from fastattr.students.losses import LOSSES
+from fastattr.students.metrics import paired_bootstrap, spearman, standard_error, teacher_average_precision
+from fastattr.students.ownness import fit_density
+from fastattr.students.pairs import PairTable, labels_of, make_table, standardised
+from fastattr.students.student import Student, StudentConfig, embed_both
+from fastattr.teachers.scores import ScoredQuery, read_scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results" / "student.json"

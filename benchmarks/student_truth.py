@@ -21,16 +21,16 @@ from ground_truth import BenchConfig
 from tqdm import tqdm
 from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
 
-from fastattr.artifacts import MANIFEST, atomic_path, read_json
-from fastattr.baselines import kernel_scores_of_products
-from fastattr.distill import DistillConfig, Validation, distill
-from fastattr.ekfac import weight_shape
-from fastattr.evaluate import compare_with_truth, table_scores
-from fastattr.gradient_features import Compression, GradientConfig, RidgeKernel
-from fastattr.pairs import labels_of, make_table
-from fastattr.scores import ScoredQuery
-from fastattr.student import Student, embed_both
-from fastattr.truth import GroundTruth, lds_residual
+from fastattr.core.files import MANIFEST, atomic_path, read_json
+from fastattr.evaluation.evaluate import compare_with_truth, table_scores
+from fastattr.evaluation.truth import GroundTruth, lds_residual
+from fastattr.gradients.ekfac import weight_shape
+from fastattr.gradients.gradient_features import Compression, GradientConfig, RidgeKernel
+from fastattr.students.distill import DistillConfig, Validation, distill
+from fastattr.students.pairs import labels_of, make_table
+from fastattr.students.student import Student, embed_both
+from fastattr.teachers.baselines import kernel_scores_of_products
+from fastattr.teachers.scores import ScoredQuery
 
 SPLITS = ("train", "validation", "test")
 WIDTHS = {"gradient": 2048, "output_gradient": 4096}
@@ -189,7 +189,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `fastattr.gradient_encoder` stores of a gradient: whitened, its leading coordinates, a ridge kernel if asked."""
+    """What `fastattr.features.gradient` stores of a gradient: whitened, its leading coordinates, a ridge kernel if asked."""
 
     gradients: Gradients
     compression: Compression

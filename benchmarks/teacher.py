@@ -30,15 +30,16 @@ import yaml
 from emoji import open_corpus
 from scipy.stats import spearmanr
 
-from fastattr import FastattrError, teacher
-from fastattr.artifacts import MANIFEST, fingerprint, read_json
-from fastattr.candidates import write_candidates
-from fastattr.corpus import Corpus, CorpusConfig, write_corpus
-from fastattr.hub import ASSETS
-from fastattr.plan import Probe, Sizes as PlanSizes, run as plan, teacher_plan
-from fastattr.queries import Queries, QueriesConfig, run as draw_queries
-from fastattr.scores import read_scores
-from fastattr.teacher import TeacherConfig
+from fastattr import FastattrError
+from fastattr.core.files import MANIFEST, fingerprint, read_json
+from fastattr.core.models import ASSETS
+from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
+from fastattr.features.candidates import write_candidates
+from fastattr.generators.queries import Queries, QueriesConfig, run as draw_queries
+from fastattr.teachers import teacher
+from fastattr.teachers.plan import Probe, Sizes as PlanSizes, run as plan, teacher_plan
+from fastattr.teachers.scores import read_scores
+from fastattr.teachers.teacher import TeacherConfig
 
 GENERATOR = ASSETS / "emoji" / "generator"
 SCRIPT = Path(__file__).resolve().parent.parent / "hub_scripts" / "teacher.py"

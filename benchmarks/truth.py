@@ -39,7 +39,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from ground_truth import AUTOENCODER, RANKINGS, BenchConfig, chosen_queries, prepare, removed_count
 from tqdm import tqdm, trange
 
-from fastattr.artifacts import (
+from fastattr.core.errors import FastattrError, InputError, NonFiniteError
+from fastattr.core.files import (
     MANIFEST,
     atomic_path,
     fingerprint,
@@ -50,25 +51,24 @@ from fastattr.artifacts import (
     write_json,
     write_manifest,
 )
-from fastattr.baselines import kernel_scores_of_products, similarity_scores
-from fastattr.conditioning import Conditioning
-from fastattr.config import read_config
-from fastattr.corpus import Corpus
-from fastattr.denoising import EncodedImages, denoising_losses, image_losses
-from fastattr.diffusion_features import middle_activations
-from fastattr.distill import DistillConfig, train_student
-from fastattr.ekfac import Factors, Layer, fit_ekfac, weight_shape
-from fastattr.errors import FastattrError, InputError, NonFiniteError
-from fastattr.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
-from fastattr.features import encode_all, open_encoder
-from fastattr.generator import CROSS_ATTENTION_KV, Generator
-from fastattr.linearised import flat_step
-from fastattr.pairs import standardised
-from fastattr.scores import ScoredQuery, write_shard
-from fastattr.student import embed
-from fastattr.teacher import TeacherConfig, factor_batches
-from fastattr.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
-from fastattr.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
+from fastattr.corpus.store import Corpus
+from fastattr.evaluation.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
+from fastattr.evaluation.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.features.diffusion import middle_activations
+from fastattr.features.features import encode_all, open_encoder
+from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
+from fastattr.gradients.denoising import EncodedImages, denoising_losses, image_losses
+from fastattr.gradients.ekfac import Factors, Layer, fit_ekfac, weight_shape
+from fastattr.pipeline.config import read_config
+from fastattr.students.distill import DistillConfig, train_student
+from fastattr.students.pairs import standardised
+from fastattr.students.student import embed
+from fastattr.teachers.baselines import kernel_scores_of_products, similarity_scores
+from fastattr.teachers.linearised import flat_step
+from fastattr.teachers.scores import ScoredQuery, write_shard
+from fastattr.teachers.teacher import TeacherConfig, factor_batches
+from fastattr.teachers.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastattr.errors import (
+from fastattr.core.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
     ArtifactNotFoundError,
@@ -20,12 +20,12 @@ from fastattr.errors import (
     QueriesFailedError,
     RevisionNotFoundError,
 )
+from fastattr.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fastattr.attribute import Attribution, FastAttributor
-    from fastattr.generator import Generator
+    from fastattr.attributor.attribute import Attribution, FastAttributor
+    from fastattr.generators.generator import Generator
 
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactDamagedError",
@@ -51,11 +51,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load the heavy names (torch, diffusers) only when they are first used."""
     if name in {"Attribution", "FastAttributor"}:
-        from fastattr import attribute
+        from fastattr.attributor import attribute
 
         return getattr(attribute, name)
     if name == "Generator":
-        from fastattr.generator import Generator
+        from fastattr.generators.generator import Generator
 
         return Generator
     raise AttributeError(f"module 'fastattr' has no attribute {name!r}")

@@ -8,19 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastattr.build import STAGES
-from fastattr.config import load_config
-from fastattr.errors import FastattrError, for_terminal
-from fastattr.publish import AUTO, KINDS, push_all
+from fastattr.core.errors import FastattrError, for_terminal
+from fastattr.pipeline.build import STAGES
+from fastattr.pipeline.config import load_config
+from fastattr.publishing.publish import AUTO, KINDS, push_all
 
 
 def run_stages(stages: Sequence[str], description: str | None, *, makes: Sequence[str]) -> int:
     """Run stages of a config on all processes of `accelerate launch`, then push from the first; returns the exit code.
 
     Args:
-        stages: names in `fastattr.build.STAGES`, in order.
+        stages: names in `fastattr.pipeline.build.STAGES`, in order.
         description: the script's docstring, shown by --help.
-        makes: which of `fastattr.publish.KINDS` the stages make; `--push-to-hub` pushes these.
+        makes: which of `fastattr.publishing.publish.KINDS` the stages make; `--push-to-hub` pushes these.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file; see hub_scripts/configs/")

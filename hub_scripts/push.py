@@ -10,7 +10,7 @@ import sys
 
 from common import run_stages
 
-from fastattr.publish import KINDS
+from fastattr.publishing.publish import KINDS
 
 if __name__ == "__main__":
     sys.exit(run_stages([], __doc__, makes=KINDS))

@@ -39,7 +39,7 @@ except ImportError:
 
 
 from fastattr import FastattrError, InputError, MissingExtraError
-from fastattr.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, GENERATED, GENERATED_FILE, read_table
+from fastattr.evaluation.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, GENERATED, GENERATED_FILE, read_table
 
 if __package__:
     from . import render, strings
@@ -496,7 +496,7 @@ def launch(
         mcp: as in `serve`.
     """
     from fastattr import FastAttributor, Generator
-    from fastattr.attribute import read_info
+    from fastattr.attributor.attribute import read_info
 
     generator = generator or os.environ.get("FASTATTR_GENERATOR", "emoji")
     attributor = attributor or os.environ.get("FASTATTR_ATTRIBUTOR", "emoji")

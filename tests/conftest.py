@@ -48,8 +48,8 @@ def tiny_run(tiny_config: Path) -> Path:
     """
     import torch
 
-    from fastattr.build import run
-    from fastattr.config import load_config
+    from fastattr.pipeline.build import run
+    from fastattr.pipeline.config import load_config
 
     run_dir, threads = tiny_config.parent / "run", torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from fastattr import FastAttributor
-from fastattr.artifacts import write_json
-from fastattr.attribute import write_config
-from fastattr.catalogue import COLUMNS, write_table
-from fastattr.index import IndexConfig, build
-from fastattr.student import Student, StudentConfig
+from fastattr.attributor.attribute import write_config
+from fastattr.attributor.catalogue import COLUMNS, write_table
+from fastattr.core.files import write_json
+from fastattr.index.index import IndexConfig, build
+from fastattr.students.student import Student, StudentConfig
 from tests.tiny import unit
 
 WIDTH = 12
@@ -23,7 +23,7 @@ def write_attributor(folder: Path, *, rows: int = 60, factory: str = "SQfp16", s
     """An attributor without encoders on made features: its student passes them on as they are."""
     import torch
 
-    from fastattr.distill import save_student
+    from fastattr.students.distill import save_student
 
     folder.mkdir(parents=True)
     config = StudentConfig(embed_dim=WIDTH, hidden=())

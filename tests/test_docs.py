@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattr.config import load_config
+from fastattr.pipeline.config import load_config
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -38,7 +38,7 @@ def test_the_api_reference_has_every_module(site: Path):
     text = (site / "api" / "index.html").read_text(encoding="utf-8")
     modules = [path.stem for path in (REPOSITORY / "fastattr").glob("*.py") if not path.stem.startswith("_")]
     assert [name for name in modules if f'id="fastattr.{name}"' not in text] == []
-    assert 'id="fastattr.attribute.FastAttributor.attribute"' in text
+    assert 'id="fastattr.attributor.attribute.FastAttributor.attribute"' in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

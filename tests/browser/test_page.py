@@ -22,8 +22,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from fastattr import FastAttributor
-from fastattr.cli import main
-from fastattr.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, attach, main as showcase
+from fastattr.cli.main import main
+from fastattr.evaluation.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, attach, main as showcase
 
 pytestmark = pytest.mark.browser
 PROMPT = "red circle, plain style"

@@ -12,7 +12,7 @@ import pytest
 from chromium import generate, image_ids, open_browser
 
 from fastattr import FastAttributor, Generator
-from fastattr.publish import push_all
+from fastattr.publishing.publish import push_all
 from tests.loopback_hub import LoopbackHub
 
 pytestmark = pytest.mark.browser

@@ -1,0 +1,153 @@
+"""Receipts: replay what an attributor answered, against a named revision, and say what differs.
+
+A receipt is `Attribution.to_json()`: versions of model, index and catalogue, the hash and the embedding of the query, ids,
+similarities and what was made of them. With the embedding the search is replayed; with the image itself also everything
+before it, and that it is the image of the receipt. Nothing in a receipt is signed: it shows what an attributor says, not
+who asked.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastattr.attributor.attribute import RECEIPT, Attribution, FastAttributor, ImageLike, image_sha256, open_image
+from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError
+from fastattr.core.files import read_json
+
+PARTS = ("image_part", "text_part")
+TOLERANCE = 2e-3
+"""By which a similarity may differ: other processors and batch sizes round otherwise."""
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """A receipt from a file.
+
+    Raises:
+        ArtifactDamagedError: it is none, or damaged.
+        FormatVersionError: it was written by another version of fastattr.
+        InputError: it is of plain similarity, which is not replayed.
+    """
+    receipt = read_json(path)
+    damaged = ArtifactDamagedError(f"{path} is no receipt, or damaged; a receipt is what Attribution.to_json() gives.")
+    if not isinstance(receipt, dict) or not isinstance(receipt.get("format"), str):
+        raise damaged
+    if receipt["format"] != RECEIPT:
+        raise FormatVersionError(f"{path} has the format {receipt['format']!r}, this fastattr reads {RECEIPT!r}.")
+    if (
+        isinstance(receipt.get("query"), dict)
+        and isinstance(receipt.get("model"), dict)
+        and "embedding" not in receipt["query"]
+    ):
+        method = receipt["model"].get("method", "an unknown method")
+        raise InputError(f"{path} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
+    try:
+        vector = decode_embedding(receipt)
+        whole = receipt["query"]["sha256"], receipt["query"]["k"], receipt["versions"]["model"], receipt["model"]["name"]
+        rows = [(each["image_id"], float(each["similarity"]), each["rank"]) for each in receipt["results"]]
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise damaged from error
+    if not np.isfinite(vector).all() or [rank for _, _, rank in rows] != list(range(len(rows))) or None in whole:
+        raise damaged
+    return receipt
+
+
+def decode_embedding(receipt: Mapping[str, Any]) -> np.ndarray:
+    """(D,) float32, the query's embedding."""
+    return np.frombuffer(base64.b64decode(receipt["query"]["embedding"], validate=True), dtype="<f4").copy()
+
+
+def verify(
+    receipt: Mapping[str, Any], attributor: FastAttributor, *, image: ImageLike | None = None, tolerance: float = TOLERANCE
+) -> list[str]:
+    """Replay a receipt and say what differs.
+
+    Args:
+        receipt: as `read_receipt` returns it.
+        attributor: at the revision against which it is to be held.
+        image: the query's image, to replay what comes before the search, too.
+        tolerance: by which a similarity may differ.
+
+    Returns:
+        A sentence for each difference; none, if the attributor says today what the receipt says.
+
+    Raises:
+        InputError: the embedding is not as wide as this attributor's.
+    """
+    query = receipt["query"]
+    differences = version_differences(receipt["versions"], attributor)
+    embedding = decode_embedding(receipt)
+    if len(embedding) != attributor.config["student"]["embed_dim"]:
+        wide = attributor.config["student"]["embed_dim"]
+        raise InputError(f"the receipt's embedding is {len(embedding)} wide, {attributor.name} makes embeddings {wide} wide.")
+    if image is not None:
+        opened = open_image(image)
+        if image_sha256(opened, query["prompt"]) != query["sha256"]:
+            return [*differences, "the image and prompt are not those of the receipt (their SHA-256 differs)."]
+        answer = attributor.attribute(opened, query["prompt"], k=min(query["k"], len(attributor)), where=query.get("where"))
+        assert isinstance(answer, Attribution)
+        again = decode_embedding(answer.to_dict())
+        if abs(float(again @ embedding) - 1) > tolerance:
+            differences.append(f"the image's embedding differs (cosine {float(again @ embedding):.4f} with the receipt's).")
+    else:
+        answer = attributor.replay(embedding, query["prompt"], min(query["k"], len(attributor)), where=query.get("where"))
+    # How much is the image's doing and how much the prompt's is known only with the image.
+    unknown = PARTS if image is None else ()
+    was, now = (
+        [{**row, **dict.fromkeys(unknown)} for row in rows] for rows in (receipt["results"], answer.to_dict()["results"])
+    )
+    return differences + result_differences(was, now, attributor, tolerance)
+
+
+def version_differences(versions: Mapping[str, Any], attributor: FastAttributor) -> list[str]:
+    """A sentence for each part whose version is another."""
+    lines = []
+    for name, found in attributor.versions().items():
+        was = versions.get(name)
+        if was != found:
+            short = [str(value)[:12] for value in (was, found)]
+            lines.append(f"{name}: the receipt has {short[0]}, {attributor.name} has {short[1]}.")
+    return lines
+
+
+def result_differences(
+    receipt: list[dict[str, Any]], now: list[dict[str, Any]], attributor: FastAttributor, tolerance: float
+) -> list[str]:
+    """A sentence for each image that is named no more, or anew, or of which something else is said."""
+    lines = []
+    was, found = ({each["image_id"]: each for each in rows} for rows in (receipt, now))
+    lowest = min((each["similarity"] for each in receipt), default=0.0)
+    for image_id in was.keys() - found.keys():
+        if attributor.has_left(image_id):
+            lines.append(f"{image_id} (rank {was[image_id]['rank']}) has been removed from the catalogue since.")
+        elif was[image_id]["similarity"] > lowest + tolerance:
+            lines.append(f"{image_id} (rank {was[image_id]['rank']}) is not among the first {len(now)} any more.")
+    lines += [
+        f"{image_id} is now named (rank {found[image_id]['rank']}), and is not in the receipt."
+        for image_id in found.keys() - was.keys()
+        if found[image_id]["similarity"] > lowest + tolerance
+    ]
+    for image_id in was.keys() & found.keys():
+        for name, value in was[image_id].items():
+            other = found[image_id].get(name)
+            if name == "rank":
+                continue  # follows from the similarities; equal ones may change places
+            if isinstance(value, int | float) and isinstance(other, int | float):
+                same = abs(value - other) <= tolerance * max(1.0, abs(value))
+            else:
+                same = value == other
+            if not same:
+                lines.append(f"{image_id}: {name} was {value!r}, is {other!r}.")
+    order = [image_id for image_id in was if image_id in found]
+    lines += [
+        f"{before} stood before {after}, and is now behind it."
+        for before, after in itertools.pairwise(order)
+        if found[before]["similarity"] < found[after]["similarity"] - 2 * tolerance
+    ]
+    return sorted(lines)

@@ -1,0 +1,283 @@
+"""One training loop for the networks that we train ourselves: resumable, EMA, any number of processes.
+
+A network to train is an `nn.Module` whose forward returns its loss. Batches and random draws are functions of
+the step number alone, so a run that was killed and resumed sees exactly what an uninterrupted run sees.
+Checkpoints are safetensors files; no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
+from fastattr.core.files import atomic_path, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of one training run: AdamW, linear warm-up, cosine decay to zero."""
+
+    steps: int
+    """Optimiser steps in all."""
+    batch_size: int
+    """Examples a step, over all processes together."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average whose weights are kept."""
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 500
+    """Steps between checkpoints; a killed run loses at most these."""
+    seed: int = 0
+    mixed_precision: str = "no"
+    """'no', 'bf16' or 'fp16'; bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.checkpoint_every) < 1:
+            raise InputError("steps, batch_size and checkpoint_every must be at least 1")
+
+
+def batch_rows(step: int, *, examples: int, batch_size: int, seed: int) -> np.ndarray:
+    """(batch_size,) rows of step `step`: consecutive slices of one random permutation per epoch.
+
+    Depends on nothing but its arguments, so that a resumed run draws the same batches.
+    """
+    start = step * batch_size
+    rows: list[int] = []
+    while len(rows) < batch_size:
+        epoch, offset = divmod(start + len(rows), examples)
+        order = np.random.default_rng([seed, epoch]).permutation(examples)
+        rows.extend(order[offset : offset + batch_size - len(rows)])
+    return np.array(rows, dtype=np.int64)
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up to the peak, then half a cosine to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def trapezoid(decay_share: float) -> Callable[[int, TrainingConfig], float]:
+    """A schedule: linear warm-up, the peak, then linearly to zero over the last `decay_share` of all steps.
+
+    Unlike a cosine it does not depend on the number of steps before its decay starts, so a run can be made longer
+    from any checkpoint before that. Source: arXiv:2405.18392.
+    """
+
+    def rate(step: int, config: TrainingConfig) -> float:
+        left = (config.steps - step) / max(1.0, decay_share * config.steps)
+        return config.learning_rate * max(0.0, min(1.0, (step + 1) / max(1, config.warmup_steps), left))
+
+    return rate
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Keep the averaged weights that are best by some judgement, and stop once they have not improved for a while."""
+
+    judge: Callable[[nn.Module], float]
+    """Of the averaged weights, higher = better; the same on every process."""
+    every: int
+    """Steps between judgements."""
+    patience: int
+    """Judgements without improvement after which to stop."""
+
+
+@dataclass
+class _Best:
+    """The best averaged weights so far."""
+
+    value: float = -math.inf
+    waited: int = 0
+    weights: dict[str, torch.Tensor] | None = None
+
+
+def fit(
+    loss_module: nn.Module,
+    batch_of: Callable[[np.ndarray, torch.Generator], tuple[torch.Tensor, ...]],
+    config: TrainingConfig,
+    *,
+    examples: int,
+    checkpoint: Path,
+    made_from: object = None,
+    accelerator: Accelerator | None = None,
+    schedule: Callable[[int, TrainingConfig], float] = learning_rate_at,
+    stopping: EarlyStopping | None = None,
+    description: str = "train",
+) -> nn.Module:
+    """Train `loss_module` in place and return a copy that holds the averaged weights.
+
+    Args:
+        loss_module: forward(*batch) -> scalar mean loss over the batch.
+        batch_of: (rows, generator) -> the batch's tensors; takes all randomness from the generator.
+        config: the run's settings.
+        examples: number of training examples that `rows` index.
+        checkpoint: safetensors file to resume from and write to; removed by the caller once the result is saved.
+        made_from: whatever else determines the run (the stage's config and input fingerprints, JSON-able); a checkpoint
+            of anything else is refused, except one with another number of steps that had the same learning rates.
+        accelerator: device, precision and processes; made from `config` if not given.
+        schedule: (step, config) -> learning rate.
+        stopping: judge the averaged weights now and then, and return the best of them; None returns the last.
+        description: label of the progress bar.
+
+    Raises:
+        ArtifactMismatchError: the checkpoint belongs to other settings.
+        NonFiniteError: the loss became NaN or infinite.
+    """
+    accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+    if config.batch_size % accelerator.num_processes:
+        raise InputError(f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes")
+    optimizer = torch.optim.AdamW(
+        loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
+    average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
+    best = _Best()
+    start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer, best)
+    model, optimizer = accelerator.prepare(loss_module, optimizer)
+    model.train()
+    per_process = config.batch_size // accelerator.num_processes
+    bar = tqdm(
+        range(start, config.steps), initial=start, total=config.steps, desc=description, disable=not accelerator.is_main_process
+    )
+    running = float("nan")
+    for step in bar:
+        if stopping and best.waited >= stopping.patience:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, config)
+        rows = batch_rows(step, examples=examples, batch_size=config.batch_size, seed=config.seed)
+        mine = rows[accelerator.process_index * per_process :][:per_process]
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([config.seed, step, accelerator.process_index]).generate_state(1)[0])
+        )
+        batch = [tensor.to(accelerator.device) for tensor in batch_of(mine, generator)]
+        with accelerator.autocast():
+            loss = model(*batch)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        value = float(loss.detach())
+        # Before the step, so that no weight or checkpoint takes it. fp16's scaler meets infinite gradients and skips them.
+        if not math.isfinite(value) or (accelerator.mixed_precision != "fp16" and not math.isfinite(float(norm))):
+            raise NonFiniteError(
+                f"{description}: loss is {value}, gradient norm {float(norm)} at step {step}; "
+                "lower the learning rate and resume."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(accelerator.unwrap_model(model))
+        running = value if math.isnan(running) else 0.98 * running + 0.02 * value
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if stopping and ((step + 1) % stopping.every == 0 or step + 1 == config.steps):
+            _judge(stopping, average.module, best)
+            bar.set_postfix(loss=f"{running:.4f}", best=f"{best.value:.4f}", refresh=False)
+        if (step + 1) % config.checkpoint_every == 0 and accelerator.is_main_process:
+            _save_checkpoint(checkpoint, config, made_from, step + 1, accelerator.unwrap_model(model), average, optimizer, best)
+    accelerator.wait_for_everyone()
+    if best.weights is not None:
+        average.module.load_state_dict(best.weights)
+    result: nn.Module = average.module
+    return result.eval()
+
+
+def _judge(stopping: EarlyStopping, average: nn.Module, best: _Best) -> None:
+    """Note the averaged weights if they are the best so far."""
+    training = average.training
+    value = stopping.judge(average.eval())
+    average.train(training)
+    best.waited += 1
+    if value > best.value:
+        best.value, best.waited = value, 0
+        best.weights = {name: tensor.detach().clone() for name, tensor in average.state_dict().items()}
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential moving average whose decay rises from 0.1 to `decay`, so that the untrained start is soon forgotten."""
+
+    @torch.no_grad()
+    def update(averages: Any, currents: Any, count: Any) -> None:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(list(averages), list(currents), 1 - now)
+
+    return update
+
+
+def _identity(config: TrainingConfig, made_from: object) -> str:
+    """What a checkpoint must agree in; the number of steps is looked at apart."""
+    return fingerprint([{**vars(config), "steps": None, "checkpoint_every": None}, made_from])
+
+
+def _save_checkpoint(
+    path: Path,
+    config: TrainingConfig,
+    made_from: object,
+    step: int,
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: Any,
+    best: _Best,
+) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors |= {f"best.{name}": value for name, value in (best.weights or {}).items()}
+    metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": _identity(config, made_from)}
+    metadata |= {"best": str(best.value), "waited": str(best.waited)}
+    with atomic_path(path) as temporary:
+        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+
+
+def _load_checkpoint(
+    path: Path,
+    config: TrainingConfig,
+    made_from: object,
+    schedule: Callable[[int, TrainingConfig], float],
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    best: _Best,
+) -> int:
+    """Restore everything and return the step to go on from; 0 without a checkpoint."""
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    step = int(metadata["step"])
+    same = metadata["fingerprint"] == _identity(config, made_from)
+    before = TrainingConfig(**json.loads(metadata["config"])) if same else config
+    if not same or any(schedule(past, before) != schedule(past, config) for past in range(step)):
+        raise ArtifactMismatchError(
+            f"{path} was written with {metadata['config']}, now {json.dumps(vars(config))} is wanted, or its inputs differ. "
+            "Delete it to start afresh, or run with the old settings."
+        )
+    tensors = load_file(path)
+    for prefix, module in (("model.", model), ("average.", average)):
+        module.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+    best.value, best.waited = float(metadata.get("best", "-inf")), int(metadata.get("waited", "0"))
+    best.weights = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")} or None
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step

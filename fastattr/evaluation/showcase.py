@@ -1,0 +1,230 @@
+"""Showcase: what the page shows of an attributor beyond its answers, made beforehand and kept in the attributor's folder.
+
+generated.parquet: images of the generator with the training images that rank first for them, so that the page can say
+which other images a training image influences. counterfactuals.parquet: queries of a ground truth, drawn again from their
+own noise by models that were really retrained without some images. Both are optional; config.json holds their checksums,
+so `push`, `from_pretrained` and `save_pretrained` treat them as any other file.
+
+    python -m fastattr.evaluation.showcase generated ATTRIBUTOR --generator GENERATOR
+    python -m fastattr.evaluation.showcase counterfactuals ATTRIBUTOR --truth FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from fastattr.attributor.attribute import FastAttributor, thumbnail_bytes
+from fastattr.attributor.catalogue import read_config, seal
+from fastattr.core.errors import ArtifactDamagedError, FastattrError, MissingFileError
+from fastattr.core.files import atomic_path, require_same, sha256_file, write_json
+from fastattr.corpus.store import load_rgb
+from fastattr.evaluation.truth import GroundTruth
+from fastattr.generators.generator import Generator
+
+GENERATED_FILE = "generated.parquet"
+GENERATED = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("steps", pa.int32()),
+        ("guidance", pa.float32()),
+        ("image", pa.binary()),  # WebP thumbnail
+        ("image_ids", pa.list_(pa.string())),  # of the training images ranked first, most influential first
+    ]
+)
+COUNTERFACTUALS_FILE = "counterfactuals.parquet"
+COUNTERFACTUALS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),  # of the noise that the original and all retrained models start from
+        ("method", pa.string()),  # whose top K the model was trained without: 'influence', 'similarity' or 'random'
+        ("removed", pa.int32()),  # K
+        ("of", pa.int32()),  # images in the corpus
+        ("loss_before", pa.float64()),  # of the query under the model trained on everything; mean squared error
+        ("loss_after", pa.float64()),  # under the retrained one, with the same noise draws
+        ("original", pa.binary()),  # lossless WebP
+        ("image", pa.binary()),  # the same, drawn by the retrained model
+    ]
+)
+METHODS = {"influence": "student", "similarity": "similarity_both", "random": "random"}
+"""What the page calls a method: its name in the ground truth."""
+
+
+def pack_generated(
+    generator: Generator, attributor: FastAttributor, *, count: int, first: int, seed: int = 0, batch_size: int = 25
+) -> pa.Table:
+    """Draw images and name the training images that influenced each most.
+
+    Args:
+        generator: the one that the attributor was trained for.
+        attributor: whose ranking is kept.
+        count: images to draw; their prompts are captions of training images, no two of one family.
+        first: how many training images of each ranking are kept.
+        seed: of the choice of captions; image i starts from the noise of seed i.
+        batch_size: images drawn at once.
+
+    Returns:
+        `count` rows (fewer where the corpus has fewer families) in the schema `GENERATED`.
+
+    Raises:
+        ArtifactMismatchError: the attributor was trained for another generator.
+    """
+    require_same(
+        "generator_fingerprint",
+        generator.fingerprint,
+        attributor.config["generator_fingerprint"],
+        "Give the generator that the attributor was trained for.",
+    )
+    columns = (attributor.catalog[name].to_pylist() for name in ("family", "image_id"))
+    _, rows = np.unique([family or image_id for family, image_id in zip(*columns, strict=True)], return_index=True)
+    chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:count])
+    prompts = attributor.catalog["caption"].take(pa.array(chosen)).to_pylist()
+    records = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="generated", unit="batch"):
+        own = prompts[start : start + batch_size]
+        seeds = list(range(start, start + len(own)))
+        images = generator.generate_batch(own, seeds=seeds)
+        answers = attributor.attribute(images, own, k=min(first, len(attributor)))
+        assert isinstance(answers, list)
+        for prompt, image_seed, image, answer in zip(own, seeds, images, answers, strict=True):
+            records.append(
+                {
+                    "prompt": prompt,
+                    "seed": image_seed,
+                    "steps": int(generator.defaults["steps"]),
+                    "guidance": float(generator.defaults["guidance"]),
+                    "image": thumbnail_bytes(image, quality=80),
+                    "image_ids": [result.image_id for result in answer.results],
+                }
+            )
+    return pa.Table.from_pylist(records, schema=GENERATED)
+
+
+def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHODS) -> pa.Table:
+    """Take the queries that every method has a retrained model for, all of them: none is picked.
+
+    Args:
+        truth: a ground truth folder whose counterfactuals hold the images drawn again (column 'image').
+        methods: what the page calls a method, and its name in the ground truth. Where several models belong to one
+            method and query ('random'), the first by name is taken.
+
+    Returns:
+        One row a query and method, in the schema `COUNTERFACTUALS`.
+
+    Raises:
+        MissingFileError: the ground truth holds no such images, or no query for which all methods have one.
+    """
+    table = truth.counterfactuals
+    if "image" not in table.columns:
+        raise MissingFileError(
+            f"{truth.folder / 'counterfactuals.parquet'} has no column 'image'; run benchmarks/ground_truth.py again, "
+            "which keeps the images drawn by the retrained models."
+        )
+    drawn = table[table["image"].notna()].sort_values("model_id").drop_duplicates(["method", "query_id"])
+    by_key = {(row["method"], row["query_id"]): row for row in drawn.to_dict("records")}
+    query_ids = [query for query in truth.query_ids if all((name, query) in by_key for name in methods.values())]
+    if not query_ids:
+        raise MissingFileError(
+            f"{truth.folder} has no query that models without the first images by {', '.join(methods.values())} have all "
+            f"drawn again; it has {sorted(set(table['method']))}. Run benchmarks/ground_truth.py --only leave-k-out."
+        )
+    removed = {model["model_id"]: len(model["removed_image_ids"]) for model in truth.models}
+    seeds = dict(zip(truth.query_ids, truth.queries["seed"].to_pylist(), strict=True))
+    records = []
+    for query_id in query_ids:
+        before = float(truth.losses(["full"], [query_id])[0, 0])
+        original = _lossless(truth.image(query_id))
+        for method, name in methods.items():
+            row = by_key[name, query_id]
+            records.append(
+                {
+                    "query_id": query_id,
+                    "prompt": truth.prompt(query_id),
+                    "seed": seeds[query_id],
+                    "method": method,
+                    "removed": removed[row["model_id"]],
+                    "of": len(truth.image_ids),
+                    "loss_before": before,
+                    "loss_after": float(row["loss"]),
+                    "original": original,
+                    "image": _lossless(load_rgb(row["image"]["bytes"])),
+                }
+            )
+    return pa.Table.from_pylist(records, schema=COUNTERFACTUALS)
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """A showcase file.
+
+    Raises:
+        ArtifactDamagedError: it has other columns than `schema`.
+    """
+    found = pq.read_schema(path).remove_metadata()
+    if not found.equals(schema):
+        raise ArtifactDamagedError(
+            f"{path} has the columns {found.names}, not those of fastattr.evaluation.showcase; make it again."
+        )
+    return pq.read_table(path)
+
+
+def attach(table: pa.Table, folder: Path, name: str) -> None:
+    """Write a table into an attributor's folder and its checksum into config.json, as one of the attributor's files.
+
+    Raises:
+        As `catalogue.read_config`: the folder is no attributor.
+    """
+    config = read_config(folder)
+    with atomic_path(folder / name) as temporary:
+        pq.write_table(table, temporary, compression="zstd", compression_level=12)
+    config["sha256"] = dict(sorted({**config["sha256"], name: sha256_file(folder / name)}.items()))
+    write_json(folder / "config.json", seal(config))
+
+
+def _lossless(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", lossless=True, method=6)
+    return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make one of the two files and attach it."""
+    parser = argparse.ArgumentParser(description="Make what the page shows beyond an attributor's answers.")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    generated = kinds.add_parser("generated", help="images of the generator, and whom they owe most")
+    generated.add_argument("attributor", type=Path, help="folder of the attributor")
+    generated.add_argument("--generator", required=True, help="folder, Hub id or embedded name")
+    generated.add_argument("--count", type=int, default=200, help="images to draw (%(default)s)")
+    generated.add_argument("--first", type=int, default=100, help="training images kept of each ranking (%(default)s)")
+    counterfactuals = kinds.add_parser("counterfactuals", help="queries drawn by retrained models")
+    counterfactuals.add_argument("attributor", type=Path, help="folder of the attributor")
+    counterfactuals.add_argument("--truth", type=Path, required=True, help="ground truth folder with images")
+    for method, default in METHODS.items():
+        counterfactuals.add_argument(f"--{method}", default=default, help="its name in the ground truth (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.kind == "generated":
+        attributor = FastAttributor.from_pretrained(options.attributor)
+        generator = Generator.from_pretrained(options.generator)
+        table, name = pack_generated(generator, attributor, count=options.count, first=options.first), GENERATED_FILE
+    else:
+        methods = {method: getattr(options, method) for method in METHODS}
+        table, name = pack_counterfactuals(GroundTruth(options.truth), methods), COUNTERFACTUALS_FILE
+    attach(table, options.attributor, name)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except FastattrError as error:
+        sys.exit(str(error))

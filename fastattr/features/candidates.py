@@ -1,0 +1,131 @@
+"""Candidates: the training images that the teacher scores for each query.
+
+Reads features/, query_features/; writes candidates/data.parquet with one row a query. A set holds the nearest
+neighbours in off-the-shelf features (an equal part by each encoder) and random outsiders, which the student
+learns to place last. Source: arXiv:2511.10721, sec. 4 (two-stage curation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastattr.core.errors import InputError
+from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.corpus.store import Corpus
+from fastattr.features.features import check_source, features_fingerprint, folders, read_features
+from fastattr.generators.queries import Queries
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesConfig:
+    """Size and make-up of a candidate set."""
+
+    per_query: int = 1000
+    """C, images in each set."""
+    outsider_share: float = 0.1
+    """Part of the set drawn at random from the rest of the corpus (10% in the paper)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_query < 1:
+            raise InputError(f"per_query must be at least 1, got {self.per_query}")
+        if not 0 <= self.outsider_share < 1:
+            raise InputError(f"outsider_share must be in [0, 1), got {self.outsider_share}")
+
+
+def choose_candidates(
+    similarities: Sequence[np.ndarray], *, size: int, outsiders: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose one query's candidate set.
+
+    Args:
+        similarities: one (N,) array per encoder, higher = closer to the query.
+        size: C, images in the set, at most N.
+        outsiders: how many of them are random.
+        rng: draws the outsiders.
+
+    Returns:
+        (C,) rows and (C,) bool, true for outsiders. Neighbours come first: the encoders take turns, each adding
+        its nearest image not yet chosen.
+    """
+    neighbours = size - outsiders
+    orders = [np.argsort(-values, kind="stable")[: neighbours * len(similarities)] for values in similarities]
+    turns = np.stack([order[: min(len(order) for order in orders)] for order in orders], axis=1).ravel()
+    _, first = np.unique(turns, return_index=True)
+    chosen = turns[np.sort(first)][:neighbours]
+    rest = np.setdiff1d(np.arange(len(similarities[0])), chosen)
+    drawn = rng.choice(rest, size=size - len(chosen), replace=False)
+    is_outsider = np.arange(size) >= len(chosen)
+    return np.concatenate([chosen, drawn]), is_outsider
+
+
+def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
+    """Choose the candidates of every query; returns the manifest."""
+    corpus, queries = Corpus(run_dir / "corpus"), Queries(run_dir / "queries")
+    if config.per_query > len(corpus):
+        raise InputError(f"per_query is {config.per_query}, but the corpus has {len(corpus)} images; ask for at most that.")
+    corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
+    for path in corpus_folders:
+        check_source(path, corpus.fingerprint)
+    for path in query_folders:
+        check_source(path, queries.fingerprint)
+    folder = run_dir / "candidates"
+    inputs = {"features": features_fingerprint(corpus_folders), "query_features": features_fingerprint(query_folders)}
+    if finished(folder, stage="candidates", config=config, inputs=inputs):
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        return manifest
+    similarities = []
+    for ours, theirs in zip(query_folders, corpus_folders, strict=True):
+        similarities.append(read_features([ours], queries.query_ids) @ read_features([theirs], corpus.image_ids).T)
+    chosen = [
+        choose_candidates(
+            [values[query] for values in similarities],
+            size=config.per_query,
+            outsiders=round(config.per_query * config.outsider_share),
+            rng=np.random.default_rng([config.seed, query]),
+        )
+        for query in range(len(queries.query_ids))
+    ]
+    return write_candidates(folder, corpus, queries, chosen, config=config, inputs=inputs, encoders=list(encoders))
+
+
+def write_candidates(
+    folder: Path,
+    corpus: Corpus,
+    queries: Queries,
+    chosen: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    config: Any,
+    inputs: Mapping[str, str],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write a candidates folder: for each query in turn (C,) rows of the corpus and (C,) is_outsider; returns the manifest."""
+    rows = [
+        {"query_id": query_id, "image_ids": [corpus.image_ids[row] for row in rows], "is_outsider": is_outsider.tolist()}
+        for query_id, (rows, is_outsider) in zip(queries.query_ids, chosen, strict=True)
+    ]
+    with atomic_path(folder / "data.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    return write_manifest(
+        folder,
+        stage="candidates",
+        config=config,
+        inputs=inputs,
+        corpus_fingerprint=corpus.fingerprint,
+        queries_fingerprint=queries.fingerprint,
+        **facts,
+    )
+
+
+def read_candidates(folder: Path) -> dict[str, tuple[list[str], np.ndarray]]:
+    """query_id -> (C image ids, (C,) is_outsider)."""
+    open_stage(folder, "candidates")
+    table = pq.read_table(folder / "data.parquet").to_pylist()
+    return {row["query_id"]: (row["image_ids"], np.array(row["is_outsider"], dtype=bool)) for row in table}

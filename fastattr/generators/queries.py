@@ -1,0 +1,308 @@
+"""Queries: generated images with their prompts, to be attributed; training, validation and test kept apart.
+
+Reads corpus/ and generator/; writes queries/data.parquet with every setting that made each image. Prompts are
+captions of training images, recombinations (a subject in another set's style) and free text: listed in the config, or
+from a file or dataset of prompts. A subject belongs to one split only, by the hash of its name, so no test prompt shares
+its subject with a training prompt. Drawings that are near-copies of a training image name it (`near_copy_of`).
+Resumes: images already drawn are kept in shards of one batch each (`batch_size` 1: one query each).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, remove, write_manifest
+from fastattr.core.processes import split_between
+from fastattr.corpus.near_copies import look_of, looks_of, near_copies
+from fastattr.corpus.store import Corpus, load_rgb
+from fastattr.generators.generator import Generator
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueriesConfig:
+    """How many queries, and how they are drawn."""
+
+    train: int = 200
+    validation: int = 20
+    test: int = 40
+    train_drawings: int = 1
+    """How many training queries share a prompt, each drawn from a noise of its own: for corpora of few subjects."""
+    caption_share: float = 0.6
+    """Part of each split whose prompts are captions of the corpus."""
+    recombined_share: float = 0.3
+    """Part whose prompts put a subject into the style of a set that has no such subject, or of another set."""
+    free_prompts: tuple[str, ...] = ()
+    """Free text for the rest; each prompt is used once, in a split chosen by its hash."""
+    prompts: str = ""
+    """More free text: a file (.txt with a prompt a line, .jsonl, .json, .csv, .parquet), or a dataset that `datasets` loads,
+    such as DiffusionDB; of them as many as are needed are taken, chosen by hash."""
+    prompt_column: str = "prompt"
+    """Column of the prompts in that file or dataset."""
+    steps: int = 25
+    guidance: float = 4.0
+    batch_size: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train_drawings < 1:
+            raise InputError(f"train_drawings must be at least 1, got {self.train_drawings}")
+        if min(self.train, self.validation, self.test) < 0 or self.train + self.validation + self.test == 0:
+            raise InputError("the numbers of queries must not be negative, and at least one must be positive")
+        if not 0 <= self.caption_share + self.recombined_share <= 1:
+            raise InputError("caption_share + recombined_share must be between 0 and 1")
+
+    @property
+    def prompts_of_split(self) -> dict[str, int]:
+        """How many prompts each split has."""
+        return {"train": -(-self.train // self.train_drawings), "validation": self.validation, "test": self.test}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and where it comes from."""
+
+    text: str
+    kind: str
+    """'caption', 'recombined' or 'free'."""
+    split: str
+
+
+def split_of(subject: str, config: QueriesConfig) -> str:
+    """The split a subject belongs to, in proportion to the splits' sizes; depends on the subject and sizes only."""
+    sizes = config.prompts_of_split
+    total = sum(sizes.values())
+    position = int(hashlib.sha256(f"split {subject}".encode()).hexdigest()[:12], 16) / 16**12 * total
+    if position < sizes["train"]:
+        return "train"
+    return "validation" if position < sizes["train"] + sizes["validation"] else "test"
+
+
+def read_prompts(source: str, column: str) -> Iterator[str]:
+    """The prompts of a file or of a dataset's train split, in its order; empty ones are left out.
+
+    Raises:
+        ArtifactNotFoundError: it looks like a file and is none.
+        InputError: it has no such column.
+    """
+    path = Path(source)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
+        yield from filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n")))
+        return
+    from datasets import load_dataset
+
+    kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+    if path.suffix in kinds:
+        if not path.is_file():
+            raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
+        rows = load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=True)
+    else:
+        rows = load_dataset(source, split="train", streaming=True)
+    if column in (rows.column_names or []):  # a CSV says only with its first row which columns it has
+        rows = rows.select_columns([column])
+    for row in rows:
+        if column not in row:
+            raise InputError(f"{source} has no column {column!r}; it has {sorted(row)}. Set queries.prompt_column.")
+        if row[column] and row[column].strip():
+            yield row[column].strip()
+
+
+def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequence[str] = ()) -> list[Prompt]:
+    """Choose the prompts of all splits.
+
+    Args:
+        captions: main captions of the corpus, 'SUBJECT, SET style' where sets are known, else any text.
+        config: sizes and shares.
+        more: free text that comes after `config.free_prompts`, in an order that follows from the texts alone.
+
+    Returns:
+        Distinct prompts, but each of the training split `train_drawings` times; train first. Captions fill up where a split
+        has too few free prompts or recombinations.
+
+    Raises:
+        InputError: the corpus has too few distinct subjects.
+    """
+    rng = np.random.default_rng(config.seed)
+    subjects: dict[str, set[str]] = {}
+    for caption in captions:
+        subject, _, style = caption.rpartition(", ")
+        subjects.setdefault(subject or caption, set()).add(style if subject else "")
+    styles = sorted({style for known in subjects.values() for style in known if style})
+    texts = list(dict.fromkeys(more))
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(f"{config.seed} {text}".encode()).digest())
+    prompts = []
+    for split, size in config.prompts_of_split.items():
+        own = [subject for subject in sorted(subjects) if split_of(subject, config) == split]
+        rng.shuffle(own)
+        free = [text for text in dict.fromkeys([*config.free_prompts, *ordered]) if split_of(text, config) == split]
+        n_recombinable = sum(len(subjects[subject]) < len(styles) for subject in own)
+        n_recombined = min(n_recombinable, round(size * config.recombined_share))
+        n_free = min(len(free), size - n_recombined - round(size * config.caption_share))
+        for subject in own:
+            absent = [style for style in styles if style not in subjects[subject]]
+            if n_recombined and absent:
+                prompts.append(Prompt(f"{subject}, {absent[rng.integers(len(absent))]}", "recombined", split))
+                n_recombined -= 1
+                size -= 1
+            elif size > n_free + n_recombined:
+                style = sorted(subjects[subject])[rng.integers(len(subjects[subject]))]
+                prompts.append(Prompt(f"{subject}, {style}" if style else subject, "caption", split))
+                size -= 1
+        if size > n_free:
+            raise InputError(
+                f"the corpus has {len(own)} subjects for the {split} queries, {size - n_free} too few; ask for fewer."
+            )
+        prompts += [Prompt(text, "free", split) for text in free[:n_free]]
+    training = [prompt for prompt in prompts if prompt.split == "train"]
+    return [*(training * config.train_drawings)[: config.train], *prompts[len(training) :]]
+
+
+class Queries:
+    """A written query folder, opened."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open `folder`.
+
+        Raises:
+            ArtifactNotFoundError: it is not a finished query folder.
+        """
+        self.folder = Path(folder)
+        self.manifest = open_stage(self.folder, "queries")
+        self.table = pq.read_table(self.folder / "data.parquet")
+        if "near_copy_of" not in self.table.column_names:  # written before drawings were compared with the corpus
+            self.table = self.table.append_column("near_copy_of", pa.array([""] * len(self.table)))
+        self.query_ids: list[str] = self.table["query_id"].to_pylist()
+        self.prompts: list[str] = self.table["prompt"].to_pylist()
+        self.splits: list[str] = self.table["split"].to_pylist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies prompts, settings and images."""
+        return str(self.manifest["queries_fingerprint"])
+
+    def image(self, row: int) -> Image.Image:
+        """The generated RGB image of one row."""
+        return load_rgb(self.table["image"][row].as_py()["bytes"])
+
+    def of_split(self, split: str) -> list[int]:
+        """Row numbers of one split."""
+        return [row for row, name in enumerate(self.splits) if name == split]
+
+
+def query_schema() -> pa.Schema:
+    """Arrow schema of queries, viewable by `datasets`."""
+    from datasets import Features, Image as ImageFeature, Value
+
+    text = {name: Value("string") for name in ("scheduler", "generator", "split", "kind", "near_copy_of")}
+    numbers = {"seed": Value("int64"), "steps": Value("int32"), "guidance": Value("float32")}
+    schema: pa.Schema = Features(
+        {"query_id": Value("string"), "prompt": Value("string"), "image": ImageFeature(), **numbers, **text}
+    ).arrow_schema
+    return schema
+
+
+def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
+    """Draw the queries of run_dir/corpus with run_dir/generator, on all processes; returns the manifest."""
+    accelerator = Accelerator()
+    corpus = Corpus(run_dir / "corpus")
+    generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
+    folder = run_dir / "queries"
+    inputs = {"corpus": corpus.fingerprint, "generator": generator.fingerprint}
+    if finished(folder, stage="queries", config=config, inputs=inputs):
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        return manifest
+    more = list(read_prompts(config.prompts, config.prompt_column)) if config.prompts else []
+    prompts = choose_prompts([captions[0] for captions in corpus.captions], config, more)
+    # Shards of an unfinished run with other settings lie under another name and are never mixed in.
+    shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
+    files = {start: shards / f"{start:06d}.parquet" for start in range(0, len(prompts), config.batch_size)}
+    with split_between(accelerator, [start for start, path in files.items() if not path.exists()]) as mine:
+        for start in tqdm(mine, desc="queries", unit="batch", disable=not accelerator.is_main_process):
+            rows = draw_queries(generator, prompts[start : start + config.batch_size], first=start, config=config)
+            with atomic_path(files[start]) as temporary:
+                pq.write_table(pa.Table.from_pylist(rows, schema=query_schema()), temporary)
+    if accelerator.is_main_process:
+        _finish(folder, shards, config, inputs, corpus, generator)
+    accelerator.wait_for_everyone()
+    manifest = read_json(folder / MANIFEST)
+    return manifest
+
+
+def _finish(
+    folder: Path, shards: Path, config: QueriesConfig, inputs: dict[str, str], corpus: Corpus, generator: Generator
+) -> None:
+    """Put the shards together as one table, name the near-copies and record what made it."""
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(shards.glob("*.parquet"))])
+    drawn = [image["bytes"] for image in table["image"].to_pylist()]
+    found = near_copies(looks_of([look_of(load_rgb(data)) for data in drawn]), corpus.looks())
+    copied = [corpus.image_ids[rows[0]] if len(rows) else "" for rows in found]
+    table = table.set_column(table.schema.get_field_index("near_copy_of"), "near_copy_of", pa.array(copied, pa.string()))
+    with atomic_path(folder / "data.parquet") as temporary:
+        pq.write_table(table, temporary)
+    near = sum(map(bool, copied))
+    if near:
+        logger.warning("%d of %d drawings are near-copies of a training image (column near_copy_of)", near, len(copied))
+    images = [hashlib.sha256(data).hexdigest() for data in drawn]
+    identity = [table["query_id"].to_pylist(), table["prompt"].to_pylist(), table["split"].to_pylist(), images]
+    counts = {split: table["split"].to_pylist().count(split) for split in SPLITS}
+    schedule = {key: value for key, value in generator.pipeline.scheduler.config.items() if not key.startswith("_")}
+    write_manifest(
+        folder,
+        stage="queries",
+        config=config,
+        inputs=inputs,
+        queries_fingerprint=fingerprint(identity),
+        queries=counts,
+        near_copies=near,
+        pipeline=type(generator.pipeline).__name__,
+        scheduler=schedule,
+        image_size=generator.image_size,
+    )
+    remove(shards)
+
+
+def draw_queries(generator: Generator, prompts: Sequence[Prompt], *, first: int, config: QueriesConfig) -> list[dict[str, Any]]:
+    """Rows of the query table for these prompts, the first of which has number `first`."""
+    seeds = [config.seed * 1_000_000 + first + offset for offset in range(len(prompts))]
+    images = generator.generate_batch(
+        [prompt.text for prompt in prompts], seeds=seeds, steps=config.steps, guidance=config.guidance
+    )
+    rows = []
+    for offset, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        rows.append(
+            {
+                "query_id": f"{prompt.split}-{first + offset:06d}",
+                "prompt": prompt.text,
+                "image": {"bytes": buffer.getvalue(), "path": None},
+                "seed": seed,
+                "steps": config.steps,
+                "guidance": config.guidance,
+                "scheduler": type(generator.pipeline.scheduler).__name__,
+                "generator": generator.fingerprint,
+                "split": prompt.split,
+                "kind": prompt.kind,
+                "near_copy_of": "",
+            }
+        )
+    return rows

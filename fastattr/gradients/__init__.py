@@ -1,0 +1,1 @@
+"""What a denoising loss asks of the weights: losses, gradients, EKFAC curvature, compression."""

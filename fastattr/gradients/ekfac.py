@@ -1,0 +1,314 @@
+"""EKFAC: the curvature that shapes the unlearning step.
+
+For a linear layer (or a convolution, as a linear layer on patches) with inputs a (T rows an example) and output
+gradients g, the Fisher block is approximated by Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose
+eigenvectors are kept, and whose eigenvalues are replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the
+gradient of one example: exact second moments in the Kronecker eigenbasis.
+Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
+
+Files are kronfluence's (activation_eigenvectors, gradient_eigenvectors, lambda_matrix, num_lambda_processed,
+each a safetensors file with one tensor a layer; lambda is a sum over examples, shaped (out, in)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
+from fastattr.core.files import atomic_path, read_json, require_same, write_json
+
+logger = logging.getLogger(__name__)
+
+FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+MADE_OF = "made_of.json"
+"""Fingerprints of the generator and the corpus that factors belong to; beside kronfluence's own files there is none."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """EKFAC factors of several layers, by layer name."""
+
+    activation_eigenvectors: Mapping[str, torch.Tensor]
+    """(in, in), columns are eigenvectors of A."""
+    gradient_eigenvectors: Mapping[str, torch.Tensor]
+    """(out, out), columns are eigenvectors of S."""
+    eigenvalues: Mapping[str, torch.Tensor]
+    """(out, in), mean squared per-example gradient in the eigenbasis."""
+    examples: int
+    """Examples that the eigenvalues average over."""
+
+    def precondition(self, gradients: Mapping[str, torch.Tensor], *, damping: float) -> dict[str, torch.Tensor]:
+        """Apply (F + damping * mean eigenvalue of the layer)^-1 to gradients.
+
+        Args:
+            gradients: (out, in) per layer.
+            damping: as a fraction of each layer's mean eigenvalue.
+
+        Returns:
+            (out, in) natural gradients, by layer.
+        """
+        natural = {}
+        for name, gradient in gradients.items():
+            left, right, eigenvalues = (
+                part[name].to(gradient.device)
+                for part in (self.gradient_eigenvectors, self.activation_eigenvectors, self.eigenvalues)
+            )
+            rotated = left.T @ gradient.to(left.dtype) @ right
+            damped = eigenvalues + damping * eigenvalues.mean()
+            natural[name] = (left @ (rotated / damped) @ right.T).to(gradient.dtype)
+        return natural
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the factors' numbers."""
+        digest = hashlib.sha256()
+        for tensors in (self.activation_eigenvectors, self.gradient_eigenvectors, self.eigenvalues):
+            for name in sorted(tensors):
+                digest.update(tensors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path, *, made_of: Mapping[str, str] | None = None) -> None:
+        """Write kronfluence's factor files, and `made_of`, fingerprints by name, beside them; that one comes last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "activation_eigenvectors": dict(self.activation_eigenvectors),
+            "gradient_eigenvectors": dict(self.gradient_eigenvectors),
+            "lambda_matrix": {name: value * self.examples for name, value in self.eigenvalues.items()},
+            "num_lambda_processed": {name: torch.tensor([self.examples]) for name in self.eigenvalues},
+        }
+        for file, tensors in contents.items():
+            with atomic_path(folder / f"{file}.safetensors") as temporary:
+                save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        write_json(folder / MADE_OF, dict(made_of or {}))
+
+    @classmethod
+    def load(cls, folder: Path, layers: Mapping[str, Layer], *, made_of: Mapping[str, str] | None = None) -> Factors:
+        """Read kronfluence's factor files.
+
+        Args:
+            folder: where they are.
+            layers: those that they must be of.
+            made_of: fingerprints that those saved beside them must agree with; kronfluence's own have none, which is logged.
+
+        Raises:
+            ArtifactNotFoundError: a file is missing.
+            ArtifactMismatchError: they belong to other layers, another generator or another corpus.
+        """
+        if (folder / MADE_OF).exists():
+            found = read_json(folder / MADE_OF)
+            for what, expected in (made_of or {}).items():
+                fix = "Fit factors for this one, or point teacher.factors at those of it."
+                require_same(f"the {what} of the factors in {folder}", found.get(what), expected, fix)
+        elif made_of and folder.exists():
+            logger.warning("%s does not say which generator and corpus its factors are of; they are taken as they are", folder)
+        contents = {}
+        for file in FACTOR_FILES:
+            path = folder / f"{file}.safetensors"
+            if not path.exists():
+                raise ArtifactNotFoundError(f"{path} does not exist; fit the factors again.")
+            contents[file] = load_file(path)
+        wanted = set(layers)
+        if set(contents["lambda_matrix"]) != wanted:
+            raise ArtifactMismatchError(
+                f"{folder} holds factors of {sorted(contents['lambda_matrix'])[:3]}..., "
+                f"expected those of {sorted(wanted)[:3]}... Fit factors for this generator and pattern."
+            )
+        for name, layer in layers.items():
+            if contents["lambda_matrix"][name].shape != weight_shape(layer):
+                raise ArtifactMismatchError(
+                    f"{folder} holds factors of shape {tuple(contents['lambda_matrix'][name].shape)} for layer {name}, "
+                    f"expected {weight_shape(layer)}. Fit factors for this generator."
+                )
+        examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
+        eigenvalues = {name: value.double() / examples for name, value in contents["lambda_matrix"].items()}
+        return cls(
+            {name: value.double() for name, value in contents["activation_eigenvectors"].items()},
+            {name: value.double() for name, value in contents["gradient_eigenvectors"].items()},
+            eigenvalues,
+            examples,
+        )
+
+
+Layer = nn.Linear | nn.Conv2d
+"""What EKFAC is defined for here; a convolution is a linear layer on the patches of its input."""
+
+
+def weight_shape(layer: Layer) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix; in = channels x kernel height x kernel width for a convolution."""
+    return layer.weight.shape[0], layer.weight[0].numel()
+
+
+def factor_bytes(layers: Mapping[str, Layer]) -> int:
+    """Memory that fitting takes for sums and factors, all in float64: covariances, eigenvectors and eigenvalues."""
+    return factor_sizes([weight_shape(layer) for layer in layers.values()])
+
+
+def factor_sizes(shapes: Iterable[tuple[int, int]]) -> int:
+    """The same for layers of these (out, in) shapes."""
+    return sum(8 * (2 * out * out + 2 * inner * inner + out * inner) for out, inner in shapes)
+
+
+@contextmanager
+def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """While open, collect (inputs (B, T, in), output gradients (B, T, out)) of every backward pass, by layer name."""
+    recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in layers}
+    handles = []
+    for name, layer in layers.items():
+
+        def forward_hook(layer: Layer, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
+            activations = inputs[0].detach()
+
+            def keep(gradient: torch.Tensor) -> None:
+                dtype = layer.weight.dtype  # also where the network around the layer has half precision
+                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach().to(dtype))))
+
+            output.register_hook(keep)  # one hook a call, so layers used several times in one graph pair up rightly
+
+        handles.append(layer.register_forward_hook(forward_hook))
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_rows(layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
+    """(B, ..., in) -> (B, T, in); for a convolution (B, C, H, W) -> its patches, (B, T, C x kernel)."""
+    if isinstance(layer, nn.Linear):
+        return _rows(inputs)
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise InputError(f"convolutions padded with {layer.padding!r} {layer.padding_mode} are not supported by EKFAC.")
+    patches = F.unfold(inputs, layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride)
+    return patches.transpose(1, 2)
+
+
+def _output_rows(layer: Layer, gradients: torch.Tensor) -> torch.Tensor:
+    """(B, ..., out) -> (B, T, out); for a convolution from (B, out, H, W)."""
+    return _rows(gradients) if isinstance(layer, nn.Linear) else gradients.flatten(2).transpose(1, 2)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ..., W) -> (B, T, W)."""
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def example_gradients(recorded: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """(B, out, in) weight gradients of each example of a batch, summed over the layer's calls."""
+    total = None
+    for activations, gradients in recorded:
+        part = torch.einsum("bto,bti->boi", gradients, activations)
+        total = part if total is None else total + part
+    if total is None:
+        raise NonFiniteError("a layer to unlearn took no part in the loss; no gradient reached it.")
+    return total
+
+
+def fit_ekfac(
+    layers: Mapping[str, Layer],
+    batches: Callable[[], Iterable[torch.Tensor]],
+    *,
+    accelerator: Accelerator | None = None,
+    diagonal: bool = False,
+) -> Factors:
+    """Fit EKFAC factors on per-example losses.
+
+    Args:
+        layers: linear layers and convolutions, by name, whose weights require gradients; biases are ignored.
+        batches: gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes
+            each its own part. It is called twice: for the covariances, then for the eigenvalues. For the true Fisher
+            the losses must be those of targets sampled from the model; with the data's own targets the result is the
+            empirical Fisher.
+        accelerator: the processes to sum over; None is this one alone. All get the same factors.
+        diagonal: keep the weights' own basis instead of the Kronecker factors' eigenvectors, which makes the curvature
+            the diagonal of the Fisher matrix (AbU, arXiv:2406.09408).
+
+    Returns:
+        Factors in float64.
+
+    Raises:
+        NonFiniteError: a covariance or an eigenvalue is NaN or infinite; the layer is named.
+    """
+    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    logger.info("EKFAC factors of %d layers take %.1f MB of memory", len(layers), factor_bytes(layers) / 1e6)
+    if diagonal:
+        right = {name: torch.eye(inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
+        left = {name: torch.eye(out, dtype=torch.float64) for name, (out, _) in shapes.items()}
+    else:
+        left, right = _eigenbasis(layers, shapes, batches, accelerator)
+    eigenvalues = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    examples = 0
+    rotations = {name: (right[name].to(layer.weight), left[name].to(layer.weight)) for name, layer in layers.items()}
+    with record_layers(layers) as recorded:
+        for losses in batches():
+            losses.sum().backward()
+            examples += len(losses)
+            for name, calls in recorded.items():
+                # Rotating inputs and output gradients is cheaper than rotating each example's gradient.
+                inner, outer = rotations[name]
+                rotated = calls if diagonal else [(inputs @ inner, gradients @ outer) for inputs, gradients in calls]
+                eigenvalues[name] += example_gradients(rotated).square().sum(dim=0).double().cpu()
+                calls.clear()
+    for layer in layers.values():
+        layer.weight.grad = None
+    total = int(_summed(torch.tensor(float(examples), dtype=torch.float64), accelerator))
+    for name in layers:
+        eigenvalues[name] = _summed(eigenvalues[name], accelerator) / total
+        if not torch.isfinite(eigenvalues[name]).all():
+            raise NonFiniteError(f"the EKFAC eigenvalues of layer {name} are not finite; check the losses, or use float32.")
+    return Factors(right, left, eigenvalues, total)
+
+
+def _eigenbasis(
+    layers: Mapping[str, Layer],
+    shapes: Mapping[str, tuple[int, int]],
+    batches: Callable[[], Iterable[torch.Tensor]],
+    accelerator: Accelerator | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Eigenvectors of the output gradients' and of the inputs' covariances, by layer, the same on all processes."""
+    gradient = {name: torch.zeros(out, out, dtype=torch.float64) for name, (out, _) in shapes.items()}
+    activation = {name: torch.zeros(inner, inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
+    with record_layers(layers) as recorded:
+        for losses in batches():
+            losses.sum().backward()
+            for name, calls in recorded.items():
+                for inputs, output_gradients in calls:
+                    flat_inputs, flat_gradients = inputs.flatten(0, 1), output_gradients.flatten(0, 1)
+                    activation[name] += (flat_inputs.T @ flat_inputs).double().cpu()
+                    gradient[name] += (flat_gradients.T @ flat_gradients).double().cpu()
+                calls.clear()
+    left, right = {}, {}
+    for name in layers:
+        right[name] = _eigenvectors(_summed(activation[name], accelerator), f"inputs of layer {name}", accelerator)
+        left[name] = _eigenvectors(_summed(gradient[name], accelerator), f"output gradients of layer {name}", accelerator)
+    return left, right
+
+
+def _summed(tensor: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
+    """The sum over all processes."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return tensor
+    total: torch.Tensor = accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
+    return total
+
+
+def _eigenvectors(covariance: torch.Tensor, what: str, accelerator: Accelerator | None) -> torch.Tensor:
+    """(W, W) eigenvectors, as columns, of a symmetric matrix; those of the first process, for signs and order may differ."""
+    if not torch.isfinite(covariance).all():
+        raise NonFiniteError(f"the covariance of the {what} is not finite; check the losses, or use float32.")
+    vectors: torch.Tensor = torch.linalg.eigh(covariance).eigenvectors
+    if accelerator is None or accelerator.num_processes == 1:
+        return vectors
+    shared: torch.Tensor = broadcast(vectors.contiguous().to(accelerator.device), from_process=0).cpu()
+    return shared

@@ -1,0 +1,1 @@
+"""The whole line: its config, its stages in order, what they cost, the report at the end."""

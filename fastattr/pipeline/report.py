@@ -1,0 +1,125 @@
+"""Report: one static page about a finished build, with its pictures: what was read, drawn, named, measured and spent.
+
+Reads all folders of a run; writes report/index.html, which needs no other file and no network (templates/report.html
+holds its words). Drawings shown are the first test queries, uncurated.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from fastattr.attributor.attribute import Attribution, FastAttributor
+from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.generators.queries import Queries
+
+if TYPE_CHECKING:
+    from fastattr.pipeline.config import BuildConfig
+
+TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
+SHOWN = 8
+"""Queries on the page."""
+NAMED = 8
+"""Training images named for each."""
+PICTURE_SIDE = 160
+SKIPPED_SHOWN = 50
+
+
+def run(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Write the report of a finished run; returns its manifest."""
+    folder = run_dir / "report"
+    inputs = {
+        "attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"],
+        "queries": open_stage(run_dir / "queries", "queries")["fingerprint"],
+    }
+    if not finished(folder, stage="report", config={"name": config.name}, inputs=inputs):
+        page = render(facts(config, run_dir))
+        with atomic_path(folder) as temporary:
+            temporary.mkdir(parents=True)
+            (temporary / "index.html").write_text(page, encoding="utf-8")
+            write_manifest(temporary, stage="report", config={"name": config.name}, inputs=inputs)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest
+
+
+def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """What the page says, as plain values; pictures as data URLs."""
+    from fastattr.core.version import __version__
+
+    queries = Queries(run_dir / "queries")
+    attributor = FastAttributor.from_pretrained(run_dir / "attributor")
+    rows = (queries.of_split("test") or list(range(len(queries.query_ids))))[:SHOWN]
+    images, prompts = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
+    answers = attributor.attribute(images, prompts, k=min(NAMED, len(attributor)))
+    assert isinstance(answers, list)
+    copies = queries.table["near_copy_of"].to_pylist()
+    skipped = pq.read_table(run_dir / "corpus" / "skipped.parquet").slice(0, SKIPPED_SHOWN).to_pylist()
+    corpus = open_stage(run_dir / "corpus", "corpus")
+    return {
+        "name": config.name,
+        "version": __version__,
+        "info": attributor.info(),
+        "corpus": corpus,
+        "skipped": skipped,
+        "queries": queries.manifest,
+        "near_copies": [
+            {"query_id": queries.query_ids[row], "prompt": queries.prompts[row], "image_id": copy}
+            for row, copy in enumerate(copies)
+            if copy
+        ],
+        "shown": [_shown(image, answer, copies[row]) for row, image, answer in zip(rows, images, answers, strict=True)],
+        "metrics": read_json(run_dir / "attributor" / "metrics.json"),
+        "teacher": open_stage(run_dir / "scores", "scores"),
+        "costs": _costs(run_dir),
+        "attributor": str(run_dir / "attributor"),
+    }
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+
+
+def _shown(image: Image.Image, answer: Attribution, copy: str) -> dict[str, Any]:
+    return {
+        "prompt": answer.prompt,
+        "picture": _data_url(image),
+        "near_copy_of": copy,
+        "named": [{"picture": _data_url(answer.thumbnail(result.image_id)), **vars(result)} for result in answer.results],
+    }
+
+
+def _data_url(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _costs(run_dir: Path) -> list[dict[str, Any]]:
+    """Planned and spent seconds by stage; None where one of them is not known."""
+    plan = read_json(run_dir / "plan.json") if (run_dir / "plan.json").exists() else {}
+    spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
+    planned = plan.get("here", {}).get("seconds", {})
+    counts = {stage["name"]: stage for stage in plan.get("stages", [])}
+    names = list(dict.fromkeys([*counts, *spent]))
+    return [
+        {
+            "name": name,
+            "planned": planned.get(name),
+            "spent": spent.get(name),
+            "forward": counts.get(name, {}).get("forward"),
+            "backward": counts.get(name, {}).get("backward"),
+        }
+        for name in names
+    ]

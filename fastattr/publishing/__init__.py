@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: cards, pushes, and importing what others released."""

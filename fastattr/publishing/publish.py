@@ -1,0 +1,422 @@
+"""Publish: lay out score tables, attributor, generator and Space as the Hub wants them, and push each as one commit.
+
+What is pushed is what a run folder or an embedded model holds, plus a card (cards.py) and LICENSE.md. A score
+table becomes one configuration of a dataset, CONFIG/SPLIT-*.parquet with the query images, beside CONFIG/manifest.json,
+from which the card of all configurations is written anew at each push.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastattr.attributor.catalogue import copy_version, open_catalogue, read_config
+from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
+from fastattr.core.files import fingerprint, open_stage, read_json, sha256_file, write_json
+from fastattr.core.models import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
+from fastattr.generators.queries import SPLITS, Queries, query_schema
+from fastattr.publishing.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
+from fastattr.teachers.scores import SCHEMA
+
+AUTO = "auto"
+"""As a tag: made from fastattr's version and the contents, so the same contents have the same tag."""
+SHARD_BYTES = 500_000_000
+"""About how large a parquet file of a score table may become."""
+ROW_GROUP = 100
+"""Rows a reader that streams a score table holds at once."""
+KINDS = ("generator", "scores", "attributor", "space")
+"""What can be pushed, in the order in which they refer to each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Where a build pushes what it made."""
+
+    namespace: str = ""
+    """User or organisation on the Hub; '' pushes nothing."""
+    kinds: tuple[str, ...] = ("scores", "attributor")
+    """Some of 'generator', 'scores', 'attributor' and 'space'; a pretrained generator is not ours to push."""
+    private: bool = True
+    """Of repositories that are made."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.kinds) - set(KINDS):
+            raise InputError(f"push.kinds names {sorted(unknown)}; there are {', '.join(KINDS)}")
+
+
+def push_attributor(
+    folder: Path,
+    repo_id: str,
+    *,
+    generator: str | None = None,
+    scores: str | None = None,
+    message: str | None = None,
+    **target: Any,
+) -> Push:
+    """Push an attributor folder with its card to a model repository.
+
+    Args:
+        folder: as `FastAttributor.save_pretrained` writes it.
+        repo_id: 'org/name'.
+        generator: Hub id of its generator, for the card.
+        scores: Hub id of the score table it was distilled from, for the card.
+        message: of the commit.
+        target: private, token, revision, create_pr, tag, dry_run, as `hub.push_folder`; the tag 'auto' names the contents.
+
+    Raises:
+        MissingFileError: the folder lacks a file that its config.json names.
+        ArtifactDamagedError: a file's checksum is not that of config.json.
+        As `hub.push_folder`.
+    """
+    check_repo_id(repo_id)
+    config = read_config(folder)
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "attributor"
+        copy_version(folder, config, staged)
+        card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
+        data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
+        replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
+        return _push(
+            staged,
+            repo_id,
+            card,
+            licences,
+            message=message or "Push attributor",
+            replaces=replaces,
+            **target,
+        )
+
+
+def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
+    """The card (README.md) and LICENSE.md of an attributor folder; arguments as `push_attributor`."""
+    config = read_config(folder)
+    catalog = _catalog(folder, config)
+    entries = provenance(catalog)
+    card = attributor_card(
+        repo_id=repo_id,
+        config=config,
+        metrics=read_json(folder / "metrics.json"),
+        entries=entries,
+        example=catalog["caption"][0].as_py() if len(catalog) else "",
+        generator=generator,
+        scores=scores,
+    )
+    return card, license_text(entries, config.get("source", {}).get("license"))
+
+
+def push_generator(
+    folder: Path, repo_id: str, *, images: pa.Table | None = None, message: str | None = None, **target: Any
+) -> Push:
+    """Push a diffusers pipeline with its card to a model repository.
+
+    Args:
+        folder: as `StableDiffusionPipeline.save_pretrained` writes it; the checkpoints of a training are left out.
+        repo_id: 'org/name'.
+        images: its training images, with the columns caption, source, license and creator, for the card.
+        message: of the commit.
+        target: see `push_attributor`.
+
+    Raises:
+        ArtifactNotFoundError: the folder holds no pipeline.
+        As `hub.push_folder`.
+    """
+    check_repo_id(repo_id)
+    if not (folder / "model_index.json").exists():
+        raise ArtifactNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
+    entries = provenance(images) if images is not None else []
+    example = images["caption"][0].as_py() if images is not None and len(images) else "a picture"
+    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+    card = generator_card(repo_id=repo_id, manifest=manifest, entries=entries, example=example)
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "generator"
+        shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.ckpt", "*.pt", "*.pth"))
+        if manifest:
+            _load_in_full_precision(staged)
+        replaces = ("*.safetensors", "*/*.json", "*/*.txt")
+        licences = license_text(entries)
+        return _push(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
+
+
+def push_scores(
+    folder: Path, repo_id: str, *, config_name: str | None = None, message: str | None = None, **target: Any
+) -> Push:
+    """Push a score table as one configuration of a dataset repository; its other configurations are kept.
+
+    Args:
+        folder: the table; corpus/ and queries/ beside it, where they are, add licences and query images.
+        repo_id: 'org/name'.
+        config_name: None names teacher and generator.
+        message: of the commit.
+        target: see `push_attributor`.
+
+    Raises:
+        ArtifactNotFoundError: there is no finished table.
+        As `hub.push_folder`.
+    """
+    check_repo_id(repo_id)
+    scores = open_stage(folder, "scores")
+    queries = Queries(folder.parent / "queries") if (folder.parent / "queries").is_dir() else None
+    parts = [scores["teacher"], scores["generator_fingerprint"][:8]]
+    config_name = config_name or re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "dataset"
+        counts, candidates = _write_splits(folder, queries, staged / config_name)
+        entries = provenance(_training_images(folder.parent)) if (folder.parent / "corpus").is_dir() else []
+        manifest = {**scores, "queries": counts, "candidates": candidates, "provenance": entries}
+        write_json(staged / config_name / "manifest.json", manifest)
+        manifests = {config_name: manifest, **_other_manifests(repo_id, config_name, target)}
+        card = scores_card(repo_id=repo_id, manifests={key: manifests[key] for key in sorted(manifests)})
+        return _push(
+            staged,
+            repo_id,
+            card,
+            license_text(merged(each["provenance"] for each in manifests.values()), scores.get("license")),
+            message=message or f"Push score table {config_name}",
+            repo_type="dataset",
+            replaces=(f"{config_name}/*",),
+            **target,
+        )
+
+
+def push_space(
+    repo_id: str, *, generator: str, attributor: str, scores: str | None = None, message: str | None = None, **target: Any
+) -> Push:
+    """Push the page as a Space that shows a generator and an attributor.
+
+    Args:
+        repo_id: 'org/name'.
+        generator: its Hub id; may end in '@revision', to show that one for good.
+        attributor: the same.
+        scores: Hub id of the score table, named on the Space's page.
+        message: of the commit.
+        target: see `push_attributor`.
+
+    Raises:
+        As `hub.push_folder`.
+    """
+    from huggingface_hub import SpaceCard, constants
+
+    spec = importlib.util.find_spec("fastattr.space")
+    if spec is None or not spec.submodule_search_locations:
+        raise ArtifactNotFoundError("the page's files are not installed; reinstall fastattr.")
+    source = Path(spec.submodule_search_locations[0])
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "space"
+        for path in [*source.glob("*.py"), *(source / name for name in ("page.css", "requirements.txt", "thumbnail.png"))]:
+            if path.name != "__init__.py":  # on a Space the files lie side by side and are no package
+                _copy(path, staged / path.name)
+        card = SpaceCard((source / "README.md").read_text(encoding="utf-8"))
+        card.data["thumbnail"] = f"{constants.ENDPOINT}/spaces/{repo_id}/resolve/main/thumbnail.png"
+        card.data["models"] = [each.partition("@")[0] for each in (generator, attributor)]
+        if scores:
+            card.data["datasets"] = [scores]
+        (staged / "README.md").write_text(str(card), encoding="utf-8")
+        return _send(
+            staged,
+            repo_id,
+            message=message or "Push Space",
+            repo_type="space",
+            replaces=("*.py", "*.css", "*.png"),
+            variables={"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor},
+            **target,
+        )
+
+
+def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str] = KINDS, **target: Any) -> list[Push]:
+    """Push what a run folder or an embedded model holds, to NAMESPACE/NAME-generator, -scores, -attributor and -space.
+
+    Args:
+        source: run folder, or an embedded model's name, which has no score table.
+        name: first part of the repositories' names.
+        namespace: user or organisation.
+        kinds: some of `KINDS`.
+        target: see `push_attributor`.
+
+    Returns:
+        What each push did, in the order of `KINDS`.
+
+    Raises:
+        ArtifactNotFoundError: the source lacks one of them.
+        As `hub.push_folder`.
+    """
+    ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
+    scores = ids["scores"] if str(source) not in embedded_models() else None
+    pushes = []
+    for kind in KINDS:
+        if kind not in kinds:
+            continue
+        if kind == "generator":
+            folder = part_of(source, "generator")
+            pushes.append(push_generator(folder, ids[kind], images=training_images(source), **target))
+        elif kind == "scores":
+            pushes.append(push_scores(part_of(source, "scores"), ids[kind], **target))
+        elif kind == "attributor":
+            folder = part_of(source, "attributor")
+            pushes.append(push_attributor(folder, ids[kind], generator=ids["generator"], scores=scores, **target))
+        else:
+            models = {"generator": ids["generator"], "attributor": ids["attributor"]}
+            pushes.append(push_space(ids[kind], **models, scores=scores, **target))
+    return pushes
+
+
+def part_of(source: str | Path, part: str) -> Path:
+    """The folder of an embedded model's or run folder's generator, attributor or scores; or `source` itself, if it is one.
+
+    Raises:
+        ArtifactNotFoundError: there is no such folder.
+    """
+    embedded = str(source) in embedded_models()
+    folder = ASSETS / str(source) if embedded else Path(source)
+    if (folder / part).is_dir():
+        return folder / part
+    file = {"generator": "model_index.json", "attributor": "config.json", "scores": "manifest.json"}[part]
+    if embedded or not (folder / file).exists():
+        raise ArtifactNotFoundError(f"{source} holds no {part}; give a run folder or an embedded model that has one.")
+    return folder
+
+
+def training_images(source: str | Path) -> pa.Table | None:
+    """Caption, source, licence and creator of a model's training images, as far as they are recorded beside it."""
+    folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
+    if (folder / "corpus").is_dir():
+        return _training_images(folder)
+    attributor = folder / "attributor"
+    return _catalog(attributor, read_config(attributor)) if (attributor / "config.json").exists() else None
+
+
+def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
+    """Caption, source, licence and creator of the images that an attributor names."""
+    table = open_catalogue(folder, config, thumbnails=False).table
+    return table.select(["caption", "source", "license", "creator"])
+
+
+def release_tag(folder: Path) -> str:
+    """A tag that names a folder's contents: 'v0.1.0-1a2b3c4d'."""
+    from fastattr.core.version import __version__
+
+    contents = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    return f"v{__version__}-{fingerprint(contents)[:8]}"
+
+
+def _push(staged: Path, repo_id: str, card: str, licences: str, **target: Any) -> Push:
+    """Add card and licences to a staged folder and send it."""
+    (staged / "README.md").write_text(card, encoding="utf-8")
+    (staged / "LICENSE.md").write_text(licences, encoding="utf-8")
+    return _send(staged, repo_id, **target)
+
+
+def _send(staged: Path, repo_id: str, *, tag: str | None = None, **target: Any) -> Push:
+    return push_folder(staged, repo_id, tag=release_tag(staged) if tag == AUTO else tag, **target)
+
+
+def _load_in_full_precision(pipeline: Path) -> None:
+    """Make a plain `DiffusionPipeline.from_pretrained` give parts of one precision.
+
+    fastattr keeps weights in half precision, to be small. Of those, diffusers loads its own parts in float32, transformers
+    its parts as their config.json says: it must say the same.
+    """
+    for path in pipeline.glob("*/config.json"):
+        config = read_json(path)
+        if config.get("dtype") == "float16":
+            write_json(path, {**config, "dtype": "float32"})
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _training_images(run_dir: Path) -> pa.Table:
+    from fastattr.corpus.store import Corpus
+
+    corpus = Corpus(run_dir / "corpus")
+    captions = [captions[0] for captions in corpus.captions]
+    return pa.table({"caption": captions, **{name: corpus.column(name) for name in ("source", "license", "creator")}})
+
+
+def _write_splits(folder: Path, queries: Queries | None, target: Path) -> tuple[dict[str, int], int]:
+    """Write a score table with its query images as parquet shards; (queries by split, largest number of candidates)."""
+    from datasets import Features
+
+    row_of = {query_id: row for row, query_id in enumerate(queries.query_ids)} if queries else {}
+    drawn = Features.from_arrow_schema(query_schema()) if queries else {}
+    first = {name: drawn[name] for name in ("query_id", "image") if name in drawn}  # what a viewer shows first
+    schema: pa.Schema = Features({**first, **Features.from_arrow_schema(SCHEMA), **drawn}).arrow_schema
+    counts: dict[str, int] = {}
+    most = 0
+    for split in SPLITS:
+        files = sorted(folder.glob(f"{split}-*.parquet"))
+        rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
+        if not rows:
+            continue
+        counts[split] = rows
+        shards = max(1, math.ceil(sum(path.stat().st_size for path in files) / SHARD_BYTES))
+        writer = _Shards(target, split, schema, shards, rows)
+        for batch in _batches(files):
+            most = max(most, max(len(ids) for ids in batch["image_ids"].to_pylist()))
+            own = queries.table.take([row_of[name] for name in batch["query_id"].to_pylist()]) if queries else batch
+            columns = {name: batch[name] if name in SCHEMA.names else own[name] for name in schema.names}
+            writer.write(pa.table(columns).cast(schema))
+        writer.close()
+    return counts, most
+
+
+def _batches(files: Sequence[Path]) -> Iterator[pa.Table]:
+    for path in files:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
+            yield pa.Table.from_batches([batch])
+
+
+class _Shards:
+    """Writes rows to SPLIT-NNNNN-of-NNNNN.parquet, about as many to each shard."""
+
+    def __init__(self, folder: Path, split: str, schema: pa.Schema, shards: int, rows: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._paths = [folder / f"{split}-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
+        self._schema, self._rows, self._written = schema, rows, 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows; a shard that has its part is closed."""
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._paths.pop(0), self._schema, use_content_defined_chunking=True)
+        self._writer.write_table(table, row_group_size=ROW_GROUP)
+        self._written += len(table)
+        total = len(self._paths)
+        if self._paths and self._written * (total + 1) >= self._rows:
+            self._rows -= self._written
+            self._written = 0
+            self.close()
+
+    def close(self) -> None:
+        """Finish the current shard."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _other_manifests(repo_id: str, config_name: str, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifests of the configurations that a dataset repository has already."""
+    where = {key: target[key] for key in ("token", "revision") if key in target}
+    try:
+        folder = fetch(repo_id, "dataset", ["*/manifest.json"], **where)
+    except ArtifactNotFoundError:
+        return {}  # the repository, or the branch, is yet to be made
+    except HubError:
+        if target.get("dry_run"):
+            return {}
+        raise
+    found = {path.parent.name: read_json(path) for path in folder.glob("*/manifest.json")}
+    if any(not {"teacher", "queries", "provenance"} <= set(manifest) for manifest in found.values()):
+        raise InputError(f"{repo_id} holds configurations that fastattr did not write; push to another repository.")
+    return {name: manifest for name, manifest in found.items() if name != config_name}

@@ -1,0 +1,1 @@
+"""Answer attribution queries over HTTP."""

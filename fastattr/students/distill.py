@@ -1,0 +1,334 @@
+"""Distill: teach the student the teacher's ranking.
+
+Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). A step takes some
+training queries and some training images, sends each through the network once and uses every pair of them that the score
+table holds, and a few that it does not, as outsiders (pairs.py); the loss is one of losses.py. The averaged
+weights are judged by mAP(1%) on the validation queries, which stops the training; test queries are not looked at.
+Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastattr.core.errors import InputError
+from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, remove, write_manifest
+from fastattr.core.training import EarlyStopping, TrainingConfig, fit
+from fastattr.corpus.store import Corpus
+from fastattr.features.features import features_fingerprint, folders, read_features
+from fastattr.students.losses import LOSSES
+from fastattr.students.metrics import teacher_average_precision
+from fastattr.students.pairs import (
+    TARGETS,
+    FeatureRows,
+    MappedFeatures,
+    PairTable,
+    labels_of,
+    make_table,
+    open_table,
+    split_query_ids,
+    stream_labels,
+)
+from fastattr.students.student import Student, StudentConfig, embed
+from fastattr.teachers.scores import ScoredQuery, read_scores
+
+START_ROWS = 20_000
+"""Training images, spread over the corpus, from which the student's linear path starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Settings of the student and its training; `training.batch_size` counts queries."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: str = "listwise"
+    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores', 'listwise', 'margin' or 'lambdarank' (losses.py)."""
+    targets: str = "ranks"
+    """'ranks' of the teacher's scores, or 'residual_ranks', of what is about the query alone; see `pairs.make_table`."""
+    images_per_step: int = 1024
+    """Training images drawn at each step, of those that the step's queries have as candidates."""
+    outsider_share: float = 0.1
+    """Part of a step's pairs that are outsiders (the paper's 10%), those of the table included, as far as the table holds
+    fewer."""
+    judge_every: int = 100
+    """Steps between judgements on the validation queries."""
+    patience: int = 10
+    """Judgements without a better one after which training stops."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            steps=600,
+            batch_size=128,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            warmup_steps=20,
+            ema_decay=0.99,
+            checkpoint_every=200,
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES or self.targets not in set(TARGETS) - {"scores"}:
+            raise InputError(
+                f"loss must be one of {', '.join(LOSSES)} and targets 'ranks' or 'residual_ranks', "
+                f"got {self.loss!r} and {self.targets!r}"
+            )
+        if min(self.images_per_step, self.judge_every, self.patience) < 1 or not 0 <= self.outsider_share < 1:
+            raise InputError("images_per_step, judge_every and patience must be at least 1 and outsider_share in [0, 1)")
+
+    @property
+    def target_kind(self) -> str:
+        """What `pairs.make_table` makes of the scores."""
+        return "scores" if self.loss == "mse_scores" else self.targets
+
+
+class DistillLoss(nn.Module):
+    """A loss of all pairs of some queries and images; forward(queries, images, targets, weights) -> scalar."""
+
+    def __init__(self, student: Student, loss: str) -> None:
+        super().__init__()
+        self.student = student
+        self._loss = LOSSES[loss]
+
+    def forward(
+        self, queries: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Args: queries (Q, F); images (N, F); targets and weights (Q, N)."""
+        cosine = (self.student(queries, query=True) @ self.student(images).T).float()
+        logits = self.student.logits(cosine) + self.student.popularity(images).float()
+        return self._loss(logits, targets, weights)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Queries on which a student is judged while it learns."""
+
+    features: np.ndarray
+    """(V, F)."""
+    rows: Sequence[np.ndarray]
+    """V arrays (C,) of corpus rows."""
+    influence: Sequence[np.ndarray]
+    """V arrays (C,) of the teacher's scores."""
+
+    def mean_average_precision(self, student: Student, images: FeatureRows, *, percent: float = 1.0) -> float:
+        """mAP(L), L in percent of the corpus, within the queries' candidate sets."""
+        union, inverse = np.unique(np.concatenate(self.rows), return_inverse=True)
+        embedded = np.concatenate([embed(student, images[part]) for part in np.array_split(union, -(-len(union) // 8192))])
+        queries = embed(student, self.features, query=True)
+        positives = max(1, round(len(images) * percent / 100))
+        places = np.split(inverse, np.cumsum([len(part) for part in self.rows])[:-1])
+        found = [
+            teacher_average_precision(embedded[place] @ query, influence, positives=min(positives, len(influence)))
+            for place, query, influence in zip(places, queries, self.influence, strict=True)
+        ]
+        return float(np.mean(found))
+
+
+def distill(
+    table: PairTable,
+    queries: FeatureRows,
+    images: FeatureRows,
+    config: DistillConfig,
+    *,
+    checkpoint: Path,
+    validation: Validation | None = None,
+    made_from: object = None,
+    accelerator: Accelerator | None = None,
+    on_judgement: Callable[[float], None] | None = None,
+) -> Student:
+    """Train a student on a table.
+
+    Args:
+        table: of the Q training queries.
+        queries: (Q, F) their features, in the same order.
+        images: (N, F) features of the training images.
+        config: shape and training.
+        checkpoint: see `training.fit`.
+        validation: stops the training and chooses the weights; None trains for all steps.
+        made_from: see `training.fit`.
+        accelerator: see `training.fit`.
+        on_judgement: told each validation mAP.
+
+    Returns:
+        The student with averaged weights.
+    """
+    torch.manual_seed(config.training.seed)
+    student = Student(images.shape[1], config.student)
+    spread = np.unique(np.linspace(0, len(images) - 1, START_ROWS).astype(np.int64))
+    student.start_from(images[spread])
+
+    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        drawn = table.draw(picked, config.images_per_step, generator)
+        targets, known = table.block(picked, drawn)
+        weights = torch.from_numpy(known.astype(np.float32))
+        chance = _outsider_chance(table, config.outsider_share, float(known.mean()))
+        if chance > 0:
+            extra = torch.rand(weights.shape, generator=generator) < chance
+            weights = torch.maximum(weights, extra.float())
+            if config.target_kind == "scores":  # an outsider's score is not known: it counts as the query's least
+                lowest = torch.from_numpy(np.where(known, targets, np.inf).min(axis=1)).clamp(max=0.0)
+                targets = np.where(known, targets, lowest[:, None].numpy())
+        arrays = (queries[picked], images[drawn], targets.astype(np.float32))
+        return (*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), weights)
+
+    def judge(module: nn.Module) -> float:
+        assert isinstance(module, DistillLoss)
+        assert validation is not None
+        value = validation.mean_average_precision(module.student, images)
+        if on_judgement is not None:
+            on_judgement(value)
+        return value
+
+    average = fit(
+        DistillLoss(student, config.loss),
+        batch_of,
+        config.training,
+        examples=len(table),
+        checkpoint=checkpoint,
+        made_from=made_from,
+        accelerator=accelerator,
+        stopping=EarlyStopping(judge, config.judge_every, config.patience) if validation else None,
+        description="student",
+    )
+    trained = average.student
+    assert isinstance(trained, Student)
+    return trained
+
+
+def _outsider_chance(table: PairTable, share: float, known: float) -> float:
+    """With what probability a pair that the table lacks is taken, so that outsiders are `share` of all pairs.
+
+    Args:
+        table: how many outsiders it holds itself.
+        share: wanted.
+        known: part of the pairs that the table holds.
+    """
+    if known in (0.0, 1.0):
+        return 0.0
+    wanted = known * max(0.0, share - table.outsiders) / (1 - share)
+    return min(1.0, wanted / (1 - known))
+
+
+def train_student(
+    scored: Sequence[ScoredQuery],
+    query_features: np.ndarray,
+    corpus_features: np.ndarray,
+    rows: Sequence[np.ndarray],
+    config: DistillConfig,
+    *,
+    checkpoint: Path,
+    made_from: object = None,
+    accelerator: Accelerator | None = None,
+) -> Student:
+    """Train a student on queries in memory, for all steps.
+
+    Args:
+        scored: the Q training queries with their candidates' scores.
+        query_features: (Q, F) in the same order.
+        corpus_features: (N, F).
+        rows: for each query the (C,) rows of its candidates in `corpus_features`.
+        config: shape and training.
+        checkpoint: see `training.fit`.
+        made_from: see `training.fit`.
+        accelerator: see `training.fit`.
+
+    Returns:
+        The student with averaged weights.
+    """
+    table = make_table(labels_of(scored, rows), corpus_size=len(corpus_features), kind=config.target_kind)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "made_from": made_from, "accelerator": accelerator}
+    return distill(table, query_features, corpus_features, config, **options)
+
+
+def read_validation(run_dir: Path, corpus: Corpus, query_folders: Sequence[Path]) -> Validation | None:
+    """The validation queries of a run folder; None if it has none."""
+    scored = read_scores(run_dir / "scores", split="validation")
+    if not scored:
+        return None
+    return Validation(
+        read_features(query_folders, [query.query_id for query in scored]),
+        [corpus.rows(query.image_ids) for query in scored],
+        [query.influence for query in scored],
+    )
+
+
+def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
+    """Distill run_dir/scores into run_dir/student, on all processes; returns the manifest."""
+    corpus = Corpus(run_dir / "corpus")
+    scores_manifest = open_stage(run_dir / "scores", "scores")
+    corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
+    folder = run_dir / "student"
+    inputs = {
+        "scores": scores_manifest["fingerprint"],
+        "features": features_fingerprint(corpus_folders),
+        "query_features": features_fingerprint(query_folders),
+    }
+    if finished(folder, stage="student", config=config, inputs=inputs):
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        return manifest
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    checkpoint, mapped = folder / "checkpoint.safetensors", folder / "table"
+    labels = stream_labels(run_dir / "scores", corpus.image_ids)
+    if accelerator.is_main_process:
+        make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
+    accelerator.wait_for_everyone()
+    query_ids = split_query_ids(run_dir / "scores", "train")
+    features = MappedFeatures(corpus_folders, corpus.image_ids)
+    student = distill(
+        open_table(mapped),
+        MappedFeatures(query_folders, query_ids),
+        features,
+        config,
+        checkpoint=checkpoint,
+        validation=read_validation(run_dir, corpus, query_folders),
+        made_from=[config, inputs],
+        accelerator=accelerator,
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_student(student, folder / "model.safetensors")
+        write_manifest(
+            folder,
+            stage="student",
+            config=config,
+            inputs=inputs,
+            encoders=list(encoders),
+            feature_dim=features.shape[1],
+            corpus_fingerprint=corpus.fingerprint,
+            generator_fingerprint=scores_manifest["generator_fingerprint"],
+            teacher=scores_manifest["teacher"],
+            training_queries=len(query_ids),
+        )
+        checkpoint.unlink(missing_ok=True)
+        remove(mapped)
+    accelerator.wait_for_everyone()
+    manifest = read_json(folder / MANIFEST)
+    return manifest
+
+
+def save_student(student: Student, path: Path) -> None:
+    """Write the weights as safetensors in half precision, atomically; later stages embed with what `load_student` reads."""
+    with atomic_path(path) as temporary:
+        save_file({name: value.detach().half().cpu().contiguous() for name, value in student.state_dict().items()}, temporary)
+
+
+def load_student(path: Path, *, feature_dim: int, config: StudentConfig) -> Student:
+    """Read weights written by `save_student`, strictly, as float32."""
+    student = Student(feature_dim, config)
+    student.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return student.eval()
+
+
+def open_student(run_dir: Path) -> Student:
+    """The student of a run folder."""
+    manifest = open_stage(run_dir / "student", "student")
+    shape = StudentConfig.from_json(manifest["config"]["student"])
+    return load_student(run_dir / "student" / "model.safetensors", feature_dim=manifest["feature_dim"], config=shape)

@@ -1,0 +1,96 @@
+"""Ranking metrics: pure functions on arrays; all are higher = better."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from fastattr.core.errors import InputError
+
+
+def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
+    """Average precision of a ranking.
+
+    Args:
+        scores: (N,) higher = ranked earlier; equal scores are ranked pessimistically, irrelevant first.
+        relevant: (N,) bool.
+
+    Raises:
+        InputError: nothing is relevant.
+    """
+    if not relevant.any():
+        raise InputError("average precision needs at least one relevant item.")
+    order = np.lexsort((relevant, -scores))
+    hits = relevant[order]
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return float(precision[hits].mean())
+
+
+def teacher_average_precision(student: np.ndarray, teacher: np.ndarray, *, positives: int) -> float:
+    """AP of the student's whole ranking with the teacher's first `positives` as relevant: one term of mAP(L).
+
+    Args:
+        student: (N,) scores to judge.
+        teacher: (N,) influence scores, higher = more influential.
+        positives: L, at most N.
+
+    Source: arXiv:2511.10721, sec. 5.
+    """
+    if not 1 <= positives <= len(teacher):
+        raise InputError(f"positives must be between 1 and {len(teacher)}, got {positives}")
+    relevant = np.zeros(len(teacher), dtype=bool)
+    relevant[np.argsort(-teacher, kind="stable")[:positives]] = True
+    return average_precision(student, relevant)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one of them is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(spearmanr(first, second).statistic)
+
+
+def top_k_overlap(first: np.ndarray, second: np.ndarray, k: int) -> float:
+    """Share of the k highest of one that are among the k highest of the other."""
+    if not 1 <= k <= len(first):
+        raise InputError(f"k must be between 1 and {len(first)}, got {k}")
+    return len(set(np.argsort(-first, kind="stable")[:k]) & set(np.argsort(-second, kind="stable")[:k])) / k
+
+
+def ndcg(scores: np.ndarray, relevance: np.ndarray, *, k: int | None = None) -> float:
+    """Normalised discounted cumulative gain: the discounted relevance of a ranking over that of the best one.
+
+    Args:
+        scores: (N,) higher = ranked earlier; equal scores are ranked pessimistically, less relevant first.
+        relevance: (N,) not negative; a training image's is e.g. max(influence, 0).
+        k: only the first k places count; None counts all.
+
+    Raises:
+        InputError: a relevance is negative, none is positive, or k is out of range.
+
+    Source: Järvelin and Kekäläinen, ACM TOIS 20 (2002), with linear gain and the discount 1 / log2(place + 1).
+    """
+    if (relevance < 0).any() or not (relevance > 0).any():
+        raise InputError("relevance must not be negative, and somewhere positive.")
+    k = len(scores) if k is None else k
+    if not 1 <= k <= len(scores):
+        raise InputError(f"k must be between 1 and {len(scores)}, got {k}")
+    discount = 1 / np.log2(np.arange(k) + 2)
+    gained = relevance[np.lexsort((relevance, -scores))][:k] @ discount
+    return float(gained / (np.sort(relevance)[::-1][:k] @ discount))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean of (Q,) values; 0 for a single one."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def paired_bootstrap(
+    first: np.ndarray, second: np.ndarray, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of first - second over the same queries, with the 2.5% and 97.5% quantiles of its bootstrap."""
+    difference = first - second
+    rng = np.random.default_rng(seed)
+    means = difference[rng.integers(0, len(difference), size=(resamples, len(difference)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)

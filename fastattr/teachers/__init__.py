@@ -1,0 +1,1 @@
+"""Score training images for a query: the slow, accurate attributors that a student learns from."""

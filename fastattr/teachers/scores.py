@@ -1,0 +1,102 @@
+"""Score tables: what a teacher says of each (query, training image) pair; the public data set of this project.
+
+scores/SPLIT-*.parquet, each a split of `datasets.load_dataset("scores")`, has one row a query with list columns (they
+stream and compress better than one row a pair):
+query_id, prompt, split, image_ids, influence (float32, higher = more influential), rank (int32, 0 = most),
+is_outsider, query_loss_rise, teacher, config. scores/manifest.json says how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastattr.core.errors import NonFiniteError
+from fastattr.core.files import atomic_path, open_stage
+from fastattr.generators.queries import SPLITS
+
+SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("prompt", pa.string()),
+        ("split", pa.string()),
+        ("image_ids", pa.list_(pa.string())),
+        ("influence", pa.list_(pa.float32())),
+        ("rank", pa.list_(pa.int32())),
+        ("is_outsider", pa.list_(pa.bool_())),
+        ("query_loss_rise", pa.float32()),
+        ("teacher", pa.string()),
+        ("config", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScoredQuery:
+    """One row of a score table."""
+
+    query_id: str
+    prompt: str
+    split: str
+    image_ids: list[str]
+    influence: np.ndarray
+    """(C,) float32, higher = more influential."""
+    is_outsider: np.ndarray
+    """(C,) bool."""
+    query_loss_rise: float
+    """Relative rise of the query's own loss after the unlearning step."""
+
+
+def ranks_of(influence: np.ndarray) -> np.ndarray:
+    """(C,) rank of each score, 0 = most influential; equal scores keep their order.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite.
+    """
+    if not np.isfinite(influence).all():
+        raise NonFiniteError(f"{int((~np.isfinite(influence)).sum())} of {len(influence)} influence scores are not finite.")
+    ranks = np.empty(len(influence), dtype=np.int32)
+    ranks[np.argsort(-influence, kind="stable")] = np.arange(len(influence), dtype=np.int32)
+    return ranks
+
+
+def write_shard(path: Path, rows: Iterable[ScoredQuery], *, teacher: str, config: str) -> None:
+    """Write one shard of a score table, atomically."""
+    records = [
+        {
+            **vars(row),
+            "influence": row.influence.astype(np.float32).tolist(),
+            "rank": ranks_of(row.influence).tolist(),
+            "is_outsider": row.is_outsider.tolist(),
+            "teacher": teacher,
+            "config": config,
+        }
+        for row in rows
+    ]
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), temporary)
+
+
+def read_scores(folder: Path, *, split: str | None = None) -> list[ScoredQuery]:
+    """Read a finished score table, or one split of it, in query order."""
+    open_stage(folder, "scores")
+    rows = []
+    for path in [path for name in SPLITS if split in {None, name} for path in sorted(folder.glob(f"{name}-*.parquet"))]:
+        for record in pq.read_table(path).to_pylist():
+            rows.append(
+                ScoredQuery(
+                    query_id=record["query_id"],
+                    prompt=record["prompt"],
+                    split=record["split"],
+                    image_ids=record["image_ids"],
+                    influence=np.array(record["influence"], dtype=np.float32),
+                    is_outsider=np.array(record["is_outsider"], dtype=bool),
+                    query_loss_rise=record["query_loss_rise"],
+                )
+            )
+    return rows

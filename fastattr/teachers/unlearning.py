@@ -1,0 +1,147 @@
+"""Unlearning: the natural-gradient step that makes the generator forget a query, and the scores that it gives.
+
+Pure functions on a generator's layers; fastattr/teachers/teacher.py applies them to every query of a run.
+Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/differences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from fastattr.core.errors import InputError, NonFiniteError
+from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.generator import Generator, noise_for, spread_timesteps
+from fastattr.gradients.ekfac import Factors, Layer
+
+
+def query_gradient(
+    generator: Generator,
+    layers: Mapping[str, Layer],
+    latent: torch.Tensor,
+    conditioning: Conditioning,
+    *,
+    query_id: str,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    antithetic: bool = False,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Mean gradient of the query's denoising loss.
+
+    Args:
+        generator: with base weights.
+        layers: those to unlearn; their weights must require gradients.
+        latent: (1, L, h, w).
+        conditioning: of one prompt.
+        query_id: fixes the noise, together with draw number and seed.
+        draws: timesteps spread evenly over the schedule, one noise each.
+        batch_size: draws at once.
+        seed: of the noise.
+        antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
+
+    Returns:
+        (out, in) gradient by layer (a convolution's as `ekfac.weight_shape`), and the mean loss.
+    """
+    pairs = 2 if antithetic else 1
+    timesteps = spread_timesteps(draws // pairs, train_timesteps=generator.train_timesteps).repeat(pairs)
+    total = 0.0
+    for layer in layers.values():
+        layer.weight.grad = None
+    for start in range(0, draws, batch_size):
+        drawn = list(range(start, min(start + batch_size, draws)))
+        noise = noise_for([query_id] * len(drawn), [draw // pairs for draw in drawn], seed=seed, shape=generator.latent_shape)
+        if antithetic:
+            noise = noise * torch.tensor([1.0 - 2 * (draw % 2) for draw in drawn])[:, None, None, None]
+        noise = noise.to(generator.device)
+        loss = generator.training_loss(
+            latent.to(generator.device).expand_as(noise),
+            conditioning.to(generator.device).repeated(len(drawn)),
+            torch.from_numpy(timesteps[drawn]).to(generator.device),
+            noise,
+        )
+        (loss.sum() / draws).backward()
+        total += float(loss.detach().double().sum())
+    gradients = {}
+    for name, layer in layers.items():
+        gradient = layer.weight.grad
+        if gradient is None or not torch.isfinite(gradient).all():
+            raise NonFiniteError(f"the gradient of layer {name} for query {query_id} is missing or not finite.")
+        gradients[name] = gradient.flatten(1).clone()
+        layer.weight.grad = None
+    return gradients, total / draws
+
+
+def unlearning_step(
+    gradients: Mapping[str, torch.Tensor],
+    factors: Factors,
+    *,
+    damping: float,
+    loss: float,
+    rise: float,
+    step_size: float | None,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The change of weights that unlearns a query: uphill in its loss, along the natural gradient.
+
+    Args:
+        gradients: (out, in) gradient of the query's loss, by layer.
+        factors: EKFAC factors of the same layers.
+        damping: as a fraction of each layer's mean eigenvalue.
+        loss: the query's loss.
+        rise: the relative rise of that loss that the step should give, to first order.
+        step_size: a fixed factor instead, or None.
+
+    Returns:
+        (out, in) change by layer, and the relative rise that it gives to first order.
+
+    Raises:
+        NonFiniteError: there is no way up: the gradient is zero or not finite.
+    """
+    natural = factors.precondition(gradients, damping=damping)
+    slope = sum(float((gradients[name].double() * natural[name].double()).sum()) for name in gradients)
+    if not slope > 0:
+        raise NonFiniteError(f"the query's loss {loss:.4g} has the slope {slope:.4g} along its natural gradient, not above 0.")
+    factor = rise * loss / slope if step_size is None else step_size
+    return {name: factor * value for name, value in natural.items()}, factor * slope / loss
+
+
+class unlearned:  # noqa: N801  (a context manager, named as it reads: `with unlearned(layers, step):`)
+    """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
+
+    def __init__(self, layers: Mapping[str, Layer], step: Mapping[str, torch.Tensor]) -> None:
+        self._layers, self._step = layers, step
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self._kept = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
+        for name, layer in self._layers.items():
+            layer.weight += self._step[name].view(layer.weight.shape)
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for name, layer in self._layers.items():
+            layer.weight.copy_(self._kept[name])
+
+
+def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.ndarray:
+    """Score each candidate by how much unlearning the query hurt it.
+
+    Args:
+        base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
+        unlearned_loss: (C, V) the same after unlearning, with the same noise draws.
+
+    Returns:
+        (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
+        influential; values may be negative.
+
+    Raises:
+        InputError: the shapes differ.
+
+    Source: arXiv:2511.10721, sec. 3.
+    """
+    if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
+        raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
+    rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
+    return rise
