@@ -50,22 +50,12 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from fastattr.core.errors import ArtifactNotFoundError, FastattrError, InputError, NonFiniteError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    open_stage,
-    read_json,
-    require_same,
-    sha256_file,
-    temporary_folder,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json, sha256_file, temporary_folder, write_json
 from fastattr.core.models import ASSETS
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
 from fastattr.core.training import fit, trapezoid
-from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.evaluation.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
 from fastattr.features.features import open_encoder
 from fastattr.generators import queries as queries_stage
@@ -365,7 +355,7 @@ def prepare(config: BenchConfig, run_dir: Path, source: Path | None) -> Bench:
     """
     if not (run_dir / "corpus" / MANIFEST).exists():
         if source is None:
-            from fastattr.corpus import store as corpora
+            from fastattr.corpus import stage as corpora
 
             source = run_dir / "source"
             corpora.run(CorpusConfig(), source)

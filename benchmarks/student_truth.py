@@ -21,7 +21,8 @@ from ground_truth import BenchConfig
 from tqdm import tqdm
 from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
 
-from fastattr.core.files import MANIFEST, atomic_path, read_json
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST
 from fastattr.evaluation.evaluate import compare_with_truth, table_scores
 from fastattr.evaluation.truth import GroundTruth, lds_residual
 from fastattr.gradients.ekfac import weight_shape

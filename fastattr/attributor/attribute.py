@@ -29,9 +29,11 @@ from PIL import Image, UnidentifiedImageError
 from fastattr.attributor import catalogue as living
 from fastattr.attributor.catalogue import Catalogue, Where, file_of, open_catalogue, read_config, seal, versions
 from fastattr.core.errors import ArtifactDamagedError, EncoderMismatchError, InputError, MissingFileError
-from fastattr.core.files import atomic_path, open_stage, read_json, require_same, sha256_file, write_json
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import ASSETS, commit_of, locate, split_revision
-from fastattr.corpus.store import Corpus, load_rgb, to_rgb
+from fastattr.core.stages import open_stage, require_same
+from fastattr.corpus.images import load_rgb, to_rgb
+from fastattr.corpus.store import Corpus
 from fastattr.features.light import LightStudent, open_light
 from fastattr.index.index import IndexConfig, build, build_index, load_index, save_index, search, stored_vectors
 from fastattr.students.calibrate import FILE as CALIBRATION, Calibration, estimate_shares, families_of, load_calibration

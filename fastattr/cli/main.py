@@ -404,7 +404,9 @@ def _own(folder: Path) -> FastAttributor:
 
 def _add(arguments: argparse.Namespace) -> None:
     from fastattr.attributor.catalogue import COLUMNS
-    from fastattr.corpus.store import TrainingImage, load_rgb, read_folder
+    from fastattr.corpus.folders import read_folder
+    from fastattr.corpus.images import load_rgb
+    from fastattr.corpus.records import TrainingImage
 
     attributor = _own(arguments.attributor)
     found = list(read_folder(arguments.pictures))
@@ -511,7 +513,7 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _corpus(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.corpus import store as corpus
+    from fastattr.corpus import stage as corpus
 
     config = corpus.CorpusConfig(
         kind=arguments.kind,

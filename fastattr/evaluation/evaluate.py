@@ -22,7 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, finished, open_stage, read_json, require_same, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.stages import finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.truth import (
     GroundTruth,

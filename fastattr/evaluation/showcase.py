@@ -26,8 +26,9 @@ from tqdm import tqdm
 from fastattr.attributor.attribute import FastAttributor, thumbnail_bytes
 from fastattr.attributor.catalogue import read_config, seal
 from fastattr.core.errors import ArtifactDamagedError, FastattrError, MissingFileError
-from fastattr.core.files import atomic_path, require_same, sha256_file, write_json
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path, sha256_file, write_json
+from fastattr.core.stages import require_same
+from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import Generator
 

@@ -38,8 +38,9 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
-from fastattr.core.files import atomic_path, open_stage
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import open_stage
+from fastattr.corpus.images import load_rgb
 
 MODELS = pa.schema(
     [

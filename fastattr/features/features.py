@@ -29,17 +29,9 @@ import torch
 from PIL import Image
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    open_stage,
-    read_json,
-    require_same,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json
 from fastattr.core.models import ASSETS, embedded_models, locate, split_revision
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 
 if TYPE_CHECKING:

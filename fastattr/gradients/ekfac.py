@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
-from fastattr.core.files import atomic_path, read_json, require_same, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.stages import require_same
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ import torch
 from accelerate import Accelerator
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, fingerprint, finished, read_json, write_manifest
+from fastattr.core.files import read_json
 from fastattr.core.processes import in_parts
+from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
 from fastattr.features.features import write_features
 from fastattr.generators.generator import Generator
 from fastattr.gradients.denoising import EncodedImages, denoising_losses, require_finite

@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactDamagedError, ArtifactMismatchError, DoesNotFitError, InputError, MissingFileError
-from fastattr.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.stages import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from fastattr.attributor import attribute
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import alone
-from fastattr.corpus import store as corpus
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, write_manifest
+from fastattr.corpus import stage as corpus
 from fastattr.evaluation import evaluate
 from fastattr.features import candidates, features
 from fastattr.generators import pretrained, queries

@@ -14,7 +14,7 @@ import yaml
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path
-from fastattr.corpus.store import CorpusConfig
+from fastattr.corpus.stage import CorpusConfig
 from fastattr.evaluation.evaluate import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
 from fastattr.features.features import FeaturesConfig

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, read_json
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.pipeline.networks import SHAPES, Network, network_of
 from fastattr.teachers.plan import Probe, Sizes, Step, teacher_plan
@@ -108,7 +109,7 @@ def training_images(config: BuildConfig, run_dir: Path) -> int:
     if config.plan.images:
         return config.plan.images
     if config.corpus.kind == "folder":
-        from fastattr.corpus.store import folder_parts
+        from fastattr.corpus.folders import folder_parts
 
         if Path(config.corpus.path).is_dir():
             return sum(len(part.read.args[1]) for part in folder_parts(Path(config.corpus.path))[1:])

@@ -72,14 +72,15 @@ def _prompts(counts: Mapping[str, int]) -> tuple[str, ...]:
 
 def run_line(config: BuildConfig, run_dir: Path, images: int) -> dict[str, float]:
     """Run a miniature on the first `images` usable training images; seconds by stage."""
-    from fastattr.corpus import store as corpus
-    from fastattr.corpus.sources import open_source
+    from fastattr.corpus.records import TrainingImage
+    from fastattr.corpus.stage import open_source
+    from fastattr.corpus.store import write_corpus
     from fastattr.pipeline.build import STAGES, run_stage
 
     started = time.monotonic()
     found = (image for part in open_source(config.corpus).parts for image in part.read())
-    usable = islice((image for image in found if isinstance(image, corpus.TrainingImage)), images)
-    corpus.write_corpus(usable, run_dir / "corpus", config.corpus)
+    usable = islice((image for image in found if isinstance(image, TrainingImage)), images)
+    write_corpus(usable, run_dir / "corpus", config.corpus)
     seconds = {"corpus": time.monotonic() - started}
     for name in STAGES:
         if name in seconds or name == "push":

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastattr.attributor.attribute import Attribution, FastAttributor
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.generators.queries import Queries
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from fastattr.attributor.attribute import CATALOG_COLUMNS, write_config
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
-from fastattr.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.stages import fingerprint, write_manifest
 from fastattr.generators.queries import SPLITS
 from fastattr.index.index import IndexConfig, build
 from fastattr.students.student import Student, StudentConfig, embed

@@ -22,10 +22,12 @@ import pyarrow.parquet as pq
 
 from fastattr.attributor.catalogue import copy_version, open_catalogue, read_config
 from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
-from fastattr.core.files import fingerprint, open_stage, read_json, sha256_file, write_json
-from fastattr.core.models import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
+from fastattr.core.files import read_json, sha256_file, write_json
+from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
+from fastattr.core.stages import fingerprint, open_stage
 from fastattr.generators.queries import SPLITS, Queries, query_schema
 from fastattr.publishing.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
+from fastattr.publishing.push import Push, push_folder
 from fastattr.teachers.scores import SCHEMA
 
 AUTO = "auto"

@@ -26,7 +26,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fastattr.core.errors import ArtifactDamagedError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, require_same, write_manifest
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.students.ownness import Density, fit_density
 

@@ -33,18 +33,9 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError, InputError, QueriesFailedError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    open_stage,
-    read_json,
-    require_same,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import in_parts, peak_memory, split_between
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.features.features import check_source, folders, read_features

@@ -20,7 +20,9 @@ from fastattr.cli.main import main as fastattr
 from fastattr.core.errors import ArtifactMismatchError, FastattrError, InputError
 from fastattr.core.files import read_json
 from fastattr.core.training import TrainingConfig
-from fastattr.corpus.store import Corpus, CorpusConfig, read_folder, write_corpus
+from fastattr.corpus.folders import read_folder
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.evaluation.truth import GroundTruth, rank_correlations
 from fastattr.generators.generator import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.core.files import read_json, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import write_manifest
 from fastattr.features import features
 from fastattr.features.features import encode_captions, open_encoder, read_features, write_features
 from fastattr.pipeline.config import load_config
