@@ -19,8 +19,8 @@ from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_enco
 from fastattr.generators.generator import noise_for
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.gradient_features import Compression, GradientConfig, RidgeKernel, gradient_features
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.teachers.baselines import kernel_scores, similarity_scores
 from fastattr.teachers.linearised import flat_step, linearised_scores
 from tests.tiny import draw
