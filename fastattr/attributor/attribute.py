@@ -33,7 +33,10 @@ from fastattr.core.files import atomic_path, open_stage, read_json, require_same
 from fastattr.core.models import ASSETS, commit_of, locate, split_revision
 from fastattr.corpus.store import Corpus, load_rgb, to_rgb
 from fastattr.features.light import LightStudent, open_light
-from fastattr.index.index import IndexConfig, build, build_index, load_index, save_index, search, stored_vectors
+from fastattr.index.build import build, build_index
+from fastattr.index.choose import IndexConfig
+from fastattr.index.files import load_index, save_index
+from fastattr.index.search import search, stored_vectors
 from fastattr.students.calibrate import FILE as CALIBRATION, Calibration, estimate_shares, families_of, load_calibration
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from fastattr.attributor.milvus import MilvusBackend
+    from fastattr.attributor.collection import MilvusBackend
     from fastattr.features.features import Encoder
 
 logger = logging.getLogger(__name__)
@@ -358,7 +361,7 @@ class FastAttributor:
             )
             catalogue: Catalogue | MilvusBackend
             if index_uri:
-                from fastattr.attributor.milvus import MilvusBackend
+                from fastattr.attributor.collection import MilvusBackend
 
                 catalogue = MilvusBackend.open(index_uri, folder, config)
             else:

@@ -24,7 +24,7 @@ from fastattr.generators.scratch.autoencoder import AutoencoderConfig
 from fastattr.generators.scratch.clip import EncoderConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
 from fastattr.generators.scratch.refinement import RefinementConfig
-from fastattr.index.index import IndexConfig
+from fastattr.index.choose import IndexConfig
 from fastattr.pipeline.costs import PlanConfig
 from fastattr.publishing.publish import PushConfig
 from fastattr.students.calibrate import CalibrateConfig
