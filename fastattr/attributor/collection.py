@@ -74,6 +74,7 @@ def state_of(client: MilvusClient, collection: str) -> dict[str, Any]:
 
 
 def create(client: MilvusClient, collection: str, dim: int, index_type: str) -> None:
+    """An empty collection for embeddings of (dim,) values and the fields of the catalogue."""
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("image_id", DataType.VARCHAR, is_primary=True, max_length=512)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
