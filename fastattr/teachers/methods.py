@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastattr.core.files import atomic_path, fingerprint
 from fastattr.core.processes import in_parts
-from fastattr.features.features import check_source, folders, read_features
+from fastattr.features.store import check_source, folders, read_features
 from fastattr.generators.conditioning import Conditioning
 from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from fastattr.core.files import MANIFEST, fingerprint, finished, read_json, write_manifest
 from fastattr.core.processes import in_parts
-from fastattr.features.features import write_features
+from fastattr.features.store import write_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import SCALE_ROWS, Compression, GradientConfig, gradient_features
