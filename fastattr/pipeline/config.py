@@ -27,7 +27,7 @@ from fastattr.pipeline.networks import PEAK_FLOPS, SHAPES
 from fastattr.publishing.publish import PushConfig
 from fastattr.students.calibrate import CalibrateConfig
 from fastattr.students.distill import DistillConfig
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.teachers.config import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)

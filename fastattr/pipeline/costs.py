@@ -1,7 +1,7 @@
 """Costs: what each stage of a config will need, before anything runs: network evaluations, memory, disk, hours, money.
 
 Everything but the hours on this machine follows from the config alone: sizes and settings give counts (the teacher's from
-teachers/plan.py), the denoiser's shape gives the operations of one evaluation (networks.py), and one throughput
+teachers/cost.py), the denoiser's shape gives the operations of one evaluation (networks.py), and one throughput
 model turns operations into hours of an accelerator: `UTILISATION` of its dense TF32 peak. docs/costs.md shows the arithmetic.
 """
 
@@ -20,8 +20,8 @@ from fastattr.core.models import ASSETS, embedded_models
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
-from fastattr.teachers.plan import Probe, Sizes, Step, teacher_plan
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.cost import Probe, Sizes, Step, teacher_plan
 
 UTILISATION = 0.20
 """Part of the peak that float32 diffusers code reaches, the same for every network and accelerator."""

@@ -27,7 +27,7 @@ from fastattr.generators.generator import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
-from fastattr.teachers.linearised import flat_step, linearised_scores
+from fastattr.teachers.first_order import flat_step, linearised_scores
 from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -13,7 +13,7 @@ from fastattr.cli.main import main
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.costs import UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
-from fastattr.teachers.plan import Probe, run_sizes, teacher_plan
+from fastattr.teachers.cost import Probe, run_sizes, teacher_plan
 
 CONFIGS = Path(__file__).parents[2] / "hub_scripts" / "configs"
 PUBLISHED = {"coco": 1250, "sd15-laion": 15_150}
