@@ -52,8 +52,10 @@ from fastattr.core.files import (
     write_manifest,
 )
 from fastattr.corpus.store import Corpus
-from fastattr.evaluation.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
-from fastattr.evaluation.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
+from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.lds import noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.diffusion import middle_activations
 from fastattr.features.features import encode_all, open_encoder
 from fastattr.generators.conditioning import Conditioning

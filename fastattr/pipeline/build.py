@@ -23,7 +23,7 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
 from fastattr.core.processes import alone
 from fastattr.corpus import store as corpus
-from fastattr.evaluation import evaluate
+from fastattr.evaluation import against_teacher
 from fastattr.features import candidates, features
 from fastattr.generators import pretrained, queries
 from fastattr.generators.pretrained import PretrainedConfig
@@ -120,7 +120,7 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "teach": lambda config, run_dir: teacher.run(config.teacher, run_dir),
     "distill": lambda config, run_dir: distill.run(config.distill, run_dir, encoders=config.features.encoders),
     "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
-    "evaluate": lambda config, run_dir: evaluate.run(config.evaluate, run_dir, encoders=config.features.encoders),
+    "evaluate": lambda config, run_dir: against_teacher.run(config.evaluate, run_dir, encoders=config.features.encoders),
     "index": run_index,
     "card": run_card,
     "push": run_push,

@@ -15,7 +15,7 @@ import yaml
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path
 from fastattr.corpus.store import CorpusConfig
-from fastattr.evaluation.evaluate import EvaluateConfig
+from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
 from fastattr.features.features import FeaturesConfig
 from fastattr.generators.pretrained import PretrainedConfig
