@@ -473,7 +473,7 @@ def _attribute_many(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from fastattr.serving import serve
+    from fastattr.serving import http as serve
 
     config = serve.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=arguments.timeout)
     serve.run(arguments.model, host=arguments.host, port=arguments.port, config=config)

@@ -17,9 +17,9 @@ import numpy as np
 from fastattr.core.errors import InputError
 from fastattr.core.files import finished, open_stage, read_json, require_same, write_json, write_manifest
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import features_fingerprint, folders, read_features, slug
+from fastattr.features.store import features_fingerprint, folders, read_features, slug
 from fastattr.students.distill import open_student
-from fastattr.students.metrics import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
+from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
 from fastattr.students.student import embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 

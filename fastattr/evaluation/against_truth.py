@@ -30,7 +30,7 @@ from fastattr.evaluation.lds import (
     residual_scores,
 )
 from fastattr.evaluation.truth import GroundTruth, group_points
-from fastattr.students.metrics import paired_bootstrap, standard_error, teacher_average_precision
+from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
 from fastattr.teachers.scores import read_scores
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.evaluation.truth import GroundTruth, group_points
-from fastattr.students.metrics import standard_error
+from fastattr.students.ranking import standard_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,14 +17,14 @@ from fastattr.core.files import atomic_path
 from fastattr.corpus.store import CorpusConfig
 from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
-from fastattr.features.features import FeaturesConfig
+from fastattr.features.stage import FeaturesConfig
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.queries import QueriesConfig
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig
 from fastattr.generators.scratch.clip import EncoderConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
 from fastattr.generators.scratch.refinement import RefinementConfig
-from fastattr.index.index import IndexConfig
+from fastattr.index.choose import IndexConfig
 from fastattr.pipeline.costs import PlanConfig
 from fastattr.publishing.publish import PushConfig
 from fastattr.students.calibrate import CalibrateConfig
