@@ -29,7 +29,7 @@ from fastattr.pipeline.costs import PlanConfig
 from fastattr.publishing.publish import PushConfig
 from fastattr.students.calibrate import CalibrateConfig
 from fastattr.students.distill import DistillConfig
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.teachers.config import TeacherConfig
 
 Config = TypeVar("Config")
 

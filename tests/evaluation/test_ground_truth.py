@@ -28,7 +28,7 @@ from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import read_config
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
-from fastattr.teachers.linearised import flat_step, linearised_scores
+from fastattr.teachers.first_order import flat_step, linearised_scores
 from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
