@@ -53,8 +53,10 @@ from fastattr.core.files import (
 )
 from fastattr.core.settings import read_yaml
 from fastattr.corpus.store import Corpus
-from fastattr.evaluation.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
-from fastattr.evaluation.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
+from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.lds import noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.diffusion import middle_activations
 from fastattr.features.encoder import encode_all
 from fastattr.features.kinds import open_encoder

@@ -561,7 +561,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.truth is None:
         return _stage(arguments)
-    from fastattr.evaluation.evaluate import run_truth
+    from fastattr.evaluation.against_truth import run_truth
 
     result = run_truth(str(arguments.config), arguments.truth, arguments.out, split=arguments.split)
     if arguments.json:

@@ -13,7 +13,7 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.settings import read_yaml
 from fastattr.corpus.store import CorpusConfig
-from fastattr.evaluation.evaluate import EvaluateConfig
+from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
 from fastattr.features.stage import FeaturesConfig
 from fastattr.generators.pretrained import PretrainedConfig

@@ -12,7 +12,7 @@ from typing import Any
 from fastattr.attributor import attribute
 from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
 from fastattr.corpus import store as corpus
-from fastattr.evaluation import evaluate
+from fastattr.evaluation import against_teacher
 from fastattr.features import candidates, stage as features
 from fastattr.features.store import features_fingerprint, folders
 from fastattr.generators import pretrained, queries
@@ -109,7 +109,7 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "teach": lambda config, run_dir: teach.run(config.teacher, run_dir),
     "distill": lambda config, run_dir: distill.run(config.distill, run_dir, encoders=config.features.encoders),
     "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
-    "evaluate": lambda config, run_dir: evaluate.run(config.evaluate, run_dir, encoders=config.features.encoders),
+    "evaluate": lambda config, run_dir: against_teacher.run(config.evaluate, run_dir, encoders=config.features.encoders),
     "index": run_index,
     "card": run_card,
     "push": run_push,
