@@ -52,12 +52,13 @@ from transformers import CLIPTokenizer
 from fastattr.core.errors import ArtifactNotFoundError, FastattrError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path, read_json, sha256_file, temporary_folder, write_json
 from fastattr.core.models import ASSETS
+from fastattr.core.settings import read_yaml
 from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
 from fastattr.core.training import fit, trapezoid
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.evaluation.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
-from fastattr.features.features import open_encoder
+from fastattr.features.kinds import open_encoder
 from fastattr.generators import queries as queries_stage
 from fastattr.generators.generator import Generator, noise_for, spread_timesteps
 from fastattr.generators.queries import Queries, QueriesConfig
@@ -70,7 +71,6 @@ from fastattr.generators.scratch.denoiser import (
     tokenize,
     train_tokenizer,
 )
-from fastattr.pipeline.config import read_config
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"
 OUT = Path(__file__).parent / "truth" / "emoji-bench"
@@ -804,7 +804,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="where the ground truth is written (%(default)s)")
     parser.add_argument("--model", help="train and measure this one model in this process, write no ground truth")
     options = parser.parse_args(arguments)
-    bench = prepare(read_config(options.config, BenchConfig), options.run, options.corpus)
+    bench = prepare(read_yaml(options.config, BenchConfig), options.run, options.corpus)
     if options.model:
         run_one(bench, options.model)
         return 0

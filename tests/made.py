@@ -11,7 +11,8 @@ from fastattr import FastAttributor
 from fastattr.attributor.attribute import write_config
 from fastattr.attributor.catalogue import COLUMNS, write_table
 from fastattr.core.files import write_json
-from fastattr.index.index import IndexConfig, build
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig
 from fastattr.students.student import Student, StudentConfig
 from tests.tiny import unit
 

@@ -34,7 +34,10 @@ import pyarrow.parquet as pq
 
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
 from fastattr.core.files import atomic_path, read_json, remove, sha256_file, write_json
-from fastattr.index.index import Ranked, add_shards, check_file, empty_copy, load_index, open_ranked, save_index, write_vectors
+from fastattr.index.build import add_shards
+from fastattr.index.files import check_file, empty_copy, load_index, save_index
+from fastattr.index.search import Ranked, open_ranked
+from fastattr.index.vectors import write_vectors
 
 FORMAT_VERSION = 3
 """3 has a journal, vectors for exact re-ranking and a seal on config.json; 1 and 2 are read, too."""

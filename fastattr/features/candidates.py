@@ -20,7 +20,7 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path, read_json
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import check_source, features_fingerprint, folders, read_features
+from fastattr.features.store import check_source, features_fingerprint, folders, read_features
 from fastattr.generators.queries import Queries
 
 

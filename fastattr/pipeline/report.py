@@ -10,7 +10,7 @@ import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -19,9 +19,7 @@ from fastattr.attributor.attribute import Attribution, FastAttributor
 from fastattr.core.files import atomic_path, read_json
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.generators.queries import Queries
-
-if TYPE_CHECKING:
-    from fastattr.pipeline.config import BuildConfig
+from fastattr.pipeline.config import BuildConfig
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 SHOWN = 8

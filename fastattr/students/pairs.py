@@ -20,7 +20,7 @@ import torch
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.stages import open_stage
-from fastattr.features.features import require_rows
+from fastattr.features.store import require_rows
 from fastattr.teachers.scores import ScoredQuery, ranks_of
 
 TARGETS = ("ranks", "scores", "residual_ranks")

@@ -27,7 +27,7 @@ from fastattr.attributor.attribute import build_attributor, read_info
 from fastattr.attributor.catalogue import seal
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.models import TRIES, split_revision
-from fastattr.index.index import IndexConfig
+from fastattr.index.choose import IndexConfig
 from fastattr.publishing.push import push_folder
 from tests.loopback_hub import READ_TOKEN, Fault, LoopbackHub, regular
 from tests.tiny import draw

@@ -12,9 +12,12 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from fastattr.core.errors import ArtifactDamagedError, InputError, NonFiniteError
 from fastattr.core.training import TrainingConfig
 from fastattr.features.candidates import choose_candidates
-from fastattr.index.index import build_index, load_index, save_index, search
+from fastattr.index.build import build_index
+from fastattr.index.files import load_index, save_index
+from fastattr.index.search import search
 from fastattr.students.distill import DistillConfig, load_student, save_student, train_student
-from fastattr.students.metrics import (
+from fastattr.students.pairs import targets_of
+from fastattr.students.ranking import (
     average_precision,
     ndcg,
     paired_bootstrap,
@@ -22,7 +25,6 @@ from fastattr.students.metrics import (
     teacher_average_precision,
     top_k_overlap,
 )
-from fastattr.students.pairs import targets_of
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, ranks_of
 from tests.tiny import unit
