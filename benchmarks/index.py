@@ -44,8 +44,9 @@ import torch
 from PIL import Image
 
 from fastattr import FastAttributor
-from fastattr.attributor.attribute import write_config
-from fastattr.attributor.catalogue import COLUMNS, write_table
+from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.folder import write_table
+from fastattr.attributor.make import seal_folder
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.index import index
 from fastattr.index.index import IndexConfig, Read
@@ -304,7 +305,7 @@ def write_attributor(folder: Path, built: dict[str, Any], rows: int, dim: int) -
     write_json(folder / "metrics.json", {})
     facts = {"corpus_fingerprint": "made", "generator_fingerprint": "", "teacher": "none", "captions": "first"}
     features = {"encoders": [], "encoder_fingerprints": [], "feature_dim": dim}
-    write_config(folder, student=vars(shape), files=files, **built, **facts, **features)
+    seal_folder(folder, student=vars(shape), files=files, **built, **facts, **features)
 
 
 FIRST_ANSWER = """
@@ -312,7 +313,8 @@ import sys, time
 from pathlib import Path
 import numpy as np
 import torch, faiss, pyarrow
-from fastattr import FastAttributor, attribute, index
+from fastattr import FastAttributor
+from fastattr.index import index
 from fastattr.core.files import read_json
 query = np.random.default_rng(0).standard_normal((1, 768)).astype(np.float32)
 folder = Path(sys.argv[1])

@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from fastattr.attributor.attribute import FastAttributor
-from fastattr.attributor.catalogue import COLUMNS, FILTERS, Where, read_journal, versions
+from fastattr.attributor.attributor import FastAttributor
+from fastattr.attributor.catalogue import COLUMNS, FILTERS, Where
+from fastattr.attributor.folder import versions
+from fastattr.attributor.journal import read_journal
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, MissingExtraError
 
 try:

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fastattr.attributor import attribute
+from fastattr.attributor.make import build_attributor
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
 from fastattr.core.processes import alone
@@ -49,7 +49,7 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     }
     settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
     if not finished(marker, stage="attributor", config=settings, inputs=inputs):
-        attribute.build_attributor(
+        build_attributor(
             config.index,
             run_dir,
             folder,

@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastattr.attributor.catalogue import copy_version, open_catalogue, read_config
+from fastattr.attributor.folder import copy_version, read_config
+from fastattr.attributor.journal import open_catalogue
 from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
 from fastattr.core.files import fingerprint, open_stage, read_json, sha256_file, write_json
 from fastattr.core.models import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
