@@ -33,8 +33,8 @@ from fastattr.core.errors import FastattrError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.students.distill import DistillConfig
 from fastattr.students.losses import LOSSES
-from fastattr.students.metrics import standard_error
 from fastattr.students.pairs import labels_of, make_table
+from fastattr.students.ranking import standard_error
 from fastattr.teachers.scores import ScoredQuery
 
 RESULTS = Path(__file__).parent / "results" / "distill_study.json"

@@ -67,7 +67,7 @@ from fastattr.core.models import ASSETS
 from fastattr.core.training import fit, trapezoid
 from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
 from fastattr.evaluation.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
-from fastattr.features.features import open_encoder
+from fastattr.features.kinds import open_encoder
 from fastattr.generators import queries as queries_stage
 from fastattr.generators.generator import Generator, noise_for, spread_timesteps
 from fastattr.generators.queries import Queries, QueriesConfig

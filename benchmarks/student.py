@@ -39,23 +39,19 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import FeaturesConfig, encode_sets, folders, open_encoder, read_features
+from fastattr.features.kinds import open_encoder
+from fastattr.features.stage import FeaturesConfig, encode_sets
+from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import read_config
-from fastattr.students.calibrate import (
-    Calibration,
-    corpus_weights,
-    estimate_shares,
-    families_of,
-    fit_calibration,
-    teacher_percentiles,
-    teacher_shares,
-)
+from fastattr.students.calibrate import fit_calibration
+from fastattr.students.calibration import Calibration, corpus_weights, teacher_percentiles
 from fastattr.students.distill import DistillConfig, Validation, distill
 from fastattr.students.losses import LOSSES
-from fastattr.students.metrics import paired_bootstrap, spearman, standard_error, teacher_average_precision
 from fastattr.students.ownness import fit_density
 from fastattr.students.pairs import PairTable, labels_of, make_table, standardised
+from fastattr.students.ranking import paired_bootstrap, spearman, standard_error, teacher_average_precision
+from fastattr.students.shares import estimate_shares, families_of, teacher_shares
 from fastattr.students.student import Student, StudentConfig, embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 

@@ -55,7 +55,8 @@ from fastattr.corpus.store import Corpus
 from fastattr.evaluation.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
 from fastattr.evaluation.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
 from fastattr.features.diffusion import middle_activations
-from fastattr.features.features import encode_all, open_encoder
+from fastattr.features.encoder import encode_all
+from fastattr.features.kinds import open_encoder
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
 from fastattr.gradients.denoising import EncodedImages, denoising_losses, image_losses

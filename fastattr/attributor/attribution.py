@@ -17,7 +17,8 @@ from PIL import Image
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.store import load_rgb
-from fastattr.students.calibrate import Calibration, estimate_shares, families_of
+from fastattr.students.calibration import Calibration
+from fastattr.students.shares import estimate_shares, families_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -42,16 +42,17 @@ from fastattr.attributor.make import plain_vectors, thumbnail_bytes
 from fastattr.core.errors import EncoderMismatchError, InputError, MissingFileError
 from fastattr.core.files import atomic_path, read_json
 from fastattr.core.models import ASSETS, commit_of
-from fastattr.features.light import LightStudent, open_light
+from fastattr.features.kinds import open_encoder
 from fastattr.index.index import load_index, search, stored_vectors
-from fastattr.students.calibrate import FILE as CALIBRATION, Calibration, load_calibration
+from fastattr.students.calibration import FILE as CALIBRATION, Calibration, load_calibration
+from fastattr.students.light import LightStudent
 
 if TYPE_CHECKING:
     import faiss
     import torch
 
     from fastattr.attributor.milvus import MilvusBackend
-    from fastattr.features.features import Encoder
+    from fastattr.features.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class FastAttributor:
         force_download: bool = False,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        backend: str | None = None,
         thumbnails: bool = True,
         shards: Sequence[int] | None = None,
         index_uri: str | None = None,
@@ -126,6 +128,7 @@ class FastAttributor:
             force_download: fetch again what the cache holds.
             device: where the feature encoders run; None takes CUDA if there is one, but for small CLIPs, which run in NumPy.
             dtype: of the feature encoders; None is float32.
+            backend: what computes the feature encoders: 'numpy', 'torch', or None, which takes NumPy for small CLIPs on a CPU.
             thumbnails: whether to fetch and load the training images' thumbnails.
             shards: which shards of the index to fetch and search, counted from 0; None takes all.
             index_uri: search the Milvus server or file that `fastattr index --backend milvus` filled, and fetch no index.
@@ -162,7 +165,7 @@ class FastAttributor:
             width = config["feature_dim"]
             loaded = cls(
                 config=config,
-                encoders=_open_encoders(folder, config, device, dtype),
+                encoders=_open_encoders(folder, config, device, dtype, backend),
                 student=LightStudent(folder / "model.safetensors", feature_dim=width, config=config["student"]),
                 catalogue=catalogue,
                 metrics=read_json(folder / "metrics.json"),
@@ -747,26 +750,16 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     return settled(Path(str(name_or_path)), load)
 
 
-def _open_encoders(folder: Path, config: dict[str, Any], device: str | None, dtype: torch.dtype | None) -> list[Encoder]:
-    """The feature encoders of an attributor: in NumPy where that can be, since importing torch takes longer than an answer.
+def _open_encoders(
+    folder: Path, config: dict[str, Any], device: str | None, dtype: torch.dtype | None, backend: str | None
+) -> list[Encoder]:
+    """The feature encoders of an attributor, see `open_encoder`.
 
     Raises:
         EncoderMismatchError: they have other weights or preprocessing than those of config.json.
     """
-    opened: list[Encoder] = []
-    for specification in config["encoders"]:
-        usual = device in {None, "cpu"} and dtype is None
-        light = open_light(specification, folder, captions=config["captions"]) if usual else None
-        if light is None:
-            import torch
-
-            from fastattr.features.features import open_encoder
-
-            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            captions, precision = config["captions"], dtype or torch.float32
-            opened.append(open_encoder(specification, folder=folder, captions=captions, device=chosen, dtype=precision))
-        else:
-            opened.append(light)
+    options = {"folder": folder, "captions": config["captions"], "device": device, "dtype": dtype, "backend": backend}
+    opened = [open_encoder(specification, **options) for specification in config["encoders"]]
     found = [encoder.fingerprint for encoder in opened]
     if found != config["encoder_fingerprints"]:
         raise EncoderMismatchError(

@@ -17,8 +17,9 @@ from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import FORMAT_VERSION, seal, write_table
 from fastattr.core.files import atomic_path, open_stage, read_json, require_same, sha256_file, write_json
 from fastattr.corpus.store import Corpus
+from fastattr.features.kinds import open_encoder
 from fastattr.index.index import IndexConfig, build, build_index, save_index
-from fastattr.students.calibrate import FILE as CALIBRATION
+from fastattr.students.calibration import FILE as CALIBRATION
 
 THUMBNAIL_SIDE = 48
 """Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
@@ -46,8 +47,9 @@ def build_attributor(
         captions: 'first' or 'mean', as the features were made.
         thumbnail_quality: of the WebP thumbnails, 1 to 100.
     """
-    from fastattr.features.features import folders, modality, open_encoder, read_features
+    from fastattr.features.encoder import modality
     from fastattr.features.gradient import RECIPES
+    from fastattr.features.store import folders, read_features
     from fastattr.students.distill import open_student, save_student
     from fastattr.students.student import embed
 

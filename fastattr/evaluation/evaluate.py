@@ -36,9 +36,9 @@ from fastattr.evaluation.truth import (
     residual_outputs,
     residual_scores,
 )
-from fastattr.features.features import features_fingerprint, folders, read_features, slug
+from fastattr.features.store import features_fingerprint, folders, read_features, slug
 from fastattr.students.distill import open_student
-from fastattr.students.metrics import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
+from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
 from fastattr.students.student import embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import fingerprint
-from fastattr.features.features import encode_captions
+from fastattr.features.encoder import encode_captions
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import Generator, noise_for
 
@@ -46,7 +46,7 @@ class DiffusionEncoder:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """(B, F) float32 unit vectors; see `fastattr.features.features.Encoder`."""
+        """(B, F) float32 unit vectors; see `fastattr.features.encoder.Encoder`."""
         latents = self._generator.encode_image(images)
         if not self._average:
             return middle_activations(self._generator, latents, self._generator.encode_prompt([texts[0] for texts in captions]))

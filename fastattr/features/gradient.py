@@ -89,7 +89,7 @@ class GradientEncoder:
         self._compression = Compression(self._layers, config, factors, coordinates)
 
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """(B, F) float32 unit vectors; see `fastattr.features.features.Encoder`."""
+        """(B, F) float32 unit vectors; see `fastattr.features.encoder.Encoder`."""
         encoded = encode_plainly(self._generator, images, captions)
         rows = gradient_features(
             self._generator, self._layers, encoded, np.arange(len(images)), self._compression, self._config

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from fastattr.core.errors import InputError
 from fastattr.core.files import MANIFEST, fingerprint, finished, read_json, write_manifest
 from fastattr.core.processes import in_parts
-from fastattr.features.features import write_features
+from fastattr.features.store import write_features
 from fastattr.generators.generator import Generator
 from fastattr.gradients.denoising import EncodedImages, denoising_losses, require_finite
 from fastattr.gradients.ekfac import Factors, Layer, example_gradients, record_layers

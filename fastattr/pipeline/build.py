@@ -24,7 +24,8 @@ from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, op
 from fastattr.core.processes import alone
 from fastattr.corpus import store as corpus
 from fastattr.evaluation import evaluate
-from fastattr.features import candidates, features
+from fastattr.features import candidates, stage as features
+from fastattr.features.store import features_fingerprint, folders
 from fastattr.generators import pretrained, queries
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, denoiser as train_generator
@@ -43,7 +44,7 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     folder, marker = run_dir / "attributor", run_dir / "attributor-manifest"
     inputs = {
         "student": open_stage(run_dir / "student", "student")["fingerprint"],
-        "features": features.features_fingerprint(features.folders(run_dir, "features", encoders)),
+        "features": features_fingerprint(folders(run_dir, "features", encoders)),
         "calibration": open_stage(run_dir / "calibration", "calibration")["fingerprint"],
         "evaluation": open_stage(run_dir / "evaluation", "evaluation")["fingerprint"],
     }

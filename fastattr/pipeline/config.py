@@ -17,7 +17,7 @@ from fastattr.core.files import atomic_path
 from fastattr.corpus.store import CorpusConfig
 from fastattr.evaluation.evaluate import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
-from fastattr.features.features import FeaturesConfig
+from fastattr.features.stage import FeaturesConfig
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.queries import QueriesConfig
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig

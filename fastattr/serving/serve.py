@@ -353,10 +353,9 @@ def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeC
     settings = config or ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""))
     if host not in LOCAL and not settings.token:
         raise InputError(f"{host} can be reached by others: set FASTATTR_TOKEN to a secret that requests must carry.")
-    import torch
 
     # In torch, which takes longer to import than the encoders' NumPy form, and less for a batch.
-    app = create_app(FastAttributor.from_pretrained(model, thumbnails=False, dtype=torch.float32), settings)
+    app = create_app(FastAttributor.from_pretrained(model, thumbnails=False, backend="torch"), settings)
     uvicorn.run(
         app,
         host=host,

@@ -24,9 +24,8 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, remove, write_manifest
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import features_fingerprint, folders, read_features
+from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.students.losses import LOSSES
-from fastattr.students.metrics import teacher_average_precision
 from fastattr.students.pairs import (
     TARGETS,
     FeatureRows,
@@ -38,6 +37,7 @@ from fastattr.students.pairs import (
     split_query_ids,
     stream_labels,
 )
+from fastattr.students.ranking import teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 

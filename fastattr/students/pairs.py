@@ -19,7 +19,7 @@ import torch
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.core.files import open_stage, read_json, write_json
-from fastattr.features.features import require_rows
+from fastattr.features.store import require_rows
 from fastattr.teachers.scores import ScoredQuery, ranks_of
 
 TARGETS = ("ranks", "scores", "residual_ranks")

@@ -47,7 +47,7 @@ from fastattr.core.files import (
 from fastattr.core.processes import in_parts, peak_memory, split_between
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
-from fastattr.features.features import check_source, folders, read_features
+from fastattr.features.store import check_source, folders, read_features
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator, noise_for
 from fastattr.generators.queries import SPLITS, Queries

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from fastattr.core.files import read_json
 from fastattr.core.processes import split_between
-from fastattr.features import features
+from fastattr.features import stage as features
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import load_config

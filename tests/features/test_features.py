@@ -12,8 +12,11 @@ import torch
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json, write_manifest
-from fastattr.features import features
-from fastattr.features.features import encode_captions, open_encoder, read_features, write_features
+from fastattr.features import stage
+from fastattr.features.encoder import encode_captions
+from fastattr.features.kinds import open_encoder
+from fastattr.features.pretrained import OpenClipEncoder
+from fastattr.features.store import read_features, write_features
 from fastattr.pipeline.config import load_config
 from tests.tiny import draw, unit
 from tests.tiny_pipelines import clip_tokenizer, gemma_tokenizer
@@ -29,8 +32,8 @@ def test_open_clip_encoder_equals_open_clip_itself(tiny_run: Path):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_run / 'encoder'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_run / 'encoder'}")
     captions = [["red ring"], ["a blue square"], ["green circle, plain style"]]
-    image_features = open_encoder("open_clip-image:encoder", folder=tiny_run).encode(IMAGES, captions)
-    text_features = open_encoder("open_clip-text:encoder", folder=tiny_run).encode(IMAGES, captions)
+    image_features = open_encoder("open_clip-image:encoder", folder=tiny_run, backend="torch").encode(IMAGES, captions)
+    text_features = open_encoder("open_clip-text:encoder", folder=tiny_run, backend="torch").encode(IMAGES, captions)
     with torch.no_grad():
         for row, (image, caption) in enumerate(zip(IMAGES, captions, strict=True)):
             alone = model.eval().encode_image(preprocess(image)[None], normalize=True)[0].numpy()
@@ -213,8 +216,8 @@ def test_a_stopped_features_stage_goes_on_where_it_stood(tiny_run: Path, tiny_co
     """Encoding LAION again from the first image after a crash costs days; parts in another order would move every row."""
     run_dir, settings = tmp_path / "run", load_config(tiny_config).features
     shutil.copytree(tiny_run, run_dir, ignore=shutil.ignore_patterns("features"))
-    monkeypatch.setattr(features, "PART_ROWS", 20)
-    real, seen = features.OpenClipEncoder.encode, []
+    monkeypatch.setattr(stage, "PART_ROWS", 20)
+    real, seen = OpenClipEncoder.encode, []
 
     def failing(self, images, captions):
         seen.append(len(images))
@@ -222,10 +225,10 @@ def test_a_stopped_features_stage_goes_on_where_it_stood(tiny_run: Path, tiny_co
             raise OSError("the disk is full")
         return real(self, images, captions)
 
-    monkeypatch.setattr(features.OpenClipEncoder, "encode", failing)
+    monkeypatch.setattr(OpenClipEncoder, "encode", failing)
     with pytest.raises(OSError, match="full"):
-        features.run(settings, run_dir)
-    manifests = features.run(settings, run_dir)
+        stage.run(settings, run_dir)
+    manifests = stage.run(settings, run_dir)
     assert seen[:4] == [20, 20, 20, 8]  # 48 images: the first part was kept
     for folder in (tiny_run / "features").iterdir():
         expected, found = (np.load(path / "features.npy") for path in (folder, run_dir / "features" / folder.name))

@@ -14,8 +14,9 @@ from fastattr import FastAttributor, Generator
 from fastattr.core.errors import ArtifactMismatchError, InputError
 from fastattr.corpus.store import Corpus
 from fastattr.features.diffusion import PARTS, TIMESTEPS, DiffusionEncoder
-from fastattr.features.features import folders, open_encoder, read_features
 from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_encoder, open_gradient_encoder
+from fastattr.features.kinds import open_encoder
+from fastattr.features.store import folders, read_features
 from fastattr.generators.generator import noise_for
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.gradient_features import Compression, GradientConfig, RidgeKernel, gradient_features

@@ -17,24 +17,23 @@ from fastattr.attributor.attribution import UNASSIGNED, Reach
 from fastattr.attributor.folder import seal
 from fastattr.core.files import sha256_file
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import folders, read_features
+from fastattr.features.store import folders, read_features
 from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
-from fastattr.students.calibrate import (
+from fastattr.students.calibrate import fit_calibration
+from fastattr.students.calibration import (
     FILE,
     Calibration,
     corpus_weights,
-    estimate_shares,
-    fit_calibration,
     fit_curves,
     load_calibration,
     relative_influence,
     save_calibration,
     teacher_percentiles,
-    teacher_shares,
 )
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import fit_density
+from fastattr.students.shares import estimate_shares, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery
 from tests.tiny import draw

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from fastattr import ArtifactMismatchError, InputError
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import folders, read_features
+from fastattr.features.store import folders, read_features
 from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
 from fastattr.students.distill import DistillConfig, Validation, distill, train_student
 from fastattr.students.losses import LOSSES, POSITIVE, TOP
-from fastattr.students.metrics import spearman
 from fastattr.students.pairs import (
     MappedFeatures,
     PairTable,
@@ -30,6 +29,7 @@ from fastattr.students.pairs import (
     stream_labels,
     targets_of,
 )
+from fastattr.students.ranking import spearman
 from fastattr.students.student import StudentConfig, embed, embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 from tests.launch import on_two_processes

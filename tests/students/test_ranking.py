@@ -14,7 +14,8 @@ from fastattr.core.training import TrainingConfig
 from fastattr.features.candidates import choose_candidates
 from fastattr.index.index import build_index, load_index, save_index, search
 from fastattr.students.distill import DistillConfig, load_student, save_student, train_student
-from fastattr.students.metrics import (
+from fastattr.students.pairs import targets_of
+from fastattr.students.ranking import (
     average_precision,
     ndcg,
     paired_bootstrap,
@@ -22,7 +23,6 @@ from fastattr.students.metrics import (
     teacher_average_precision,
     top_k_overlap,
 )
-from fastattr.students.pairs import targets_of
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, ranks_of
 from tests.tiny import unit

@@ -14,7 +14,7 @@ import torch
 from fastattr import ArtifactMismatchError, FastattrError, InputError
 from fastattr.core.files import read_json
 from fastattr.corpus.store import Corpus
-from fastattr.features.features import folders, read_features
+from fastattr.features.store import folders, read_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.build import STAGES

@@ -1,4 +1,4 @@
-"""The NumPy encoders and students against open_clip and torch."""
+"""The NumPy CLIP against open_clip."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.models import ASSETS
-from fastattr.features.features import OpenClipEncoder
-from fastattr.features.light import CONFIG, LightClip, LightStudent, supports
-from fastattr.students.distill import load_student, save_student
-from fastattr.students.student import Student, StudentConfig, embed
+from fastattr.features.light_clip import CONFIG, LightClip, supports
+from fastattr.features.pretrained import OpenClipEncoder
 
 EMOJI = ASSETS / "emoji" / "attributor" / "encoder"
 SIZES = [(64, 64), (100, 37), (31, 200)]
@@ -48,39 +43,6 @@ def test_light_clip_leaves_other_shapes_to_open_clip(part: str, changed: dict[st
     (tmp_path / "encoder" / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     assert supports(EMOJI)
     assert not supports(tmp_path / "encoder")
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        StudentConfig(embed_dim=6, hidden=(10, 9)),
-        StudentConfig(embed_dim=6, hidden=(), linear_path=False, input_norm=True),
-        StudentConfig(embed_dim=6, hidden=(10,), separate_heads=True, popularity=True, dropout=0.3),
-    ],
-)
-def test_light_student_is_the_student_that_torch_trains(shape: StudentConfig, tmp_path: Path):
-    """The index holds torch's embeddings; the query head alone must be used for queries, and every path of the network."""
-    torch.manual_seed(0)
-    student = Student(7, shape)
-    for parameter in student.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    save_student(student, tmp_path / "model.safetensors")
-    light = LightStudent(tmp_path / "model.safetensors", feature_dim=7, config=json.loads(json.dumps(asdict(shape))))
-    original = load_student(tmp_path / "model.safetensors", feature_dim=7, config=shape)
-    features = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
-    np.testing.assert_allclose(light.embed_queries(features), embed(original, features, query=True), atol=1e-6)
-    np.testing.assert_allclose(light.embed_images(features), embed(original, features), atol=1e-6)
-    similarity = np.linspace(-1, 1, 5)
-    expected = torch.sigmoid(original.logits(torch.from_numpy(similarity))).detach().numpy()
-    np.testing.assert_allclose(light.closeness(similarity), expected, atol=1e-6)
-
-
-def test_light_student_refuses_a_file_of_another_shape(tmp_path: Path):
-    """Missing or extra weights that are passed over would answer with another network."""
-    save_student(Student(7, StudentConfig(embed_dim=6, hidden=(10,))), tmp_path / "model.safetensors")
-    for other in (StudentConfig(embed_dim=6, hidden=(10, 10)), StudentConfig(embed_dim=6, hidden=(10,), linear_path=False)):
-        with pytest.raises(ArtifactDamagedError, match="not the student"):
-            LightStudent(tmp_path / "model.safetensors", feature_dim=7, config=asdict(other))
 
 
 def test_an_answer_of_the_embedded_model_imports_neither_torch_nor_open_clip():

@@ -1,9 +1,9 @@
-"""Light: small CLIPs and students in NumPy, so that a first answer need not wait for torch and open_clip to be imported.
+"""Light CLIP: small CLIPs in NumPy, so that a first answer need not wait for torch and open_clip to be imported.
 
-Importing torch and open_clip takes longer than everything else that a first answer needs (benchmarks/startup.py). What runs
-here is the forward pass of what they would run: a CLIP of open_clip's plain shape (vision transformer, text transformer) and
-the student's network. tests/features/test_light.py holds both against the originals. A shape that is not known here, another
-device or precision goes through open_clip and torch instead (`FastAttributor.from_pretrained` decides).
+Importing torch and open_clip takes longer than everything else that a first answer needs (benchmarks/startup.py). This module
+computes the forward pass of a CLIP of open_clip's plain shape (vision transformer, text transformer);
+tests/features/test_light_clip.py compares it with open_clip. open_clip and torch compute any other shape, device or
+precision (`fastattr.features.kinds.open_encoder` decides).
 Reads open_clip_config.json, open_clip_model.safetensors and tokenizer.json of an encoder folder.
 """
 
@@ -13,7 +13,6 @@ import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.files import read_json
-from fastattr.core.models import ASSETS, embedded_models
+from fastattr.features.encoder import encode_captions, unit_vectors
 
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -50,28 +48,8 @@ def supports(folder: Path) -> bool:
     )
 
 
-def open_light(specification: str, folder: Path, *, captions: str) -> LightClip | None:
-    """The encoder that a specification of fastattr.features.features names, or None if it is none that is known here.
-
-    Args:
-        specification: 'open_clip-image:REF' or 'open_clip-text:REF'.
-        folder: where a REF of 'encoder' is found.
-        captions: 'first' or 'mean'.
-    """
-    kind, _, reference = specification.partition(":")
-    if kind not in {"open_clip-image", "open_clip-text"}:
-        return None
-    embedded = reference in embedded_models()
-    path = ASSETS / reference / "attributor" / "encoder" if embedded else folder / "encoder"
-    if not (embedded or reference == "encoder") or not supports(path):
-        return None
-    encoder = LightClip(path, kind.removeprefix("open_clip-"), captions=captions)
-    encoder.specification = specification
-    return encoder
-
-
 class LightClip:
-    """The image tower or the text tower of a small CLIP; an `Encoder` as those of fastattr.features.features."""
+    """The image tower or the text tower of a small CLIP; an `Encoder`."""
 
     def __init__(self, folder: Path, modality: str, *, captions: str = "first") -> None:
         """Load it.
@@ -92,7 +70,7 @@ class LightClip:
         self._weights = {name.removeprefix("visual."): value.astype(np.float32) for name, value in own.items()}
 
     def _fingerprint(self, weights: Mapping[str, np.ndarray]) -> str:
-        """The same as fastattr.features.features gives to this encoder when open_clip loads it."""
+        """What `OpenClipEncoder` has as the fingerprint of the same encoder."""
         side = self._vision["image_size"]
         mean, std = self._preprocessing["mean"], self._preprocessing["std"]
         printed = f"{self._modality}/{self._captions}/{PREPROCESS.format(side=side, mean=mean, std=std)}"
@@ -105,12 +83,8 @@ class LightClip:
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """(B, F) float32 unit vectors; an image encoder ignores the captions, a text encoder the images."""
         if self._modality == "image":
-            return _unit(self._encode_images(images))
-        if self._captions == "first":
-            return _unit(self._encode_texts([texts[0] for texts in captions]))
-        vectors = _unit(self._encode_texts([text for texts in captions for text in texts]))
-        ends = np.cumsum([len(texts) for texts in captions])
-        return _unit(np.stack([part.mean(axis=0) for part in np.split(vectors, ends[:-1])]))
+            return unit_vectors(self._encode_images(images))
+        return encode_captions(captions, self._encode_texts, average=self._captions == "mean")
 
     def _encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """(B, F) features before normalisation."""
@@ -123,22 +97,20 @@ class LightClip:
         tokens = patches.reshape(len(images), grid * grid, -1) @ weights["conv1.weight"].reshape(self._vision["width"], -1).T
         first = np.broadcast_to(weights["class_embedding"], (len(images), 1, self._vision["width"]))
         hidden = np.concatenate([first, tokens], axis=1) + weights["positional_embedding"]
-        hidden = _layer_norm(hidden, weights, "ln_pre")
+        hidden = layer_norm(hidden, weights, "ln_pre")
         heads = self._vision["width"] // self._vision["head_width"]
         hidden = _transformer(hidden, weights, layers=self._vision["layers"], heads=heads, causal=False)
-        pooled: np.ndarray = _layer_norm(hidden[:, 0], weights, "ln_post") @ weights["proj"]
-        return pooled
+        return layer_norm(hidden[:, 0], weights, "ln_post") @ weights["proj"]
 
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(B, F) features before normalisation."""
+        """(B, F) unit vectors."""
         ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch([_clean(text) for text in texts])])
         weights = self._weights
         hidden = weights["token_embedding.weight"][ids] + weights["positional_embedding"]
         hidden = _transformer(hidden, weights, layers=self._text["layers"], heads=self._text["heads"], causal=True)
         ends = (ids == self._text["eos_id"]).argmax(axis=1)
-        last = _layer_norm(hidden[np.arange(len(ids)), ends], weights, "ln_final")
-        pooled: np.ndarray = last @ weights["text_projection"]
-        return pooled
+        last = layer_norm(hidden[np.arange(len(ids)), ends], weights, "ln_final")
+        return unit_vectors(last @ weights["text_projection"])
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -148,70 +120,6 @@ class LightClip:
         tokenizer.enable_truncation(self._text["context_length"])
         tokenizer.enable_padding(length=self._text["context_length"], pad_id=self._text["pad_id"])
         return tokenizer
-
-
-class LightStudent:
-    """What a trained student (fastattr.students.student) does for a query."""
-
-    def __init__(self, path: Path, *, feature_dim: int, config: Mapping[str, Any]) -> None:
-        """Read model.safetensors strictly.
-
-        Args:
-            path: the file.
-            feature_dim: F.
-            config: a `StudentConfig` as config.json holds it.
-
-        Raises:
-            ArtifactDamagedError: the file's tensors are not those of such a student.
-        """
-        widths = [feature_dim, *config["hidden"], config["embed_dim"]]
-        stride = 3 if config.get("dropout") else 2  # of the layers in `nn.Sequential`
-        self._names = [f"mlp.{stride * layer}" for layer in range(len(widths) - 1)]
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{name}.weight": (after, before) for name, (before, after) in zip(self._names, pairwise(widths), strict=True)
-        }
-        if config.get("linear_path", True):
-            shapes["linear.weight"] = (config["embed_dim"], feature_dim)
-        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
-        if config["input_norm"]:
-            shapes["input_norm.weight"] = shapes["input_norm.bias"] = (feature_dim,)
-        self._head = "query_head." if config.get("separate_heads") else ""
-        if self._head:
-            shapes |= {self._head + name: shape for name, shape in shapes.items()}
-        shapes["log_scale"] = shapes["bias"] = ()
-        stored = {
-            name: value for name, value in load_file(path).items() if not name.startswith("popularity_head.")
-        }  # no query's
-        found = {name: value.shape for name, value in stored.items()}
-        if found != shapes:
-            wrong = sorted(set(found.items()) ^ set(shapes.items()))
-            raise ArtifactDamagedError(f"{path} is not the student that config.json describes: {wrong[:3]} differ.")
-        self._weights = {name: value.astype(np.float32) for name, value in stored.items()}
-
-    def embed_queries(self, features: np.ndarray) -> np.ndarray:
-        """(Q, F) features -> (Q, D) float32 unit embeddings."""
-        return self._embed(features, self._head)
-
-    def embed_images(self, features: np.ndarray) -> np.ndarray:
-        """(N, F) features of training images -> (N, D) float32 unit embeddings."""
-        return self._embed(features, "")
-
-    def _embed(self, features: np.ndarray, prefix: str) -> np.ndarray:
-        head = {name.removeprefix(prefix): value for name, value in self._weights.items() if name.startswith(prefix)}
-        values = features.astype(np.float32)
-        if "input_norm.weight" in head:
-            values = _layer_norm(values, head, "input_norm")
-        hidden = values
-        for name in self._names[:-1]:
-            hidden = np.maximum(_linear(hidden, head, name), 0)
-        projected = _linear(hidden, head, self._names[-1])
-        return _unit(projected + _linear(values, head, "linear") if "linear.weight" in head else projected)
-
-    def closeness(self, similarity: np.ndarray) -> np.ndarray:
-        """The student's estimate, 0 to 1, of how near similarities of any shape are to the top of the teacher's ranking."""
-        logits = np.exp(self._weights["log_scale"].astype(np.float64)) * similarity + self._weights["bias"]
-        estimate: np.ndarray = 1 / (1 + np.exp(-logits))
-        return estimate
 
 
 def _clean(text: str) -> str:
@@ -229,7 +137,7 @@ def _transformer(hidden: np.ndarray, weights: Mapping[str, np.ndarray], *, layer
     mask = np.triu(np.full((tokens, tokens), -np.inf, dtype=np.float32), 1) if causal else np.float32(0)
     for layer in range(layers):
         block = f"transformer.resblocks.{layer}"
-        joint = _layer_norm(hidden, weights, f"{block}.ln_1") @ weights[f"{block}.attn.in_proj_weight"].T
+        joint = layer_norm(hidden, weights, f"{block}.ln_1") @ weights[f"{block}.attn.in_proj_weight"].T
         joint += weights[f"{block}.attn.in_proj_bias"]
         query, key, value = (
             part.reshape(*part.shape[:2], heads, -1).transpose(0, 2, 1, 3) for part in np.split(joint, 3, axis=2)
@@ -238,25 +146,20 @@ def _transformer(hidden: np.ndarray, weights: Mapping[str, np.ndarray], *, layer
         attention = np.exp(attention - attention.max(axis=-1, keepdims=True))
         attention /= attention.sum(axis=-1, keepdims=True)
         mixed = (attention @ value).transpose(0, 2, 1, 3).reshape(hidden.shape)
-        hidden = hidden + _linear(mixed, weights, f"{block}.attn.out_proj")
-        wide = _linear(_layer_norm(hidden, weights, f"{block}.ln_2"), weights, f"{block}.mlp.c_fc")
+        hidden = hidden + linear(mixed, weights, f"{block}.attn.out_proj")
+        wide = linear(layer_norm(hidden, weights, f"{block}.ln_2"), weights, f"{block}.mlp.c_fc")
         wide *= 0.5 * (1 + erf(wide / np.float32(np.sqrt(2))))  # GELU
-        hidden = hidden + _linear(wide, weights, f"{block}.mlp.c_proj")
+        hidden = hidden + linear(wide, weights, f"{block}.mlp.c_proj")
     return hidden
 
 
-def _linear(values: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    found: np.ndarray = values @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-    return found
+def linear(values: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """(..., F) values through the linear layer of that name."""
+    return values @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def _layer_norm(values: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def layer_norm(values: np.ndarray, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """(..., F) values through the layer norm of that name."""
     centred = values - values.mean(axis=-1, keepdims=True)
     scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + np.float32(1e-5))
-    found: np.ndarray = scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-    return found
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
+    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]

@@ -1,0 +1,172 @@
+"""Pretrained encoders: image and text towers that open_clip and transformers load.
+
+Images are prepared as the model's own config says. A text encoder reads the first caption (as the authors' code does) or
+averages all. docs/encoders.md lists the models that are tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastattr.core.models import locate, split_revision
+from fastattr.features.encoder import encode_captions
+
+OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
+"""What open_clip loads a model from: no pickle."""
+
+
+class OpenClipEncoder:
+    """The image tower or the text tower of a CLIP that open_clip loads."""
+
+    def __init__(
+        self,
+        reference: str,
+        modality: str,
+        *,
+        captions: str = "first",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load it.
+
+        Args:
+            reference: folder with open_clip_config.json, 'NAME/PRETRAINED', or a Hub id.
+            modality: 'image' or 'text'.
+            captions: 'first' or 'mean'.
+            device: where to run.
+            dtype: of weights and activations.
+        """
+        import open_clip
+
+        self.specification = f"open_clip-{modality}:{reference}"
+        name, pretrained = _open_clip_name(reference)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
+        self.fingerprint = _weights_fingerprint(model, f"{modality}/{captions}/{preprocess}")
+        self._model = model.eval().requires_grad_(False).to(dtype)
+        self._preprocess = preprocess
+        self._tokenizer = open_clip.get_tokenizer(name)
+        self._modality, self._captions, self._device, self._dtype = modality, captions, device, dtype
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """See `Encoder.encode`."""
+        if self._modality == "image":
+            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images]).to(self._device, self._dtype)
+            return _unit(self._model.encode_image(pixels))
+        return encode_captions(captions, self._encode_texts, average=self._captions == "mean")
+
+    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        return _unit(self._model.encode_text(self._tokenizer(texts).to(self._device)))
+
+
+class TransformersImageEncoder:
+    """A vision model of transformers (DINO, DINOv2, DINOv3, CLIP, SigLIP, ...).
+
+    Two towers give what they compare with text, an image model with a pooling head of its own (CLIP, SigLIP) what that
+    gives, all others (the DINOs, ViT) their class token.
+    """
+
+    def __init__(self, reference: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own image processor."""
+        from transformers import AutoImageProcessor
+
+        self.specification = f"transformers-image:{reference}"
+        name, revision = split_revision(reference, None)
+        self._processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
+        model = _transformers_model(name, revision)
+        if hasattr(model, "get_image_features"):
+            self._features = _pooled(model.get_image_features)
+        elif model.config.model_type.startswith(("clip", "siglip")):
+            self._features = _pooled(model)
+        else:
+            model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
+            self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
+        self.fingerprint = _weights_fingerprint(model, str(self._processor.to_dict()))
+        model.to(device, dtype)
+        self._device, self._dtype = device, dtype
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """See `Encoder.encode`."""
+        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return _unit(self._features(**inputs.to(self._device, self._dtype)))
+
+
+class TransformersTextEncoder:
+    """The text tower of a CLIP or SigLIP that transformers loads, or a CLIP text encoder alone."""
+
+    def __init__(
+        self, reference: str, *, captions: str = "first", device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own tokenizer."""
+        from transformers import AutoTokenizer
+
+        self.specification = f"transformers-text:{reference}"
+        name, revision = split_revision(reference, None)
+        self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        model = _transformers_model(name, revision)
+        self._features = _pooled(getattr(model, "get_text_features", model))
+        config = getattr(model.config, "text_config", model.config)
+        self._length = int(config.max_position_embeddings)
+        # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
+        self._masked = not model.config.model_type.startswith("siglip")
+        self.fingerprint = _weights_fingerprint(model, f"text/{captions}/{self._length}/{type(self._tokenizer).__name__}")
+        model.to(device, dtype)
+        self._average, self._device = captions == "mean", device
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """See `Encoder.encode`."""
+        return encode_captions(captions, self._encode_texts, average=self._average)
+
+    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        tokens = self._tokenizer(texts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt")
+        wanted = ("input_ids", "attention_mask") if self._masked else ("input_ids",)
+        return _unit(self._features(**{name: tokens[name].to(self._device) for name in wanted if name in tokens}))
+
+
+def _transformers_model(name: str, revision: str | None) -> Any:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _pooled(forward: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """`forward` with its pooled output as the result."""
+    return lambda **inputs: forward(**inputs).pooler_output
+
+
+def _unit(features: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(features.float(), dim=1).cpu().numpy()
+
+
+def _open_clip_name(reference: str) -> tuple[str, str | None]:
+    """open_clip's (model name, pretrained tag) for a reference."""
+    if Path(reference).is_dir():
+        return f"local-dir:{reference}", None
+    name, _, tag = reference.partition("/")
+    import open_clip
+
+    if name in open_clip.list_models():
+        return name, tag or None
+    if split_revision(reference, None)[1]:  # open_clip itself knows no revisions
+        return f"local-dir:{locate(reference, 'encoder', files=OPEN_CLIP_FILES)}", None
+    return f"hf-hub:{reference}", None
+
+
+def _weights_fingerprint(model: torch.nn.Module, preprocessing: str) -> str:
+    """Identifies an encoder's weights (as float16, so that a half-precision copy is the same) and preprocessing."""
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", preprocessing).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,232 @@
+"""Calibration: from a similarity, which only orders, to degrees of influence.
+
+On validation queries, which the student has not learned from, two rising curves are fitted to the teacher's scores:
+similarity -> expected percentile of the teacher's score within the corpus, and similarity -> expected positive influence in
+units of the corpus' mean. The second makes shares (shares.py).
+
+A score table holds a query's neighbours whole and of the rest of the corpus a few outsiders, drawn at random; each outsider
+stands for its part of the rest (Horvitz-Thompson weights), so that curves and shares are of the corpus, not of the table.
+
+Reads and writes calibration.safetensors; calibrate.py is the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fastattr.core.errors import ArtifactDamagedError
+from fastattr.core.files import atomic_path
+from fastattr.students.ownness import Density
+
+if TYPE_CHECKING:
+    from fastattr.teachers.scores import ScoredQuery
+
+FILE = "calibration.safetensors"
+FORMAT = "fastattr calibration 1"
+
+
+def corpus_weights(is_outsider: np.ndarray, corpus_size: int) -> np.ndarray:
+    """(C,) how many images of the corpus each candidate stands for: itself, or an outsider's part of the rest."""
+    outsiders = int(is_outsider.sum())
+    rest = corpus_size - (len(is_outsider) - outsiders)
+    weights: np.ndarray = np.where(is_outsider, rest / max(outsiders, 1), 1.0)
+    return weights
+
+
+def teacher_percentiles(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(C,) percentiles of (C,) influence scores within the weighted set: 100 x the part of it with a lower score.
+
+    Equal scores share their middle.
+    """
+    _, level = np.unique(influence, return_inverse=True)
+    mass = np.bincount(level, weights=weights)
+    percentiles: np.ndarray = (np.cumsum(mass) - mass / 2)[level] * (100 / mass.sum())
+    return percentiles
+
+
+def relative_influence(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(C,) positive influence in units of its weighted mean; negative scores count as none. Zeros if none is positive."""
+    positive = np.maximum(influence.astype(np.float64), 0.0)
+    mean = (positive * weights).sum() / weights.sum()
+    scaled: np.ndarray = positive / mean if mean > 0 else positive
+    return scaled
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rising curves over K similarities, their bootstrap draws, and what the own-or-foreign check needs."""
+
+    knots: np.ndarray
+    """(K,) similarities, rising."""
+    percentile: np.ndarray
+    """(K,) expected teacher percentile, 0 to 100, not falling."""
+    influence: np.ndarray
+    """(K,) expected positive influence in units of the corpus' mean, not falling."""
+    influence_draws: np.ndarray
+    """(R, K) the same of each bootstrap resample."""
+    unrelated: np.ndarray
+    """(1 + R,) positive influence of unrelated images in the same unit: of all queries, then of each resample."""
+    widening: float
+    """Factor on the bootstrap's intervals."""
+    feature_mean: np.ndarray
+    """(F,) the corpus' mean features: what stands for an image or prompt that is taken away."""
+    density: Density | None
+    """Of the generator's own images; None where there are too few."""
+
+    def percentile_of(self, similarity: np.ndarray) -> np.ndarray:
+        """Expected teacher percentile, 0 to 100 = most influential, of similarities of any shape."""
+        found: np.ndarray = np.interp(similarity, self.knots, self.percentile)
+        return found
+
+    def influence_of(self, similarity: np.ndarray) -> np.ndarray:
+        """Expected positive influence of similarities of any shape, in units of the corpus' mean."""
+        found: np.ndarray = np.interp(similarity, self.knots, self.influence)
+        return found
+
+    def draws_of(self, similarity: np.ndarray) -> np.ndarray:
+        """(R, M) expected positive influence of (M,) similarities under each bootstrap resample."""
+        above = np.clip(np.searchsorted(self.knots, similarity), 1, max(len(self.knots) - 1, 1))
+        if len(self.knots) == 1:
+            return np.repeat(self.influence_draws, len(similarity), axis=1)
+        low, high = self.knots[above - 1], self.knots[above]
+        part = np.clip((similarity - low) / (high - low), 0.0, 1.0).astype(np.float32)
+        draws: np.ndarray = self.influence_draws[:, above - 1] * (1 - part) + self.influence_draws[:, above] * part
+        return draws
+
+
+def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, growth: float = 1.35) -> np.ndarray:
+    """(P,) bin of each pair, 0 for the lowest similarities.
+
+    Args:
+        similarity: (P,).
+        weights: (P,) positive.
+        per_bin: weight of the topmost bin.
+        growth: ratio of a bin's weight to that of the one above, until bins hold a twentieth of the whole.
+    """
+    order = np.argsort(-similarity, kind="stable")
+    reached = np.cumsum(weights[order])
+    edges = []
+    size, edge = per_bin, per_bin
+    while edge < reached[-1]:
+        edges.append(edge)
+        size = max(per_bin, min(size * growth, reached[-1] / 20))
+        edge += size
+    bins = np.empty(len(similarity), dtype=np.int64)
+    bins[order] = np.searchsorted(np.array(edges), reached - 1e-9 * reached[-1])
+    _, packed = np.unique(-bins, return_inverse=True)
+    counted: np.ndarray = packed
+    return counted
+
+
+def fit_curves(
+    similarities: Sequence[np.ndarray], scored: Sequence[ScoredQuery], *, corpus_size: int, resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The curves of a `Calibration` and their bootstrap over queries.
+
+    Args:
+        similarities: of Q queries, each (C,), to their candidates.
+        scored: the Q queries' candidates as the teacher scored them.
+        corpus_size: N.
+        resamples: R.
+        seed: of the bootstrap.
+
+    Returns:
+        'knots', 'percentile', 'influence', 'influence_draws', 'unrelated', as `Calibration` has them.
+    """
+    weights = [corpus_weights(query.is_outsider, corpus_size) for query in scored]
+    pairs = [(query.influence, weight) for query, weight in zip(scored, weights, strict=True)]
+    values = {
+        "percentile": np.concatenate([teacher_percentiles(*pair) for pair in pairs]),
+        "influence": np.concatenate([relative_influence(*pair) for pair in pairs]),
+    }
+    similarity, weight = np.concatenate(similarities).astype(np.float64), np.concatenate(weights)
+    query = np.repeat(np.arange(len(scored)), [len(part) for part in similarities])
+    bins = curve_bins(similarity, weight, per_bin=5.0 * len(scored))
+    count = int(bins.max()) + 1
+
+    def by_query(amounts: np.ndarray) -> np.ndarray:
+        return np.bincount(query * count + bins, weights=amounts, minlength=len(scored) * count).reshape(len(scored), count)
+
+    mass = by_query(weight)
+    knots = by_query(weight * similarity).sum(axis=0) / mass.sum(axis=0)
+    whole = {name: by_query(weight * of_pair).sum(axis=0) / mass.sum(axis=0) for name, of_pair in values.items()}
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(scored), np.full(len(scored), 1 / len(scored)), size=resamples)  # (R, Q)
+    influence_sums, masses = counts @ by_query(weight * values["influence"]), counts @ mass
+    drawn = np.where(masses > 0, influence_sums / np.maximum(masses, 1e-12), whole["influence"])
+    outside = np.concatenate([part.is_outsider for part in scored])
+    if not outside.any():  # the whole corpus was scored: what is least similar is unrelated
+        outside = bins <= count // 2
+    unrelated_sum = np.bincount(query, weights=outside * weight * values["influence"], minlength=len(scored))
+    unrelated_mass = np.bincount(query, weights=outside * weight, minlength=len(scored))
+    both = np.vstack([np.ones((1, len(scored)), dtype=np.int64), counts])
+    return {
+        "knots": knots,
+        "percentile": _rising(whole["percentile"], mass.sum(axis=0)),
+        "influence": _rising(whole["influence"], mass.sum(axis=0)),
+        "influence_draws": np.stack([_rising(row, of_bin) for row, of_bin in zip(drawn, masses, strict=True)]),
+        "unrelated": (both @ unrelated_sum) / np.maximum(both @ unrelated_mass, 1e-12),
+    }
+
+
+def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The nearest sequence, in weighted squares, that does not fall."""
+    from scipy.optimize import isotonic_regression
+
+    fitted: np.ndarray = isotonic_regression(values, weights=np.maximum(weights, 1e-9)).x
+    return fitted
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write it as safetensors, atomically."""
+    tensors = {
+        name: np.asarray(getattr(calibration, name), dtype=np.float64)
+        for name in ("knots", "percentile", "influence", "unrelated", "widening")
+    }
+    tensors |= {name: np.asarray(getattr(calibration, name), np.float32) for name in ("influence_draws", "feature_mean")}
+    if calibration.density is not None:
+        tensors |= {f"density.{name}": np.asarray(value, np.float32) for name, value in vars(calibration.density).items()}
+    with atomic_path(path) as temporary:
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+            temporary,
+            metadata={"format": FORMAT},  # one entry only: several would be written in any order
+        )
+
+
+def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
+    """Read what `save_calibration` wrote, strictly.
+
+    Raises:
+        ArtifactDamagedError: the file is not a calibration for features of this width.
+    """
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    parts = {name.removeprefix("density."): value for name, value in tensors.items() if name.startswith("density.")}
+    plain = {name: value for name, value in tensors.items() if not name.startswith("density.")}
+    knots = len(plain.get("knots", []))
+    sound = (
+        metadata.get("format") == FORMAT
+        and set(plain) == set(Calibration.__annotations__) - {"density"}
+        and set(parts) in (set(), set(Density.__annotations__))
+        and all(np.isfinite(value).all() for value in tensors.values())
+        and plain["percentile"].shape == plain["influence"].shape == (knots,)
+        and plain["influence_draws"].shape == (len(plain["unrelated"]) - 1, knots)
+        and plain["feature_mean"].shape == (feature_dim,)
+        and all((np.diff(plain[name]) >= 0).all() for name in ("knots", "percentile", "influence"))
+    )
+    if not sound:
+        raise ArtifactDamagedError(
+            f"{path} is no calibration ({FORMAT!r}) for features of width {feature_dim}; fetch or build the attributor again."
+        )
+    numbers = {name: parts.pop(name).item() for name in ("rest", "threshold") if name in parts}
+    density = Density(**parts, **numbers) if parts else None
+    return Calibration(**{**plain, "widening": plain["widening"].item()}, density=density)

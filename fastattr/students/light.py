@@ -1,0 +1,81 @@
+"""Light student: a trained student in NumPy, so that an answer need not wait for torch to be imported.
+
+Reads model.safetensors; tests/students/test_light.py compares it with the student that torch trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from fastattr.core.errors import ArtifactDamagedError
+from fastattr.features.encoder import unit_vectors
+from fastattr.features.light_clip import layer_norm, linear
+
+
+class LightStudent:
+    """What a trained student (fastattr.students.student) does for a query."""
+
+    def __init__(self, path: Path, *, feature_dim: int, config: Mapping[str, Any]) -> None:
+        """Read model.safetensors strictly.
+
+        Args:
+            path: the file.
+            feature_dim: F.
+            config: a `StudentConfig` as config.json holds it.
+
+        Raises:
+            ArtifactDamagedError: the file's tensors are not those of such a student.
+        """
+        widths = [feature_dim, *config["hidden"], config["embed_dim"]]
+        stride = 3 if config.get("dropout") else 2  # of the layers in `nn.Sequential`
+        self._names = [f"mlp.{stride * layer}" for layer in range(len(widths) - 1)]
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{name}.weight": (after, before) for name, (before, after) in zip(self._names, pairwise(widths), strict=True)
+        }
+        if config.get("linear_path", True):
+            shapes["linear.weight"] = (config["embed_dim"], feature_dim)
+        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
+        if config["input_norm"]:
+            shapes["input_norm.weight"] = shapes["input_norm.bias"] = (feature_dim,)
+        self._head = "query_head." if config.get("separate_heads") else ""
+        if self._head:
+            shapes |= {self._head + name: shape for name, shape in shapes.items()}
+        shapes["log_scale"] = shapes["bias"] = ()
+        stored = {
+            name: value for name, value in load_file(path).items() if not name.startswith("popularity_head.")
+        }  # no query's
+        found = {name: value.shape for name, value in stored.items()}
+        if found != shapes:
+            wrong = sorted(set(found.items()) ^ set(shapes.items()))
+            raise ArtifactDamagedError(f"{path} is not the student that config.json describes: {wrong[:3]} differ.")
+        self._weights = {name: value.astype(np.float32) for name, value in stored.items()}
+
+    def embed_queries(self, features: np.ndarray) -> np.ndarray:
+        """(Q, F) features -> (Q, D) float32 unit embeddings."""
+        return self._embed(features, self._head)
+
+    def embed_images(self, features: np.ndarray) -> np.ndarray:
+        """(N, F) features of training images -> (N, D) float32 unit embeddings."""
+        return self._embed(features, "")
+
+    def _embed(self, features: np.ndarray, prefix: str) -> np.ndarray:
+        head = {name.removeprefix(prefix): value for name, value in self._weights.items() if name.startswith(prefix)}
+        values = features.astype(np.float32)
+        if "input_norm.weight" in head:
+            values = layer_norm(values, head, "input_norm")
+        hidden = values
+        for name in self._names[:-1]:
+            hidden = np.maximum(linear(hidden, head, name), 0)
+        projected = linear(hidden, head, self._names[-1])
+        return unit_vectors(projected + linear(values, head, "linear") if "linear.weight" in head else projected)
+
+    def closeness(self, similarity: np.ndarray) -> np.ndarray:
+        """The student's estimate, 0 to 1, of how near similarities of any shape are to the top of the teacher's ranking."""
+        logits = np.exp(self._weights["log_scale"].astype(np.float64)) * similarity + self._weights["bias"]
+        return 1 / (1 + np.exp(-logits))
