@@ -52,23 +52,29 @@ from fastattr.core.files import (
     write_manifest,
 )
 from fastattr.corpus.store import Corpus
-from fastattr.evaluation.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
-from fastattr.evaluation.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
+from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.lds import noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.diffusion import middle_activations
 from fastattr.features.encoder import encode_all
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
-from fastattr.gradients.denoising import EncodedImages, denoising_losses, image_losses
-from fastattr.gradients.ekfac import Factors, Layer, fit_ekfac, weight_shape
+from fastattr.generators.layers import Layer, weight_shape
+from fastattr.gradients.ekfac import Factors, fit_ekfac
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import denoising_losses, image_losses
 from fastattr.pipeline.config import read_config
 from fastattr.students.distill import DistillConfig, train_student
 from fastattr.students.pairs import standardised
 from fastattr.students.student import embed
-from fastattr.teachers.baselines import kernel_scores_of_products, similarity_scores
-from fastattr.teachers.linearised import flat_step
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.curvature import factor_batches
+from fastattr.teachers.first_order import flat_step
+from fastattr.teachers.kernels import kernel_scores_of_products
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.teacher import TeacherConfig, factor_batches
+from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import write_table
 from fastattr.attributor.make import seal_folder
 from fastattr.core.files import write_json
-from fastattr.index.index import IndexConfig, build
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig
 from fastattr.students.student import Student, StudentConfig
 from tests.tiny import unit
 

@@ -43,7 +43,8 @@ from fastattr.core.errors import EncoderMismatchError, InputError, MissingFileEr
 from fastattr.core.files import atomic_path, read_json
 from fastattr.core.models import ASSETS, commit_of
 from fastattr.features.kinds import open_encoder
-from fastattr.index.index import load_index, search, stored_vectors
+from fastattr.index.files import load_index
+from fastattr.index.search import search, stored_vectors
 from fastattr.students.calibration import FILE as CALIBRATION, Calibration, load_calibration
 from fastattr.students.light import LightStudent
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     import faiss
     import torch
 
-    from fastattr.attributor.milvus import MilvusBackend
+    from fastattr.attributor.collection import MilvusBackend
     from fastattr.features.encoder import Encoder
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class FastAttributor:
             )
             catalogue: Catalogue | MilvusBackend
             if index_uri:
-                from fastattr.attributor.milvus import MilvusBackend
+                from fastattr.attributor.collection import MilvusBackend
 
                 catalogue = MilvusBackend.open(index_uri, folder, config)
             else:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastattr.core.errors import ArtifactDamagedError, InputError
-from fastattr.index.index import Ranked
+from fastattr.index.search import Ranked
 
 COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
 FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")

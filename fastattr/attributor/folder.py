@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import commit_of, locate, split_revision
-from fastattr.index.index import check_file
+from fastattr.index.files import check_file
 
 FORMAT_VERSION = 3
 """3 has a journal, vectors for exact re-ranking and a seal on config.json; 1 and 2 are read, too."""

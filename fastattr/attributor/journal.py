@@ -31,7 +31,10 @@ from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.folder import FORMAT_VERSION, file_of, index_files, read_table, write_config, write_table
 from fastattr.core.errors import ArtifactDamagedError, InputError, MissingFileError
 from fastattr.core.files import remove, sha256_file
-from fastattr.index.index import add_shards, empty_copy, load_index, open_ranked, save_index, write_vectors
+from fastattr.index.build import add_shards
+from fastattr.index.files import empty_copy, load_index, save_index
+from fastattr.index.search import open_ranked
+from fastattr.index.vectors import write_vectors
 
 LINE_IMAGES = 1000
 """Images in one line of the journal."""

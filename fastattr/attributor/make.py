@@ -18,7 +18,9 @@ from fastattr.attributor.folder import FORMAT_VERSION, seal, write_table
 from fastattr.core.files import atomic_path, open_stage, read_json, require_same, sha256_file, write_json
 from fastattr.corpus.store import Corpus
 from fastattr.features.kinds import open_encoder
-from fastattr.index.index import IndexConfig, build, build_index, save_index
+from fastattr.index.build import build, build_index
+from fastattr.index.choose import IndexConfig
+from fastattr.index.files import save_index
 from fastattr.students.calibration import FILE as CALIBRATION
 
 THUMBNAIL_SIDE = 48

@@ -475,7 +475,7 @@ def _attribute_many(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from fastattr.serving import serve
+    from fastattr.serving import http as serve
 
     config = serve.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=arguments.timeout)
     serve.run(arguments.model, host=arguments.host, port=arguments.port, config=config)
@@ -562,7 +562,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.truth is None:
         return _stage(arguments)
-    from fastattr.evaluation.evaluate import run_truth
+    from fastattr.evaluation.against_truth import run_truth
 
     result = run_truth(str(arguments.config), arguments.truth, arguments.out, split=arguments.split)
     if arguments.json:

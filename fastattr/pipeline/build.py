@@ -23,7 +23,7 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
 from fastattr.core.processes import alone
 from fastattr.corpus import store as corpus
-from fastattr.evaluation import evaluate
+from fastattr.evaluation import against_teacher
 from fastattr.features import candidates, stage as features
 from fastattr.features.store import features_fingerprint, folders
 from fastattr.generators import pretrained, queries
@@ -33,7 +33,7 @@ from fastattr.pipeline import costs, report
 from fastattr.pipeline.config import BuildConfig, save_config
 from fastattr.publishing import publish
 from fastattr.students import calibrate, distill
-from fastattr.teachers import teacher
+from fastattr.teachers import teach
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,10 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
     "features": lambda config, run_dir: features.run(config.features, run_dir),
     "candidates": lambda config, run_dir: candidates.run(config.candidates, run_dir, encoders=config.features.encoders),
-    "teach": lambda config, run_dir: teacher.run(config.teacher, run_dir),
+    "teach": lambda config, run_dir: teach.run(config.teacher, run_dir),
     "distill": lambda config, run_dir: distill.run(config.distill, run_dir, encoders=config.features.encoders),
     "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
-    "evaluate": lambda config, run_dir: evaluate.run(config.evaluate, run_dir, encoders=config.features.encoders),
+    "evaluate": lambda config, run_dir: against_teacher.run(config.evaluate, run_dir, encoders=config.features.encoders),
     "index": run_index,
     "card": run_card,
     "push": run_push,

@@ -15,7 +15,7 @@ import yaml
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path
 from fastattr.corpus.store import CorpusConfig
-from fastattr.evaluation.evaluate import EvaluateConfig
+from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
 from fastattr.features.stage import FeaturesConfig
 from fastattr.generators.pretrained import PretrainedConfig
@@ -24,12 +24,12 @@ from fastattr.generators.scratch.autoencoder import AutoencoderConfig
 from fastattr.generators.scratch.clip import EncoderConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
 from fastattr.generators.scratch.refinement import RefinementConfig
-from fastattr.index.index import IndexConfig
+from fastattr.index.choose import IndexConfig
 from fastattr.pipeline.costs import PlanConfig
 from fastattr.publishing.publish import PushConfig
 from fastattr.students.calibrate import CalibrateConfig
 from fastattr.students.distill import DistillConfig
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.teachers.config import TeacherConfig
 
 Config = TypeVar("Config")
 

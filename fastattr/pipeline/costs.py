@@ -20,11 +20,11 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import MANIFEST, read_json
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.pipeline.networks import SHAPES, Network, network_of
-from fastattr.teachers.plan import Probe, Sizes, Step, teacher_plan
+from fastattr.teachers.cost import Probe, Sizes, Step, teacher_plan
 
 if TYPE_CHECKING:
     from fastattr.pipeline.config import BuildConfig
-    from fastattr.teachers.teacher import TeacherConfig
+    from fastattr.teachers.config import TeacherConfig
 
 PEAK_FLOPS = {"A100": 156e12, "H100": 494.5e12, "L4": 60e12}
 """Dense TF32 peak of one accelerator, operations a second, half of the sparse figure that NVIDIA's data sheets give where

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json
 from fastattr.generators.families import CROSS_ATTENTION_KV, JOINT_ATTENTION_KV
-from fastattr.gradients.ekfac import Layer, factor_bytes
+from fastattr.generators.layers import Layer
+from fastattr.gradients.ekfac import factor_bytes
 
 SD_VAE = {
     "_class_name": "AutoencoderKL",

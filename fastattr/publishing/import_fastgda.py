@@ -26,7 +26,8 @@ from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json, write_manifest
 from fastattr.generators.queries import SPLITS
-from fastattr.index.index import IndexConfig, build
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, write_shard
 

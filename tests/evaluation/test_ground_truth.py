@@ -21,13 +21,14 @@ from fastattr.core.errors import ArtifactMismatchError, FastattrError, InputErro
 from fastattr.core.files import read_json
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus, CorpusConfig, read_folder, write_corpus
-from fastattr.evaluation.truth import GroundTruth, rank_correlations
+from fastattr.evaluation.lds import rank_correlations
+from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import read_config
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
-from fastattr.teachers.linearised import flat_step, linearised_scores
+from fastattr.teachers.first_order import flat_step, linearised_scores
 from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -465,7 +466,7 @@ def test_leave_k_out_removes_what_the_rankings_say(folder, made, reported, confi
         assert removed[row["method"], row["query_id"]] == set(row["image_ids"])
         assert len(row["image_ids"]) == jobs.removed_count(len(truth.image_ids), config)
     exact = {row["query_id"]: row["image_ids"] for row in rankings if row["method"] == "abu_plus_exact"}
-    from fastattr.evaluation.evaluate import table_scores
+    from fastattr.evaluation.against_truth import table_scores
 
     for query_id, image_ids in exact.items():
         best = np.argsort(-table_scores(made / "exact", truth, [query_id])[0], kind="stable")

@@ -15,7 +15,7 @@ from fastattr.pipeline.config import load_config
 from fastattr.pipeline.costs import PEAK_FLOPS, UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
 from fastattr.pipeline.miniature import extrapolate, miniature
 from fastattr.pipeline.networks import network_of
-from fastattr.teachers.plan import Probe, run_sizes, teacher_plan
+from fastattr.teachers.cost import Probe, run_sizes, teacher_plan
 
 CONFIGS = Path(__file__).parents[2] / "hub_scripts" / "configs"
 PUBLISHED = {"coco": 1250, "sd15-laion": 15_150}

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from fastattr.generators.generator import Generator
-from fastattr.gradients.denoising import EncodedImages, denoising_losses, require_finite
-from fastattr.gradients.ekfac import Layer, example_gradients, record_layers
+from fastattr.generators.layers import Layer
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import denoising_losses, require_finite
+from fastattr.gradients.recording import example_gradients, record_layers
 
 
 def flat_step(step: Mapping[str, torch.Tensor], layers: Sequence[str]) -> np.ndarray:

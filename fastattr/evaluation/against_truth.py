@@ -1,11 +1,7 @@
-"""Evaluate: how well a student follows its teacher, and how well any method foretells what retraining does.
+"""Against the truth: how well any method foretells what retraining does.
 
-Against a teacher: reads scores/ (test split), features/, query_features/, student/; writes evaluation/metrics.json.
-Rankings are compared within each query's candidate set, the images that the teacher scored. mAP(L) takes the teacher's
-first L candidates as relevant, with L in percent of the whole corpus. Standard errors are over queries.
-
-Against a ground truth (truth.py): reads the ground truth and scores by any method, an attributor among them;
-writes metrics.json (under 'ground_truth', beside what is there) and figures. Scores are of the whole corpus.
+Reads a ground truth folder (truth.py) and scores by any method, an attributor among them, of the whole corpus. Writes
+metrics.json (under 'ground_truth', beside what is there) and figures.
 """
 
 from __future__ import annotations
@@ -13,7 +9,6 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, finished, open_stage, read_json, require_same, write_json, write_manifest
-from fastattr.corpus.store import Corpus
-from fastattr.evaluation.truth import (
-    GroundTruth,
+from fastattr.core.files import open_stage, require_same
+from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.lds import (
     bootstrap,
-    group_shares,
     interval,
     noise_ceiling,
     outputs_of,
@@ -36,135 +29,15 @@ from fastattr.evaluation.truth import (
     residual_outputs,
     residual_scores,
 )
-from fastattr.features.store import features_fingerprint, folders, read_features, slug
-from fastattr.students.distill import open_student
-from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
-from fastattr.students.student import embed_both
-from fastattr.teachers.scores import ScoredQuery, read_scores
+from fastattr.evaluation.truth import GroundTruth, group_points
+from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
+from fastattr.teachers.scores import read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 ScoreFunction = Callable[[Image.Image, str], Mapping[str, float]]
 """(query's image, its prompt) -> score of every training image by id, higher = more influential."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Settings of the evaluation."""
-
-    split: str = "test"
-    positives_percent: float = 1.0
-    """L of mAP(L), in percent of the corpus."""
-    overlap_k: int = 20
-    """k of the top-k overlap."""
-    seed: int = 0
-    """Of the random baseline and the bootstrap."""
-
-
-def compare(
-    scored: Sequence[ScoredQuery], methods: Mapping[str, Sequence[np.ndarray]], *, positives: int, overlap_k: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """Per-query metrics of several methods.
-
-    Args:
-        scored: Q queries with their teacher's scores.
-        methods: for each method Q arrays of (C,) scores of the same candidates, higher = more influential.
-        positives: L of mAP(L).
-        overlap_k: k of the top-k overlap.
-
-    Returns:
-        method -> metric -> (Q,) values; metrics 'map', 'spearman', 'top_k_overlap', and 'ndcg', where an image is as
-        relevant as its influence above the query's least.
-    """
-    table = {}
-    for name, scores in methods.items():
-        pairs = [(own, query.influence) for own, query in zip(scores, scored, strict=True)]
-        table[name] = {
-            "map": np.array([teacher_average_precision(own, teacher, positives=positives) for own, teacher in pairs]),
-            "spearman": np.array([spearman(own, teacher) for own, teacher in pairs]),
-            "top_k_overlap": np.array([top_k_overlap(own, teacher, overlap_k) for own, teacher in pairs]),
-            "ndcg": np.array([ndcg(own, teacher - teacher.min()) for own, teacher in pairs]),
-        }
-    return table
-
-
-def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
-    """Evaluate run_dir/student against run_dir/scores; returns what metrics.json holds."""
-    corpus = Corpus(run_dir / "corpus")
-    student_manifest = open_stage(run_dir / "student", "student")
-    scores_manifest = open_stage(run_dir / "scores", "scores")
-    require_same("the corpus of scores/", scores_manifest["corpus_fingerprint"], corpus.fingerprint, "Score this corpus first.")
-    corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
-    folder = run_dir / "evaluation"
-    inputs = {
-        "scores": scores_manifest["fingerprint"],
-        "student": student_manifest["fingerprint"],
-        "features": features_fingerprint(corpus_folders),
-    }
-    if finished(folder, stage="evaluation", config=config, inputs=inputs):
-        metrics: dict[str, Any] = read_json(folder / "metrics.json")
-        return metrics
-    scored = read_scores(run_dir / "scores", split=config.split)
-    if not scored:
-        raise InputError(f"the score table has no {config.split!r} query to evaluate on.")
-    rows = [corpus.rows(query.image_ids) for query in scored]
-    query_ids = [query.query_id for query in scored]
-    methods = {"student": _student_scores(run_dir, corpus, query_ids, rows, corpus_folders, query_folders)}
-    methods["untuned"] = _cosines(
-        read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids), rows
-    )
-    for specification, ours, theirs in zip(encoders, query_folders, corpus_folders, strict=True):
-        features = read_features([ours], query_ids), read_features([theirs], corpus.image_ids)
-        methods[f"untuned {slug(specification)}"] = _cosines(*features, rows)
-    rng = np.random.default_rng(config.seed)
-    methods["random"] = [rng.random(len(part)) for part in rows]
-    positives = max(1, round(len(corpus) * config.positives_percent / 100))
-    table = compare(scored, methods, positives=positives, overlap_k=config.overlap_k)
-    gain, low, high = paired_bootstrap(table["student"]["map"], table["untuned"]["map"], seed=config.seed)
-    metrics = {
-        "split": config.split,
-        "queries": len(scored),
-        "candidates_per_query": len(rows[0]),
-        "corpus_images": len(corpus),
-        "positives": positives,
-        "overlap_k": config.overlap_k,
-        "teacher": scores_manifest["teacher"],
-        "methods": {
-            name: {
-                key: value
-                for metric, values in of_method.items()
-                for key, value in ((metric, float(values.mean())), (f"{metric}_se", standard_error(values)))
-            }
-            for name, of_method in table.items()
-        },
-        "map_gain": {"mean": gain, "low": low, "high": high},
-    }
-    write_json(folder / "metrics.json", metrics)
-    write_manifest(folder, stage="evaluation", config=config, inputs=inputs)
-    return metrics
-
-
-def _student_scores(
-    run_dir: Path,
-    corpus: Corpus,
-    query_ids: Sequence[str],
-    rows: Sequence[np.ndarray],
-    corpus_folders: Sequence[Path],
-    query_folders: Sequence[Path],
-) -> list[np.ndarray]:
-    """Q arrays of the student's similarities to each query's candidates."""
-    features = read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids)
-    ours, theirs = embed_both(open_student(run_dir), *features)
-    return [theirs[part] @ query for part, query in zip(rows, ours, strict=True)]
-
-
-def _cosines(queries: np.ndarray, corpus: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Q arrays of cosines between each query's features and those of its candidates."""
-    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-    corpus = corpus / np.linalg.norm(corpus, axis=1, keepdims=True)
-    return [corpus[part] @ query for part, query in zip(rows, queries, strict=True)]
 
 
 def score_queries(score: ScoreFunction, truth: GroundTruth, query_ids: Sequence[str]) -> tuple[np.ndarray, float]:
@@ -428,98 +301,12 @@ def leave_k_out_gains(
     return found
 
 
-def group_points(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, G) shares of the groups in a method's positive scores, and (Q, G) rises of the log loss once each is left out."""
-    removed = truth.retrained("group", query_ids)
-    full = outputs_of(truth.losses(["full"], query_ids))
-    rises = (full - outputs_of(removed.losses)).T if len(removed.kept) else np.zeros((len(query_ids), 0))
-    return group_shares(scores, ~removed.kept), rises
-
-
 def _group_agreement(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> float | None:
     """Mean over queries of the rank correlation of shares and rises over the groups, both residual; None without groups."""
     shares, rises = group_points(truth, scores, query_ids)
     if shares.shape[1] < 3:
         return None
     return float(rank_correlations(residual_scores(shares).T, residual_outputs(rises.T)).mean())
-
-
-def lds_figure(result: Mapping[str, Any]) -> Figure:
-    """Residual LDS, with its interval, against seconds a query, for the methods whose time is known."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, row in result["methods"].items():
-        if row["seconds_per_query"] is None:
-            continue
-        x, y = row["seconds_per_query"], row["lds_residual"]
-        axes.errorbar(x, y, yerr=[[y - row["lds_residual_low"]], [row["lds_residual_high"] - y]], fmt="o", capsize=2)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    if result["noise_ceiling"] is not None:
-        axes.axhline(result["noise_ceiling"], color="grey", linestyle="--", linewidth=0.8)
-    if axes.has_data():
-        axes.set_xscale("log")
-    axes.set(xlabel="seconds a query", ylabel="residual LDS (95% interval; dashed: noise ceiling)")
-    return figure
-
-
-def leave_k_out_figure(truth: GroundTruth, query_ids: Sequence[str]) -> Figure:
-    """For each method: in which part of the queries the loss rose by more than x once its first K images were left out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    table = truth.counterfactuals
-    for method, rows in table[table["query_id"].isin(list(query_ids))].groupby("method"):
-        base = truth.losses(["full"], rows["query_id"].tolist())[0]
-        rises = rows.assign(rise=rows["loss"].to_numpy() - base).groupby("query_id")["rise"].mean().sort_values()
-        axes.step(rises, 1 - np.arange(len(rises)) / len(rises), where="pre", label=f"{method} (mean {rises.mean():.4f})")
-    axes.set(xlabel="rise of the query's loss after retraining without the first K", ylabel="part of the queries above")
-    if axes.has_data():
-        axes.legend(fontsize=7)
-    return figure
-
-
-def reliability_figure(truth: GroundTruth, methods: Mapping[str, np.ndarray], query_ids: Sequence[str]) -> Figure:
-    """Groups' shares by each method in eight equal parts, against the mean rise of the log loss once the group is left out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, scores in methods.items():
-        shares, rises = group_points(truth, scores, query_ids)
-        order = np.argsort(shares.ravel(), kind="stable")
-        parts = [part for part in np.array_split(order, 8) if len(part)]
-        x = [shares.ravel()[part].mean() for part in parts]
-        y = [rises.ravel()[part].mean() for part in parts]
-        axes.errorbar(x, y, yerr=[standard_error(rises.ravel()[part]) for part in parts], marker="o", capsize=2, label=name)
-    axes.set(xlabel="share of the positive scores that a group holds", ylabel="rise of the query's log loss without the group")
-    if axes.has_data():
-        axes.legend(fontsize=7)
-    return figure
-
-
-def write_truth_report(
-    folder: Path,
-    result: Mapping[str, Any],
-    truth: GroundTruth,
-    methods: Mapping[str, np.ndarray],
-    query_ids: Sequence[str],
-) -> None:
-    """Write metrics.json (its 'ground_truth'; what else it holds is kept) and the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.json"
-    write_json(path, {**(read_json(path) if path.exists() else {}), "ground_truth": dict(result)})
-    figures = {"lds.png": lds_figure(result)}
-    if len(truth.counterfactuals):
-        figures["leave-k-out.png"] = leave_k_out_figure(truth, query_ids)
-    if len(truth.retrained("group", query_ids).kept):
-        figures["shares.png"] = reliability_figure(truth, methods, query_ids)
-    for name, figure in figures.items():
-        with atomic_path(folder / name) as temporary:
-            figure.savefig(temporary, dpi=150)
 
 
 def run_truth(method: str, truth_dir: Path, out: Path, *, split: str = "test") -> dict[str, Any]:

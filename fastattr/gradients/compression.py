@@ -1,35 +1,27 @@
 """Gradient features: what an image's denoising loss asks of the unlearned layers, compressed to one short row an image.
 
 With EKFAC whitening and its leading coordinates kept, the inner product of a query's row and a training image's row is the
-linearised teacher's score up to the query's factor: the store serves every later query without another pass over the
-corpus. Without whitening, sketched, and with a ridge-regularised kernel they are the projected gradients of TRAK
+first-order teacher's score up to the query's factor: a store of rows serves every later query without another pass over
+the corpus. Without whitening, sketched, and with a ridge kernel they are the projected gradients of TRAK
 (`output='loss'`, arXiv:2303.14186) and of D-TRAK (`output='squared_norm'`, arXiv:2311.00500).
-
-Reads an encoded corpus; writes features.npy (half precision), ids.parquet and manifest.json as other features have them.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, fingerprint, finished, read_json, write_manifest
-from fastattr.core.processes import in_parts
-from fastattr.features.store import write_features
 from fastattr.generators.generator import Generator
-from fastattr.gradients.denoising import EncodedImages, denoising_losses, require_finite
-from fastattr.gradients.ekfac import Factors, Layer, example_gradients, record_layers
+from fastattr.generators.layers import Layer
+from fastattr.gradients.ekfac import Factors
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import denoising_losses, require_finite
+from fastattr.gradients.recording import example_gradients, record_layers
 
-PART_ROWS = 512
-"""Images whose features go into one file; a killed run loses at most one part."""
 SCALE_ROWS = 16
 """Images that set the scale at which features are stored."""
 SAMPLE_ROWS = 256
@@ -134,45 +126,6 @@ class Compression:
         return rotated
 
 
-@dataclass(frozen=True)
-class RidgeKernel:
-    """What makes inner products of gradient features TRAK's and D-TRAK's kernel scores, up to one factor for all of them.
-
-    With Phi (n, k) the features of a sample of training images, it multiplies with (Phi^T Phi + lambda I)^(-1/2) lambda^(1/2):
-    along each of the sample's r directions with a number below 1, and elsewhere with 1.
-    Source: arXiv:2303.14186, sec. 3.2, and arXiv:2311.00500 for the ridge.
-    """
-
-    directions: np.ndarray
-    """(r, k) float32, orthonormal."""
-    factors: np.ndarray
-    """(r,) float32 in (0, 1)."""
-
-    @classmethod
-    def fit(cls, features: np.ndarray, *, ridge: float) -> RidgeKernel:
-        """Of (n, k) features.
-
-        Args:
-            features: of the sample.
-            ridge: lambda, as a fraction of the mean of those min(n, k) eigenvalues of Phi^T Phi that can be other than 0.
-
-        Raises:
-            InputError: the ridge is not positive.
-        """
-        if ridge <= 0:
-            raise InputError(f"ridge must be positive, got {ridge}")
-        _, singular, directions = np.linalg.svd(features.astype(np.float64), full_matrices=False)
-        level = ridge * float(np.mean(singular**2))
-        factors = np.sqrt(level / (singular**2 + level))
-        return cls(directions.astype(np.float32), factors.astype(np.float32))
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """(B, k) -> (B, k) float32."""
-        along = features @ self.directions.T
-        mapped: np.ndarray = features - (along * (1 - self.factors)) @ self.directions
-        return mapped.astype(np.float32)
-
-
 def gradient_features(
     generator: Generator,
     layers: Mapping[str, Layer],
@@ -235,61 +188,3 @@ def leading_coordinates(
         features = gradient_features(generator, layers, images, rows[start : start + SCALE_ROWS], compression, whole)
         energy += np.square(features, dtype=np.float64).sum(axis=0)
     return np.sort(np.argsort(-energy, kind="stable")[: config.width])
-
-
-def write_gradient_features(
-    folder: Path,
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    images: EncodedImages,
-    compression: Compression,
-    config: GradientConfig,
-    accelerator: Accelerator,
-    *,
-    inputs: Mapping[str, str],
-) -> dict[str, Any]:
-    """Write the gradient features of all images, in parts split over the processes and kept if killed.
-
-    Args:
-        folder: gets features.npy, (N, k) float16, ids.parquet and manifest.json; if it has them already, nothing is done.
-        generator: with base weights.
-        layers: whose gradients are taken; their weights must require gradients.
-        images: the encoded corpus.
-        compression: of the same layers.
-        config: the settings.
-        accelerator: the processes.
-        inputs: fingerprints of what the features are made from besides the generator: 'source' (the corpus) and others.
-
-    Returns:
-        The manifest. Its 'scale' is the factor on the stored numbers, since half precision needs them near 1: true
-        features = stored / scale. 'bytes_per_image' is what the store keeps of each.
-    """
-    inputs = {"generator": generator.fingerprint, **inputs}
-    if finished(folder, stage="features", config=config, inputs=inputs):
-        done: dict[str, Any] = read_json(folder / MANIFEST)
-        return done
-    sample = gradient_features(
-        generator, layers, images, np.arange(min(SCALE_ROWS, len(images.image_ids))), compression, config
-    )
-    scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
-    parts = folder / f"parts-{fingerprint([vars(config), generator.fingerprint, list(images.image_ids), sorted(layers)])}"
-
-    def part(rows: range) -> np.ndarray:
-        return (gradient_features(generator, layers, images, np.array(rows), compression, config) * scale).astype(np.float16)
-
-    stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
-    if accelerator.is_main_process:
-        write_features(folder, stored, images.image_ids)
-        write_manifest(
-            folder,
-            stage="features",
-            config=config,
-            inputs=inputs,
-            layers=sorted(layers),
-            scale=scale,
-            bytes_per_image=stored[0].nbytes,
-        )
-        shutil.rmtree(parts)
-    accelerator.wait_for_everyone()
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest

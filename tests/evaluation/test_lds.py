@@ -7,11 +7,10 @@ import pytest
 from scipy.stats import spearmanr
 
 from fastattr.core.errors import InputError
-from fastattr.evaluation.truth import (
+from fastattr.evaluation.lds import (
     bootstrap,
     group_shares,
     interval,
-    lds,
     lds_residual,
     noise_ceiling,
     outputs_of,
@@ -23,6 +22,11 @@ from fastattr.evaluation.truth import (
 )
 
 MODELS, QUERIES, IMAGES = 60, 30, 80
+
+
+def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """(Q,) plain LDS, as arXiv:2303.14186, sec. 2, defines it."""
+    return rank_correlations(predictions_of(scores, kept), outputs_of(losses))
 
 
 class World:

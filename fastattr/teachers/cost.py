@@ -22,10 +22,12 @@ from fastattr.core.processes import peak_memory
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.generator import Generator
+from fastattr.generators.layers import Layer
 from fastattr.generators.queries import Queries
-from fastattr.gradients.ekfac import Layer, factor_bytes
-from fastattr.gradients.gradient_features import SAMPLE_ROWS, SCALE_ROWS
-from fastattr.teachers.teacher import PART_ROWS, TeacherConfig, queries_a_pass, stores_gradients
+from fastattr.gradients.compression import SAMPLE_ROWS, SCALE_ROWS
+from fastattr.gradients.ekfac import factor_bytes
+from fastattr.teachers.config import TeacherConfig, queries_a_pass, stores_gradients
+from fastattr.teachers.store import PART_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +170,13 @@ def run_sizes(config: TeacherConfig, run_dir: Path, generator: Generator, layers
 def measure(config: TeacherConfig, run_dir: Path) -> Probe:
     """Memory of this very process while it loads what the teacher loads and puts one batch through it.
 
-    Made for a process of its own (`python -m fastattr.teachers.plan`), since a process's peak never falls.
+    Made for a process of its own (`python -m fastattr.teachers.cost`), since a process's peak never falls.
     """
     import torch
 
-    from fastattr.gradients.denoising import EncodedImages, denoising_losses, image_losses
-    from fastattr.gradients.ekfac import record_layers
+    from fastattr.gradients.encoded import EncodedImages
+    from fastattr.gradients.losses import denoising_losses, image_losses
+    from fastattr.gradients.recording import record_layers
 
     Corpus(run_dir / "corpus")
     read_candidates(run_dir / "candidates")
@@ -207,7 +210,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     generator = Generator.from_pretrained(run_dir / "generator")
     sizes = run_sizes(config, run_dir, generator, generator.modules_to_unlearn(config.pattern))
     request = json.dumps({"batch_size": config.batch_size, "pattern": config.pattern, "seed": config.seed})
-    command = [sys.executable, "-m", "fastattr.teachers.plan", str(run_dir), request]
+    command = [sys.executable, "-m", "fastattr.teachers.cost", str(run_dir), request]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise FastattrError(f"the memory probe failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

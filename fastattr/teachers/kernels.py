@@ -1,7 +1,7 @@
-"""Baselines: other ways to score training images for a query, as (Q, N) arrays, higher = more influential.
+"""Kernels: TRAK (arXiv:2303.14186) and D-TRAK (arXiv:2311.00500), as (Q, N) scores from gradients, higher = more influential.
 
-TRAK (arXiv:2303.14186) and D-TRAK (arXiv:2311.00500) take gradient features (fastattr/gradients/gradient_features.py) without
-whitening and score through a ridge-regularised kernel; similarity takes any feature folder.
+Both compare a query's and a training image's gradient through a ridge-regularised kernel of the training images' gradients;
+they differ in what is differentiated (fastattr/gradients/compression.py).
 """
 
 from __future__ import annotations
@@ -9,17 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastattr.core.errors import InputError
-
-
-def similarity_scores(query_features: np.ndarray, corpus_features: np.ndarray) -> np.ndarray:
-    """(Q, N) cosine similarity of (Q, F) and (N, F) features; storage F numbers an image.
-
-    Raises:
-        InputError: the widths differ.
-    """
-    _same_width(query_features, corpus_features)
-    scores: np.ndarray = _unit(query_features) @ _unit(corpus_features).T
-    return scores
+from fastattr.teachers.similarity import require_same_width
 
 
 def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
@@ -38,7 +28,7 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
 
     Source: arXiv:2303.14186, sec. 3.2; the ridge is that of arXiv:2311.00500.
     """
-    _same_width(query_features, corpus_features)
+    require_same_width(query_features, corpus_features)
     corpus, queries = corpus_features.astype(np.float64), query_features.astype(np.float64)
     images, width = corpus.shape
     if width > images:  # the same numbers from the smaller kernel
@@ -74,18 +64,3 @@ def kernel_scores_of_products(query_products: np.ndarray, corpus_products: np.nd
 def _positive(ridge: float) -> None:
     if ridge <= 0:
         raise InputError(f"ridge must be positive, got {ridge}")
-
-
-def _same_width(query_features: np.ndarray, corpus_features: np.ndarray) -> None:
-    if query_features.shape[1] != corpus_features.shape[1]:
-        raise InputError(
-            f"query features have {query_features.shape[1]} columns, the corpus' {corpus_features.shape[1]}; "
-            "make both with the same encoder."
-        )
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    values = features.astype(np.float64)
-    lengths: np.ndarray = np.linalg.norm(values, axis=1, keepdims=True)
-    unit: np.ndarray = values / np.maximum(lengths, np.finfo(np.float64).tiny)
-    return unit
