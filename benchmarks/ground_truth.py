@@ -64,6 +64,7 @@ from fastattr.core.files import (
     write_manifest,
 )
 from fastattr.core.models import ASSETS
+from fastattr.core.settings import read_yaml
 from fastattr.core.training import fit, trapezoid
 from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
 from fastattr.evaluation.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
@@ -80,7 +81,6 @@ from fastattr.generators.scratch.denoiser import (
     tokenize,
     train_tokenizer,
 )
-from fastattr.pipeline.config import read_config
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"
 OUT = Path(__file__).parent / "truth" / "emoji-bench"
@@ -814,7 +814,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="where the ground truth is written (%(default)s)")
     parser.add_argument("--model", help="train and measure this one model in this process, write no ground truth")
     options = parser.parse_args(arguments)
-    bench = prepare(read_config(options.config, BenchConfig), options.run, options.corpus)
+    bench = prepare(read_yaml(options.config, BenchConfig), options.run, options.corpus)
     if options.model:
         run_one(bench, options.model)
         return 0

@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
+from fastattr.core.settings import read_yaml
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
 from fastattr.features.kinds import open_encoder
 from fastattr.features.stage import FeaturesConfig, encode_sets
 from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.config import read_config
 from fastattr.students.calibrate import fit_calibration
 from fastattr.students.calibration import Calibration, corpus_weights, teacher_percentiles
 from fastattr.students.distill import DistillConfig, Validation, distill
@@ -643,7 +643,7 @@ def bench_students(sizes: Sizes) -> dict[str, Setting]:
 def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Sizes, docs: Path | None) -> dict[str, Any]:
     """Residual LDS of students, untuned features and teachers on retrained models (benchmarks/student_truth.py)."""
     bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
-    config = read_config(CONFIG, BenchConfig)
+    config = read_yaml(CONFIG, BenchConfig)
     bench = open_bench(truth_dir, run_dir, source, config, bench_sizes, queries=sizes.truth_queries)
     tried = bench_students(sizes)
     return measure_students(bench, tried, PAPER_RECIPE, docs, resamples=bench_sizes.resamples, seed=sizes.seed)

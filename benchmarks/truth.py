@@ -51,6 +51,7 @@ from fastattr.core.files import (
     write_json,
     write_manifest,
 )
+from fastattr.core.settings import read_yaml
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
 from fastattr.evaluation.figures import write_truth_report
@@ -65,7 +66,6 @@ from fastattr.generators.layers import Layer, weight_shape
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.losses import denoising_losses, image_losses
-from fastattr.pipeline.config import read_config
 from fastattr.students.distill import DistillConfig, train_student
 from fastattr.students.pairs import standardised
 from fastattr.students.student import embed
@@ -1002,7 +1002,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
-    config = read_config(options.config, BenchConfig)
+    config = read_yaml(options.config, BenchConfig)
     data = open_data(options.truth, options.run, config, sizes, options.corpus)
     if options.sweep:
         write_json(data.truth.folder / SETTINGS, sweep(data, sizes))

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastattr.core.errors import FastattrError, for_terminal
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
-from fastattr.publishing.publish import AUTO, KINDS, push_all
+from fastattr.pipeline.stages import STAGES
+from fastattr.publishing.publish import KINDS, push_all
+from fastattr.publishing.staging import AUTO
 
 
 def run_stages(stages: Sequence[str], description: str | None, *, makes: Sequence[str]) -> int:
     """Run stages of a config on all processes of `accelerate launch`, then push from the first; returns the exit code.
 
     Args:
-        stages: names in `fastattr.pipeline.build.STAGES`, in order.
+        stages: names in `fastattr.pipeline.stages.STAGES`, in order.
         description: the script's docstring, shown by --help.
         makes: which of `fastattr.publishing.publish.KINDS` the stages make; `--push-to-hub` pushes these.
     """

@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="what each stage of a config will cost: evaluations, memory, disk, hours, money")
     _config_arguments(plan)
-    plan.add_argument("--no-measure", action="store_true", help="leave out the minute that measures this machine")
+    plan.add_argument("--no-measure", action="store_true", help="leave out the half minute that measures this machine")
     plan.set_defaults(run=_plan)
 
     _push_parsers(commands.add_parser("push", help="push score tables, attributor, generator or Space to the Hub"))
@@ -224,6 +224,7 @@ def _push_parsers(push: argparse.ArgumentParser) -> None:
 
 def _push(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from fastattr.publishing import publish
+    from fastattr.publishing.score_tables import push_scores
 
     names = ("private", "revision", "create_pr", "message", "dry_run")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
@@ -237,7 +238,7 @@ def _push(arguments: argparse.Namespace) -> dict[str, Any] | None:
         folder = publish.part_of(arguments.source, arguments.kind)
         if arguments.kind == "generator":
             options["images"] = publish.training_images(arguments.source)
-        send = {"attributor": publish.push_attributor, "generator": publish.push_generator, "scores": publish.push_scores}
+        send = {"attributor": publish.push_attributor, "generator": publish.push_generator, "scores": push_scores}
         push = send[arguments.kind](folder, arguments.repo_id, **options)
     if arguments.json:
         return vars(push)
@@ -246,14 +247,14 @@ def _push(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from fastattr.publishing import import_fastgda
+    from fastattr.publishing import fastgda
 
     if arguments.influence and not (arguments.weights or arguments.features):
-        manifest = import_fastgda.import_scores(arguments.influence, arguments.ids, arguments.out, prompts=arguments.prompts)
+        manifest = fastgda.import_scores(arguments.influence, arguments.ids, arguments.out, prompts=arguments.prompts)
         print(f"score table of {manifest['queries']} queries in {arguments.out} (licence of the source: {manifest['license']})")
     elif arguments.weights and arguments.features and not arguments.influence:
-        import_fastgda.import_attributor(arguments.weights, arguments.features, arguments.ids, arguments.out)
-        print(f"attributor in {arguments.out} (licence of the source: {import_fastgda.LICENSE})")
+        fastgda.import_attributor(arguments.weights, arguments.features, arguments.ids, arguments.out)
+        print(f"attributor in {arguments.out} (licence of the source: {fastgda.LICENSE})")
     else:
         raise InputError("give --weights and --features for an attributor, or --influence for a score table.")
 
@@ -547,15 +548,15 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.pipeline import costs
     from fastattr.pipeline.config import load_config
+    from fastattr.pipeline.plan import as_table, plan
 
     config = load_config(arguments.config)
     run_dir = arguments.run_dir or Path("runs") / config.name
-    result = costs.plan(config, run_dir, config_file=None if arguments.no_measure else arguments.config)
+    result = plan(config, run_dir, measure=not arguments.no_measure)
     if arguments.json:
         return result
-    print(costs.as_table(result))
+    print(as_table(result))
     return None
 
 
@@ -579,15 +580,16 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _build(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.pipeline import build, costs
+    from fastattr.pipeline import build
     from fastattr.pipeline.config import load_config
+    from fastattr.pipeline.plan import as_table
 
     config = load_config(arguments.config)
     run_dir = arguments.run_dir or Path("runs") / config.name
 
     def confirm(plan: dict[str, Any]) -> None:
         """Show the plan; ask, if it takes longer than the config's limit and nobody said yes beforehand."""
-        print(costs.as_table(plan), file=sys.stderr)
+        print(as_table(plan), file=sys.stderr)
         here, limit = plan["here"], config.plan.confirm_hours
         if arguments.yes or ("seconds" in here and here["seconds"]["in all"] <= 3600 * limit):
             return
@@ -600,7 +602,7 @@ def _build(arguments: argparse.Namespace) -> dict[str, Any] | None:
                 return
         raise InputError(f"nothing was built: it takes {takes}, and plan.confirm_hours is {limit}. Add --yes to build it.")
 
-    seconds = build.run(config, run_dir, config_file=arguments.config, confirm=None if arguments.no_plan else confirm)
+    seconds = build.run(config, run_dir, confirm=None if arguments.no_plan else confirm)
     result: dict[str, Any] = {"run": str(run_dir), "seconds": seconds, "report": str(run_dir / "report" / "index.html")}
     if arguments.assets:
         result["bytes"] = build.embed_assets(config, run_dir, arguments.assets)["bytes"]

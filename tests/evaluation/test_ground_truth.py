@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from fastattr.cli.main import main as fastattr
 from fastattr.core.errors import ArtifactMismatchError, FastattrError, InputError
 from fastattr.core.files import read_json
+from fastattr.core.settings import read_yaml
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus, CorpusConfig, read_folder, write_corpus
 from fastattr.evaluation.lds import rank_correlations
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.config import read_config
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
 from fastattr.teachers.first_order import flat_step, linearised_scores
@@ -73,7 +73,7 @@ SIZES = benchmark.Sizes(
 def in_this_process(models, run_dir, config, *, processes, description) -> list[str]:
     """What `run_all` does, without the seconds that each process of its own takes to start."""
     for model in models:
-        jobs.run_one(jobs.Bench(read_config(config, jobs.BenchConfig), run_dir), model.model_id)
+        jobs.run_one(jobs.Bench(read_yaml(config, jobs.BenchConfig), run_dir), model.model_id)
     return []
 
 
@@ -90,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(folder) -> jobs.BenchConfig:
-    return read_config(folder / "tiny.yaml", jobs.BenchConfig)
+    return read_yaml(folder / "tiny.yaml", jobs.BenchConfig)
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_the_shipped_benchmark_shares_no_prompt_between_splits():
     """The same for the real prompts: all that is free text, and how captions are split, is known before any training."""
     from fastattr.generators.queries import choose_prompts
 
-    config = read_config(jobs.CONFIG, jobs.BenchConfig).queries
+    config = read_yaml(jobs.CONFIG, jobs.BenchConfig).queries
     captions = [f"thing {index}, {style} style" for index in range(2000) for style in ("openmoji", "fluent")[: 1 + index % 2]]
     prompts = choose_prompts(captions, config)
     splits = {prompt.text: prompt.split for prompt in prompts}
@@ -345,7 +345,7 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     losses = GroundTruth.losses
     monkeypatch.setattr(GroundTruth, "losses", lambda self, models, ids: (asked.extend(ids), losses(self, models, ids))[1])
     _, run_dir, _, config, *_ = arguments
-    data = benchmark.open_data(made, Path(run_dir), read_config(config, jobs.BenchConfig), SIZES, None)
+    data = benchmark.open_data(made, Path(run_dir), read_yaml(config, jobs.BenchConfig), SIZES, None)
     benchmark.sweep(data, SIZES)
     assert asked
     assert not set(asked) & forbidden
@@ -433,7 +433,7 @@ def test_first_order_and_exact_scores_agree(made, arguments):
     """Rows matched by position, or a sign lost between step and loss, would break this first."""
     _, run_dir, _, config, *_ = arguments
     sizes = benchmark.replace(SIZES, exact_draws=2, exact_query_draws=32)
-    data = benchmark.open_data(made, Path(run_dir), read_config(config, jobs.BenchConfig), sizes, None)
+    data = benchmark.open_data(made, Path(run_dir), read_yaml(config, jobs.BenchConfig), sizes, None)
     settings = benchmark.Settings(query_draws=32, loss_draws=2, rise=0.001)  # 0.02 is a long way for an untrained network
     queries = data.lab.queries(data.truth, data.truth.of_split("validation")[:2])
     lab = data.lab

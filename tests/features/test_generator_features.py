@@ -21,8 +21,8 @@ from fastattr.generators.generator import noise_for
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.ridge import RidgeKernel
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.teachers.first_order import flat_step, linearised_scores
 from fastattr.teachers.kernels import kernel_scores
 from fastattr.teachers.similarity import similarity_scores

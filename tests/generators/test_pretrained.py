@@ -18,8 +18,8 @@ from fastattr.generators.families import Options, recognise
 from fastattr.generators.generator import Generator
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from tests.tiny_pipelines import build
 
 

@@ -25,8 +25,9 @@ from fastattr.cli.main import main
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.build import STAGES, embed_assets, run
+from fastattr.pipeline.build import embed_assets, run
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.teachers import methods, task
 from fastattr.teachers.scores import read_scores
 from tests.tiny import draw

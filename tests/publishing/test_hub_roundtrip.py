@@ -16,7 +16,8 @@ from fastattr import Generator, InputError
 from fastattr.cli.main import main
 from fastattr.core.files import read_json
 from fastattr.generators.queries import Queries
-from fastattr.publishing.publish import push_all, push_attributor, push_scores
+from fastattr.publishing.publish import push_all, push_attributor
+from fastattr.publishing.score_tables import push_scores
 from fastattr.teachers.scores import read_scores
 from tests.loopback_hub import LoopbackHub, card_errors, regular
 

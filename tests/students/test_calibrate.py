@@ -18,8 +18,8 @@ from fastattr.attributor.folder import seal
 from fastattr.core.files import sha256_file
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.students.calibrate import fit_calibration
 from fastattr.students.calibration import (
     FILE,

@@ -10,8 +10,8 @@ import pytest
 
 from fastattr import InputError
 from fastattr.generators.generator import Generator
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.cost import Probe, Sizes, Step, run_sizes, teacher_plan
 

@@ -17,8 +17,8 @@ from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import BuildConfig, load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.teachers.config import TeacherConfig, queries_a_pass, stores_gradients
 from fastattr.teachers.scores import read_scores
 from fastattr.teachers.similarity import similarity_scores

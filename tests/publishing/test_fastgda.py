@@ -1,4 +1,4 @@
-"""import_fastgda.py: orders equal those of an independent reading of the released formats, and pickles are tame."""
+"""fastgda.py: orders equal those of an independent reading of the released formats, and pickles are tame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastattr import ArtifactDamagedError, ArtifactNotFoundError, FastAttributor, InputError
 from fastattr.cli.main import main
 from fastattr.core.files import read_json
-from fastattr.publishing.import_fastgda import LICENSE, ArrayUnpickler, import_attributor, import_scores, read_rankings
+from fastattr.publishing.fastgda import LICENSE, ArrayUnpickler, import_attributor, import_scores, read_rankings
 from fastattr.teachers.scores import read_scores
 from tests.loopback_hub import LoopbackHub
 
@@ -125,9 +125,9 @@ def write_rankings(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def test_rankings_become_score_tables_in_their_order(released, tmp_path, monkeypatch):
     """Influence by row beside a ranking by rank is easily mixed up, and looks like a score table all the same."""
-    from fastattr.publishing import import_fastgda
+    from fastattr.publishing import fastgda
 
-    monkeypatch.setattr(import_fastgda, "SCORES_PER_SHARD", 120)
+    monkeypatch.setattr(fastgda, "SCORES_PER_SHARD", 120)
     test_rank, train_rank = write_rankings(tmp_path)
     (tmp_path / "captions.txt").write_text("\n".join(f"caption {query}" for query in range(Q)))
     options = ["--ids", str(tmp_path / "ids.txt")]
@@ -148,7 +148,7 @@ def test_rankings_become_score_tables_in_their_order(released, tmp_path, monkeyp
 
 def test_imported_scores_are_pushed_without_query_images(hub: LoopbackHub, released, tmp_path):
     """The table alone is worth having; its licence must go with it."""
-    from fastattr.publishing.publish import push_scores
+    from fastattr.publishing.score_tables import push_scores
 
     write_rankings(tmp_path)
     import_scores([tmp_path / "influence_test.pkl"], tmp_path / "ids.txt", tmp_path / "scores")
