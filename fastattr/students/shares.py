@@ -257,6 +257,21 @@ def _leads(found: Shares, name: str) -> bool:
     return bool(here.any() and found.low[here][0] > max([0.0, *found.high[~here].tolist()]))
 
 
+def listed_table(weights: np.ndarray, names: np.ndarray, by: str) -> pd.DataFrame:
+    """Shares without a calibration: of listed images with (M,) names, each counting with its (M,) weight.
+
+    Columns as `share_table` has them; intervals are NaN and nothing is left unassigned.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame({by: names, "share": weights, "images": 1}).groupby(by, as_index=False).sum()
+    table["share"] /= table["share"].sum()
+    last = pd.DataFrame({by: [UNASSIGNED], "share": 0.0, "images": 0, "named": False})
+    table = table.assign(named=True).sort_values(["share", by], ascending=[False, True])
+    every = pd.concat([table, last], ignore_index=True).assign(low=float("nan"), high=float("nan"))
+    return every[[by, "share", "low", "high", "images", "named"]]
+
+
 def _ends(unassigned: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip(("share", "low", "high"), unassigned, strict=True))
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from fastattr import Attribution
-from fastattr.attributor.attribute import Reach
+from fastattr.attributor.attribution import Reach
 from fastattr.students.calibration import Calibration, fit_curves
 from fastattr.students.shares import COPY_SHARE, UNASSIGNED, dominant, estimate_shares, share_table
 from tests.students.test_calibrate import CORPUS, flat, world
