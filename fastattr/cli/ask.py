@@ -103,7 +103,7 @@ def attribute(
 ) -> None:
     """Name the training images that influenced an image most."""
     from fastattr import FastAttributor
-    from fastattr.attributor.attribute import open_image
+    from fastattr.attributor.inputs import open_image
 
     opened = open_image(image)
     started = time.perf_counter()
@@ -155,9 +155,9 @@ def attribute_many(
 
     `accelerate launch` divides it among processes.
     """
-    from fastattr.attributor import batch
+    from fastattr.attributor import many
 
-    result = batch.run(model, queries, out, k=top_k)
+    result = many.run(model, queries, out, k=top_k)
     if as_json:
         say_json(result)
         return
@@ -167,7 +167,7 @@ def attribute_many(
 @app.command()
 def info(model: Model, as_json: AsJson = False) -> None:
     """Describe an attributor: sizes, versions, licences, metrics."""
-    from fastattr.attributor.attribute import read_info
+    from fastattr.attributor.attributor import read_info
 
     found = read_info(model)
     if as_json:

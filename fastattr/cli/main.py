@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fastattr.cli import ask, living, publish, stages
-from fastattr.cli.output import say, warn
+from fastattr.cli.output import HarmlessFormatter, say, warn
 from fastattr.core.errors import FastattrError, ReceiptDiffersError, for_terminal
 
 GUIDE = """\
@@ -68,7 +68,9 @@ def _options(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(HarmlessFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpx2", "open_clip", "root", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

@@ -7,20 +7,15 @@ for a command of its own is shown as an escape.
 from __future__ import annotations
 
 import json
-import re
+import logging
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from fastattr.core.errors import harmless
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters (a line break is none), marks that turn the writing direction, and halves of surrogate pairs."""
-
-
-def harmless(text: str) -> str:
-    """The text with every control character shown as an escape, so that a caption cannot clear a reader's screen."""
-    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def say(text: str) -> None:
@@ -41,3 +36,11 @@ def say_json(value: Any) -> None:
 def on_one_line(text: object) -> str:
     """A caption or name of several lines as one."""
     return " ".join(str(text).split())
+
+
+class HarmlessFormatter(logging.Formatter):
+    """Formats what the library logs; a file's or query's name in it is harmless, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text."""
+        return harmless(super().format(record))

@@ -13,7 +13,7 @@ from PIL import Image
 from fastattr import FastAttributor, Generator, HubError
 from fastattr.cli import ask
 from fastattr.cli.main import main
-from fastattr.cli.output import harmless
+from fastattr.core.errors import harmless
 from tests.tiny import draw
 
 
