@@ -23,7 +23,8 @@ from fastattr.core.errors import (
 from fastattr.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fastattr.attributor.attribute import Attribution, FastAttributor
+    from fastattr.attributor.attribution import Attribution
+    from fastattr.attributor.attributor import FastAttributor
     from fastattr.generators.generator import Generator
 
 
@@ -50,10 +51,16 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the heavy names (torch, diffusers) only when they are first used."""
-    if name in {"Attribution", "FastAttributor"}:
-        from fastattr.attributor import attribute
+    if name == "Attribution":
+        from fastattr.attributor.attribution import Attribution
 
-        return getattr(attribute, name)
+        return Attribution
+    if name == "FastAttributor":
+        from fastattr.attributor.attributor import FastAttributor
+        from fastattr.publishing.push_to_hub import push_to_hub
+
+        FastAttributor.push_to_hub = push_to_hub
+        return FastAttributor
     if name == "Generator":
         from fastattr.generators.generator import Generator
 

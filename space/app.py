@@ -496,7 +496,7 @@ def launch(
         mcp: as in `serve`.
     """
     from fastattr import FastAttributor, Generator
-    from fastattr.attributor.attribute import read_info
+    from fastattr.attributor.attributor import read_info
 
     generator = generator or os.environ.get("FASTATTR_GENERATOR", "emoji")
     attributor = attributor or os.environ.get("FASTATTR_ATTRIBUTOR", "emoji")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from fastattr.attributor.attribute import UNASSIGNED
+from fastattr.attributor.attribution import UNASSIGNED
 
 if __package__:
     from . import strings

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fastattr.core.errors import FastattrError, InputError, MissingExtraError, ReceiptDiffersError, for_terminal
 
 if TYPE_CHECKING:
-    from fastattr.attributor.attribute import FastAttributor
+    from fastattr.attributor.attributor import FastAttributor
 
 GUIDE = """\
 fastattr names the training images that influenced a generated image most, and whose they are.
@@ -306,7 +306,9 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _attribute(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.attributor.attribute import Attribution, FastAttributor, open_image
+    from fastattr.attributor.attribution import Attribution
+    from fastattr.attributor.attributor import FastAttributor
+    from fastattr.attributor.inputs import open_image
 
     image = open_image(arguments.image)
     started = time.perf_counter()
@@ -396,7 +398,7 @@ def _living_parsers(commands: Any) -> None:
 
 def _own(folder: Path) -> FastAttributor:
     """The attributor in a folder, to be changed there."""
-    from fastattr.attributor.attribute import FastAttributor
+    from fastattr.attributor.attributor import FastAttributor
 
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} is no attributor folder; write one with FastAttributor.save_pretrained.")
@@ -445,7 +447,7 @@ def _compact(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from fastattr.attributor import receipts
-    from fastattr.attributor.attribute import FastAttributor
+    from fastattr.attributor.attributor import FastAttributor
 
     receipt = receipts.read_receipt(arguments.receipt)
     model = arguments.model or receipt["model"]["name"]
@@ -464,9 +466,9 @@ def _verify(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _attribute_many(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.attributor import batch
+    from fastattr.attributor import many
 
-    result = batch.run(arguments.model, arguments.queries, arguments.out, k=arguments.top_k)
+    result = many.run(arguments.model, arguments.queries, arguments.out, k=arguments.top_k)
     if arguments.json:
         return result
     print(f"{result['queries']} queries, in {result['out']}")
@@ -495,7 +497,7 @@ def _index(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _info(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    from fastattr.attributor.attribute import read_info
+    from fastattr.attributor.attributor import read_info
 
     info = read_info(arguments.model)
     if arguments.json:

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from fastattr.attributor.attribute import FastAttributor, thumbnail_bytes
-from fastattr.attributor.catalogue import read_config, seal
+from fastattr.attributor.attributor import FastAttributor
+from fastattr.attributor.folder import read_config, seal
+from fastattr.attributor.make import thumbnail_bytes
 from fastattr.core.errors import ArtifactDamagedError, FastattrError, MissingFileError
 from fastattr.core.files import atomic_path, require_same, sha256_file, write_json
 from fastattr.corpus.store import load_rgb
