@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-
 if __package__:
     from . import strings
 else:  # run as a script: the Space's own folder is on the path
