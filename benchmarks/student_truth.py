@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ground_truth import BenchConfig
 from tqdm import tqdm
 from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
 
@@ -25,6 +24,7 @@ from fastattr.core.files import atomic_path, read_json
 from fastattr.core.stages import MANIFEST
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
+from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.layers import weight_shape
 from fastattr.gradients.compression import Compression, GradientConfig
@@ -89,7 +89,7 @@ class Bench:
 
 
 def open_bench(
-    truth_dir: Path, run_dir: Path, source: Path | None, config: BenchConfig, sizes: Sizes, *, queries: int
+    truth_dir: Path, run_dir: Path, source: Path | None, config: RetrainConfig, sizes: Sizes, *, queries: int
 ) -> Bench:
     """Open emoji-bench, score its queries by every quick teacher and encode everything in every feature space.
 

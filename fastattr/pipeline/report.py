@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fastattr.attributor.attribute import Attribution, FastAttributor
+from fastattr.attributor.attribution import Attribution
+from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.files import atomic_path, read_json
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.generators.queries import Queries

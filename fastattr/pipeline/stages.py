@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastattr.attributor import attribute
+from fastattr.attributor.make import build_attributor
 from fastattr.core.files import atomic_path, read_json
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.corpus import stage as corpus
@@ -39,7 +39,7 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     }
     settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
     if not finished(marker, stage="attributor", config=settings, inputs=inputs):
-        attribute.build_attributor(
+        build_attributor(
             config.index,
             run_dir,
             folder,
