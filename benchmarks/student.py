@@ -36,8 +36,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
+from fastattr.core.stages import MANIFEST
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.subsets import RetrainConfig

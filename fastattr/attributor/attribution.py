@@ -16,7 +16,7 @@ import pyarrow as pa
 from PIL import Image
 
 from fastattr.core.errors import InputError
-from fastattr.corpus.store import load_rgb
+from fastattr.corpus.images import load_rgb
 from fastattr.students.calibration import Calibration
 from fastattr.students.shares import dominant, families_of, listed_table, share_table
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, finished, open_stage, read_json, require_same, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
