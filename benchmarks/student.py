@@ -36,8 +36,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
+from fastattr.core.stages import MANIFEST
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.subsets import RetrainConfig
@@ -52,7 +53,7 @@ from fastattr.students.losses import LOSSES
 from fastattr.students.ownness import fit_density
 from fastattr.students.pairs import PairTable, labels_of, make_table, standardised
 from fastattr.students.ranking import paired_bootstrap, spearman, standard_error, teacher_average_precision
-from fastattr.students.shares import estimate_shares, families_of, teacher_shares
+from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import Student, StudentConfig, embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
@@ -470,13 +471,13 @@ def measure_degrees(tables: Tables, student: Student, run_dir: Path, sizes: Size
     for number, (query, own, values) in enumerate(zip(tables.scored["test"], tables.rows["test"], similarities, strict=True)):
         near = ~query.is_outsider
         _, family, counts = np.unique(families[own][near], return_inverse=True, return_counts=True)
-        found = estimate_shares(
+        found = divide(
             calibration,
             values[near],
             creators[own][near],
             family,
-            family_sizes=counts[family],
-            beyond_unrelated=False,
+            weights=1 / counts[family],
+            level=np.zeros(len(calibration.level)),
             seed=number,
         )
         _, theirs = teacher_shares(query.influence[near], 1 / counts[family], creators[own][near])

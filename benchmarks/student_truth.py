@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
 
-from fastattr.core.files import MANIFEST, atomic_path, read_json
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig

@@ -40,18 +40,9 @@ from ground_truth import AUTOENCODER, open_run
 from tqdm import tqdm, trange
 
 from fastattr.core.errors import FastattrError, InputError, NonFiniteError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    open_stage,
-    read_json,
-    require_same,
-    sha256_file,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.settings import read_yaml
+from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
 from fastattr.evaluation.figures import write_truth_report

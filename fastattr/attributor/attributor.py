@@ -351,7 +351,7 @@ class FastAttributor:
                     seconds,
                     _query(asked.hashes[row], embeddings[row], k, where),
                     parts=parts[row],
-                    reach=Reach(table, find, weights, self._calibration, catalogue.ntotal),
+                    reach=Reach(table, find, weights, self._calibration, catalogue.ntotal, own=not warnings[row]),
                     warnings=warnings[row],
                 )
             )

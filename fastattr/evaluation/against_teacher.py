@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import finished, open_stage, read_json, require_same, write_json, write_manifest
+from fastattr.core.files import read_json, write_json
+from fastattr.core.stages import finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features, slug
 from fastattr.students.distill import open_student

@@ -21,7 +21,9 @@ from fastattr.core.errors import ArtifactMismatchError, FastattrError, InputErro
 from fastattr.core.files import read_json
 from fastattr.core.settings import read_yaml
 from fastattr.core.training import TrainingConfig
-from fastattr.corpus.store import Corpus, CorpusConfig, read_folder, write_corpus
+from fastattr.corpus.folders import read_folder
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.evaluation import measure, record, retrain, subsets
 from fastattr.evaluation.lds import rank_correlations
 from fastattr.evaluation.retrain import Retraining
