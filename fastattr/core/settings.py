@@ -54,7 +54,8 @@ for _kind in ("bool", "int", "float", "timestamp"):
     _tag = f"tag:yaml.org,2002:{_kind}"
     _construct = yaml.SafeLoader.yaml_constructors[_tag]
     Loader.add_constructor(
-        _tag, lambda loader, node, construct=_construct: Scalar(node.value, construct(loader, node))  # type: ignore[misc]
+        _tag,
+        lambda loader, node, construct=_construct: Scalar(node.value, construct(loader, node)),  # type: ignore[misc]
     )
 
 
@@ -74,7 +75,7 @@ def read_yaml(path: str | Path, kind: type[Config]) -> Config:
     if not path.is_file():
         raise ArtifactNotFoundError(f"there is no config file {path}; see hub_scripts/configs/ for examples.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # noqa: S506, a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         raise InputError(f"{path} is not valid YAML: {error}") from error
     config = build(kind, values, where=str(path))
