@@ -103,4 +103,5 @@ def licence_sentence(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def imported_sentence(license_name: str) -> str:
     """The licence of the files that the paper's authors released."""
-    return f"Weights and features were released by the paper's authors under {text(license_name)}, which holds for all of this, too."
+    name = text(license_name)
+    return f"Weights and features were released by the paper's authors under {name}, which holds for all of this, too."

@@ -75,11 +75,11 @@ def results_table(metrics: Mapping[str, Any]) -> str:
         for key, value in metrics.items()
         if key.endswith("_gain") and isinstance(value, Mapping) and {"mean", "low", "high"} <= set(value)
     ]
-    teacher, queries = metrics.get("teacher", "unknown"), metrics.get("queries", "?")
+    teacher, queries = code(metrics.get("teacher", "unknown")), metrics.get("queries", "?")
     candidates = f", {metrics['candidates_per_query']:,} training images each" if "candidates_per_query" in metrics else ""
     return "\n\n".join(
         [
-            f"Agreement with the teacher ({code(teacher)}) on {queries} held-out queries{candidates}. Means over queries with 95% "
+            f"Agreement with the teacher ({teacher}) on {queries} held-out queries{candidates}. Means over queries with 95% "
             "intervals; `random` is chance, `untuned` the features before training.",
             table(["method", *(metric_name(key, metrics) for key, _ in found)], rows),
             *gains,
@@ -93,10 +93,8 @@ def benchmark_tables(metrics: Mapping[str, Any]) -> list[str]:
     found = []
     for run in metrics.get("benchmarks", []):
         rows = [[code(row["key"]), f"{row['value']:.4g}", text(row["meaning"])] for row in run["rows"]]
-        found += [
-            f"{code(run['command'])}, seed {run['seed']}, {text(run['date'][:10])}:",
-            table(["key", "value", "what it is"], rows),
-        ]
+        made = f"{code(run['command'])}, seed {run['seed']}, {text(run['date'][:10])}:"
+        found += [made, table(["key", "value", "what it is"], rows)]
     return found
 
 

@@ -86,13 +86,8 @@ def test_card_and_licence_of_a_hostile_catalogue_are_tame():
     )
     body = card.split("---\n", 2)[2]
     for page in (rendered(body), rendered(license_text(entries, "<b>NC</b>"))):
-        tags = set(re.findall(r"<(/?[a-z]+\d?)", page)) - {"pre", "/pre", "strong", "/strong", "em", "/em"}
-        tags -= {
-            f"{slash}{name}"
-            for name in ("p", "h1", "h2", "ul", "li", "code", "table", "thead", "tbody", "tr", "th", "td", "a")
-            for slash in ("", "/")
-        }
-        assert tags == set()
+        ours = {"p", "h1", "h2", "ul", "li", "code", "pre", "strong", "em", "table", "thead", "tbody", "tr", "th", "td", "a"}
+        assert set(re.findall(r"</?([a-z]+\d?)", page)) <= ours
         links = re.findall(r'href="([^"]*)"', page)
         assert set(links) <= {"https://arxiv.org/abs/2511.10721", "LICENSE.md"}
         assert "<strong>b" not in page
