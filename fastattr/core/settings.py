@@ -43,20 +43,23 @@ class Loader(yaml.SafeLoader):
         """The mapping."""
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
+                word = "comes twice" if isinstance(key, yaml.ScalarNode) else "is no word"
+                raise yaml.constructor.ConstructorError(None, None, f"the key {quoted(key.value)} {word}", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+def _as_written(loader: Loader, node: yaml.ScalarNode) -> Any:
+    """A scalar with its text; one that only looks like a number or a date is its text alone."""
+    try:
+        return Scalar(node.value, yaml.SafeLoader.yaml_constructors[node.tag](loader, node))
+    except (ValueError, KeyError):
+        return node.value
+
+
 for _kind in ("bool", "int", "float", "timestamp"):
-    _tag = f"tag:yaml.org,2002:{_kind}"
-    _construct = yaml.SafeLoader.yaml_constructors[_tag]
-    Loader.add_constructor(
-        _tag,
-        lambda loader, node, construct=_construct: Scalar(node.value, construct(loader, node)),  # type: ignore[misc]
-    )
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_written)
 
 
 def read_yaml(path: str | Path, kind: type[Config]) -> Config:
@@ -76,7 +79,7 @@ def read_yaml(path: str | Path, kind: type[Config]) -> Config:
         raise ArtifactNotFoundError(f"there is no config file {path}; see hub_scripts/configs/ for examples.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: it is no UTF-8
         raise InputError(f"{path} is not valid YAML: {error}") from error
     config = build(kind, values, where=str(path))
     assert isinstance(config, kind)

@@ -58,13 +58,16 @@ def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
 
 
 def _settings(config: BuildConfig) -> None:
-    for specification in (*config.features.encoders, *config.teacher.similarity_features):
-        kind, _, reference = specification.partition(":")
-        if kind not in KINDS or not reference:
-            raise InputError(
-                f"{specification!r} names no encoder, which is KIND:MODEL{did_you_mean(kind, KINDS)}; "
-                f"kinds are {', '.join(KINDS)}."
-            )
+    for setting, specifications in (
+        ("features.encoders", config.features.encoders),
+        ("teacher.similarity_features", config.teacher.similarity_features),
+    ):
+        for specification in specifications:
+            kind, _, reference = specification.partition(":")
+            if kind not in KINDS or not reference:
+                raise InputError(
+                    f"{setting}: {specification!r} is not KIND:MODEL{did_you_mean(kind, KINDS)}; kinds are {', '.join(KINDS)}."
+                )
     if not getattr(config.queries, config.evaluate.split):
         raise InputError(f"evaluate.split is {config.evaluate.split!r}, and queries.{config.evaluate.split} is 0.")
     if not config.queries.train:
