@@ -23,7 +23,7 @@ from fastattr.students.calibration import FILE, Calibration, fit_curves, save_ca
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import Density, fit_density
 from fastattr.students.shares import divide, families_of, teacher_shares
-from fastattr.students.student import embed_both
+from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
 FOLDS = 5
@@ -159,7 +159,8 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
     if scored:
         features = read_features(corpus_folders, corpus.image_ids)
         own = read_features(query_folders, [query.query_id for query in scored])
-        queries, images = embed_both(open_student(run_dir), own, features)
+        student = open_student(run_dir)
+        queries, images = embed(student, own), embed(student, features)
         rows = [corpus.rows(query.image_ids) for query in scored]
         trained = read_features(query_folders, [query.query_id for query in read_scores(run_dir / "scores", split="train")])
         density = fit_density(trained, own, false_alarms=config.false_alarms) if len(trained) >= 8 else None

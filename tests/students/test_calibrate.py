@@ -212,7 +212,7 @@ def test_parts_add_up_to_the_similarity_and_are_shapley_values(tiny_run: Path, a
         for text in (False, True):
             seen = np.concatenate([(query if image else mean)[:width], (query if text else mean)[width:]])
             own = embed(student, features[[3]])
-            values[image, text] = float((embed(student, seen[None], query=True) @ own.T)[0, 0])
+            values[image, text] = float((embed(student, seen[None]) @ own.T)[0, 0])
     found = attributor.attribute_features(query[None], ["x"], k=48)[0].results
     row = next(result for result in found if result.image_id == corpus.image_ids[3])
     nothing = values[False, False]
