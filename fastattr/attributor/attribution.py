@@ -61,8 +61,8 @@ class Influence:
 class Reach:
     """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
 
-    catalog: pa.Table
-    """Of the whole corpus, or of these images alone."""
+    table: Callable[[], pa.Table]
+    """Gives the catalogue of the whole corpus, or of these images alone."""
     find: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
     weights: np.ndarray | None
@@ -70,6 +70,11 @@ class Reach:
     calibration: Calibration | None
     size: int
     """N, images that could have been found; those beyond the M count as unrelated."""
+
+    @cached_property
+    def catalog(self) -> pa.Table:
+        """The catalogue whose rows `rows` are."""
+        return self.table()
 
     @cached_property
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
