@@ -109,7 +109,7 @@ def checked_k(k: Any, version: Version) -> int:
 
 def by_student(model: Model, version: Version, asked: Asked, k: int, where: Where | None = None) -> list[Attribution]:
     """The answers of the student to queries with features."""
-    return by_embedding(model, version, asked, model.student.embed_queries(asked.features), k, where)
+    return by_embedding(model, version, asked, model.student.embed(asked.features), k, where)
 
 
 def by_embedding(
@@ -139,7 +139,7 @@ def by_embedding(
         described = {"sha256": asked.hashes[query], "embedding": encode(embeddings[query]), "k": k}
         described |= {"where": dict(where)} if where else {}
         answer = _attribution(model, version, asked.prompts[query], records, similarities, parts[query], described)
-        reach = Reach(table, find, weights, calibration, size)
+        reach = Reach(table, find, weights, calibration, size, own=not warnings[query])
         answers.append(replace(answer, seconds=dict(seconds), warnings=warnings[query], _reach=reach))
     return _with_copies(model, version, asked, answers)
 
@@ -210,7 +210,7 @@ def _parts(
         both = [(values, np.zeros_like(values)) for _, values in nearest]
         return [pair if images.all() else pair[::-1] for pair in both]
     mean = model.calibration.feature_mean
-    alone = [model.student.embed_queries(np.where(kept, features, mean)) for kept in (images, ~images)]
+    alone = [model.student.embed(np.where(kept, features, mean)) for kept in (images, ~images)]
     parts: list[tuple[np.ndarray, np.ndarray] | None] = []
     for query, (rows, similarities) in enumerate(nearest):
         vectors = catalogue.vectors(rows)
@@ -275,7 +275,7 @@ def _attribution(
         "revision": commit_of(version.folder) or "",
     }
     thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
-    return Attribution(results, prompt, {}, described, [], query, versions, _thumbnails=thumbnails)
+    return Attribution(results, prompt, {}, described, query=query, versions=versions, _thumbnails=thumbnails)
 
 
 # ---- near-copies
@@ -297,7 +297,7 @@ def _with_copies(model: Model, version: Version, asked: Asked, answers: list[Att
         pictures |= {record["image_id"]: record["thumbnail"] for record in catalogue.fetch(rows)}
         named = [(name, load_rgb(data)) for name, data in pictures.items() if data]
         copies = near_copies(looks_of([look]), looks_of([look_of(picture) for _, picture in named]))[0] if named else []
-        checked.append(replace(answer, near_copy_of=named[int(copies[0])][0] if len(copies) else None))
+        checked.append(replace(answer, near_copies=[named[copy][0] for copy in copies.tolist()]))
     return checked
 
 
@@ -310,7 +310,7 @@ def _by_picture(model: Model, version: Version, features: np.ndarray) -> list[np
     count = min(LOOKED_AT, catalogue.ntotal)
     found = []
     if model.calibration is not None:
-        alone = model.student.embed_queries(np.where(images, features, model.calibration.feature_mean))
+        alone = model.student.embed(np.where(images, features, model.calibration.feature_mean))
         found.append(catalogue.search(alone, count)[1])
     if version.plain is not None:
         present = catalogue.rows_of(np.arange(version.plain.ntotal))

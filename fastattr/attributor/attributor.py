@@ -118,6 +118,11 @@ class FastAttributor:
         return cls(*found)
 
     @property
+    def folder(self) -> Path:
+        """Where its files are: yours, the package's, or the Hub client's cache."""
+        return self._version.folder
+
+    @property
     def config(self) -> dict[str, Any]:
         """config.json, with 'catalog_version' as it was when this attributor last looked."""
         return self._version.config
@@ -344,7 +349,7 @@ class FastAttributor:
         if "" in ids or len(set(ids)) < len(ids):
             raise InputError("every image needs an image_id of its own.")
         if ids:
-            embeddings = self._model.student.embed_images(features)
+            embeddings = self._model.student.embed(features)
             with self._changing() as version:
                 edits.add(version, records, embeddings, thumbnails, readmit=readmit)
         return ids
@@ -380,7 +385,7 @@ class FastAttributor:
 
     def compact(self) -> None:
         """Fold all changes into a new base, which erases the data of removed images from every file of the folder."""
-        self._require_whole()
+        self.require_whole()
         with self._changing() as version:
             if not version.parts.whole:
                 raise InputError("load the attributor whole (thumbnails, all shards) to compact it.")
@@ -421,7 +426,7 @@ class FastAttributor:
             return
         if Path(self.name).is_dir():
             raise InputError(f"{self.name} is not yours to change; write a copy with `save_pretrained`, and change that.")
-        self._require_whole()
+        self.require_whole()
         logger.warning("%s can't be changed in place: changes are kept until this process ends, or you save it.", self.name)
         self._scratch = tempfile.TemporaryDirectory(prefix="fastattr-")
         copy = Path(self._scratch.name) / "attributor"
@@ -443,7 +448,7 @@ class FastAttributor:
         """
         if Path(folder).resolve() == self._version.folder.resolve():
             return
-        self._require_whole()
+        self.require_whole()
 
         def write() -> None:
             version = self._newest()
@@ -455,7 +460,7 @@ class FastAttributor:
 
         settled(self._version.folder, write)
 
-    def _require_whole(self) -> None:
+    def require_whole(self) -> None:
         """Raise MissingFileError if it was loaded without some of its files."""
         version = self._newest()
         absent = [file for file in version.base["sha256"] if not (version.folder / file).exists()]

@@ -33,10 +33,13 @@ from fastattr.attributor.folder import (
     listed_shards,
     read_config,
     seal,
+    settled,
+    stamp_of,
     write_config,
     write_table,
 )
 from fastattr.attributor.journal import images_of, journal_of, read_journal
+from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
 from fastattr.index.build import add_shards
@@ -236,6 +239,25 @@ def save(folder: Path, config: dict[str, Any], catalogue: Catalogue, version: in
         copy_base(folder, config, target)
     else:
         write_config(target, {**write_base(folder, config, catalogue, target), "catalog_version": version})
+
+
+def copy_newest(folder: Path, target: Path) -> None:
+    """Write the newest version of an attributor's folder into another folder, as `save` does.
+
+    Raises:
+        MissingFileError: a file is missing.
+        ArtifactDamagedError: a file is not the one of config.json.
+    """
+
+    def once() -> None:
+        stamp = stamp_of(folder)
+        version = open_version(folder, read_config(folder), Parts(), stamp=stamp)
+        assert isinstance(version.catalogue, Catalogue)
+        remove(target)
+        target.mkdir(parents=True)
+        save(folder, version.base, version.catalogue, version.number, target)
+
+    settled(folder, once)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
         raise ArtifactDamagedError(f"{path} names {missing[0]!r} without a checksum; do not use it.")
     roots = [path.parent.resolve()]
     if commit_of(path.parent):
-        roots.append((path.parents[2] / "blobs").resolve())
+        roots.append(path.parents[3].resolve())
     for file in sha256:
         if not any((path.parent / file).resolve().is_relative_to(root) for root in roots):
             raise ArtifactDamagedError(f"{path.parent / file} is a link that leads out of the folder; do not use it.")

@@ -1,7 +1,7 @@
 """Truth: the ground truth folder, which says what became of queries once models were retrained without some images.
 
-`GroundTruth` reads the folder that retraining writes (retrain.py, compact.py): manifest.json, images.parquet,
-queries.parquet, models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
+`GroundTruth` reads the folder that record.py writes of retrained models: manifest.json, images.parquet, queries.parquet,
+models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
 timesteps that methods are judged by (the manifest names them); each timestep's own loss is kept beside it.
 """
 
@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
-from fastattr.core.files import atomic_path, open_stage
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import open_stage
+from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.lds import group_shares, outputs_of
 
 MODELS = pa.schema(

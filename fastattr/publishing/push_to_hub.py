@@ -47,7 +47,7 @@ def push_to_hub(
 
     attributor.require_whole()
     return push_attributor(
-        attributor._folder,
+        attributor.folder,
         repo_id,
         generator=generator,
         scores=scores,
