@@ -59,8 +59,8 @@ class Influence:
 class Reach:
     """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
 
-    catalog: pa.Table
-    """Of the whole corpus, or of these images alone."""
+    table: Callable[[], pa.Table]
+    """Gives the catalogue of the whole corpus, or of these images alone."""
     find: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
     weights: np.ndarray | None
@@ -70,8 +70,11 @@ class Reach:
     """N, images that could have been found; those beyond the M count as unrelated."""
     own: bool = True
     """Whether the picture looks like the generator's own; of others nobody is named."""
-    copies: np.ndarray | None = None
-    """(M,) bool, images that the picture is a copy of; None: nobody has looked."""
+
+    @cached_property
+    def catalog(self) -> pa.Table:
+        """The catalogue whose rows `rows` are."""
+        return self.table()
 
     @cached_property
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
@@ -112,10 +115,17 @@ class Attribution:
     warnings: list[str] = field(default_factory=list)
     query: dict[str, Any] = field(default_factory=dict)
     """What was asked: 'sha256' of image and prompt (or features), 'embedding' (base64 float32), k, and the restriction."""
+    near_copies: list[str] | None = None
+    """Training images that the query's picture is a copy of, or nearly so, the likest first; None if that is unknown."""
     versions: dict[str, Any] = field(default_factory=dict)
     """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
     _reach: Reach | None = field(default=None, repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def near_copy_of(self) -> str | None:
+        """The training image that the query's picture is a copy of, or nearly so; None if there is none, or it is unknown."""
+        return self.near_copies[0] if self.near_copies else None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a training image, most influential first."""
@@ -134,6 +144,7 @@ class Attribution:
             "seconds": self.seconds,
             "model": self.model,
             "warnings": self.warnings,
+            "near_copies": self.near_copies,
         }
 
     def to_json(self) -> str:
@@ -185,7 +196,7 @@ class Attribution:
             by=by,
             families=every[reach.rows],
             family_sizes=np.bincount(every)[every[reach.rows]],
-            copies=reach.copies,
+            copies=None if self.near_copies is None else np.isin(reach.names("image_id"), self.near_copies),
             own=reach.own,
         )
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastattr.attributor.folder import copy_version, read_config
-from fastattr.attributor.journal import open_catalogue
+from fastattr.attributor.bases import copy_newest
+from fastattr.attributor.folder import read_config
+from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
@@ -72,10 +73,9 @@ def push_attributor(
         As `hub.push_folder`.
     """
     check_repo_id(repo_id)
-    config = read_config(folder)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "attributor"
-        copy_version(folder, config, staged)
+        copy_newest(folder, staged)
         card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
         replaces = [glob.escape(name) for name in _files_there(repo_id, target)]
         return send_with_card(
@@ -254,7 +254,7 @@ def training_images(source: str | Path) -> pa.Table | None:
 
 def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
     """Caption, source, licence and creator of the images that an attributor names."""
-    table = open_catalogue(folder, config, thumbnails=False).table
+    table = open_version(folder, config, Parts(thumbnails=False), stamp=()).catalogue.table
     return table.select(["caption", "source", "license", "creator"])
 
 

@@ -50,7 +50,7 @@ def push_to_hub(
 
     attributor.require_whole()
     push = push_attributor(
-        attributor._folder,
+        attributor.folder,
         repo_id,
         generator=generator,
         scores=scores,

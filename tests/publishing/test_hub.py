@@ -23,8 +23,8 @@ from fastattr import (
     MissingFileError,
     RevisionNotFoundError,
 )
-from fastattr.attributor.attributor import read_info
 from fastattr.attributor.folder import seal
+from fastattr.attributor.load import read_info
 from fastattr.attributor.make import build_attributor
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.models import TRIES, split_revision
@@ -347,7 +347,7 @@ def test_damaged_folder_is_not_pushed(hub, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "damaged")
     with (tmp_path / "damaged" / "index.faiss").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ArtifactDamagedError, match="it is not pushed"):
+    with pytest.raises(ArtifactDamagedError, match="SHA-256"):
         push_attributor(tmp_path / "damaged", ID)
     assert hub.repos == {}
 
