@@ -85,7 +85,7 @@ def locate(
 
     Args:
         name_or_path: an embedded model's name ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
-        part: which folder of an embedded model: 'generator' or 'attributor'.
+        part: which folder of an embedded model or a run folder: 'generator' or 'attributor'.
         files: patterns of the files to fetch from the Hub; others are not downloaded.
         revision: branch, tag or commit on the Hub.
         cache_dir: where the Hub client keeps downloads.
@@ -104,7 +104,8 @@ def locate(
     if name in embedded_models() and not own.is_file():  # a folder of that name that holds one is itself
         return ASSETS / name / part
     if Path(name).is_dir():
-        return Path(name)
+        of_run = Path(name) / part / own.name
+        return of_run.parent if of_run.is_file() and not own.is_file() else Path(name)
     if not REPO_ID.fullmatch(name):
         raise ArtifactNotFoundError(
             f"there is no model {name!r}: it is no embedded model ({', '.join(embedded_models()) or 'none'}), "
