@@ -168,8 +168,11 @@ def attribute_many(
 def info(model: Model, as_json: AsJson = False) -> None:
     """Describe an attributor: sizes, versions, licences, metrics."""
     from fastattr import read_info
+    from fastattr.students.ranking import no_better_than_untuned
 
     found = read_info(model)
+    if warning := no_better_than_untuned(found["metrics"]):
+        warn(f"warning: {warning}")
     if as_json:
         say_json(found)
         return

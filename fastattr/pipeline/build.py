@@ -29,6 +29,7 @@ from fastattr.pipeline.config import BuildConfig, save_config
 from fastattr.pipeline.costs import training_images
 from fastattr.pipeline.plan import plan
 from fastattr.pipeline.stages import FOLDERS, SHARED, STAGES
+from fastattr.students.ranking import no_better_than_untuned
 
 logger = logging.getLogger(__name__)
 FIRST_VERSION = 1
@@ -142,6 +143,12 @@ def forget(run_dir: Path, stage: str) -> None:
     for name in list(FOLDERS)[list(FOLDERS).index(stage) :]:
         for folder in FOLDERS[name]:
             remove(run_dir / folder)
+
+
+def warning_of(run_dir: Path) -> str:
+    """What to be told of a finished build's student, or ''; see `no_better_than_untuned`."""
+    file = run_dir / "attributor" / "metrics.json"
+    return no_better_than_untuned(read_json(file)) if file.exists() else ""
 
 
 def _manifests(run_dir: Path) -> set[tuple[str, int]]:
