@@ -109,7 +109,7 @@ def no_better_than_untuned(metrics: Mapping[str, Any]) -> str:
     if not isinstance(gain, Mapping) or not {"mean", "low", "high"} <= set(gain) or gain["low"] > 0:
         return ""
     return (
-        f"the student is not certainly better than the untuned features: it gains {gain['mean']:.3f} "
-        f"[{gain['low']:.3f}, {gain['high']:.3f}] in mAP on {metrics.get('queries', '?')} {metrics.get('split', 'test')} queries. "
+        f"the student is not certainly better than the untuned features: it gains {gain['mean']:.3f} [{gain['low']:.3f}, "
+        f"{gain['high']:.3f}] in mAP on {metrics.get('queries', '?')} {metrics.get('split', 'test')} queries. "
         "Its order may be no nearer to influence than plain similarity is; give the teacher more queries (queries.train)."
     )
