@@ -64,11 +64,7 @@ def planned(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def run(
-    config: BuildConfig,
-    run_dir: Path,
-    *,
-    confirm: Callable[[dict[str, Any]], None] | None = None,
-    again_from: str = "",
+    config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
     """Run every stage that is not finished yet, on all processes.
 
@@ -109,16 +105,7 @@ def run(
             spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
             write_json(run_dir / "spent.json", spent | {name: seconds[name]})
     if state.num_processes > 1 and state.is_main_process:
-        command = [
-            sys.executable,
-            "-m",
-            "fastattr",
-            "build",
-            str(run_dir / "config.yaml"),
-            "--run",
-            str(run_dir),
-            "--no-plan",
-        ]
+        command = [sys.executable, "-m", "fastattr", "build", str(run_dir / "config.yaml"), "--run", str(run_dir), "--no-plan"]
         if subprocess.run(command, env=alone(), check=False).returncode:
             raise FastattrError("the stages after the teacher failed; run the same command again to go on there.")
     state.wait_for_everyone()

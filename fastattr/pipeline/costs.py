@@ -140,10 +140,7 @@ def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
         autoencoder = build_autoencoder(config.autoencoder)
         side = config.autoencoder.resolution // 2 ** (len(config.autoencoder.channels) - 1)
         unet, _ = build_denoiser(
-            settings,
-            tokenizer=Tokenizer(),
-            latent_channels=config.autoencoder.latent_channels,
-            latent_side=side,
+            settings, tokenizer=Tokenizer(), latent_channels=config.autoencoder.latent_channels, latent_side=side
         )
     return {
         "denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"},
@@ -213,10 +210,7 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     encoders = config.features.encoders
     weights = LIBRARIES + 4 * network.parameters
     side = network.image_side
-    stages = [
-        StageCost(name="corpus", disk=images * config.plan.bytes_per_image),
-        *_training_costs(config, network, weights),
-    ]
+    stages = [StageCost(name="corpus", disk=images * config.plan.bytes_per_image), *_training_costs(config, network, weights)]
     steps = config.queries.steps * (2 if network.guided and config.queries.guidance > 1 else 1)
     stages.append(
         StageCost(
@@ -239,11 +233,7 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     size = min(config.candidates.per_query, images)
     compared = 4 * queries * images * len(encoders)
     stages.append(
-        StageCost(
-            name="candidates",
-            memory=LIBRARIES + compared + 4 * images * FEATURE_WIDTH,
-            disk=17 * queries * size,
-        )
+        StageCost(name="candidates", memory=LIBRARIES + compared + 4 * images * FEATURE_WIDTH, disk=17 * queries * size)
     )
     stages.append(_teacher_cost(config, images, network, weights))
     student = config.distill.student

@@ -164,12 +164,7 @@ def _commit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes: the catalogue
         commit = api.create_commit(
-            **where,
-            operations=operations,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
+            **where, operations=operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
         )
     return commit.pr_url or commit.commit_url, commit.oid
 
