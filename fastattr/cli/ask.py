@@ -90,7 +90,7 @@ def generate(
 def attribute(
     model: Model,
     image: Annotated[Path, typer.Option(help="The generated image.")],
-    prompt: Annotated[str, typer.Option(help="The prompt it was made from.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt it was made from (none: by what is seen only).")] = None,
     top_k: Annotated[int, typer.Option(help="How many training images to name.")] = 10,
     figure: Annotated[Path | None, typer.Option(help="Write the results as a picture, too.")] = None,
     where: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only such images; repeatable.")] = None,
