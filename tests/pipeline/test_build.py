@@ -42,11 +42,7 @@ def test_the_config_and_the_time_of_every_stage_are_kept(tiny_run: Path, tiny_co
 
 
 def plan_of(seconds: float | None) -> dict[str, Any]:
-    here = (
-        {"problem": "not measured"}
-        if seconds is None
-        else {"seconds": {"in all": seconds}, "peak_memory": 1, "rates": {"denoiser": 1e9}}
-    )
+    here = {"problem": "not measured"} if seconds is None else {"seconds": {"in all": seconds}, "rates": {"denoiser": 1e9}}
     numbers = dict.fromkeys(("forward", "backward", "disk", "peak_memory"), 0)
     hours = {"A100": 1.0}
     ways = dict.fromkeys(("exact_as_published", "exact", "first_order"), hours)
@@ -150,7 +146,6 @@ def test_plan_command_measures_this_machine_and_prints_a_table(tiny_config: Path
     assert here["seconds"]["teach"] == pytest.approx(flops["teach"] / here["rates"]["denoiser"])
     assert here["seconds"]["features"] == pytest.approx(flops["features"] / here["rates"]["dense"])
     assert here["seconds"]["in all"] == pytest.approx(sum(here["seconds"][name] for name in flops))
-    assert here["peak_memory"] > 100e6
     assert "GFLOP/s" in as_table(result)
     config = load_config(tiny_config)
     short = replace(config, plan=replace(config.plan, probe_seconds=1))
