@@ -60,7 +60,7 @@ def write_gradient_features(
         generator, layers, images, np.arange(min(SCALE_ROWS, len(images.image_ids))), compression, config
     )
     scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
-    parts = folder / f"parts-{fingerprint([vars(config), generator.fingerprint, list(images.image_ids), sorted(layers)])}"
+    parts = folder / f"parts-{fingerprint([config.identity, generator.fingerprint, list(images.image_ids), sorted(layers)])}"
 
     def part(rows: range) -> np.ndarray:
         return (gradient_features(generator, layers, images, np.array(rows), compression, config) * scale).astype(np.float16)

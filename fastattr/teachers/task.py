@@ -178,7 +178,7 @@ class Task:
         inputs |= {"views": str(images.views), "captions": self.config.captions}
         if factors is not None:
             inputs["factors"] = factors.fingerprint
-        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, vars(settings)])
+        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, settings.identity])
         coordinates, kept = None, folder / "coordinates.npy"
         with self.timed("gradient store"):
             if factors is not None and settings.width:

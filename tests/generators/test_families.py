@@ -298,9 +298,10 @@ def test_a_lora_is_unlearned_through_peft(kind: str, corpus: Path, tmp_path: Pat
     assert layers
     assert all(LORA.strip("\\.").split("_")[0] in name for name in layers)
     latents, conditioning = generator.encode_image(IMAGES), generator.encode_prompt(PROMPTS)
+    arguments = (latents, conditioning, torch.tensor([200, 600]), latents.flip(0))
+    generator.training_loss(*arguments).sum().backward()
     with record_layers(layers) as recorded:
-        losses = generator.training_loss(latents, conditioning, torch.tensor([200, 600]), latents.flip(0))
-        losses.sum().backward()
+        generator.training_loss(*arguments).sum().backward()
         for name, layer in layers.items():  # what the hooks see is the gradient that autograd gives, the LoRA's factor included
             torch.testing.assert_close(
                 example_gradients(recorded[name]).sum(dim=0), layer.weight.grad.flatten(1), rtol=1e-3, atol=1e-7
