@@ -44,8 +44,9 @@ import torch
 from PIL import Image
 
 from fastattr import FastAttributor
-from fastattr.attributor.attribute import write_config
-from fastattr.attributor.catalogue import COLUMNS, write_table
+from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.folder import write_table
+from fastattr.attributor.make import seal_folder
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig, coarse_lists
@@ -307,7 +308,7 @@ def write_attributor(folder: Path, built: dict[str, Any], rows: int, dim: int) -
     write_json(folder / "metrics.json", {})
     facts = {"corpus_fingerprint": "made", "generator_fingerprint": "", "teacher": "none", "captions": "first"}
     features = {"encoders": [], "encoder_fingerprints": [], "feature_dim": dim}
-    write_config(folder, student=vars(shape), files=files, **built, **facts, **features)
+    seal_folder(folder, student=vars(shape), files=files, **built, **facts, **features)
 
 
 FIRST_ANSWER = """

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import truth as table_of_truth
 from accelerate import Accelerator
-from ground_truth import CONFIG, BenchConfig
+from ground_truth import CONFIG
 from PIL import Image
 from student_truth import Setting, measure as measure_students, open_bench
 from torch.nn import functional as F
@@ -40,6 +40,7 @@ from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
+from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.features.kinds import open_encoder
 from fastattr.features.stage import FeaturesConfig, encode_sets
 from fastattr.features.store import folders, read_features
@@ -643,7 +644,7 @@ def bench_students(sizes: Sizes) -> dict[str, Setting]:
 def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Sizes, docs: Path | None) -> dict[str, Any]:
     """Residual LDS of students, untuned features and teachers on retrained models (benchmarks/student_truth.py)."""
     bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
-    config = read_yaml(CONFIG, BenchConfig)
+    config = read_yaml(CONFIG, RetrainConfig)
     bench = open_bench(truth_dir, run_dir, source, config, bench_sizes, queries=sizes.truth_queries)
     tried = bench_students(sizes)
     return measure_students(bench, tried, PAPER_RECIPE, docs, resamples=bench_sizes.resamples, seed=sizes.seed)

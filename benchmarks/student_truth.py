@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ground_truth import BenchConfig
 from tqdm import tqdm
 from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
 
 from fastattr.core.files import MANIFEST, atomic_path, read_json
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
+from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.layers import weight_shape
 from fastattr.gradients.compression import Compression, GradientConfig
@@ -88,7 +88,7 @@ class Bench:
 
 
 def open_bench(
-    truth_dir: Path, run_dir: Path, source: Path | None, config: BenchConfig, sizes: Sizes, *, queries: int
+    truth_dir: Path, run_dir: Path, source: Path | None, config: RetrainConfig, sizes: Sizes, *, queries: int
 ) -> Bench:
     """Open emoji-bench, score its queries by every quick teacher and encode everything in every feature space.
 

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from ground_truth import AUTOENCODER, RANKINGS, BenchConfig, chosen_queries, prepare, removed_count
+from ground_truth import AUTOENCODER, open_run
 from tqdm import tqdm, trange
 
 from fastattr.core.errors import FastattrError, InputError, NonFiniteError
@@ -56,6 +56,8 @@ from fastattr.corpus.store import Corpus
 from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
 from fastattr.evaluation.figures import write_truth_report
 from fastattr.evaluation.lds import noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.retrain import RANKINGS
+from fastattr.evaluation.subsets import RetrainConfig, chosen_queries, removed_count
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.diffusion import middle_activations
 from fastattr.features.encoder import encode_all
@@ -429,7 +431,7 @@ class Data:
     """Ground truth, corpus and the generator that drew the queries, opened."""
 
     truth: GroundTruth
-    config: BenchConfig
+    config: RetrainConfig
     run_dir: Path
     corpus: Corpus
     latents: torch.Tensor
@@ -451,10 +453,10 @@ def _encode(name: str, images: Any, captions: Sequence[Sequence[str]]) -> np.nda
     return encode_all(encoder, images, captions, batch_size=128).astype(np.float32)
 
 
-def open_data(truth_dir: Path, run_dir: Path, config: BenchConfig, sizes: Sizes, source: Path | None) -> Data:
+def open_data(truth_dir: Path, run_dir: Path, config: RetrainConfig, sizes: Sizes, source: Path | None) -> Data:
     """Open everything; the corpus is taken from RUN or built there."""
     truth = GroundTruth(truth_dir)
-    bench = prepare(config, run_dir, source)
+    bench = open_run(config, run_dir, source)
     require_same(
         f"the corpus of {run_dir}",
         bench.corpus.fingerprint,
@@ -1002,7 +1004,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
-    config = read_yaml(options.config, BenchConfig)
+    config = read_yaml(options.config, RetrainConfig)
     data = open_data(options.truth, options.run, config, sizes, options.corpus)
     if options.sweep:
         write_json(data.truth.folder / SETTINGS, sweep(data, sizes))

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fastattr.attributor.catalogue import COLUMNS, FILTERS, Where, read_journal, versions
+from fastattr.attributor.catalogue import COLUMNS, FILTERS, Where
+from fastattr.attributor.folder import versions
+from fastattr.attributor.journal import read_journal
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, MissingExtraError
 
 try:

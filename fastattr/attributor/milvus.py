@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fastattr.attributor.attribute import FastAttributor
-from fastattr.attributor.catalogue import versions
+from fastattr.attributor.attributor import FastAttributor
 from fastattr.attributor.collection import (
     FIELDS,
     MAX_TOPK,
@@ -22,6 +21,7 @@ from fastattr.attributor.collection import (
     rows_a_call,
     state_of,
 )
+from fastattr.attributor.folder import versions
 
 
 def load(name: str, uri: str, *, token: str = "", index_type: str = "") -> dict[str, Any]:

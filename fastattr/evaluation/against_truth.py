@@ -74,7 +74,8 @@ def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
     Raises:
         ArtifactMismatchError: it was built from another corpus than the ground truth.
     """
-    from fastattr.attributor.attribute import Attribution, FastAttributor, read_info
+    from fastattr.attributor.attribution import Attribution
+    from fastattr.attributor.attributor import FastAttributor, read_info
 
     require_same(
         f"the corpus of attributor {name_or_path!r}",

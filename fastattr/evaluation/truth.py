@@ -1,7 +1,7 @@
 """Truth: the ground truth folder, which says what became of queries once models were retrained without some images.
 
-`GroundTruth` reads the folder that retraining writes (retrain.py, compact.py): manifest.json, images.parquet,
-queries.parquet, models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
+`GroundTruth` reads the folder that record.py writes of retrained models: manifest.json, images.parquet, queries.parquet,
+models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
 timesteps that methods are judged by (the manifest names them); each timestep's own loss is kept beside it.
 """
 

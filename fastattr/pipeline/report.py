@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fastattr.attributor.attribute import Attribution, FastAttributor
+from fastattr.attributor.attribution import Attribution
+from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import BuildConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastattr.attributor import attribute
+from fastattr.attributor.make import build_attributor
 from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
 from fastattr.corpus import store as corpus
 from fastattr.evaluation import against_teacher
@@ -38,7 +38,7 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     }
     settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
     if not finished(marker, stage="attributor", config=settings, inputs=inputs):
-        attribute.build_attributor(
+        build_attributor(
             config.index,
             run_dir,
             folder,

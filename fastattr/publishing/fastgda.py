@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from fastattr.attributor.attribute import CATALOG_COLUMNS, write_config
+from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json, write_manifest
 from fastattr.generators.queries import SPLITS
@@ -150,7 +151,7 @@ def read_ids(path: Path) -> pa.Table:
         table = pq.read_table(path)
         if "image_id" not in table.column_names:
             raise InputError(f"{path} has no column image_id; it has {', '.join(table.column_names)}.")
-        known = {name: table[name].to_pylist() for name in CATALOG_COLUMNS if name in table.column_names}
+        known = {name: table[name].to_pylist() for name in COLUMNS if name in table.column_names}
     elif path.suffix == ".txt":
         known = {"image_id": path.read_text(encoding="utf-8").splitlines()}
     elif path.suffix == ".json":
@@ -163,7 +164,7 @@ def read_ids(path: Path) -> pa.Table:
     if len(set(ids)) != len(ids):
         raise InputError(f"{path} names {len(ids) - len(set(ids))} ids twice; every training image needs its own.")
     texts = {name: ["" if value is None else str(value) for value in values] for name, values in known.items()}
-    return pa.table({name: pa.array(texts.get(name, [""] * len(ids)), pa.string()) for name in CATALOG_COLUMNS})
+    return pa.table({name: pa.array(texts.get(name, [""] * len(ids)), pa.string()) for name in COLUMNS})
 
 
 def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) -> None:
@@ -208,7 +209,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         )
         pq.write_table(catalog, temporary / "catalog.parquet", compression="zstd")
         write_json(temporary / "metrics.json", {})
-        write_config(
+        seal_folder(
             temporary,
             encoders=[],
             encoder_fingerprints=[],

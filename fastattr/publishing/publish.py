@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastattr.attributor.catalogue import copy_version, open_catalogue, read_config
+from fastattr.attributor.folder import copy_version, read_config
+from fastattr.attributor.journal import open_catalogue
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, Push, check_repo_id, embedded_models

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastattr.attributor.attribute import Attribution, FastAttributor
+from fastattr.attributor.attribution import Attribution
+from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import InputError, MissingExtraError
 
 try:

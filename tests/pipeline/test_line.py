@@ -20,7 +20,7 @@ from fastattr import (
     NonFiniteError,
     QueriesFailedError,
 )
-from fastattr.attributor.attribute import UNASSIGNED
+from fastattr.attributor.attribution import UNASSIGNED
 from fastattr.cli.main import main
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates

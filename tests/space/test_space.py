@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
 from fastattr import InputError
-from fastattr.attributor.attribute import UNASSIGNED, open_image
+from fastattr.attributor.attribution import UNASSIGNED
+from fastattr.attributor.inputs import open_image
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs pip install 'fastattr[space,dev]'")
 

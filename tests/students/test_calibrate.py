@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fastattr import ArtifactDamagedError, Attribution, FastAttributor, InputError
-from fastattr.attributor.attribute import UNASSIGNED, Reach
-from fastattr.attributor.catalogue import seal
+from fastattr.attributor.attribution import UNASSIGNED, Reach
+from fastattr.attributor.folder import seal
 from fastattr.core.files import sha256_file
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features

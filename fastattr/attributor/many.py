@@ -1,4 +1,4 @@
-"""Batch: attribute very many queries, divided among the processes of `accelerate launch`, each with the mapped index.
+"""Many: attribute very many queries, divided among the processes of `accelerate launch`, each with the mapped index.
 
 Reads a table (.parquet, .jsonl) with the columns 'query_id', 'prompt' and either 'image' (a file, relative to the table) or
 'features' (numbers); writes OUT/part-*.parquet, one row a query: 'query_id', 'prompt', 'image_ids', 'similarities',
@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from fastattr.attributor.attribute import Attribution, FastAttributor
+from fastattr.attributor.attribution import Attribution
+from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import MANIFEST, atomic_path, finished, sha256_file, write_manifest
 

@@ -1,133 +1,61 @@
-"""Attribute: from an image and its prompt to the training images that influenced it most.
+"""Attributor: from an image and its prompt to the training images that influenced it most.
 
-`FastAttributor` holds encoders, student, index and catalogue; `Attribution` is the answer to one query.
-An attributor folder holds config.json (shape, encoders, fingerprints, SHA-256 of every other file),
-model.safetensors, index.faiss (or its shards), catalog.parquet, thumbnails.parquet, metrics.json and, where it brings
-its own, encoder/. Images come and leave (`add`, `remove`, `update`, `compact`): see fastattr/attributor/catalogue.py.
+`FastAttributor` holds encoders, student, index and catalogue. Its folder holds config.json (shape, encoders, fingerprints,
+SHA-256 of every other file), model.safetensors, index.faiss (or its shards), catalog.parquet, thumbnails.parquet,
+metrics.json and, where it brings its own, encoder/.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import io
-import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from fastattr.attributor import catalogue as living
-from fastattr.attributor.catalogue import Catalogue, Where, file_of, open_catalogue, read_config, seal, versions
-from fastattr.core.errors import ArtifactDamagedError, EncoderMismatchError, InputError, MissingFileError
-from fastattr.core.files import atomic_path, open_stage, read_json, require_same, sha256_file, write_json
-from fastattr.core.models import ASSETS, commit_of, locate, split_revision
-from fastattr.corpus.store import Corpus, load_rgb, to_rgb
+from fastattr.attributor import journal as living
+from fastattr.attributor.attribution import REACH, Attribution, Influence, Reach, found as _found
+from fastattr.attributor.catalogue import Catalogue, Where, encode_vector
+from fastattr.attributor.folder import (
+    check_files,
+    copy_version,
+    file_of,
+    needed_files,
+    open_folder,
+    read_config,
+    read_table,
+    settled,
+    stamp_of,
+    versions,
+)
+from fastattr.attributor.inputs import ImageLike, checked_metadata, features_sha256, image_sha256, open_image
+from fastattr.attributor.journal import open_catalogue
+from fastattr.attributor.make import plain_vectors, thumbnail_bytes
+from fastattr.core.errors import EncoderMismatchError, InputError, MissingFileError
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.models import ASSETS, commit_of
 from fastattr.features.kinds import open_encoder
-from fastattr.index.build import build, build_index
-from fastattr.index.choose import IndexConfig
-from fastattr.index.files import load_index, save_index
+from fastattr.index.files import load_index
 from fastattr.index.search import search, stored_vectors
 from fastattr.students.calibration import FILE as CALIBRATION, Calibration, load_calibration
 from fastattr.students.light import LightStudent
-from fastattr.students.shares import estimate_shares, families_of
 
 if TYPE_CHECKING:
     import faiss
-    import pandas as pd
     import torch
-    from matplotlib.figure import Figure
 
     from fastattr.attributor.collection import MilvusBackend
     from fastattr.features.encoder import Encoder
 
 logger = logging.getLogger(__name__)
-
-RECEIPT = "fastattr-receipt-1"
-"""Format of `Attribution.to_dict`."""
-CATALOG_COLUMNS = living.COLUMNS
-THUMBNAIL_SIDE = 48
-"""Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
-
-UNASSIGNED = "no one in particular"
-"""Name of the last row of `Attribution.shares`: influence that is no one's more than anyone else's."""
-REACH = 20_000
-"""Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
-ImageLike = Image.Image | np.ndarray | str | Path
-
-
-@dataclass(frozen=True)
-class Influence:
-    """One training image in an attribution."""
-
-    rank: int
-    """0 = most influential."""
-    image_id: str
-    similarity: float
-    """Cosine between the student's embeddings of query and training image, -1 to 1; orders like influence."""
-    caption: str
-    creator: str
-    license: str
-    source: str
-    url: str
-    family: str
-    """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
-    percentile: float | None = None
-    """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
-    image_part: float | None = None
-    """How much of `similarity` is the image's doing, ..."""
-    text_part: float | None = None
-    """... and how much the prompt's: Shapley values, which add up to it; a part is taken away by putting the corpus' mean
-    in its place. None if the attributor has no means, or encoders that read both."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
-
-    catalog: pa.Table
-    """Of the whole corpus, or of these images alone."""
-    find: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
-    weights: np.ndarray | None
-    """(M,) what an image counts where there is no calibration."""
-    calibration: Calibration | None
-    size: int
-    """N, images that could have been found; those beyond the M count as unrelated."""
-
-    @cached_property
-    def _found(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.find()
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(M,) rows of the catalogue, most similar first."""
-        return self._found[0]
-
-    @property
-    def similarities(self) -> np.ndarray:
-        """(M,) their similarities."""
-        return self._found[1]
-
-    def first(self, k: int) -> Reach:
-        """Of an answer with k images: the same with a calibration, the first k images without."""
-        if self.calibration is not None or self.weights is None:
-            return self
-        return replace(self, find=partial(_found, self.rows[:k], self.similarities[:k]), weights=self.weights[:k])
-
-    def names(self, column: str) -> np.ndarray:
-        """(M,) values of one column of the catalogue; '' where there is none."""
-        values = self.catalog[column].take(pa.array(self.rows)).to_pylist()
-        return np.array(["" if value is None else str(value) for value in values])
 
 
 @dataclass(frozen=True)
@@ -143,148 +71,11 @@ class Asked:
     """Spent on the features."""
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """The training images that influenced one image most, most influential first."""
-
-    results: list[Influence]
-    prompt: str
-    seconds: dict[str, float]
-    """Time spent in each step."""
-    model: dict[str, Any]
-    """Name, fingerprints and versions of what answered."""
-    warnings: list[str] = field(default_factory=list)
-    query: dict[str, Any] = field(default_factory=dict)
-    """What was asked: 'sha256' of image and prompt (or features), 'embedding' (base64 float32), k, and the restriction."""
-    versions: dict[str, Any] = field(default_factory=dict)
-    """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
-    _reach: Reach | None = field(default=None, repr=False, compare=False)
-    _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row a training image, most influential first."""
-        import pandas as pd
-
-        return pd.DataFrame([asdict(result) for result in self.results])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The receipt: everything but the thumbnails, as plain values; `fastattr verify` replays it."""
-        return {
-            "format": RECEIPT,
-            "versions": self.versions,
-            "query": {**self.query, "prompt": self.prompt},
-            "results": [asdict(result) for result in self.results],
-            "prompt": self.prompt,
-            "seconds": self.seconds,
-            "model": self.model,
-            "warnings": self.warnings,
-        }
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON, the receipt."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
-
-    def first(self, k: int) -> Attribution:
-        """The same answer as if only k images had been asked for."""
-        return replace(
-            self,
-            results=self.results[:k],
-            query={**self.query, "k": min(k, self.query.get("k", k))},
-            _reach=self._reach.first(k) if self._reach else None,
-        )
-
-    def shares(self, by: str = "creator") -> pd.DataFrame:
-        """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
-
-        With a calibration, a share is what the teacher is expected to find, over the whole corpus: the influence of a
-        creator's images beyond what as many unrelated images have, over all positive influence. Near-duplicates (one
-        `family`) count once together. What is left belongs to no one in particular and is the last row, `UNASSIGNED`, with
-        the images that lack a name in that column. Intervals are of 95%, found on validation queries (docs/student.md).
-
-        Without a calibration shares are of the listed images together, each counting with the student's estimate of its
-        closeness to the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
-
-        Args:
-            by: 'creator', 'license', 'source' or another column of the catalogue.
-
-        Returns:
-            Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), largest share first.
-
-        Raises:
-            InputError: there is no such column.
-        """
-        import pandas as pd
-
-        if self._reach is None:
-            raise InputError("this attribution was made without a catalogue; shares need one.")
-        catalog = self._reach.catalog
-        known = [name for name in catalog.column_names if name not in {"image_id", "thumbnail"}]
-        if by not in known:
-            raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
-        names = self._reach.names(by)
-        if self._reach.calibration is None:
-            weights = self._reach.weights
-            counted = pd.DataFrame({by: names, "share": weights, "images": 1}).groupby(by, as_index=False).sum()
-            counted["share"] /= counted["share"].sum()
-            table = counted.assign(low=float("nan"), high=float("nan"))
-            last = (0.0, float("nan"), float("nan"))
-        else:
-            every = families_of(catalog["family"].to_pylist()) if "family" in catalog.column_names else np.arange(len(catalog))
-            found = estimate_shares(
-                self._reach.calibration,
-                self._reach.similarities,
-                names,
-                every[self._reach.rows],
-                family_sizes=np.bincount(every)[every[self._reach.rows]],
-                beyond=self._reach.size - len(names),
-            )
-            columns = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
-            table = pd.DataFrame(columns).query("images > 0")
-            last = found.unassigned
-        table = table.sort_values(["share", by], ascending=[False, True])
-        rest = {by: [UNASSIGNED], "share": last[0], "low": last[1], "high": last[2], "images": 0}
-        return pd.concat([table, pd.DataFrame(rest)], ignore_index=True)[[by, "share", "low", "high", "images"]]
-
-    @property
-    def dominant(self) -> str | None:
-        """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
-
-        Certainly: the lower end of its interval lies above the upper ends of all other creators', and above 0.
-        """
-        table = self.shares(by="creator").iloc[:-1]
-        if table.empty or not table["low"].iloc[0] > max(0.0, table["high"].iloc[1:].max() if len(table) > 1 else 0.0):
-            return None
-        return str(table["creator"].iloc[0])
-
-    def thumbnail(self, image_id: str) -> Image.Image:
-        """Small RGB picture of one of the results.
-
-        Raises:
-            InputError: it is none of them, or the attributor was loaded without thumbnails.
-        """
-        if self.results and not self._thumbnails:
-            raise InputError("the attributor has no thumbnails, or was loaded with thumbnails=False.")
-        if image_id not in self._thumbnails:
-            raise InputError(f"{image_id!r} is not among the {len(self.results)} results of this attribution.")
-        return load_rgb(self._thumbnails[image_id])
-
-    def figure(self) -> Figure:
-        """The results as a matplotlib figure: thumbnails with rank, similarity, caption and creator."""
-        from matplotlib.figure import Figure
-
-        columns = min(5, len(self.results))
-        rows = -(-len(self.results) // columns)
-        figure = Figure(figsize=(2.4 * columns, 2.7 * rows), layout="constrained")
-        for axes, result in zip(figure.subplots(rows, columns, squeeze=False).flat, self.results, strict=False):
-            axes.imshow(self.thumbnail(result.image_id))
-            axes.set_title(f"{result.rank + 1}. {result.caption[:34]}\n{result.creator}, {result.similarity:.3f}", fontsize=7)
-        for axes in figure.axes:
-            axes.axis("off")
-        return figure
-
-
 class FastAttributor:
     """Names the training images that influenced a generated image most."""
+
+    push_to_hub: ClassVar[Callable[..., str]]
+    """Push to a model repository; `fastattr` adds it from publishing/push_to_hub.py, since pushing stands below answering."""
 
     def __init__(
         self,
@@ -305,7 +96,7 @@ class FastAttributor:
         self.metrics = metrics
         self._encoders, self._student, self._catalogue, self._folder = list(encoders), student, catalogue, folder
         self._calibration, self._plain = calibration, plain_index
-        self._stamp = _stamp(folder)
+        self._stamp = stamp_of(folder)
         self._shards: Sequence[int] | None = None
         self._thumbnails = True
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -354,9 +145,11 @@ class FastAttributor:
         """
 
         def load() -> FastAttributor:
-            folder, config = _open_folder(
+            folder, config = open_folder(
                 name_or_path,
-                lambda config: _files(config, thumbnails=thumbnails and not index_uri, shards=shards, index=not index_uri),
+                lambda config: needed_files(
+                    config, thumbnails=thumbnails and not index_uri, shards=shards, index=not index_uri
+                ),
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
@@ -387,7 +180,7 @@ class FastAttributor:
             loaded._shards, loaded._thumbnails = shards, thumbnails
             return loaded
 
-        return _settled(Path(str(name_or_path)), load)
+        return settled(Path(str(name_or_path)), load)
 
     @property
     def catalog(self) -> pa.Table:
@@ -703,7 +496,7 @@ class FastAttributor:
 
     def refresh(self) -> bool:
         """Take up what another process has published since; `attribute` does so before it answers. True if there was any."""
-        stamp = _stamp(self._folder)
+        stamp = stamp_of(self._folder)
         if stamp == self._stamp or not isinstance(self._catalogue, Catalogue):
             return False
 
@@ -716,12 +509,12 @@ class FastAttributor:
                 for entry in living.read_journal(self._folder, config, after=self.config["journal_bytes"]):
                     catalogue = catalogue.applied(entry)
                 return config, catalogue
-            living.check_files(self._folder, config, _files(config, thumbnails=self._thumbnails, shards=self._shards))
+            check_files(self._folder, config, needed_files(config, thumbnails=self._thumbnails, shards=self._shards))
             if self._plain is not None:
                 self._plain = _open_plain(self._folder, config)
             return config, open_catalogue(self._folder, config, thumbnails=self._thumbnails, shards=self._shards)
 
-        self.config, self._catalogue = _settled(self._folder, load)
+        self.config, self._catalogue = settled(self._folder, load)
         self._stamp = stamp
         return True
 
@@ -789,7 +582,7 @@ class FastAttributor:
         self._check_features(features, len(captions))
         if len(metadata) != len(captions) or not len(captions):
             raise InputError(f"{len(captions)} images need as many metadata, and there must be at least one.")
-        records = [{"caption": caption, **_checked(fields)} for caption, fields in zip(captions, metadata, strict=True)]
+        records = [{"caption": caption, **checked_metadata(fields)} for caption, fields in zip(captions, metadata, strict=True)]
         ids = [record.get("image_id", "") for record in records]
         if "" in ids or len(set(ids)) < len(ids):
             raise InputError("every image needs an image_id of its own.")
@@ -804,7 +597,7 @@ class FastAttributor:
                 raise InputError(f"{', '.join(left[:3])} was removed; to take it in again, say so (readmit=True).")
             images: list[dict[str, Any]] = []
             for i, (record, embedding) in enumerate(zip(records, embeddings, strict=True)):
-                image = {**record, "embedding": living.encode_vector(embedding)}
+                image = {**record, "embedding": encode_vector(embedding)}
                 if thumbnails is not None:
                     image["thumbnail"] = base64.b64encode(thumbnails[i]).decode()
                 images.append(image)
@@ -850,7 +643,7 @@ class FastAttributor:
         """
         if any("image_id" in fields for fields in changes.values()):
             raise InputError("an image keeps its image_id; remove it and add it under another one.")
-        images = [{**_checked(fields), "image_id": image_id} for image_id, fields in changes.items()]
+        images = [{**checked_metadata(fields), "image_id": image_id} for image_id, fields in changes.items()]
 
         def entries(catalogue: Catalogue) -> list[dict[str, Any]]:
             unknown = [image_id for image_id, slot in zip(changes, catalogue.slots(list(changes)), strict=True) if slot < 0]
@@ -867,14 +660,14 @@ class FastAttributor:
             InputError: no image is left.
         """
         self._require_own()
-        self._require_whole()
+        self.require_whole()
         with living.lock(self._folder):
             self.refresh()
             assert isinstance(self._catalogue, Catalogue)
             if self._shards is not None or not self._thumbnails:
                 raise InputError("load the attributor whole (thumbnails, all shards) to compact it.")
             self.config = living.compact(self._folder, self.config, self._catalogue)
-            self._catalogue, self._stamp = open_catalogue(self._folder, self.config), _stamp(self._folder)
+            self._catalogue, self._stamp = open_catalogue(self._folder, self.config), stamp_of(self._folder)
             self._plain = _open_plain(self._folder, self.config)
 
     def history(self) -> list[dict[str, Any]]:
@@ -901,91 +694,41 @@ class FastAttributor:
             config = living.append(self._folder, self.config, lines)
             for line in lines:
                 catalogue = catalogue.applied(line)
-            self.config, self._catalogue, self._stamp = config, catalogue, _stamp(self._folder)
+            self.config, self._catalogue, self._stamp = config, catalogue, stamp_of(self._folder)
 
     def _require_own(self) -> None:
         """Work on a copy of what is not the user's to change: an embedded model, or the Hub client's cache."""
         if self._scratch or not (self._folder.is_relative_to(ASSETS) or commit_of(self._folder)):
             return
-        self._require_whole()
+        self.require_whole()
         logger.warning("%s can't be changed in place: changes are kept until this process ends, or you save it.", self.name)
         self._scratch = tempfile.TemporaryDirectory(prefix="fastattr-")
         copy = Path(self._scratch.name) / "attributor"
-        living.copy_version(self._folder, self.config, copy)
-        self._folder, self._stamp = copy, _stamp(copy)
+        copy_version(self._folder, self.config, copy)
+        self._folder, self._stamp = copy, stamp_of(copy)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the attributor to a folder that `from_pretrained` loads; an earlier one there is replaced."""
         target = Path(folder)
         if target.resolve() == self._folder.resolve():
             return
-        self._require_whole()
+        self.require_whole()
 
         def copy() -> None:
             self.refresh()
             with atomic_path(target) as temporary:
                 temporary.mkdir(parents=True)
-                living.copy_version(self._folder, self.config, temporary)
+                copy_version(self._folder, self.config, temporary)
 
-        _settled(self._folder, copy)
+        settled(self._folder, copy)
 
-    def _require_whole(self) -> None:
+    def require_whole(self) -> None:
         """Raise MissingFileError if it was loaded without some of its files."""
         absent = [file for file in self.config["sha256"] if not (self._folder / file).exists()]
         if absent:
             raise MissingFileError(
                 f"{self.name} was loaded without {', '.join(absent)}; load it whole (thumbnails, all shards) to pass it on."
             )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        tag: str | None = None,
-        generator: str | None = None,
-        scores: str | None = None,
-    ) -> str:
-        """Push the attributor with a card made from its metrics to a model repository, which is created if need be.
-
-        Args:
-            repo_id: 'org/name'.
-            private: of a repository that is created; None leaves it to the account.
-            token: Hub access token; None takes the stored one.
-            revision: branch, created if need be; None is 'main'.
-            create_pr: open a pull request instead of committing.
-            commit_message: None says what is pushed.
-            tag: name for the commit.
-            generator: Hub id of the generator that it belongs to, for the card.
-            scores: Hub id of the score table that it was distilled from, for the card.
-
-        Returns:
-            URL of the commit (or pull request); of the commit that is there, if nothing has changed.
-
-        Raises:
-            HubError: the Hub refuses, or can't be reached.
-            InputError: `repo_id` is none, or the tag names other contents.
-            MissingFileError: the attributor was loaded in part only.
-        """
-        from fastattr.publishing.publish import push_attributor
-
-        self._require_whole()
-        return push_attributor(
-            self._folder,
-            repo_id,
-            generator=generator,
-            scores=scores,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            message=commit_message,
-            tag=tag,
-        ).url
 
 
 def read_info(name_or_path: str | Path) -> dict[str, Any]:
@@ -996,14 +739,16 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     """
 
     def load() -> dict[str, Any]:
-        folder, config = _open_folder(name_or_path, lambda config: _files(config, thumbnails=False, index=False, model=False))
-        catalog = living.read_table(folder / file_of(config, "catalog"))
+        folder, config = open_folder(
+            name_or_path, lambda config: needed_files(config, thumbnails=False, index=False, model=False)
+        )
+        catalog = read_table(folder / file_of(config, "catalog"))
         if file_of(config, "journal") in config["sha256"]:
-            folder, config = _open_folder(name_or_path, lambda config: _files(config, thumbnails=False))
+            folder, config = open_folder(name_or_path, lambda config: needed_files(config, thumbnails=False))
             catalog = open_catalogue(folder, config, thumbnails=False).table
         return _describe(str(name_or_path), config, catalog, read_json(folder / "metrics.json"))
 
-    return _settled(Path(str(name_or_path)), load)
+    return settled(Path(str(name_or_path)), load)
 
 
 def _open_encoders(
@@ -1046,46 +791,9 @@ def _nearest(
     return list(zip(rows, similarities, strict=True))
 
 
-def _found(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return rows, similarities
-
-
 def _reached(catalogue: Catalogue, embedding: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and similarities of the images that shares of one query are taken of."""
     return _nearest(catalogue, embedding[None], min(count, catalogue.ntotal))[0]
-
-
-Result = TypeVar("Result")
-
-
-def _settled(folder: Path, load: Callable[[], Result]) -> Result:
-    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away."""
-    for _ in range(20):
-        before = _stamp(folder)
-        try:
-            return load()
-        except (MissingFileError, ArtifactDamagedError, FileNotFoundError):
-            if _stamp(folder) == before:
-                raise
-    return load()
-
-
-def _stamp(folder: Path) -> tuple[int, ...]:
-    """Changes whenever a version is published; () where there is no config.json."""
-    try:
-        found = (folder / "config.json").stat()
-    except OSError:
-        return ()
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _checked(fields: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of an image, once its columns and values have been looked at."""
-    known = {*CATALOG_COLUMNS, "date"}
-    for name, value in fields.items():
-        if name not in known or not isinstance(value, str):
-            raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r}.")
-    return dict(fields)
 
 
 def _query(sha256: str, embedding: np.ndarray, k: int, where: Where | None) -> dict[str, Any]:
@@ -1096,66 +804,6 @@ def _query(sha256: str, embedding: np.ndarray, k: int, where: Where | None) -> d
         "k": k,
     }
     return query | ({"where": dict(where)} if where else {})
-
-
-def image_sha256(image: Image.Image, prompt: str) -> str:
-    """Hex SHA-256 of an image's size and RGB pixels, and its prompt."""
-    rgb = to_rgb(image)
-    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}\n".encode())
-    digest.update(rgb.tobytes())
-    digest.update(prompt.encode())
-    return digest.hexdigest()
-
-
-def features_sha256(features: np.ndarray, prompt: str) -> str:
-    """Hex SHA-256 of (F,) features in float32 and the prompt."""
-    return hashlib.sha256(np.asarray(features, dtype="<f4").tobytes() + prompt.encode()).hexdigest()
-
-
-def _open_folder(
-    name_or_path: str | Path, files: Callable[[dict[str, Any]], list[str]], *, revision: str | None = None, **where: Any
-) -> tuple[Path, dict[str, Any]]:
-    """An attributor's folder and its config.json, once the checksums of the files that are asked for have been compared."""
-    name, revision = split_revision(name_or_path, revision)
-    folder = locate(name, "attributor", files=["config.json"], revision=revision, **where)
-    config = read_config(folder)
-    wanted = files(config)
-    # The rest comes from the commit that config.json came from, even if another has been pushed since.
-    folder = locate(name, "attributor", files=wanted, revision=commit_of(folder) or revision, **where)
-    living.check_files(folder, config, wanted)
-    return folder, config
-
-
-def _shards(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of the index with their first rows."""
-    shards: list[dict[str, Any]] = config.get("index_shards", [{"file": "index.faiss", "first_row": 0}])
-    return shards
-
-
-def _files(
-    config: dict[str, Any],
-    *,
-    thumbnails: bool,
-    shards: Sequence[int] | None = None,
-    index: bool = True,
-    model: bool = True,
-) -> list[str]:
-    """The files of an attributor that are needed."""
-    files = [shard["file"] for shard in _shards(config)]
-    unknown = [number for number in shards or [] if not 0 <= number < len(files)]
-    if unknown or (shards is not None and not shards):
-        raise InputError(f"the index has the shards 0 to {len(files) - 1}, got {list(shards or [])}.")
-    if not model:
-        return [file_of(config, "catalog"), "metrics.json"]
-    left_out = {file for number, file in enumerate(files) if shards is not None and number not in shards}
-    if not index:
-        stored = config.get("vectors") or {}
-        left_out |= {*living.index_files(config), stored.get("file"), file_of(config, "catalog"), file_of(config, "thumbnails")}
-    if not thumbnails:
-        left_out.add(file_of(config, "thumbnails"))
-    if shards is not None or not index:
-        left_out.add(file_of(config, "plain"))
-    return [file for file in config["sha256"] if file not in left_out]
 
 
 def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -1181,127 +829,3 @@ def _describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dic
         },
         "metrics": metrics,
     }
-
-
-def open_image(image: ImageLike | Any) -> Image.Image:
-    """An RGB image from a Pillow image, an (H, W, 3) uint8 array or a file.
-
-    Raises:
-        InputError: it is none of these, or can't be read.
-    """
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}.")
-        return Image.fromarray(image)
-    path = Path(image)
-    if not path.is_file():
-        raise InputError(f"there is no image file {str(path)!r}.")
-    try:
-        return load_rgb(path)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{str(path)!r} can't be read as an image ({type(error).__name__}); give a PNG, JPEG or WebP file."
-        ) from error
-
-
-def thumbnail_bytes(image: Image.Image, *, quality: int) -> bytes:
-    """A WebP of at most THUMBNAIL_SIDE pixels a side."""
-    small = image.copy()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="WEBP", quality=quality, method=6)
-    return buffer.getvalue()
-
-
-def build_attributor(
-    config: IndexConfig, run_dir: Path, folder: Path, *, encoders: Sequence[str], captions: str, thumbnail_quality: int
-) -> None:
-    """Put a run folder's corpus, features, student and metrics together as an attributor folder.
-
-    Args:
-        config: of the index.
-        run_dir: with finished corpus, features and student; evaluation/metrics.json is taken along if it is there.
-        folder: where to write.
-        encoders: specifications, in the order of the student's features.
-        captions: 'first' or 'mean', as the features were made.
-        thumbnail_quality: of the WebP thumbnails, 1 to 100.
-    """
-    from fastattr.features.encoder import modality
-    from fastattr.features.gradient import RECIPES
-    from fastattr.features.store import folders, read_features
-    from fastattr.students.distill import open_student, save_student
-    from fastattr.students.student import embed
-
-    corpus = Corpus(run_dir / "corpus")
-    manifest = open_stage(run_dir / "student", "student")
-    student = open_student(run_dir)
-    paths = folders(run_dir, "features", encoders)
-    features = read_features(paths, corpus.image_ids)
-    metrics_file = run_dir / "evaluation" / "metrics.json"
-    with atomic_path(folder) as temporary:
-        temporary.mkdir(parents=True)
-        save_student(student, temporary / "model.safetensors")
-        embeddings = embed(student, features)
-        built = build(lambda start, stop: embeddings[start:stop], len(embeddings), embeddings.shape[1], config, temporary)
-        if config.plain:
-            save_index(build_index(plain_vectors(features), config.plain), temporary / "plain.faiss")
-        if (run_dir / "calibration" / CALIBRATION).exists():
-            calibrated = open_stage(run_dir / "calibration", "calibration")["inputs"]["student"]
-            require_same("the student of calibration/", calibrated, manifest["fingerprint"], "Run `fastattr calibrate` again.")
-            shutil.copyfile(run_dir / "calibration" / CALIBRATION, temporary / CALIBRATION)
-        catalog = {
-            "image_id": corpus.image_ids,
-            "caption": [captions[0] for captions in corpus.captions],
-            **{column: corpus.column(column) for column in CATALOG_COLUMNS[2:]},
-        }
-        thumbnails = [thumbnail_bytes(corpus.image(row), quality=thumbnail_quality) for row in range(len(corpus))]
-        pictures = {"image_id": corpus.image_ids, "thumbnail": thumbnails}
-        files = {
-            "catalog": living.write_table(pa.table(catalog), temporary, "catalog"),
-            "thumbnails": living.write_table(pa.table(pictures), temporary, "thumbnails"),
-        }
-        write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
-        if any(specification.endswith(":encoder") for specification in encoders):
-            shutil.copytree(run_dir / "encoder", temporary / "encoder")
-        own = {specification.partition(":")[2] for specification in encoders}
-        for part in ("generator", *RECIPES):  # what diffusion and gradient features need at query time
-            if part in own or (part == "generator" and own & set(RECIPES)):
-                shutil.copytree(run_dir / part, temporary / part, ignore=shutil.ignore_patterns("checkpoint*"))
-        opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
-        write_config(
-            temporary,
-            encoders=list(encoders),
-            encoder_fingerprints=[encoder.fingerprint for encoder in opened],
-            captions=captions,
-            feature_dim=manifest["feature_dim"],
-            feature_blocks=[
-                {"modality": modality(specification), "width": open_stage(path, "features")["width"]}
-                for specification, path in zip(encoders, paths, strict=True)
-            ],
-            student=manifest["config"]["student"],
-            files=files,
-            **built,
-            corpus_fingerprint=manifest["corpus_fingerprint"],
-            generator_fingerprint=manifest["generator_fingerprint"],
-            teacher=manifest["teacher"],
-            training_queries=manifest["training_queries"],
-        )
-
-
-def plain_vectors(features: np.ndarray) -> np.ndarray:
-    """(N, F) float32 unit vectors whose inner products are the cosines of untuned features."""
-    vectors = features.astype(np.float32)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors
-
-
-def write_config(folder: Path, **settings: Any) -> None:
-    """Finish an attributor folder: write config.json with these settings and the checksums of all files there."""
-    from fastattr.core.version import __version__
-
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    checksums = {file: sha256_file(folder / file) for file in files}
-    made_by = {"format_version": living.FORMAT_VERSION, "fastattr_version": __version__, "catalog_version": 1}
-    write_json(folder / "config.json", seal(json.loads(json.dumps({**made_by, **settings, "sha256": checksums}))))
