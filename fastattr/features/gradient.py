@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from fastattr.core.errors import InputError
 from fastattr.core.files import MANIFEST, atomic_path, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
-from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
+from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import Factors, fit_ekfac
@@ -41,8 +41,8 @@ class Recipe:
     """What is differentiated, where, and how it is compared."""
 
     config: GradientConfig
-    pattern: str = CROSS_ATTENTION_KV
-    """Layers whose gradients are taken."""
+    pattern: str = ""
+    """Layers whose gradients are taken; '' as of `Generator.modules_to_unlearn`."""
     ridge: float = 0.0
     """Of the `RidgeKernel` that follows; 0 is none."""
 

@@ -83,7 +83,7 @@ class GradientConfig:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
     """How one layer's gradients get into the eigenbasis, as far as coordinates of it are kept."""
 
     left: torch.Tensor
@@ -94,6 +94,11 @@ class _Turn:
     """(o, i) factors that whiten."""
     places: torch.Tensor | None
     """(n,) kept coordinates in the flattened (o, i); None keeps all."""
+
+    @property
+    def width(self) -> int:
+        """n, numbers kept of a gradient of this layer."""
+        return self.scale.numel() if self.places is None else len(self.places)
 
     def picked(self, rotated: torch.Tensor, power: int) -> torch.Tensor:
         """(B, n) of (B, o, i), multiplied by the factors, or divided by them where `power` is -1."""
@@ -115,6 +120,8 @@ class Compression:
         config: GradientConfig,
         factors: Factors | None = None,
         coordinates: np.ndarray | None = None,
+        *,
+        turns: Mapping[str, Turn] | None = None,
     ) -> None:
         """Prepare rotation and sketch; the same for the same arguments.
 
@@ -124,19 +131,23 @@ class Compression:
             factors: EKFAC factors of these layers; needed where `config.whiten`.
             coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as
                 `leading_coordinates` finds them; without them all are sketched, or kept where `config.width` is 0.
+            turns: how each layer is rotated and cut, as an earlier compression has it, instead of factors and coordinates.
 
         Raises:
             InputError: whitening was asked for and there are no factors.
         """
-        if config.whiten and factors is None:
+        if config.whiten and factors is None and turns is None:
             raise InputError("whitened gradient features need EKFAC factors; fit them first, or set whiten to false.")
         self._names = list(layers)
         self._sizes = [layer.weight.numel() for layer in layers.values()]
         self._coordinates = coordinates
-        self._turns = _turns(layers, config, factors, coordinates) if config.whiten and factors is not None else {}
+        self.turns: Mapping[str, Turn] = turns or {}
+        if config.whiten and factors is not None:
+            self.turns = _turns(layers, config, factors, coordinates)
         size = sum(self._sizes)
-        self.width = size if not config.width else config.width if coordinates is None else len(coordinates)
-        self._sketched = bool(config.width) and coordinates is None
+        kept = sum(turn.width for turn in turns.values()) if turns else None if coordinates is None else len(coordinates)
+        self.width = (config.width or size) if kept is None else kept
+        self._sketched = bool(config.width) and kept is None
         if self._sketched:
             device = next(iter(layers.values())).weight.device
             rng = np.random.default_rng([config.seed, 11])
@@ -145,9 +156,9 @@ class Compression:
 
     def of_records(self, recorded: Mapping[str, Calls], groups: int) -> torch.Tensor:
         """(groups, k) from what `record_layers` recorded; each row is of the sum over a group of consecutive examples."""
-        if not self._turns:
+        if not self.turns:
             return self._shortened([example_gradients(recorded[name], groups) for name in self._names])
-        kept = [(turn, recorded[name]) for name, turn in self._turns.items()]
+        kept = [(turn, recorded[name]) for name, turn in self.turns.items()]
         return self._joined([turn.picked(rotated_gradients(calls, groups, turn.left, turn.right), 1) for turn, calls in kept])
 
     def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -159,9 +170,9 @@ class Compression:
         return self._of_matrices({name: change.unsqueeze(0) for name, change in step.items()}, -1)[0]
 
     def _of_matrices(self, matrices: Mapping[str, torch.Tensor], power: int) -> torch.Tensor:
-        if not self._turns:
+        if not self.turns:
             return self._shortened([matrices[name] for name in self._names])
-        kept = [(turn, matrices[name]) for name, turn in self._turns.items()]
+        kept = [(turn, matrices[name]) for name, turn in self.turns.items()]
         return self._joined([turn.picked(turn.left.T @ matrix @ turn.right, power) for turn, matrix in kept])
 
     def _shortened(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -182,7 +193,7 @@ class Compression:
 
 def _turns(
     layers: Mapping[str, Layer], config: GradientConfig, factors: Factors, coordinates: np.ndarray | None
-) -> dict[str, _Turn]:
+) -> dict[str, Turn]:
     """The rotation of each layer of which coordinates are kept; eigenvectors that no kept coordinate needs are left out."""
     turns, start = {}, 0
     for name, layer in layers.items():
@@ -199,7 +210,7 @@ def _turns(
             places = torch.from_numpy(left_places * len(kept_right) + right_places).to(layer.weight.device)
         start += outer * inner
         if places is None or len(places):
-            turns[name] = _Turn(left.to(layer.weight), right.to(layer.weight), scale.to(layer.weight), places)
+            turns[name] = Turn(left.to(layer.weight), right.to(layer.weight), scale.to(layer.weight), places)
     return turns
 
 

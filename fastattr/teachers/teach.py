@@ -37,16 +37,8 @@ from fastattr.generators.generator import Generator
 from fastattr.generators.queries import SPLITS, Queries
 from fastattr.gradients.ekfac import Factors
 from fastattr.teachers.config import TeacherConfig, teacher_name
-from fastattr.teachers.methods import score_by_kernel, score_by_similarity, score_by_unlearning
-from fastattr.teachers.task import TRIES, Task
-
-SCORED_BY = {
-    "unlearning": score_by_unlearning,
-    "trak": score_by_kernel,
-    "d-trak": score_by_kernel,
-    "similarity": score_by_similarity,
-}
-"""What scores a run's queries, by `TeacherConfig.method`."""
+from fastattr.teachers.methods import score
+from fastattr.teachers.task import TRIES, Task, layers_to_unlearn
 
 
 def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
@@ -65,20 +57,21 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     candidates, candidates_fingerprint = _candidates(run_dir, corpus, queries)
     candidate_rows = {query_id: corpus.rows(ids) for query_id, (ids, _) in candidates.items()}  # refuses unknown ids
     generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
-    layers = generator.modules_to_unlearn(config.pattern)
+    layers = layers_to_unlearn(generator, config.pattern)
+    models = tuple(Generator.from_pretrained(name, device=accelerator.device) for name in config.models)
     folder = run_dir / "scores"
     inputs = {"candidates": candidates_fingerprint, "generator": generator.fingerprint}
     made_of = {"generator": generator.fingerprint, "corpus": corpus.fingerprint}
     given = Factors.load(Path(config.factors), layers, made_of=made_of) if config.factors else None
     if given:
         inputs["factors"] = given.fingerprint
+    if models:
+        inputs["models"] = fingerprint([model.fingerprint for model in models])
     if not finished(folder, stage="scores", config=config, inputs=inputs):
         started = time.monotonic()
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
         shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
         task = Task(generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards)
-        SCORED_BY[config.method](task)
+        score(task)
         _write_table(task, folder, inputs, started)
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     return manifest

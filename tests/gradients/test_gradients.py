@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.store import Corpus
+from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import weight_shape
 from fastattr.gradients.compression import (
@@ -31,6 +32,7 @@ from fastattr.teachers.first_order import flat_step, linearised_scores
 from fastattr.teachers.kernels import kernel_scores
 from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.store import write_gradient_features
+from fastattr.teachers.task import layers_to_unlearn
 
 CONFIG = GradientConfig(width=0, draws=3, batch_size=16)
 
@@ -41,9 +43,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
     encoded = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
     images = replace(encoded, latents=encoded.latents.double(), conditioning=encoded.conditioning.to(torch.float64))
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, CROSS_ATTENTION_KV)
     factors = fit_ekfac(layers, factor_batches(generator, images, TeacherConfig(factor_examples=48, batch_size=16)))
     return generator, images, layers, factors
 
@@ -82,7 +82,7 @@ def test_sketches_keep_inner_products_on_average(setting):
         sizes = [layer.weight.shape for layer in layers.values()]
         assert compression.width == 64
         # The sketch is linear, so it may be taken of what is whitened already.
-        compression._turns = {}
+        compression.turns = {}
         parts = torch.from_numpy(exact).split([shape.numel() for shape in sizes], dim=1)
         sketch = compression({name: part.reshape(-1, *shape) for name, part, shape in zip(layers, parts, sizes, strict=True)})
         products.append((sketch @ sketch.T).numpy())
@@ -206,9 +206,7 @@ def rotated_draw_by_draw(setting, rows, config: GradientConfig) -> np.ndarray:
 def whole_network(setting):
     """The same generator with all layers, convolutions included."""
     generator, images, _, _ = setting
-    layers = generator.modules_to_unlearn(r".")
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, "")
     config = TeacherConfig(factor_examples=12, batch_size=12)
     return generator, images, layers, fit_ekfac(layers, factor_batches(generator, images, config))
 
