@@ -21,11 +21,11 @@ from pathlib import Path
 import machine
 
 from fastattr.core.errors import FastattrError
-from fastattr.core.files import MANIFEST
 from fastattr.core.models import ASSETS
 from fastattr.core.settings import read_yaml
-from fastattr.corpus import store as corpora
-from fastattr.corpus.store import CorpusConfig
+from fastattr.core.stages import MANIFEST
+from fastattr.corpus import stage as corpora
+from fastattr.corpus.stage import CorpusConfig
 from fastattr.evaluation.measure import run_one
 from fastattr.evaluation.record import make_ground_truth
 from fastattr.evaluation.retrain import Retraining, prepare, run_all

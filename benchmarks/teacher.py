@@ -31,9 +31,11 @@ from emoji import open_corpus
 from scipy.stats import spearmanr
 
 from fastattr import FastattrError
-from fastattr.core.files import MANIFEST, fingerprint, read_json
+from fastattr.core.files import read_json
 from fastattr.core.models import ASSETS
-from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
+from fastattr.core.stages import MANIFEST, fingerprint
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.features.candidates import write_candidates
 from fastattr.generators.queries import Queries, QueriesConfig, run as draw_queries
 from fastattr.teachers import teach

@@ -16,9 +16,9 @@ import pyarrow as pa
 from PIL import Image
 
 from fastattr.core.errors import InputError
-from fastattr.corpus.store import load_rgb
+from fastattr.corpus.images import load_rgb
 from fastattr.students.calibration import Calibration
-from fastattr.students.shares import estimate_shares, families_of
+from fastattr.students.shares import dominant, families_of, listed_table, share_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 RECEIPT = "fastattr-receipt-1"
 """Format of `Attribution.to_dict`."""
-UNASSIGNED = "no one in particular"
-"""Name of the last row of `Attribution.shares`: influence that is no one's more than anyone else's."""
 REACH = 20_000
 """Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
 
@@ -70,6 +68,10 @@ class Reach:
     calibration: Calibration | None
     size: int
     """N, images that could have been found; those beyond the M count as unrelated."""
+    own: bool = True
+    """Whether the picture looks like the generator's own; of others nobody is named."""
+    copies: np.ndarray | None = None
+    """(M,) bool, images that the picture is a copy of; None: nobody has looked."""
 
     @cached_property
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
@@ -150,10 +152,9 @@ class Attribution:
     def shares(self, by: str = "creator") -> pd.DataFrame:
         """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
 
-        With a calibration, a share is what the teacher is expected to find, over the whole corpus: the influence of a
-        creator's images beyond what as many unrelated images have, over all positive influence. Near-duplicates (one
-        `family`) count once together. What is left belongs to no one in particular and is the last row, `UNASSIGNED`, with
-        the images that lack a name in that column. Intervals are of 95%, found on validation queries (docs/student.md).
+        With a calibration, a share is of the influence above what unrelated images have (fastattr/students/shares.py says how).
+        What is left is spread too thinly to name and is the last row, the only one with `named` false. By creator, those of the
+        collection (`source`) with the largest share come first. Intervals are of 95%, found on validation queries.
 
         Without a calibration shares are of the listed images together, each counting with the student's estimate of its
         closeness to the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
@@ -162,53 +163,40 @@ class Attribution:
             by: 'creator', 'license', 'source' or another column of the catalogue.
 
         Returns:
-            Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), largest share first.
+            Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), 'named', largest share first; by
+            creator also 'source' and 'source_leads', see `fastattr.students.shares.share_table`.
 
         Raises:
             InputError: there is no such column.
         """
-        import pandas as pd
-
         if self._reach is None:
             raise InputError("this attribution was made without a catalogue; shares need one.")
-        catalog = self._reach.catalog
+        reach, catalog = self._reach, self._reach.catalog
         known = [name for name in catalog.column_names if name not in {"image_id", "thumbnail"}]
         if by not in known:
             raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
-        names = self._reach.names(by)
-        if self._reach.calibration is None:
-            weights = self._reach.weights
-            counted = pd.DataFrame({by: names, "share": weights, "images": 1}).groupby(by, as_index=False).sum()
-            counted["share"] /= counted["share"].sum()
-            table = counted.assign(low=float("nan"), high=float("nan"))
-            last = (0.0, float("nan"), float("nan"))
-        else:
-            every = families_of(catalog["family"].to_pylist()) if "family" in catalog.column_names else np.arange(len(catalog))
-            found = estimate_shares(
-                self._reach.calibration,
-                self._reach.similarities,
-                names,
-                every[self._reach.rows],
-                family_sizes=np.bincount(every)[every[self._reach.rows]],
-                beyond=self._reach.size - len(names),
-            )
-            columns = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
-            table = pd.DataFrame(columns).query("images > 0")
-            last = found.unassigned
-        table = table.sort_values(["share", by], ascending=[False, True])
-        rest = {by: [UNASSIGNED], "share": last[0], "low": last[1], "high": last[2], "images": 0}
-        return pd.concat([table, pd.DataFrame(rest)], ignore_index=True)[[by, "share", "low", "high", "images"]]
+        if reach.calibration is None:
+            return listed_table(reach.weights, reach.names(by), by)
+        every = families_of(catalog["family"].to_pylist()) if "family" in known else np.arange(len(catalog))
+        return share_table(
+            reach.calibration,
+            reach.similarities,
+            {name: reach.names(name) for name in {by, "source"} & set(known)},
+            by=by,
+            families=every[reach.rows],
+            family_sizes=np.bincount(every)[every[reach.rows]],
+            copies=reach.copies,
+            own=reach.own,
+        )
 
     @property
     def dominant(self) -> str | None:
         """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
 
-        Certainly: the lower end of its interval lies above the upper ends of all other creators', and above 0.
+        Certainly: the lower end of its interval lies above 0 and above the upper ends of all other creators' of its collection
+        (`source`), and the collection stands in the same way above all others.
         """
-        table = self.shares(by="creator").iloc[:-1]
-        if table.empty or not table["low"].iloc[0] > max(0.0, table["high"].iloc[1:].max() if len(table) > 1 else 0.0):
-            return None
-        return str(table["creator"].iloc[0])
+        return dominant(self.shares(by="creator"), "creator")
 
     def thumbnail(self, image_id: str) -> Image.Image:
         """Small RGB picture of one of the results.

@@ -321,7 +321,7 @@ class FastAttributor:
     def _search(self, asked: Asked, k: int, where: Where | None = None) -> list[Attribution]:
         """By the student."""
         started = time.perf_counter()
-        embeddings = self._student.embed_queries(asked.features)
+        embeddings = self._student.embed(asked.features)
         return self._answers(asked, embeddings, k, where, started=started)
 
     def _answers(
@@ -351,7 +351,7 @@ class FastAttributor:
                     seconds,
                     _query(asked.hashes[row], embeddings[row], k, where),
                     parts=parts[row],
-                    reach=Reach(table, find, weights, self._calibration, catalogue.ntotal),
+                    reach=Reach(table, find, weights, self._calibration, catalogue.ntotal, own=not warnings[row]),
                     warnings=warnings[row],
                 )
             )
@@ -418,9 +418,7 @@ class FastAttributor:
         if images.all() or not images.any():
             both = [(values, np.zeros_like(values)) for _, values in found]
             return [pair if images.all() else pair[::-1] for pair in both]
-        alone = [
-            self._student.embed_queries(np.where(kept, features, self._calibration.feature_mean)) for kept in (images, ~images)
-        ]
+        alone = [self._student.embed(np.where(kept, features, self._calibration.feature_mean)) for kept in (images, ~images)]
         parts: list[tuple[np.ndarray, np.ndarray] | None] = []
         for query, (rows, similarities) in enumerate(found):
             vectors = catalogue.vectors(rows)
@@ -586,7 +584,7 @@ class FastAttributor:
         ids = [record.get("image_id", "") for record in records]
         if "" in ids or len(set(ids)) < len(ids):
             raise InputError("every image needs an image_id of its own.")
-        embeddings = self._student.embed_images(features).astype(np.float16).astype(np.float32)
+        embeddings = self._student.embed(features).astype(np.float16).astype(np.float32)
 
         def entries(catalogue: Catalogue) -> list[dict[str, Any]]:
             there = [image_id for image_id, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]

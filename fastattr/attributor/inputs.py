@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.core.errors import InputError
-from fastattr.corpus.store import load_rgb, to_rgb
+from fastattr.corpus.images import load_rgb, to_rgb
 
 ImageLike = Image.Image | np.ndarray | str | Path
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import FORMAT_VERSION, seal, write_table
-from fastattr.core.files import atomic_path, open_stage, read_json, require_same, sha256_file, write_json
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.stages import open_stage, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.features.kinds import open_encoder
 from fastattr.index.build import build, build_index

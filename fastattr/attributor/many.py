@@ -20,7 +20,8 @@ from tqdm import tqdm
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, finished, sha256_file, write_manifest
+from fastattr.core.files import atomic_path, sha256_file
+from fastattr.core.stages import MANIFEST, finished, write_manifest
 
 PART_ROWS = 1024
 """Queries in one part, which is what a killed process loses at most."""

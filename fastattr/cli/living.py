@@ -40,7 +40,9 @@ def add(
     Nothing is trained: the student that is there embeds them.
     """
     from fastattr.attributor.catalogue import COLUMNS
-    from fastattr.corpus.store import TrainingImage, load_rgb, read_folder
+    from fastattr.corpus.folders import read_folder
+    from fastattr.corpus.images import load_rgb
+    from fastattr.corpus.records import TrainingImage
 
     own = _own(attributor)
     found = list(read_folder(pictures))

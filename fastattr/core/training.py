@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
-from fastattr.core.files import atomic_path, fingerprint
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,10 @@ from typing import Any
 
 from PIL import Image
 
+from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactDamagedError, MissingExtraError
-from fastattr.corpus.store import Skipped, TrainingImage
+from fastattr.corpus.images import load_rgb
+from fastattr.corpus.records import Skipped, TrainingImage
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 
@@ -126,8 +128,6 @@ def draw(svg: str, *, resolution: int) -> bytes:
         import resvg_py
     except ImportError as error:
         raise MissingExtraError("resvg is not installed; run: pip install 'fastattr[emoji]'") from error
-    from fastattr.corpus.store import load_rgb
-
     drawn = resvg_py.svg_to_bytes(
         svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
     )
@@ -198,7 +198,7 @@ def _iconify(
         family = _without_skin_tone(code)
         known = by_code.get(_plain_code(code))
         kin = known or by_code.get(family) or by_family.get(f"OPENMOJI-{family}")
-        annotation = known.captions[0].rsplit(", ", 1)[0] if known else icon_name.replace("-", " ")
+        annotation = split_caption(known.captions[0])[0] if known else icon_name.replace("-", " ")
         image = TrainingImage(
             image_id=f"{emoji_set.name}-{code}",
             image=b"",

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import finished, open_stage, read_json, require_same, write_json, write_manifest
+from fastattr.core.files import read_json, write_json
+from fastattr.core.stages import finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features, slug
 from fastattr.students.distill import open_student
 from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
-from fastattr.students.student import embed_both
+from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
 
@@ -130,7 +131,8 @@ def _student_scores(
 ) -> list[np.ndarray]:
     """Q arrays of the student's similarities to each query's candidates."""
     features = read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids)
-    ours, theirs = embed_both(open_student(run_dir), *features)
+    student = open_student(run_dir)
+    ours, theirs = (embed(student, part) for part in features)
     return [theirs[part] @ query for part, query in zip(rows, ours, strict=True)]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import open_stage, require_same
+from fastattr.core.stages import open_stage, require_same
 from fastattr.evaluation.figures import write_truth_report
 from fastattr.evaluation.lds import (
     bootstrap,

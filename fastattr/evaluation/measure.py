@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from fastattr.core.errors import InputError, NonFiniteError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.stages import MANIFEST, fingerprint
 from fastattr.evaluation.retrain import Retraining, planned, train, training_identity
 from fastattr.evaluation.subsets import WHAT, Model
 from fastattr.features.kinds import open_encoder

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import torch
 
 from fastattr.core.errors import ArtifactNotFoundError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, write_manifest
 from fastattr.evaluation.measure import measured_rows, measurement_identity, read_measured
 from fastattr.evaluation.retrain import RANKINGS, Retraining, planned
 from fastattr.evaluation.subsets import WHAT, Model, halves

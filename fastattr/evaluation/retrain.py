@@ -28,20 +28,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    read_json,
-    require_same,
-    sha256_file,
-    temporary_folder,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json, sha256_file, temporary_folder, write_json
+from fastattr.core.stages import MANIFEST, fingerprint, finished, require_same, write_manifest
 from fastattr.core.training import fit, trapezoid
-from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.evaluation.subsets import Model, RetrainConfig, choose_part, groups, halves, removals
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries

@@ -28,8 +28,9 @@ from fastattr.attributor.attributor import FastAttributor
 from fastattr.attributor.folder import read_config, seal
 from fastattr.attributor.make import thumbnail_bytes
 from fastattr.core.errors import ArtifactDamagedError, FastattrError, MissingFileError
-from fastattr.core.files import atomic_path, require_same, sha256_file, write_json
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path, sha256_file, write_json
+from fastattr.core.stages import require_same
+from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import Generator
 

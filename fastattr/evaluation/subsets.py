@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import fingerprint
+from fastattr.core.stages import fingerprint
 from fastattr.corpus.store import Corpus
 from fastattr.generators.queries import Queries, QueriesConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig

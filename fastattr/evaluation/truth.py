@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
-from fastattr.core.files import atomic_path, open_stage
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import open_stage
+from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.lds import group_shares, outputs_of
 
 MODELS = pa.schema(

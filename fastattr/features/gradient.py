@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, open_stage, require_same, write_manifest
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer

@@ -24,7 +24,8 @@ from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, NonFiniteError
-from fastattr.core.files import atomic_path, read_json, require_same, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.stages import require_same
 from fastattr.generators.layers import Layer, weight_shape
 from fastattr.gradients.recording import example_gradients, record_layers, rotated_gradients
 

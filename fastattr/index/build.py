@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
-from fastattr.core.files import fingerprint, read_json, write_json
+from fastattr.core.files import read_json, write_json
+from fastattr.core.stages import fingerprint
 from fastattr.index.choose import (
     AUTO,
     BUILD_ROWS,

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, open_stage, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import alone
+from fastattr.core.stages import MANIFEST, fingerprint, open_stage
 from fastattr.pipeline.config import BuildConfig, save_config
 from fastattr.pipeline.costs import training_images
 from fastattr.pipeline.plan import plan

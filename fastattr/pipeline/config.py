@@ -12,7 +12,7 @@ import yaml
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.settings import read_yaml
-from fastattr.corpus.store import CorpusConfig
+from fastattr.corpus.stage import CorpusConfig
 from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
 from fastattr.features.stage import FeaturesConfig

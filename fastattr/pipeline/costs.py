@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, read_json
+from fastattr.core.files import read_json
 from fastattr.core.models import ASSETS, embedded_models
+from fastattr.core.stages import MANIFEST
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
@@ -68,7 +69,7 @@ def training_images(config: BuildConfig, run_dir: Path) -> int:
     if config.plan.images:
         return config.plan.images
     if config.corpus.kind == "folder":
-        from fastattr.corpus.store import folder_parts
+        from fastattr.corpus.folders import folder_parts
 
         if Path(config.corpus.path).is_dir():
             return sum(len(part.read.args[1]) for part in folder_parts(Path(config.corpus.path))[1:])

@@ -17,7 +17,8 @@ from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import BuildConfig
 

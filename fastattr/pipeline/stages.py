@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fastattr.attributor.make import build_attributor
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
-from fastattr.corpus import store as corpus
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.corpus import stage as corpus
 from fastattr.evaluation import against_teacher
 from fastattr.features import candidates, stage as features
 from fastattr.features.store import features_fingerprint, folders

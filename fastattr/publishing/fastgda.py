@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
-from fastattr.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.stages import fingerprint, write_manifest
 from fastattr.generators.queries import SPLITS
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig

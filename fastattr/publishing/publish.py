@@ -19,9 +19,10 @@ from fastattr.attributor.folder import copy_version, read_config
 from fastattr.attributor.journal import open_catalogue
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json, write_json
-from fastattr.core.models import ASSETS, Push, check_repo_id, embedded_models
+from fastattr.core.models import ASSETS, check_repo_id, embedded_models
 from fastattr.publishing.cards import attributor_card, generator_card
 from fastattr.publishing.licences import license_text, provenance
+from fastattr.publishing.push import Push
 from fastattr.publishing.score_tables import push_scores
 from fastattr.publishing.staging import corpus_table, send, send_with_card
 

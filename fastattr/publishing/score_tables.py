@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
-from fastattr.core.files import open_stage, read_json, write_json
-from fastattr.core.models import Push, check_repo_id, fetch
+from fastattr.core.files import read_json, write_json
+from fastattr.core.models import check_repo_id, fetch
+from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS, Queries, query_schema
 from fastattr.publishing.cards import scores_card
 from fastattr.publishing.licences import license_text, merged, provenance
+from fastattr.publishing.push import Push
 from fastattr.publishing.staging import corpus_table, send_with_card
 from fastattr.teachers.scores import SCHEMA
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastattr.core.files import fingerprint, sha256_file
-from fastattr.core.models import Push, push_folder
+from fastattr.core.files import sha256_file
+from fastattr.core.stages import fingerprint
 from fastattr.corpus.store import Corpus
+from fastattr.publishing.push import Push, push_folder
 
 AUTO = "auto"
 """As a tag: made from fastattr's version and the contents, so the same contents have the same tag."""

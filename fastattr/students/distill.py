@@ -21,17 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, remove, write_manifest
+from fastattr.core.files import atomic_path, read_json, remove
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.students.losses import LOSSES
 from fastattr.students.pairs import (
-    TARGETS,
     FeatureRows,
     MappedFeatures,
     PairTable,
-    labels_of,
     make_table,
     open_table,
     split_query_ids,
@@ -39,7 +38,7 @@ from fastattr.students.pairs import (
 )
 from fastattr.students.ranking import teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
-from fastattr.teachers.scores import ScoredQuery, read_scores
+from fastattr.teachers.scores import read_scores
 
 START_ROWS = 20_000
 """Training images, spread over the corpus, from which the student's linear path starts."""
@@ -51,9 +50,7 @@ class DistillConfig:
 
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: str = "listwise"
-    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores', 'listwise', 'margin' or 'lambdarank' (losses.py)."""
-    targets: str = "ranks"
-    """'ranks' of the teacher's scores, or 'residual_ranks', of what is about the query alone; see `pairs.make_table`."""
+    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise' (losses.py)."""
     images_per_step: int = 1024
     """Training images drawn at each step, of those that the step's queries have as candidates."""
     outsider_share: float = 0.1
@@ -76,18 +73,15 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES or self.targets not in set(TARGETS) - {"scores"}:
-            raise InputError(
-                f"loss must be one of {', '.join(LOSSES)} and targets 'ranks' or 'residual_ranks', "
-                f"got {self.loss!r} and {self.targets!r}"
-            )
+        if self.loss not in LOSSES:
+            raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if min(self.images_per_step, self.judge_every, self.patience) < 1 or not 0 <= self.outsider_share < 1:
             raise InputError("images_per_step, judge_every and patience must be at least 1 and outsider_share in [0, 1)")
 
     @property
     def target_kind(self) -> str:
         """What `pairs.make_table` makes of the scores."""
-        return "scores" if self.loss == "mse_scores" else self.targets
+        return "scores" if self.loss == "mse_scores" else "ranks"
 
 
 class DistillLoss(nn.Module):
@@ -102,9 +96,8 @@ class DistillLoss(nn.Module):
         self, queries: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Args: queries (Q, F); images (N, F); targets and weights (Q, N)."""
-        cosine = (self.student(queries, query=True) @ self.student(images).T).float()
-        logits = self.student.logits(cosine) + self.student.popularity(images).float()
-        return self._loss(logits, targets, weights)
+        cosine = (self.student(queries) @ self.student(images).T).float()
+        return self._loss(self.student.logits(cosine), targets, weights)
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ class Validation:
         """mAP(L), L in percent of the corpus, within the queries' candidate sets."""
         union, inverse = np.unique(np.concatenate(self.rows), return_inverse=True)
         embedded = np.concatenate([embed(student, images[part]) for part in np.array_split(union, -(-len(union) // 8192))])
-        queries = embed(student, self.features, query=True)
+        queries = embed(student, self.features)
         positives = max(1, round(len(images) * percent / 100))
         places = np.split(inverse, np.cumsum([len(part) for part in self.rows])[:-1])
         found = [
@@ -215,37 +208,6 @@ def _outsider_chance(table: PairTable, share: float, known: float) -> float:
         return 0.0
     wanted = known * max(0.0, share - table.outsiders) / (1 - share)
     return min(1.0, wanted / (1 - known))
-
-
-def train_student(
-    scored: Sequence[ScoredQuery],
-    query_features: np.ndarray,
-    corpus_features: np.ndarray,
-    rows: Sequence[np.ndarray],
-    config: DistillConfig,
-    *,
-    checkpoint: Path,
-    made_from: object = None,
-    accelerator: Accelerator | None = None,
-) -> Student:
-    """Train a student on queries in memory, for all steps.
-
-    Args:
-        scored: the Q training queries with their candidates' scores.
-        query_features: (Q, F) in the same order.
-        corpus_features: (N, F).
-        rows: for each query the (C,) rows of its candidates in `corpus_features`.
-        config: shape and training.
-        checkpoint: see `training.fit`.
-        made_from: see `training.fit`.
-        accelerator: see `training.fit`.
-
-    Returns:
-        The student with averaged weights.
-    """
-    table = make_table(labels_of(scored, rows), corpus_size=len(corpus_features), kind=config.target_kind)
-    options: dict[str, Any] = {"checkpoint": checkpoint, "made_from": made_from, "accelerator": accelerator}
-    return distill(table, query_features, corpus_features, config, **options)
 
 
 def read_validation(run_dir: Path, corpus: Corpus, query_folders: Sequence[Path]) -> Validation | None:

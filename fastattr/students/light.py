@@ -43,29 +43,17 @@ class LightStudent:
         shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
         if config["input_norm"]:
             shapes["input_norm.weight"] = shapes["input_norm.bias"] = (feature_dim,)
-        self._head = "query_head." if config.get("separate_heads") else ""
-        if self._head:
-            shapes |= {self._head + name: shape for name, shape in shapes.items()}
         shapes["log_scale"] = shapes["bias"] = ()
-        stored = {
-            name: value for name, value in load_file(path).items() if not name.startswith("popularity_head.")
-        }  # no query's
+        stored = load_file(path)
         found = {name: value.shape for name, value in stored.items()}
         if found != shapes:
             wrong = sorted(set(found.items()) ^ set(shapes.items()))
             raise ArtifactDamagedError(f"{path} is not the student that config.json describes: {wrong[:3]} differ.")
         self._weights = {name: value.astype(np.float32) for name, value in stored.items()}
 
-    def embed_queries(self, features: np.ndarray) -> np.ndarray:
-        """(Q, F) features -> (Q, D) float32 unit embeddings."""
-        return self._embed(features, self._head)
-
-    def embed_images(self, features: np.ndarray) -> np.ndarray:
-        """(N, F) features of training images -> (N, D) float32 unit embeddings."""
-        return self._embed(features, "")
-
-    def _embed(self, features: np.ndarray, prefix: str) -> np.ndarray:
-        head = {name.removeprefix(prefix): value for name, value in self._weights.items() if name.startswith(prefix)}
+    def embed(self, features: np.ndarray) -> np.ndarray:
+        """(B, F) features of queries or training images -> (B, D) float32 unit embeddings."""
+        head = self._weights
         values = features.astype(np.float32)
         if "input_norm.weight" in head:
             values = layer_norm(values, head, "input_norm")

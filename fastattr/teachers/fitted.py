@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, open_stage, require_same, write_manifest
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import open_stage, require_same, write_manifest
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import (

@@ -10,8 +10,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fastattr.core.errors import QueriesFailedError
-from fastattr.core.files import atomic_path, fingerprint
+from fastattr.core.files import atomic_path
 from fastattr.core.processes import in_parts
+from fastattr.core.stages import fingerprint
 from fastattr.features.store import check_source, folders, read_features
 from fastattr.generators.conditioning import Conditioning
 from fastattr.gradients.compression import gradient_features

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from fastattr.core.files import MANIFEST, fingerprint, finished, read_json, write_manifest
+from fastattr.core.files import read_json
 from fastattr.core.processes import in_parts
+from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
 from fastattr.features.store import write_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer

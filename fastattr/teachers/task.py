@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError
-from fastattr.core.files import atomic_path, fingerprint, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import in_parts, split_between
+from fastattr.core.stages import fingerprint
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer

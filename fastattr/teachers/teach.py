@@ -20,17 +20,9 @@ import torch
 from accelerate import Accelerator
 
 from fastattr.core.errors import InputError, QueriesFailedError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    open_stage,
-    read_json,
-    require_same,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json
 from fastattr.core.processes import peak_memory
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.generator import Generator

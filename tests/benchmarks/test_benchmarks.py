@@ -15,7 +15,9 @@ from PIL import Image
 from torch import nn
 
 from fastattr.core.errors import ArtifactDamagedError, InputError
-from fastattr.corpus.store import Corpus, CorpusConfig, TrainingImage, write_corpus
+from fastattr.corpus.records import TrainingImage
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig, build_autoencoder, pixel_tensor
 from fastattr.generators.scratch.refinement import is_refined_on
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastattr import ArtifactDamagedError, FastAttributor, Generator, MissingFileError
 from fastattr.attributor.attributor import read_info
-from fastattr.core.files import write_manifest
+from fastattr.core.stages import write_manifest
 from fastattr.evaluation.showcase import (
     COUNTERFACTUALS,
     COUNTERFACTUALS_FILE,

@@ -16,8 +16,10 @@ from PIL import Image, ImageOps
 from scipy.stats import spearmanr
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, read_json
-from fastattr.corpus.store import Corpus, CorpusConfig, run as read_corpus
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST
+from fastattr.corpus.stage import CorpusConfig, run as read_corpus
+from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import CandidatesConfig, write_candidates
 from fastattr.generators import pretrained, queries
 from fastattr.generators.conditioning import Conditioning

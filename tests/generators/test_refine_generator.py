@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from fastattr import InputError
+from fastattr.core.captions import recombinations, recombine
 from fastattr.core.training import TrainingConfig
 from fastattr.generators.scratch.denoiser import (
     DenoiserLoss,
@@ -25,10 +26,7 @@ from fastattr.generators.scratch.refinement import (
     RefinementConfig,
     RefinementLoss,
     is_refined_on,
-    recombinations,
-    recombine,
     refine,
-    split_caption,
 )
 
 STYLES = ("flat style", "inked style", "wavy style")
@@ -71,22 +69,6 @@ def batch(examples) -> tuple[torch.Tensor, ...]:
 
 def flags(*positions: int) -> torch.Tensor:
     return torch.tensor([position in positions for position in range(6)])
-
-
-def test_captions_split_at_their_last_comma():
-    assert split_caption("family: man, boy, noto style") == ("family: man, boy", "noto style")
-    assert split_caption("red heart") == ("red heart", "")
-    assert recombine("family: man, boy, noto style", "fluent style") == "family: man, boy, fluent style"
-
-
-def test_recombinations_are_all_pairs_that_no_caption_has():
-    captions = ["cat, flat style", "dog, inked style", "cat, inked style", "bird", "ant, wavy style"]
-    assert recombinations(captions) == [
-        *[(4, "flat style"), (4, "inked style")],
-        *[(3, "flat style"), (3, "inked style"), (3, "wavy style")],
-        (0, "wavy style"),
-        *[(1, "flat style"), (1, "wavy style")],
-    ]
 
 
 def test_about_half_of_the_prompts_are_refined_on():

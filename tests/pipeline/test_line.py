@@ -20,7 +20,6 @@ from fastattr import (
     NonFiniteError,
     QueriesFailedError,
 )
-from fastattr.attributor.attribution import UNASSIGNED
 from fastattr.cli.main import main
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
@@ -28,6 +27,7 @@ from fastattr.generators.queries import Queries
 from fastattr.pipeline.build import embed_assets, run
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.stages import STAGES
+from fastattr.students.shares import UNASSIGNED
 from fastattr.teachers import methods, task
 from fastattr.teachers.scores import read_scores
 from tests.tiny import draw
@@ -221,9 +221,10 @@ def test_shares_sum_to_one_and_follow_the_named_column(attributor: FastAttributo
     answer = attributor.attribute(draw("red", "circle", "plain"), "red circle, plain style", k=7)
     for column in ("creator", "license", "source", "caption"):
         shares = answer.shares(by=column)
-        assert list(shares) == [column, "share", "low", "high", "images"]
+        assert list(shares)[:6] == [column, "share", "low", "high", "images", "named"]
         assert shares["share"].sum() == pytest.approx(1)
         assert shares[column].iloc[-1] == UNASSIGNED
+        assert shares["named"].tolist() == [True] * (len(shares) - 1) + [False]
         assert set(shares[column].iloc[:-1]) <= set(attributor.catalog[column].to_pylist())
     with pytest.raises(InputError, match="not by 'colour'"):
         answer.shares(by="colour")

@@ -24,20 +24,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fastattr.core.files import (
-    MANIFEST,
-    finished,
-    open_stage,
-    read_json,
-    sha256_file,
-    temporary_folder,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.captions import split_caption
+from fastattr.core.files import read_json, sha256_file, temporary_folder, write_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.core.training import TrainingConfig, fit, trapezoid
 from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import encode_latents, load_images
-from fastattr.generators.scratch.refinement import RefinementConfig, refine, split_caption
+from fastattr.generators.scratch.refinement import RefinementConfig, refine
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
+from fastattr.core.captions import recombinations, recombine, split_caption
 from fastattr.core.errors import InputError
 from fastattr.core.training import TrainingConfig, fit, trapezoid
 
@@ -50,31 +51,6 @@ class RefinementConfig:
             raise InputError(f"refinement.steps must be at least 0, got {self.steps}")
         if not 0 <= self.recombined_share < 1:
             raise InputError(f"refinement.recombined_share must be in [0, 1), got {self.recombined_share}")
-
-
-def split_caption(caption: str) -> tuple[str, str]:
-    """'red heart, openmoji style' -> ('red heart', 'openmoji style'); a caption without comma is a subject without style."""
-    subject, _, style = caption.rpartition(", ")
-    return (subject, style) if subject else (caption, "")
-
-
-def recombinations(captions: Sequence[str]) -> list[tuple[int, str]]:
-    """All (row, style) such that no caption has that row's subject in that style; the row is the subject's first.
-
-    Args:
-        captions: (N,) 'SUBJECT, STYLE'; what has no style counts as a subject alone.
-
-    Returns:
-        In order of subject, then of style.
-    """
-    rows: dict[str, int] = {}
-    known: dict[str, set[str]] = {}
-    for row, caption in enumerate(captions):
-        subject, style = split_caption(caption)
-        rows.setdefault(subject, row)
-        known.setdefault(subject, set()).add(style)
-    styles = sorted(set().union(*known.values()) - {""})
-    return [(rows[subject], style) for subject in sorted(rows) for style in styles if style not in known[subject]]
 
 
 def is_refined_on(prompt: str) -> bool:
@@ -204,8 +180,3 @@ def refine(
     )
     refined: DenoiserLoss = average.denoiser  # type: ignore[assignment]
     return refined
-
-
-def recombine(caption: str, style: str) -> str:
-    """'red heart, openmoji style', 'noto style' -> 'red heart, noto style'."""
-    return f"{split_caption(caption)[0]}, {style}"

@@ -1,8 +1,7 @@
-"""fastattr/core/files.py: files are whole or absent, and folders that do not belong together are refused."""
+"""fastattr/core/stages.py: a stage is done once, and folders that do not belong together are refused."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +10,7 @@ import numpy as np
 import pytest
 
 from fastattr.core.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    open_stage,
-    read_json,
-    require_same,
-    sha256_file,
-    temporary_folder,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.stages import MANIFEST, fingerprint, finished, make, open_stage, require_same, write_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,102 +28,6 @@ INPUTS = {"corpus": "0123456789abcdef"}
 def write_stage(folder: Path, config: StageConfig | None = None, **facts: object) -> dict[str, object]:
     folder.mkdir()
     return write_manifest(folder, stage="candidates", config=config or StageConfig(), inputs=INPUTS, **facts)
-
-
-def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):
-    """A crash half-way would leave a short file that a later stage reads as the result."""
-    path = tmp_path / "scores.npy"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="disk"), atomic_path(path) as temporary:
-        temporary.write_bytes(b"half of the n")
-        raise RuntimeError("disk full")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_path_shows_nothing_before_the_end(tmp_path):
-    """A reader in another process must not see a file that is still being written."""
-    path = tmp_path / "new" / "scores.npy"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(b"new")
-        assert temporary.suffix == ".npy"  # numpy would add a suffix of its own, and the rename would miss the file
-        assert not path.exists()
-    assert path.read_bytes() == b"new"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_atomic_path_replaces_a_folder_whole(tmp_path):
-    """A shard of an earlier try, left beside the new shards, would add its rows to the result."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "data-00007.parquet").write_bytes(b"earlier try")
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        (temporary / "data-00000.parquet").write_bytes(b"new")
-    assert [path.name for path in folder.iterdir()] == ["data-00000.parquet"]
-
-
-def test_atomic_path_keeps_the_old_folder_when_writing_fails(tmp_path):
-    """Removing the old folder first would lose hours of work to an error in the new try."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "data.parquet").write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_path(folder) as temporary:
-        temporary.mkdir()
-        (temporary / "data.parquet").write_bytes(b"half")
-        raise RuntimeError
-    assert (folder / "data.parquet").read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_atomic_path_keeps_the_old_folder_when_nothing_was_written(tmp_path):
-    """A writer that forgot to write would otherwise have the old result removed, and leave nothing."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "data.parquet").write_bytes(b"old")
-    with pytest.raises(FileNotFoundError), atomic_path(folder):
-        pass
-    assert (folder / "data.parquet").read_bytes() == b"old"
-
-
-def test_json_round_trip_keeps_values(tmp_path):
-    """A number written as text, or escaped names, would come back as something else."""
-    write_json(tmp_path / "a.json", {"creator": "Groß", "map": np.float64(0.5), "rows": np.int64(3), "config": StageConfig()})
-    assert read_json(tmp_path / "a.json") == {
-        "creator": "Groß",
-        "map": 0.5,
-        "rows": 3,
-        "config": {"step_size": 0.01, "channels": [16, 32], "source": "images"},
-    }
-
-
-def test_failed_write_json_keeps_the_old_file(tmp_path):
-    """A value without a JSON form would truncate the metrics that were there."""
-    write_json(tmp_path / "a.json", {"map": 0.5})
-    with pytest.raises(TypeError, match="object"):
-        write_json(tmp_path / "a.json", {"map": object()})
-    assert read_json(tmp_path / "a.json") == {"map": 0.5}
-
-
-@pytest.mark.parametrize("content", [b'{"map": 0.', b"\xff\xfe", b""])
-def test_damaged_json_is_named_as_damaged(tmp_path, content):
-    """A traceback from the JSON module does not tell a user which file to fetch again."""
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ArtifactDamagedError, match=r"a\.json"):
-        read_json(tmp_path / "a.json")
-
-
-def test_missing_json_is_named_as_missing(tmp_path):
-    """An empty default in its place would be taken for a result."""
-    with pytest.raises(ArtifactNotFoundError, match=r"a\.json"):
-        read_json(tmp_path / "a.json")
-
-
-def test_sha256_file_equals_hashlib_over_the_bytes(tmp_path):
-    """A checksum over anything but all bytes would let a damaged index through."""
-    data = np.random.default_rng(0).bytes(3_000_000)
-    (tmp_path / "index.faiss").write_bytes(data)
-    assert sha256_file(tmp_path / "index.faiss") == hashlib.sha256(data).hexdigest()
 
 
 def test_fingerprint_ignores_key_order_and_notices_every_value(tmp_path):
@@ -235,9 +126,39 @@ def test_require_same_names_both_and_the_remedy():
         require_same("the index", "aa", "bb", "Rebuild it.")
 
 
-def test_temporary_folder_is_removed_after_an_error(tmp_path):
-    """Scratch shards left in a run folder would fill the disk over many tries."""
-    with pytest.raises(RuntimeError), temporary_folder(tmp_path / "run") as scratch:
-        (scratch / "shard").write_bytes(b"x")
-        raise RuntimeError
-    assert list((tmp_path / "run").iterdir()) == []
+def test_make_works_once_and_then_reads_what_it_found(tmp_path):
+    """A second call that worked again would cost hours; one that returned nothing would lose the facts."""
+    calls = []
+
+    def work() -> dict[str, object]:
+        calls.append(1)
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "data.npy").write_bytes(b"x")
+        return {"images": 7}
+
+    stage = {"stage": "candidates", "config": StageConfig(), "inputs": INPUTS}
+    first, second = make(tmp_path / "c", work, **stage), make(tmp_path / "c", work, **stage)
+    assert first == second == open_stage(tmp_path / "c", "candidates")
+    assert (first["images"], calls) == (7, [1])
+    with pytest.raises(ArtifactMismatchError, match="step_size"):
+        make(tmp_path / "c", work, **{**stage, "config": replace(StageConfig(), step_size=0.5)})
+    assert calls == [1]
+
+
+def test_make_keeps_the_checkpoint_of_failed_work_and_removes_that_of_finished_work(tmp_path):
+    """Removed too early, a killed run starts anew; removed never, it fills the disk."""
+    folder, checkpoint, shards = tmp_path / "c", tmp_path / "c" / "checkpoint", tmp_path / "c" / "shards"
+
+    def work() -> dict[str, object]:
+        shards.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            return {"resumed": True}
+        checkpoint.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    stage = {"stage": "student", "config": StageConfig(), "inputs": INPUTS, "temporary": [checkpoint, shards]}
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, work, **stage)
+    assert not (folder / MANIFEST).exists()
+    assert make(folder, work, **stage)["resumed"] is True
+    assert [path.name for path in folder.iterdir()] == [MANIFEST]

@@ -1,7 +1,4 @@
-"""Sources of a corpus: image folders, `datasets`, COCO, webdataset shards, and URLs with the shards of their images.
-
-A source is a list of parts, each of which one process reads on its own and streams; ids depend on the source's own names
-(keys, file names, row numbers), never on the order in which processes come to them.
+"""Shards: read COCO, webdataset shards, and URLs with the shards of their images.
 
 Webdataset shards are read as img2dataset writes them: NNNNN.tar with KEY.jpg, KEY.txt and KEY.json (url, caption, and
 LAION's LICENSE, NSFW, similarity), and NNNNN.parquet beside it, which also lists the URLs that could not be fetched.
@@ -11,8 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +18,8 @@ import pyarrow.parquet as pq
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json
-from fastattr.corpus.store import (
-    IMAGE_SUFFIXES,
-    ROWS_AT_ONCE,
-    CorpusConfig,
-    Part,
-    Skipped,
-    TrainingImage,
-    as_training_image,
-    folder_parts,
-    read_bytes,
-    read_dataset,
-)
+from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
+from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image
 
 NAMES = {
     "caption": ("caption", "text", "alt"),
@@ -46,44 +32,7 @@ NAMES = {
 """Our names, and theirs in any case of letters, of which the first that has a value counts."""
 
 
-def _nothing(parts: Sequence[Path]) -> list[Skipped]:
-    return []
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a corpus is read from."""
-
-    parts: list[Part]
-    missing: Callable[[Sequence[Path]], list[Skipped]] = _nothing
-    """From all written parts, what the source promised and no part brought."""
-
-
-def open_source(config: CorpusConfig) -> Source:
-    """The source that a config names.
-
-    Raises:
-        ArtifactNotFoundError: there is no such folder or file.
-        InputError: a dataset lacks the columns.
-    """
-    if config.kind == "emoji":
-        from fastattr.corpus.emoji import read_emoji
-
-        return Source([Part("emoji", partial(read_emoji, config.resolution))])
-    path = Path(config.path)
-    if config.kind == "folder":
-        return Source(folder_parts(path))
-    if config.kind == "coco":
-        return Source(coco_parts(path, config.split))
-    if config.kind == "webdataset":
-        return Source([_shard_part(shard, None) for shard in _files(path, ".tar")])
-    if config.kind == "urls":
-        rows = _rows_by_url(path)
-        return Source([_shard_part(shard, rows) for shard in _files(Path(config.shards), ".tar")], partial(_not_fetched, rows))
-    return Source(dataset_parts(config))
-
-
-def _files(path: Path, suffix: str) -> list[Path]:
+def files_of(path: Path, suffix: str) -> list[Path]:
     """A file, or all files of a kind in a folder, sorted.
 
     Raises:
@@ -132,7 +81,8 @@ def _read_coco(
         )
 
 
-def _shard_part(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None) -> Part:
+def shard_part(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None) -> Part:
+    """One tar shard as a part; arguments as `read_shard`."""
     status = shard.stat()
     return Part(f"{shard.name} {status.st_size} {status.st_mtime_ns}", partial(read_shard, shard, rows))
 
@@ -214,14 +164,14 @@ def _renamed(row: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value).strip() for name, value in found.items() if str(value).strip()}
 
 
-def _rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
+def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of one or more parquet files of URLs; all are in memory, about 500 bytes each.
 
     Raises:
         InputError: they have no column of URLs.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for file in _files(path, ".parquet"):
+    for file in files_of(path, ".parquet"):
         names = pq.read_schema(file).names
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
@@ -231,39 +181,10 @@ def _rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _not_fetched(rows: Mapping[str, Mapping[str, Any]], parts: Sequence[Path]) -> list[Skipped]:
+def not_fetched(rows: Mapping[str, Mapping[str, Any]], parts: Sequence[Path]) -> list[Skipped]:
     """The URLs whose image is in no shard and in no shard's list of failures."""
     seen: set[str] = set()
     for part in parts:
         for file in (part, part.with_suffix(".skipped")):
             seen.update(pq.read_table(file, columns=["url"])["url"].to_pylist())
     return [Skipped(name=url, reason="its image is in no shard", url=url) for url in rows if url not in seen]
-
-
-def dataset_parts(config: CorpusConfig) -> list[Part]:
-    """A Hub dataset or a local data file, streamed by `datasets`; its files are the parts.
-
-    Raises:
-        InputError: it lacks one of the two columns.
-    """
-    from datasets import Image as ImageFeature, load_dataset
-
-    path = Path(config.path)
-    if path.suffix in {".parquet", ".json", ".jsonl", ".csv"}:
-        kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
-        dataset = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    else:
-        dataset = load_dataset(config.path, split=config.split, streaming=True)
-    columns = dataset.column_names or []
-    for column, option in ((config.image_column, "--image-column"), (config.caption_column, "--caption-column")):
-        if column not in columns:
-            raise InputError(f"{config.path} has no column {column!r}; it has {columns}. Pass {option}.")
-    dataset = dataset.cast_column(config.image_column, ImageFeature(decode=False))
-    count = dataset.num_shards
-    names = {"image_column": config.image_column, "caption_column": config.caption_column}
-
-    def read(number: int) -> Iterator[TrainingImage | Skipped]:
-        rows = dataset.shard(count, number) if count > 1 else dataset
-        return read_dataset(rows, **names, prefix=f"{number:05d}-" if count > 1 else "")
-
-    return [Part(f"{config.path} {config.split} {number} of {count}", partial(read, number)) for number in range(count)]
