@@ -402,7 +402,7 @@ class Generator:
             timesteps: (B,) integers below `train_timesteps`; higher = noisier.
             noise: (B, L, h, w) standard normal.
         """
-        prediction = self._predict(latents, conditioning, timesteps, noise)
+        prediction = self.predict(latents, conditioning, timesteps, noise)
         target = self._schedule.target(latents, noise, timesteps)
         losses: torch.Tensor = (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
         return losses
@@ -420,7 +420,7 @@ class Generator:
         The variance is half the number of latent elements, so that the Fisher equals the Gauss-Newton matrix of
         `training_loss`; `target_noise` (B, L, h, w) is standard normal, the other arguments are those of `training_loss`.
         """
-        prediction = self._predict(latents, conditioning, timesteps, noise)
+        prediction = self.predict(latents, conditioning, timesteps, noise)
         spread = (prediction[0].numel() / 2) ** 0.5
         target = prediction.detach() + spread * target_noise.to(prediction.dtype)
         losses: torch.Tensor = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -430,10 +430,17 @@ class Generator:
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """(B,) mean square of the network's prediction per latent element; arguments as `training_loss`. For D-TRAK."""
-        squares: torch.Tensor = self._predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
+        squares: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
         return squares
 
-    def _predict(
+    def mean_output(
+        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """(B,) mean of the network's prediction over the latent's elements; arguments as `training_loss`. For DAS."""
+        means: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).mean(dim=(1, 2, 3))
+        return means
+
+    def predict(
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """(B, L, h, w) the denoiser's prediction for noised latents, in float32 or better."""

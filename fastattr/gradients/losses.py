@@ -11,9 +11,9 @@ from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator, noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
-OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output"}
-"""What can be measured, by name, and the generator's method that measures it: the denoising loss, or the mean square of the
-network's prediction (D-TRAK)."""
+OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output", "mean": "mean_output"}
+"""What can be measured, by name, and the generator's method that measures it: the denoising loss, the mean square of the
+network's prediction (D-TRAK), or its mean (DAS)."""
 
 
 def denoising_losses(

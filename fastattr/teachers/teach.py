@@ -8,7 +8,6 @@ it runs, so a killed run resumes). The methods are in fastattr/teachers/methods.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import torch
 from accelerate import Accelerator
 
 from fastattr.core.errors import InputError, QueriesFailedError
-from fastattr.core.files import atomic_path, read_json
+from fastattr.core.files import atomic_path
 from fastattr.core.processes import peak_memory
-from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
+from fastattr.core.stages import fingerprint, make, open_stage, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.generator import Generator
@@ -59,14 +58,19 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
         inputs["factors"] = given.fingerprint
     if models:
         inputs["models"] = fingerprint([model.fingerprint for model in models])
-    if not finished(folder, stage="scores", config=config, inputs=inputs):
+    shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
+    task = Task(
+        generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards, models
+    )
+
+    def work() -> dict[str, Any]:
         started = time.monotonic()
-        shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
-        task = Task(generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards)
         score(task)
-        _write_table(task, folder, inputs, started)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        facts = _write_table(task, folder)
+        return {**facts, "seconds": round(time.monotonic() - started, 1)}
+
+    stage = {"stage": "scores", "config": config, "inputs": inputs}
+    return make(folder, work, **stage, accelerator=accelerator, temporary=[shards])
 
 
 def _joined_processes() -> Accelerator:
@@ -93,15 +97,14 @@ def _candidates(run_dir: Path, corpus: Corpus, queries: Queries) -> tuple[dict[s
     return candidates, manifest["fingerprint"]
 
 
-def _write_table(task: Task, folder: Path, inputs: dict[str, str], started: float) -> None:
-    """Join the shards of all processes into the score table, once it is known which queries failed."""
+def _write_table(task: Task, folder: Path) -> dict[str, Any]:
+    """Join the shards of all processes into the score table, unless too many queries failed; returns the manifest's facts."""
     accelerator, config, queries, generator = task.accelerator, task.config, task.queries, task.generator
     accelerator.wait_for_everyone()
     spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
     evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
     peaks = accelerator.gather(torch.tensor([peak_memory()], device=accelerator.device))
     failures = task.failures()
-    accelerator.wait_for_everyone()  # all have looked before the first process removes the shards
     if len(failures) > config.allow_failures:
         table = "\n".join(f"  {query_id}  {error}" for query_id, error in failures.items())
         raise QueriesFailedError(
@@ -114,22 +117,15 @@ def _write_table(task: Task, folder: Path, inputs: dict[str, str], started: floa
             if tables:
                 with atomic_path(folder / f"{split}-00000.parquet") as temporary:
                     pq.write_table(pa.concat_tables(tables), temporary)
-        write_manifest(
-            folder,
-            stage="scores",
-            config=config,
-            inputs=inputs,
-            teacher=teacher_name(config, sorted(set(queries.splits))),
-            corpus_fingerprint=task.corpus.fingerprint,
-            queries_fingerprint=queries.fingerprint,
-            generator_fingerprint=generator.fingerprint,
-            processes=accelerator.num_processes,
-            seconds=round(time.monotonic() - started, 1),
-            seconds_by_part=task.seconds,
-            queries=len(queries.query_ids) - len(failures),
-            failures=failures,
-            evaluations=evaluations,
-            peak_memory=int(peaks.max()),
-        )
-        shutil.rmtree(task.shards)
-    accelerator.wait_for_everyone()
+    return {
+        "teacher": teacher_name(config, sorted(set(queries.splits))),
+        "corpus_fingerprint": task.corpus.fingerprint,
+        "queries_fingerprint": queries.fingerprint,
+        "generator_fingerprint": generator.fingerprint,
+        "processes": accelerator.num_processes,
+        "seconds_by_part": task.seconds,
+        "queries": len(queries.query_ids) - len(failures),
+        "failures": failures,
+        "evaluations": evaluations,
+        "peak_memory": int(peaks.max()),
+    }

@@ -73,11 +73,9 @@ def test_a_kept_teacher_scores_a_new_query_as_before(setting, fitted: FittedTeac
     assert after.image_ids == list(corpus.image_ids)
     np.testing.assert_allclose(after.influence, before.influence, atol=5e-3)
     np.testing.assert_allclose(after.error, before.error, rtol=0.02, atol=1e-3)
-    generator.denoiser.conv_out.bias.data += 1.0
     other = Generator(generator.pipeline, name="other")
-    generator.denoiser.conv_out.bias.data -= 1.0
+    vars(other)["fingerprint"] = "another"
     with pytest.raises(ArtifactMismatchError, match="the generator"):
-        other.__dict__["fingerprint"] = "another"
         FittedTeacher.open(tmp_path / "fitted", generator=other)
 
 
