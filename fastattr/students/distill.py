@@ -9,7 +9,7 @@ Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,6 @@ def distill(
     validation: Validation | None = None,
     made_from: object = None,
     accelerator: Accelerator | None = None,
-    on_judgement: Callable[[float], None] | None = None,
 ) -> Student:
     """Train a student on a table.
 
@@ -148,7 +147,6 @@ def distill(
         validation: stops the training and chooses the weights; None trains for all steps.
         made_from: see `training.fit`.
         accelerator: see `training.fit`.
-        on_judgement: told each validation mAP.
 
     Returns:
         The student with averaged weights.
@@ -176,8 +174,6 @@ def distill(
         assert isinstance(module, DistillLoss)
         assert validation is not None
         value = validation.mean_average_precision(module.student, images)
-        if on_judgement is not None:
-            on_judgement(value)
         return value
 
     average = fit(
