@@ -1,4 +1,4 @@
-"""The student's benchmarks: reliability by hand, both ways of training on the same pairs, and every part on the tiny line."""
+"""The student's benchmarks: calibration error by hand, and every part on the tiny line."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ SIZES = benchmark.Sizes(
     ),
 )
 STEPS = (
-    ("abu_plus_linearised", {"pattern": (r"attn2\\.", "."), "damping": (0.1, 1.0)}),
+    ("abu_plus_linearised", {"pattern": (r"attn2\.", "."), "damping": (0.1, 1.0)}),
     ("abu_plus_linearised", sweeping.DRAWS),
     ("abu_plus_exact", {"rise": (0.02, 0.1)}),
     ("d_trak", {"d_trak_ridge": (0.1, 1.0)}),
