@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastattr.attributor.folder import read_config, write_config
-from fastattr.core.errors import FastattrError, InputError
+from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.stages import MANIFEST
 from fastattr.core.training import TrainingConfig
@@ -43,7 +43,7 @@ from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
 from fastattr.students.distill import DistillConfig, Validation, distill
 from fastattr.students.losses import LOSSES
-from fastattr.students.pairs import PairTable, labels_of, make_table
+from fastattr.students.pairs import labels_of, make_table
 from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
@@ -133,28 +133,13 @@ class Tables:
         influence = [query.influence for query in self.scored["validation"]]
         return Validation(self.queries[space, "validation"], self.rows["validation"], influence)
 
-    def train(
-        self,
-        space: str,
-        config: DistillConfig,
-        *,
-        table: PairTable | None = None,
-        picked: np.ndarray | None = None,
-    ) -> Student:
-        """A student of the training queries, or of a table of some of them (`picked`), in a feature space."""
-        own = self.queries[space, "train"]
-        if table is None:
-            labels = labels_of(self.scored["train"], self.rows["train"])
-            table = make_table(labels, corpus_size=len(self.corpus), kind=config.target_kind)
+    def train(self, space: str, config: DistillConfig) -> Student:
+        """A student of the training queries in a feature space."""
+        labels = labels_of(self.scored["train"], self.rows["train"])
+        table = make_table(labels, corpus_size=len(self.corpus), kind=config.target_kind)
+        own, images, validation = self.queries[space, "train"], self.images[space], self.validation(space)
         with tempfile.TemporaryDirectory() as scratch:
-            return distill(
-                table,
-                own if picked is None else own[picked],
-                self.images[space],
-                config,
-                checkpoint=Path(scratch) / "checkpoint.safetensors",
-                validation=self.validation(space),
-            )
+            return distill(table, own, images, config, checkpoint=Path(scratch) / "kept.safetensors", validation=validation)
 
     def similarities(self, space: str, split: str, student: Student | None = None) -> list[np.ndarray]:
         """Q arrays (C,) of similarities of a split's queries to their candidates, by a student or by the untuned features."""
@@ -334,8 +319,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FastattrError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    machine.run(main)

@@ -11,7 +11,6 @@ test queries are scored once, by all.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,6 @@ from student import DOCS, PAPER, PAPER_RECIPE, RESULTS, Sizes, recipe
 from tqdm import tqdm
 from truth import AVERAGED, Sizes as TruthSizes, train
 
-from fastattr.core.errors import FastattrError
 from fastattr.core.files import read_json
 from fastattr.core.settings import read_yaml
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
@@ -260,8 +258,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FastattrError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    machine.run(main)

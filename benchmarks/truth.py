@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,6 @@ from document import number, span, with_error
 from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
 from truth_sweep import sweep_parts
 
-from fastattr.core.errors import FastattrError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
@@ -362,8 +360,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FastattrError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    machine.run(main)

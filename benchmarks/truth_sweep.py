@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise, product
 from typing import Any
 
 import document
+import machine
 import numpy as np
 from document import number, span
 from lab import ALL_LAYERS, SETTINGS, Bench, Cost, Settings, open_bench, options_of
 
-from fastattr.core.errors import FastattrError, NonFiniteError
+from fastattr.core.errors import NonFiniteError
 from fastattr.core.files import atomic_path, write_json
 from fastattr.core.settings import read_yaml
 from fastattr.core.stages import fingerprint
@@ -146,8 +146,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FastattrError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    machine.run(main)

@@ -26,11 +26,6 @@ def benchmark():
     sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.fixture(scope="module")
-def study(benchmark):
-    return importlib.import_module("distill_study")
-
-
 def test_calibration_error_of_a_hand_computed_case(benchmark):
     """Two bins of equal weight: 0.15 foretold and 0.15 found in the mean, then 0.6 foretold and 0.9 found."""
     expected, actual = np.array([0.1, 0.2, 0.6]), np.array([0.3, 0.0, 0.9])
@@ -88,24 +83,3 @@ def test_the_best_student_is_chosen_without_the_test_queries(benchmark, tiny_run
         results = benchmark.measure_tables(tables, sizes, tmp_path)
         chosen.append((results["best_student"], {key: value for key, value in results.items() if key.startswith("validation")}))
     assert chosen[0] == chosen[1]
-
-
-def test_a_study_cuts_queries_and_candidates_as_its_label_says(benchmark, study, tiny_run: Path, tmp_path: Path):
-    """A point at '125 candidates' that saw them all would draw a flat curve."""
-    tables = benchmark.open_tables(tiny_run, tmp_path)
-    sizes = replace(benchmark.QUICK, steps=2)
-    all_cases = study.cases(tables, sizes)
-    assert {case.study for case in all_cases} == set(study.STUDIES) - {"queries", "candidates", "budget"}  # too few here
-    query, rows = tables.scored["train"][0], tables.rows["train"][0]
-    few = replace(all_cases[0], candidates=5)
-    part, kept = study.cut(query, rows, few, np.random.default_rng(0))
-    assert len(part.image_ids) == len(kept) == len(part.influence) == 5
-    influence = dict(zip(query.image_ids, query.influence.tolist(), strict=True))
-    assert [influence[image_id] for image_id in part.image_ids] == part.influence.tolist()
-    assert [tables.corpus.image_ids[row] for row in kept] == part.image_ids
-    without = next(case for case in all_cases if not case.keep_outsiders)
-    assert not study.cut(query, rows, without, np.random.default_rng(0))[0].is_outsider.any()
-    results = {f"{case.study}/{case.label}/0": study.run_case(tables, case, 0) for case in all_cases[:2]}
-    found = study.summary(tables, results)
-    study.figure(found, all_cases, tmp_path / "study.png")
-    assert found["features_image_map_1pct"] == results["features/image/0"]["1pct"]
