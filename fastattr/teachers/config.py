@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastattr.core.errors import InputError
-from fastattr.generators.generator import CROSS_ATTENTION_KV
 from fastattr.generators.queries import SPLITS
 from fastattr.gradients.compression import GradientConfig
 
-METHODS = ("unlearning", "trak", "d-trak", "similarity")
+KERNELS = {"trak": ("loss", False), "d-trak": ("squared_norm", False), "d-trak-ekfac": ("squared_norm", True)}
+"""Of each kernel method: what is differentiated, and whether gradients are compared in EKFAC's eigenbasis."""
+METHODS = ("unlearning", "first-order", *KERNELS, "similarity", "averaged")
+MEMBERS = ("unlearning", "first-order", *KERNELS)
+"""What 'averaged' can take the mean of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +21,17 @@ class TeacherConfig:
     """Settings of the teacher: AbU+ unless `method` or `curvature` say otherwise."""
 
     method: str = "unlearning"
-    """'unlearning', or a baseline: 'trak' (arXiv:2303.14186), 'd-trak' (arXiv:2311.00500), 'similarity'."""
-    pattern: str = CROSS_ATTENTION_KV
-    """Layers of the denoiser to unlearn, as a regular expression on their names; the default stands for what suits the
-    generator: see `Generator.modules_to_unlearn`."""
+    """'unlearning' (AbU+, exactly, but for the splits in `linearised`), 'first-order' (AbU+, all splits to first order),
+    'trak' (arXiv:2303.14186), 'd-trak' (arXiv:2311.00500), 'd-trak-ekfac' (D-TRAK in EKFAC's eigenbasis, ours),
+    'similarity', or 'averaged'. docs/truth.md says how true each is."""
+    members: tuple[str, ...] = ("first-order", "d-trak-ekfac")
+    """Methods whose scores, standardised for each query, 'averaged' takes the mean of; the default is the truest pair."""
+    models: tuple[str, ...] = ()
+    """Other generators, trained on the same corpus with other seeds, over whose scores, standardised for each query, the
+    mean is taken too: a teacher of several models foretells retraining better than a teacher of one."""
+    pattern: str = ""
+    """Layers of the denoiser to unlearn, as a regular expression on their names; '' is what suits the generator: all that
+    EKFAC covers in a small U-Net, the text-side projections of a large one, the matrices of a LoRA."""
     query_loss_rise: float = 0.02
     """The step is as long as raises the query's loss by this part of itself, to first order."""
     step_size: float | None = None
@@ -62,7 +72,7 @@ class TeacherConfig:
     memory_gb: float = 4.0
     """Memory for the steps of the queries that share one pass."""
     ridge: float = 0.1
-    """Of TRAK and D-TRAK, as a fraction of the kernel's mean eigenvalue."""
+    """Of TRAK and D-TRAK, as a fraction of the kernel's mean eigenvalue; emoji-bench's sweep chose 1."""
     similarity_features: tuple[str, ...] = ()
     """Encoders of the features stage whose features, side by side, 'similarity' compares."""
     allow_failures: int = 0
@@ -92,6 +102,8 @@ class TeacherConfig:
                 f"method must be one of {', '.join(METHODS)}, and 'similarity' alone needs similarity_features; "
                 f"got {self.method!r} with {list(self.similarity_features)}"
             )
+        if not self.members or set(self.members) - set(MEMBERS):
+            raise InputError(f"members must be some of {', '.join(MEMBERS)}, got {list(self.members)}")
         if self.gradients not in {"auto", "contracted", "stored"} or self.memory_gb <= 0 or self.ridge <= 0:
             raise InputError("gradients must be 'auto', 'contracted' or 'stored'; memory_gb and ridge must be positive")
         if self.gradients == "stored" and self.mirrored:
@@ -99,13 +111,22 @@ class TeacherConfig:
         if unknown := set(self.linearised) - set(SPLITS):
             raise InputError(f"linearised names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
 
+    def members_of(self) -> tuple[TeacherConfig, ...]:
+        """The settings of each teacher whose scores this one is the mean of; this one alone where it is no mean."""
+        methods = self.members if self.method == "averaged" else (self.method,)
+        return tuple(replace(self, method=method, models=()) for method in methods)
+
+    def is_linearised(self, split: str) -> bool:
+        """Whether the queries of a split are unlearned to first order."""
+        return self.method == "first-order" or split in self.linearised
+
 
 def teacher_name(config: TeacherConfig, splits: Sequence[str]) -> str:
     """'abu_plus_exact' (EKFAC), 'abu_linearised' (diagonal) and so on; both, with a +, where the splits differ."""
-    if config.method != "unlearning":
+    if config.method not in {"unlearning", "first-order"}:
         return config.method.replace("-", "_")
     method = "abu_plus" if config.curvature == "ekfac" else "abu"
-    return "+".join(sorted({f"{method}_{'linearised' if split in config.linearised else 'exact'}" for split in splits}))
+    return "+".join(sorted({f"{method}_{'linearised' if config.is_linearised(split) else 'exact'}" for split in splits}))
 
 
 def stores_gradients(config: TeacherConfig, *, queries: int, parameters: int) -> bool:

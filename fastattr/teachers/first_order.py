@@ -60,12 +60,10 @@ def linearised_scores(
     with record_layers(layers) as recorded:
         for positions, losses in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
             losses.sum().backward()
-            gradients = torch.cat([example_gradients(recorded[name]).flatten(1) for name in layers], dim=1)
+            gradients = torch.cat([example_gradients(recorded[name], len(positions)).flatten(1) for name in layers], dim=1)
             scores.index_add_(0, torch.from_numpy(positions), (gradients @ steps.T).double().cpu())
             for calls in recorded.values():
                 calls.clear()
-    for layer in layers.values():
-        layer.weight.grad = None
     largest: np.ndarray = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).numpy()
     require_finite(largest, images, rows, "first-order score")
     return largest.T

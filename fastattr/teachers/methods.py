@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from fastattr.core.errors import QueriesFailedError
 from fastattr.core.files import atomic_path
 from fastattr.core.processes import in_parts
 from fastattr.core.stages import fingerprint
@@ -17,9 +18,11 @@ from fastattr.generators.conditioning import Conditioning
 from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.teachers.config import gradient_config, queries_a_pass, stores_gradients
+from fastattr.teachers.config import KERNELS, gradient_config, queries_a_pass, stores_gradients
+from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.first_order import flat_step, linearised_scores
 from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.scores import read_shard
 from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.store import PART_ROWS
 from fastattr.teachers.task import Task
@@ -27,14 +30,14 @@ from fastattr.teachers.unlearning import exact_scores
 
 
 def score_by_unlearning(task: Task) -> None:
-    """AbU+ or AbU: the splits in `linearised` to first order, the others exactly."""
+    """AbU+ or AbU: some splits to first order, the others exactly."""
     config, splits = task.config, task.queries.splits
     images = task.encode_corpus()
     # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
     with task.timed("factors"):
         factors = task.factors(images)
-    by_first_order = [row for row, split in enumerate(splits) if split in config.linearised]
-    if exact := [row for row, split in enumerate(splits) if split not in config.linearised]:
+    by_first_order = [row for row, split in enumerate(splits) if config.is_linearised(split)]
+    if exact := [row for row, split in enumerate(splits) if not config.is_linearised(split)]:
         _score_exactly(task, images, factors, exact)
     parameters = sum(layer.weight.numel() for layer in task.layers.values())
     if by_first_order and stores_gradients(config, queries=len(by_first_order), parameters=parameters):
@@ -128,11 +131,16 @@ def _score_from_store(task: Task, images: EncodedImages, factors: Factors, rows:
 
 
 def score_by_kernel(task: Task) -> None:
-    """TRAK and D-TRAK: projected gradients of training images and queries, and a ridge-regularised kernel."""
+    """TRAK and D-TRAK: gradients of training images and queries, and a ridge-regularised kernel."""
     config = task.config
     images = task.encode_corpus()
-    settings = gradient_config(config, output="loss" if config.method == "trak" else "squared_norm", whiten=False)
-    store, scale, compression = task.stored_gradients(images, settings, None)
+    output, whiten = KERNELS[config.method]
+    factors = None
+    if whiten:
+        with task.timed("factors"):
+            factors = task.factors(images)
+    settings = gradient_config(config, output=output, whiten=whiten)
+    store, scale, compression = task.stored_gradients(images, settings, factors)
     ids = task.queries.query_ids
     encoded = [task.query(row) for row in range(len(ids))]
     queries = EncodedImages(
@@ -169,3 +177,33 @@ def score_by_similarity(task: Task) -> None:
         for row in range(len(queries)):
             task.write(row, similarity_scores(queries[[row]], corpus[task.rows_of(row)])[0], 0.0)
     task.accelerator.wait_for_everyone()
+
+
+SCORED_BY: dict[str, Callable[[Task], None]] = {
+    "unlearning": score_by_unlearning,
+    "first-order": score_by_unlearning,
+    **dict.fromkeys(KERNELS, score_by_kernel),
+    "similarity": score_by_similarity,
+}
+"""What scores a run's queries, by method; 'averaged' is the mean of some."""
+
+
+def score(task: Task) -> None:
+    """Score all queries of a task; where it is a mean, every member on every model, and then the mean."""
+    members = task.members()
+    if len(members) == 1:
+        SCORED_BY[task.config.method](task)
+        return
+    for member in members:
+        SCORED_BY[member.config.method](member)
+    task.accelerator.wait_for_everyone()
+
+    def mean(row: int) -> None:
+        missing = [member for member in members if not member.shard(row).exists()]
+        if missing:
+            raise QueriesFailedError(f"{missing[0].config.method}: {missing[0].failures()[task.queries.query_ids[row]]}")
+        tables = [read_shard(member.shard(row)) for member in members]
+        rise = float(np.mean([table.query_loss_rise for table in tables]))
+        task.write(row, averaged(*(table.influence[None] for table in tables))[0], rise)
+
+    task.attempt_all(range(len(task.queries.query_ids)), mean, description="mean of teachers")

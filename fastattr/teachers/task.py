@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ TRIES = 3
 """How often a failing query is tried before it is passed over."""
 
 
+def layers_to_unlearn(generator: Generator, pattern: str) -> dict[str, Layer]:
+    """The layers whose gradients a teacher takes, ready for that."""
+    layers = generator.modules_to_unlearn(pattern)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    return layers
+
+
 @dataclass(frozen=True)
 class Task:
     """What scoring any query of a run needs."""
@@ -56,8 +64,22 @@ class Task:
     accelerator: Accelerator
     run_dir: Path
     shards: Path
+    models: tuple[Generator, ...] = ()
+    """Other generators over which the mean is taken too."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the parts of the work, of the run that finished."""
+
+    def members(self) -> list[Task]:
+        """The tasks whose scores this one is the mean of: every method on every model; their shards lie beside the mean's."""
+        found = []
+        for number, generator in enumerate((self.generator, *self.models)):
+            layers = layers_to_unlearn(generator, self.config.pattern) if number else self.layers
+            generator.evaluations = self.generator.evaluations  # one account of what is spent
+            for config in self.config.members_of():
+                task = replace(self, generator=generator, layers=layers, config=config, models=())
+                own = self.shards / f"{config.method}-{number}"
+                found.append(replace(task, shards=own, given_factors=None if number else self.given_factors))
+        return found
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -179,7 +201,7 @@ class Task:
         inputs |= {"views": str(images.views), "captions": self.config.captions}
         if factors is not None:
             inputs["factors"] = factors.fingerprint
-        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, vars(settings)])
+        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, settings.identity])
         coordinates, kept = None, folder / "coordinates.npy"
         with self.timed("gradient store"):
             if factors is not None and settings.width:

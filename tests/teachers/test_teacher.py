@@ -12,6 +12,7 @@ from PIL import ImageOps
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.corpus.store import Corpus
+from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator, noise_for
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus
@@ -19,6 +20,7 @@ from fastattr.gradients.losses import image_losses
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.first_order import flat_step, linearised_scores
+from fastattr.teachers.task import layers_to_unlearn
 from fastattr.teachers.unlearning import exact_scores, influence_scores, query_gradient, query_step, unlearned, unlearning_step
 
 CONFIG = TeacherConfig(factor_examples=48, query_draws=16, loss_draws=8, batch_size=16)
@@ -28,9 +30,7 @@ CONFIG = TeacherConfig(factor_examples=48, query_draws=16, loss_draws=8, batch_s
 def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     generator = Generator.from_pretrained(tiny_run / "generator")
     images = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, CROSS_ATTENTION_KV)
     factors = fit_ekfac(layers, factor_batches(generator, images, CONFIG))
     return generator, images, layers, factors
 
@@ -38,9 +38,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
 def in_double_precision(setting, tiny_run: Path):
     """The same setting for tests of small differences, which float32 rounds away."""
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, CROSS_ATTENTION_KV)
     _, single, _, factors = setting
     images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.to(torch.float64))
     return generator, images, layers, factors
