@@ -71,7 +71,7 @@ def generate(
     seconds = time.perf_counter() - started
     with atomic_path(out) as temporary:
         image.save(temporary, format=kinds[out.suffix.lower()])
-    settings = {
+    settings: dict[str, Any] = {
         "out": str(out),
         "prompt": prompt,
         "seed": seed,
