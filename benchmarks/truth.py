@@ -325,7 +325,8 @@ class Lab:
         scores = []
         for gradients, loss in self.gradients(queries, self.sizes.exact_query_draws):
             part = {name: gradients[name] for name in chosen}
-            step, _ = unlearning_step(part, factors, damping=settings.damping, loss=loss, rise=settings.rise, step_size=None)
+            natural = factors.precondition(part, damping=settings.damping)
+            step, _ = unlearning_step(part, natural, loss=loss, rise=settings.rise, step_size=None)
             with unlearned(chosen, step):
                 scores.append(influence_scores(before, self.losses()))
         return np.stack(scores)

@@ -15,7 +15,7 @@ from fastattr.generators.generator import Generator
 from fastattr.gradients.compression import Compression, gradient_features
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import encode_corpus
-from fastattr.teachers.config import TeacherConfig, gradient_config
+from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.fitted import FittedTeacher
@@ -54,8 +54,8 @@ def test_scores_are_those_of_the_methods_themselves(setting, fitted: FittedTeach
     _, generator, images, layers, factors = setting
     queries = replace(images, image_ids=[f"q{row}" for row in range(48)])  # the same pictures at other noise
     expected = []
-    for output, ridge in (("loss", 0.0), ("squared_norm", 1.0)):
-        settings = gradient_config(CONFIG, output=output, whiten=True)
+    for method, ridge in (("first-order", 0.0), ("d-trak-ekfac", 1.0)):
+        settings = CONFIG.gradients_of(method)
         compression = Compression(layers, settings, factors)
         theirs = gradient_features(generator, layers, images, np.arange(48), compression, settings)
         own = gradient_features(generator, layers, queries, np.arange(48), compression, replace(settings, draws=6))
