@@ -130,12 +130,12 @@ def corpus(
     as_json: AsJson = False,
 ) -> None:
     """Read training images into a corpus folder."""
-    from fastattr.corpus import store
+    from fastattr.corpus import stage
 
     if len(places) > 2:
         raise InputError(f"corpus takes one source and one folder to write, got {', '.join(places)}.")
     *path, out = places
-    config = store.CorpusConfig(
+    config = stage.CorpusConfig(
         kind=kind,
         path="".join(path),
         split=split,
@@ -145,7 +145,7 @@ def corpus(
         shards=shards,
         duplicates=duplicates,
     )
-    manifest = store.run(config, Path(out))
+    manifest = stage.run(config, Path(out))
     if as_json:
         say_json(manifest)
         return

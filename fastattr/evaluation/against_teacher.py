@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, write_json
+from fastattr.core.settings import at_least
 from fastattr.core.stages import finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features, slug
@@ -29,13 +30,18 @@ from fastattr.teachers.scores import ScoredQuery, read_scores
 class EvaluateConfig:
     """Settings of the evaluation."""
 
-    split: str = "test"
+    split: Literal["test", "validation", "train"] = "test"
     positives_percent: float = 1.0
     """L of mAP(L), in percent of the corpus."""
     overlap_k: int = 20
     """k of the top-k overlap."""
     seed: int = 0
     """Of the random baseline and the bootstrap."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "overlap_k")
+        if not 0 < self.positives_percent <= 100:
+            raise InputError(f"positives_percent must be above 0 and at most 100, got {self.positives_percent}")
 
 
 def compare(

@@ -22,6 +22,7 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import alone
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage
+from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig, save_config
 from fastattr.pipeline.costs import training_images
 from fastattr.pipeline.plan import plan
@@ -79,6 +80,8 @@ def run(
     # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     state = PartialState()
+    check(config, run_dir)
+    check_queries(config, run_dir)
     seconds: dict[str, float] = {}
     if state.is_main_process:
         save_config(config, run_dir / "config.yaml")
