@@ -113,7 +113,7 @@ class FittedTeacher:
             if whitened is not None and settings.width:
                 coordinates = leading_coordinates(generator, layers, images, whitened, settings)
             compression = Compression(layers, settings, whitened, coordinates)
-            return _features(generator, layers, images, compression, settings), 1.0, compression
+            return features_of(generator, layers, images, compression, settings), 1.0, compression
 
         def curvature() -> Factors:
             diagonal = config.curvature == "diagonal"
@@ -126,7 +126,7 @@ class FittedTeacher:
         found = []
         for member in self.members:
             settings = replace(member.gradients, antithetic=self.config.antithetic)
-            found.append(member.scores(_features(self.generator, self.layers, queries, member.compression, settings)))
+            found.append(member.scores(features_of(self.generator, self.layers, queries, member.compression, settings)))
         return averaged(*found) if len(found) > 1 else found[0]
 
     def score(self, image: Image.Image, prompt: str) -> ScoredImages:
@@ -220,7 +220,7 @@ def fit_members(
     return members
 
 
-def _features(
+def features_of(
     generator: Generator,
     layers: Mapping[str, Layer],
     images: EncodedImages,
