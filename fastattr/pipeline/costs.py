@@ -69,10 +69,10 @@ def training_images(config: BuildConfig, run_dir: Path) -> int:
     if config.plan.images:
         return config.plan.images
     if config.corpus.kind == "folder":
-        from fastattr.corpus.folders import folder_parts
+        from fastattr.corpus.folders import list_folder
 
         if Path(config.corpus.path).is_dir():
-            return sum(len(part.read.args[1]) for part in folder_parts(Path(config.corpus.path))[1:])
+            return len(list_folder(Path(config.corpus.path)).images)
     if config.corpus.kind == "emoji":
         return 15_351
     raise InputError(f"nothing says how many training images {config.name} has; set plan.images, or write the corpus first.")
