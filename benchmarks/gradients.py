@@ -30,8 +30,8 @@ from scipy.stats import spearmanr
 from fastattr import FastattrError
 from fastattr.core.settings import read_yaml
 from fastattr.corpus.store import Corpus
+from fastattr.evaluation.lds import interval
 from fastattr.evaluation.subsets import RetrainConfig
-from fastattr.evaluation.truth import interval
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates

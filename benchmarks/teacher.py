@@ -44,7 +44,7 @@ from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.queries import SPLITS, Queries, QueriesConfig, run as draw_queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.costs import stage_costs
-from fastattr.pipeline.networks import network_of
+from fastattr.pipeline.networks import count, shape_of
 from fastattr.teachers import teach
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.cost import Probe, Sizes as PlanSizes, teacher_plan
@@ -255,7 +255,7 @@ def planned_memory(config: TeacherConfig, corpus: Corpus, run_dir: Path) -> int:
         candidates=CandidatesConfig(per_query=candidates),
         teacher=config,
     )
-    network = network_of(str(GENERATOR), config.pattern)
+    network = count("emoji", shape_of(GENERATOR), config.pattern)
     return next(stage.memory for stage in stage_costs(build, len(corpus), network) if stage.name == "teach")
 
 
@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         together_dir = bench.folder("together", queries=sizes.together, candidates=sizes.candidates, steps=2)
         together = bench.teach(together_dir, bench.config(linearised=("test",), gradients="contracted", query_draws=4))
         results |= enough_draws(bench)
-        parameters = network_of(str(GENERATOR), sizes.pattern).unlearned
+        parameters = count("emoji", shape_of(GENERATOR), sizes.pattern).unlearned
         draws = int(results["draws_for_spearman_099"]) or max(sizes.fewer_draws)
         results |= costs(bench, exact, linearised, together, images=len(corpus), parameters=parameters, draws=draws)
         gradient_sizes = gradients.QUICK if options.quick else gradients.Sizes()
