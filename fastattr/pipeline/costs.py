@@ -179,7 +179,8 @@ def teacher_ways(config: BuildConfig, images: int, network: Network) -> dict[str
         the losses before measured once for all queries, as ours does; 'first_order': all of them to first order.
     """
     queries = replace(config.queries, test=0)
-    teacher = replace(config.teacher, linearised=(), method="unlearning")
+    alone = {"method": "unlearning", "models": (), "retrained": "", "similarity_features": ()}
+    teacher = replace(config.teacher, linearised=(), **alone)
     exact = replace(config, queries=queries, teacher=teacher)
     sizes = teacher_sizes(exact, images, network)
     views = 2 if teacher.mirrored else 1
@@ -297,10 +298,10 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
 
 
 def _teacher_cost(config: BuildConfig, images: int, network: Network, weights: int) -> StageCost:
-    if config.teacher.method != "unlearning":
-        return StageCost(name="teach")
     probe = Probe(loaded=weights, backward=weights + config.teacher.batch_size * network.activations)
     steps: list[Step] = teacher_plan(config.teacher, teacher_sizes(config, images, network), probe)
+    if not steps:
+        return StageCost(name="teach")
     forward, backward = sum(step.forward for step in steps), sum(step.backward for step in steps)
     return StageCost(
         name="teach",
