@@ -30,6 +30,7 @@ from fastattr.corpus.near_copies import look_of, looks_of, near_copies
 from fastattr.index.search import search, stored_vectors
 from fastattr.students.calibration import Calibration
 from fastattr.students.light import LightStudent
+from fastattr.students.ownness import measures_of
 
 if TYPE_CHECKING:
     from fastattr.features.encoder import Encoder
@@ -99,6 +100,8 @@ class Asked:
     """Spent on the features."""
     looks: list[bytes] | None = None
     """Of each query's picture, see corpus/near_copies.py; None where there is none."""
+    measures: list[np.ndarray] | None = None
+    """Of each query's picture, see students/ownness.py; None where there is none."""
 
 
 def queries_of(model: Model, image: Any, prompt: Any) -> tuple[Asked | None, bool]:
@@ -124,7 +127,8 @@ def queries_of(model: Model, image: Any, prompt: Any) -> tuple[Asked | None, boo
     features = model.without_prompt(model.encode(opened, [[text] for text in texts]), [text is None for text in prompts])
     hashes = [image_sha256(image, text) for image, text in zip(opened, texts, strict=True)]
     seconds = {"features": time.perf_counter() - started}
-    return Asked(features, texts, hashes, seconds, [look_of(image) for image in opened]), many
+    looks, measures = [look_of(image) for image in opened], [measures_of(image) for image in opened]
+    return Asked(features, texts, hashes, seconds, looks, measures), many
 
 
 def checked_k(k: Any, version: Version) -> int:
@@ -161,7 +165,7 @@ def by_embedding(
     nearest = list(zip(rows, similarities, strict=True))
     with_features = len(asked.features) > 0
     parts = _parts(model, asked.features, catalogue, nearest) if with_features else [None] * len(nearest)
-    warnings = _warnings(calibration, asked.features) if with_features else [[] for _ in nearest]
+    warnings = _warnings(calibration, asked) if with_features else [[] for _ in nearest]
     seconds = {**asked.seconds, "search": time.perf_counter() - started}
     size = catalogue.count(where)
     answers = []
@@ -260,19 +264,18 @@ def _parts(
     return parts
 
 
-def _warnings(calibration: Calibration | None, features: np.ndarray) -> list[list[str]]:
+def _warnings(calibration: Calibration | None, asked: Asked) -> list[list[str]]:
     """For each query what its reader should know."""
-    density = calibration.density if calibration else None
-    if density is None:
-        return [[] for _ in features]
+    if calibration is None or calibration.ownness is None:
+        return [[] for _ in asked.prompts]
     return [
         [
-            f"Image and prompt do not look like this generator's output (distance {distance:.2f}; its own stay below "
-            f"{density.threshold:.2f}). For an image that it did not make, these are the training images that resemble it."
+            f"Image and prompt do not look like this generator's output: {'; '.join(doubts)}. For an image that it did not "
+            "make, these are the training images that resemble it."
         ]
-        if distance > density.threshold
+        if doubts
         else []
-        for distance in density.distance(features)
+        for doubts in calibration.ownness.doubts(asked.features, asked.prompts, asked.measures)
     ]
 
 

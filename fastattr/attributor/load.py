@@ -109,7 +109,8 @@ def open_encoders(
     options = {"folder": folder, "captions": config["captions"], "device": device, "dtype": dtype, "backend": backend}
     opened = [open_encoder(specification, **options) for specification in config["encoders"]]
     found = [encoder.fingerprint for encoder in opened]
-    if found != config["encoder_fingerprints"]:
+    pairs = zip(opened, config["encoder_fingerprints"], strict=True)
+    if not all(wanted in {encoder.fingerprint, encoder.former} for encoder, wanted in pairs):
         raise EncoderMismatchError(
             f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, those "
             f"loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the attributor "

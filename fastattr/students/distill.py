@@ -9,10 +9,10 @@ Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, read_json, remove
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import make, open_stage
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
@@ -48,6 +48,8 @@ START_ROWS = 20_000
 class DistillConfig:
     """Settings of the student and its training; `training.batch_size` counts queries."""
 
+    RETIRED: ClassVar[Mapping[str, Any]] = {"targets": "ranks"}
+    """Settings of earlier versions, by the value that remains."""
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: str = "listwise"
     """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise' (losses.py)."""
@@ -172,14 +174,9 @@ def distill(
         arrays = (queries[picked], images[drawn], targets.astype(np.float32))
         return (*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), weights)
 
-    def judge(module: nn.Module) -> float:
-        assert isinstance(module, DistillLoss)
-        assert validation is not None
-        value = validation.mean_average_precision(module.student, images)
-        if on_judgement is not None:
-            on_judgement(value)
-        return value
-
+    stopping = None
+    if validation is not None:
+        stopping = EarlyStopping(_judge(validation, images, on_judgement), config.judge_every, config.patience)
     average = fit(
         DistillLoss(student, config.loss),
         batch_of,
@@ -188,12 +185,24 @@ def distill(
         checkpoint=checkpoint,
         made_from=made_from,
         accelerator=accelerator,
-        stopping=EarlyStopping(judge, config.judge_every, config.patience) if validation else None,
+        stopping=stopping,
         description="student",
     )
-    trained = average.student
-    assert isinstance(trained, Student)
-    return trained
+    return cast(DistillLoss, average).student
+
+
+def _judge(
+    validation: Validation, images: FeatureRows, on_judgement: Callable[[float], None] | None
+) -> Callable[[nn.Module], float]:
+    """What tells how good a `DistillLoss`'s student is, and tells `on_judgement`."""
+
+    def judge(module: nn.Module) -> float:
+        value = validation.mean_average_precision(cast(DistillLoss, module).student, images)
+        if on_judgement is not None:
+            on_judgement(value)
+        return value
+
+    return judge
 
 
 def _outsider_chance(table: PairTable, share: float, known: float) -> float:
@@ -233,47 +242,39 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
         "features": features_fingerprint(corpus_folders),
         "query_features": features_fingerprint(query_folders),
     }
-    if finished(folder, stage="student", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     checkpoint, mapped = folder / "checkpoint.safetensors", folder / "table"
-    labels = stream_labels(run_dir / "scores", corpus.image_ids)
-    if accelerator.is_main_process:
-        make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
-    accelerator.wait_for_everyone()
-    query_ids = split_query_ids(run_dir / "scores", "train")
-    features = MappedFeatures(corpus_folders, corpus.image_ids)
-    student = distill(
-        open_table(mapped),
-        MappedFeatures(query_folders, query_ids),
-        features,
-        config,
-        checkpoint=checkpoint,
-        validation=read_validation(run_dir, corpus, query_folders),
-        made_from=[config, inputs],
-        accelerator=accelerator,
-    )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_student(student, folder / "model.safetensors")
-        write_manifest(
-            folder,
-            stage="student",
-            config=config,
-            inputs=inputs,
-            encoders=list(encoders),
-            feature_dim=features.shape[1],
-            corpus_fingerprint=corpus.fingerprint,
-            generator_fingerprint=scores_manifest["generator_fingerprint"],
-            teacher=scores_manifest["teacher"],
-            training_queries=len(query_ids),
+
+    def work() -> dict[str, Any]:
+        labels = stream_labels(run_dir / "scores", corpus.image_ids)
+        if accelerator.is_main_process:
+            make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
+        accelerator.wait_for_everyone()
+        query_ids = split_query_ids(run_dir / "scores", "train")
+        features = MappedFeatures(corpus_folders, corpus.image_ids)
+        student = distill(
+            open_table(mapped),
+            MappedFeatures(query_folders, query_ids),
+            features,
+            config,
+            checkpoint=checkpoint,
+            validation=read_validation(run_dir, corpus, query_folders),
+            made_from=[config, inputs],
+            accelerator=accelerator,
         )
-        checkpoint.unlink(missing_ok=True)
-        remove(mapped)
-    accelerator.wait_for_everyone()
-    manifest = read_json(folder / MANIFEST)
-    return manifest
+        if accelerator.is_main_process:
+            save_student(student, folder / "model.safetensors")
+        return {
+            "encoders": list(encoders),
+            "feature_dim": features.shape[1],
+            "corpus_fingerprint": corpus.fingerprint,
+            "generator_fingerprint": scores_manifest["generator_fingerprint"],
+            "teacher": scores_manifest["teacher"],
+            "training_queries": len(query_ids),
+        }
+
+    temporary = [checkpoint, mapped]
+    return make(folder, work, stage="student", config=config, inputs=inputs, accelerator=accelerator, temporary=temporary)
 
 
 def save_student(student: Student, path: Path) -> None:

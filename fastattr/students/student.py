@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 
-RETIRED = ("separate_heads", "popularity")
-"""Switches of earlier students, measured and given up (docs/student.md); files of students without them are read."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """Shape of the network."""
 
+    RETIRED: ClassVar[Mapping[str, Any]] = {"separate_heads": False, "popularity": False}
+    """Switches of earlier students, measured and given up (docs/student.md); students without them are read."""
     embed_dim: int = 128
     """D, width of the embedding."""
     hidden: tuple[int, ...] = (512, 512)
@@ -50,10 +49,10 @@ class StudentConfig:
         Raises:
             InputError: it is of a student with a part that this version has no more.
         """
-        used = [name for name in RETIRED if values.get(name)]
+        used = [name for name in cls.RETIRED if values.get(name)]
         if used:
             raise InputError(f"this student was trained with {' and '.join(used)}, which this version lacks; distill it again.")
-        kept = {name: value for name, value in values.items() if name not in RETIRED}
+        kept = {name: value for name, value in values.items() if name not in cls.RETIRED}
         return cls(**{**kept, "hidden": tuple(values["hidden"])})
 
 
