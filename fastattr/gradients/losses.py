@@ -93,7 +93,14 @@ def _batches(evaluations: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, n
 
 @torch.no_grad()
 def image_losses(
-    generator: Generator, images: EncodedImages, rows: np.ndarray, *, draws: int, batch_size: int, seed: int
+    generator: Generator,
+    images: EncodedImages,
+    rows: np.ndarray,
+    *,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
     """(C, V) float64 denoising losses of training images, averaged over draws and captions; see `denoising_losses`.
 
@@ -101,11 +108,31 @@ def image_losses(
         NonFiniteError: a loss is NaN or infinite; the image is named.
     """
     losses: np.ndarray = np.zeros(len(rows) * images.views)
-    for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
+    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
+    for positions, part in denoising_losses(generator, images, rows, **drawn):
         np.add.at(losses, positions, part.sum(dim=1, dtype=torch.float64).cpu().numpy())
     losses = losses.reshape(len(rows), images.views)
     require_finite(losses, images, rows, "loss")
     return losses
+
+
+@torch.no_grad()
+def error_factors(
+    generator: Generator, images: EncodedImages, *, draws: int, batch_size: int, seed: int, span: tuple[float, float] = (0, 1)
+) -> np.ndarray:
+    """(N,) how much of the corpus' error is each image's own: DAS multiplies its scores by it.
+
+    The root of an image's loss at each draw, divided by the root of the sum of all images' losses there, averaged over
+    draws. Source: DAS (ICLR 2025), its third refinement of D-TRAK.
+    """
+    count = len(images.image_ids)
+    errors = np.zeros((count, draws))
+    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
+    for row in range(count):
+        parts = [losses.flatten() for _, losses in denoising_losses(generator, images, np.array([row]), **drawn)]
+        errors[row] = torch.cat(parts).double().cpu().numpy().reshape(-1, draws).sum(axis=0)
+    shares: np.ndarray = np.sqrt(errors / errors.sum(axis=0)).mean(axis=1)
+    return shares
 
 
 def require_finite(values: np.ndarray, images: EncodedImages, rows: np.ndarray, what: str) -> None:

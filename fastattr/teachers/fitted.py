@@ -36,7 +36,7 @@ from fastattr.gradients.compression import (
 )
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.teachers.config import KERNELS, TeacherConfig, gradient_config
+from fastattr.teachers.config import KERNELS, TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.kernels import kernel_rows
@@ -113,7 +113,7 @@ class FittedTeacher:
             if whitened is not None and settings.width:
                 coordinates = leading_coordinates(generator, layers, images, whitened, settings)
             compression = Compression(layers, settings, whitened, coordinates)
-            return _features(generator, layers, images, compression, settings), 1.0, compression
+            return features_of(generator, layers, images, compression, settings), 1.0, compression
 
         def curvature() -> Factors:
             diagonal = config.curvature == "diagonal"
@@ -126,7 +126,7 @@ class FittedTeacher:
         found = []
         for member in self.members:
             settings = replace(member.gradients, antithetic=self.config.antithetic)
-            found.append(member.scores(_features(self.generator, self.layers, queries, member.compression, settings)))
+            found.append(member.scores(features_of(self.generator, self.layers, queries, member.compression, settings)))
         return averaged(*found) if len(found) > 1 else found[0]
 
     def score(self, image: Image.Image, prompt: str) -> ScoredImages:
@@ -204,22 +204,23 @@ def fit_members(
     Raises:
         InputError: a method has no inner-product form.
     """
+    if config.error_factor or config.inverse_steps or config.models or config.retrained:
+        raise InputError("a teacher for new queries takes no error_factor, inverse_steps, models or retrained; leave them out.")
     members, factors = [], None
     for member in config.members_of():
         if member.method != "first-order" and member.method not in KERNELS:
             raise InputError(f"{member.method!r} can't be fitted for new queries; use first-order, {', '.join(KERNELS)}.")
-        output, whiten = KERNELS.get(member.method, ("loss", True))
-        if whiten and factors is None:
+        settings = member.gradients_of(member.method)
+        if settings.whiten and factors is None:
             factors = curvature()
-        settings = gradient_config(member, output=output, whiten=whiten)
-        rows, scale, compression = computed(settings, factors if whiten else None)
+        rows, scale, compression = computed(settings, factors if settings.whiten else None)
         if member.method in KERNELS:
             rows, scale = kernel_rows(np.asarray(rows, dtype=np.float32) / np.float32(scale), ridge=member.ridge), 1.0
         members.append(Member(member.method, replace(settings, draws=member.query_draws), compression, rows, scale))
     return members
 
 
-def _features(
+def features_of(
     generator: Generator,
     layers: Mapping[str, Layer],
     images: EncodedImages,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from fastattr.generators.conditioning import Conditioning
 from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.teachers.config import KERNELS, gradient_config, queries_a_pass, stores_gradients
+from fastattr.gradients.losses import error_factors
+from fastattr.teachers.config import KERNELS, queries_a_pass, stores_gradients
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.first_order import flat_step, linearised_scores
 from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.retraining import read_retrained, retraining_scores
 from fastattr.teachers.scores import read_shard
 from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.store import PART_ROWS
@@ -53,8 +56,10 @@ def _score_exactly(task: Task, images: EncodedImages, factors: Factors, rows: Se
     with task.timed("base loss"):
         base_loss = task.base_loss(images)
 
+    matrix = task.curved(images)
+
     def score(row: int) -> None:
-        step, rise = task.step(row, factors)
+        step, rise = task.step(row, factors, matrix)
         influence = exact_scores(
             task.generator, task.layers, images, base_loss, step, candidate_rows=task.rows_of(row), config=task.config
         )
@@ -74,8 +79,10 @@ def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows:
     scratch = task.shards / f"linearised-{fingerprint([task.queries.query_ids[row] for row in rows])}"
     step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
 
+    matrix = task.curved(images)
+
     def keep_step(row: int) -> None:
-        step, rise = task.step(row, factors)
+        step, rise = task.step(row, factors, matrix)
         flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
         with atomic_path(step_files[row]) as temporary:
             save_file(flat, temporary)
@@ -96,9 +103,7 @@ def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows:
             images,
             union[positions.start : positions.stop],
             steps,
-            draws=config.loss_draws,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            **config.measured,
         )
         return scores.T.astype(np.float32)
 
@@ -119,11 +124,11 @@ def _score_from_store(task: Task, images: EncodedImages, factors: Factors, rows:
     if all(task.shard(row).exists() for row in rows):
         return
     config = task.config
-    settings = gradient_config(config, output="loss", whiten=True)
-    store, scale, compression = task.stored_gradients(images, settings, factors)
+    store, scale, compression = task.stored_gradients(images, config.gradients_of("first-order"), factors)
+    matrix = task.curved(images)
 
     def score(row: int) -> None:
-        step, rise = task.step(row, factors)
+        step, rise = task.step(row, factors, matrix)
         influence = store[task.rows_of(row)].astype(np.float32) @ (compression.of_step(step).cpu().numpy() / scale)
         task.write(row, influence, rise)
 
@@ -134,12 +139,10 @@ def score_by_kernel(task: Task) -> None:
     """TRAK and D-TRAK: gradients of training images and queries, and a ridge-regularised kernel."""
     config = task.config
     images = task.encode_corpus()
-    output, whiten = KERNELS[config.method]
-    factors = None
-    if whiten:
+    settings, factors = config.gradients_of(config.method), None
+    if settings.whiten:
         with task.timed("factors"):
             factors = task.factors(images)
-    settings = gradient_config(config, output=output, whiten=whiten)
     store, scale, compression = task.stored_gradients(images, settings, factors)
     ids = task.queries.query_ids
     encoded = [task.query(row) for row in range(len(ids))]
@@ -151,12 +154,14 @@ def score_by_kernel(task: Task) -> None:
     )
 
     def features_of(rows: range) -> np.ndarray:
-        drawn = replace(settings, draws=config.query_draws)
+        drawn = replace(settings, draws=config.query_draws, antithetic=config.antithetic)
         return gradient_features(task.generator, task.layers, queries, np.array(rows), compression, drawn)
 
     features = in_parts(task.shards / "features", len(ids), 1, features_of, task.accelerator, description="query gradients")
     if task.accelerator.is_main_process:
         scores = kernel_scores(features, store.astype(np.float32) / scale, ridge=config.ridge)
+        if config.error_factor:
+            scores = scores * error_factors(task.generator, images, **config.measured)
         for row in range(len(ids)):
             task.write(row, scores[row, task.rows_of(row)], 0.0)
     task.accelerator.wait_for_everyone()
@@ -189,21 +194,40 @@ SCORED_BY: dict[str, Callable[[Task], None]] = {
 
 
 def score(task: Task) -> None:
-    """Score all queries of a task; where it is a mean, every member on every model, and then the mean."""
+    """Score all queries of a task; where it is a mean, every member on every model, then the mean, then what corrects it."""
     members = task.members()
-    if len(members) == 1:
+    if len(members) == 1 and task.config.method != "retraining":
         SCORED_BY[task.config.method](task)
         return
     for member in members:
         SCORED_BY[member.config.method](member)
     task.accelerator.wait_for_everyone()
+    correct = _corrections(task, members) if task.config.retrained else lambda _, mean: mean
 
-    def mean(row: int) -> None:
-        missing = [member for member in members if not member.shard(row).exists()]
-        if missing:
-            raise QueriesFailedError(f"{missing[0].config.method}: {missing[0].failures()[task.queries.query_ids[row]]}")
-        tables = [read_shard(member.shard(row)) for member in members]
-        rise = float(np.mean([table.query_loss_rise for table in tables]))
-        task.write(row, averaged(*(table.influence[None] for table in tables))[0], rise)
+    def write(row: int) -> None:
+        mean, rise = _mean(task, members, row)
+        task.write(row, correct(row, mean), rise)
 
-    task.attempt_all(range(len(task.queries.query_ids)), mean, description="mean of teachers")
+    task.attempt_all(range(len(task.queries.query_ids)), write, description="mean of teachers")
+
+
+def _mean(task: Task, members: Sequence[Task], row: int) -> tuple[np.ndarray, float]:
+    """(C,) mean of the members' scores of query `row`, each standardised, and of the rises of its loss."""
+    missing = [member for member in members if not member.shard(row).exists()]
+    if missing:
+        raise QueriesFailedError(f"{missing[0].config.method}: {missing[0].failures()[task.queries.query_ids[row]]}")
+    tables = [read_shard(member.shard(row)) for member in members]
+    mean = averaged(*(table.influence[None] for table in tables))[0]
+    return mean, float(np.mean([table.query_loss_rise for table in tables]))
+
+
+def _corrections(task: Task, members: Sequence[Task]) -> Callable[[int, np.ndarray], np.ndarray]:
+    """What retraining makes of a mean: (row, (C,) scores) -> (C,) scores. An image that is no candidate has the prior 0."""
+    ids = task.queries.query_ids
+    rows = [row for row in range(len(ids)) if all(member.shard(row).exists() for member in members)]
+    prior = np.zeros((len(rows), len(task.corpus)))
+    for place, row in enumerate(rows):
+        prior[place, task.rows_of(row)] = _mean(task, members, row)[0]
+    retrained = read_retrained(Path(task.config.retrained), task.corpus.image_ids, [ids[row] for row in rows])
+    corrected = retraining_scores(prior, retrained).scores
+    return lambda row, _: corrected[rows.index(row), task.rows_of(row)]

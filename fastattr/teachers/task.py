@@ -29,6 +29,7 @@ from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.losses import image_losses
 from fastattr.teachers.config import TeacherConfig, teacher_name
 from fastattr.teachers.curvature import factor_batches
+from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.scores import ScoredQuery, write_shard
 from fastattr.teachers.store import PART_ROWS, write_gradient_features
 from fastattr.teachers.unlearning import query_step
@@ -154,9 +155,17 @@ class Task:
             "query_id": self.queries.query_ids[row],
         }
 
-    def step(self, row: int, factors: Factors) -> tuple[dict[str, torch.Tensor], float]:
+    def curved(self, images: EncodedImages) -> GaussNewton | None:
+        """The Gauss-Newton matrix, where the settings ask for a better inverse than EKFAC's."""
+        config = self.config
+        if not config.inverse_steps:
+            return None
+        sizes = {"examples": config.inverse_examples, "batch_size": config.batch_size, "seed": config.seed}
+        return GaussNewton(self.generator, self.layers, images, **sizes)
+
+    def step(self, row: int, factors: Factors, matrix: GaussNewton | None) -> tuple[dict[str, torch.Tensor], float]:
         """The change of weights that unlearns query `row`, and the rise of its loss that it gives to first order."""
-        return query_step(self.generator, self.layers, factors, **self.query(row), config=self.config)
+        return query_step(self.generator, self.layers, factors, **self.query(row), config=self.config, matrix=matrix)
 
     def factors(self, images: EncodedImages) -> Factors:
         """Curvature: the user's, one fitted earlier, or one fitted now by all processes together."""
@@ -184,12 +193,11 @@ class Task:
         """(N, V) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
         config = self.config
         settings = [config.loss_draws, config.captions, config.mirrored, config.seed]
+        settings += [list(config.span)] if config.span != (0.0, 1.0) else []
         folder = self.run_dir / "base_loss" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint, *settings])
 
         def losses(rows: range) -> np.ndarray:
-            return image_losses(
-                self.generator, images, np.array(rows), draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
-            )
+            return image_losses(self.generator, images, np.array(rows), **config.measured)
 
         return in_parts(folder, len(images.image_ids), PART_ROWS, losses, self.accelerator, description="base loss")
 

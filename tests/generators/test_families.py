@@ -271,7 +271,7 @@ def unlearn_one(generator: Generator, corpus: Path, scratch: Path) -> EncodedIma
         return query_gradient(generator, layers, **query, draws=12, batch_size=12, seed=0)
 
     gradients, loss = gradient()
-    step, rise = unlearning_step(gradients, factors, damping=0.1, loss=loss, rise=0.002, step_size=None)
+    step, rise = unlearning_step(gradients, factors.precondition(gradients, damping=0.1), loss=loss, rise=0.002, step_size=None)
     with unlearned(layers, step):
         after = gradient()[1]
     assert rise == pytest.approx(0.002)

@@ -15,7 +15,7 @@ from fastattr.generators.generator import Generator
 from fastattr.gradients.compression import Compression, gradient_features
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import encode_corpus
-from fastattr.teachers.config import TeacherConfig, gradient_config
+from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.fitted import FittedTeacher
@@ -25,7 +25,7 @@ CONFIG = TeacherConfig(
     method="averaged",
     pattern=CROSS_ATTENTION_KV,
     gradient_width=0,
-    query_draws=6,
+    query_draws=12,
     loss_draws=4,
     factor_examples=48,
     batch_size=16,
@@ -54,11 +54,11 @@ def test_scores_are_those_of_the_methods_themselves(setting, fitted: FittedTeach
     _, generator, images, layers, factors = setting
     queries = replace(images, image_ids=[f"q{row}" for row in range(48)])  # the same pictures at other noise
     expected = []
-    for output, ridge in (("loss", 0.0), ("squared_norm", 1.0)):
-        settings = gradient_config(CONFIG, output=output, whiten=True)
+    for method, ridge in (("first-order", 0.0), ("d-trak-ekfac", 1.0)):
+        settings = CONFIG.gradients_of(method)
         compression = Compression(layers, settings, factors)
         theirs = gradient_features(generator, layers, images, np.arange(48), compression, settings)
-        own = gradient_features(generator, layers, queries, np.arange(48), compression, replace(settings, draws=6))
+        own = gradient_features(generator, layers, queries, np.arange(48), compression, replace(settings, draws=12))
         expected.append(kernel_scores(own, theirs, ridge=ridge) if ridge else own @ theirs.T)
     np.testing.assert_allclose(fitted.scores(queries), averaged(*expected), rtol=1e-3, atol=1e-3)
 
@@ -97,20 +97,24 @@ def test_a_copy_of_a_training_image_names_it(setting, fitted: FittedTeacher):
         found = fitted.score(corpus.image(row), corpus.captions[row][0])
         ranks.append(int((found.influence > found.influence[row]).sum()))
         above.append(found.influence[row] / found.error[row])
-    assert np.mean(ranks) <= 8, ranks  # of 48; chance is 23.5
+    assert np.median(ranks) <= 4, ranks  # of 48, for an almost untrained generator; chance is 23.5
     assert np.median(above) > 1
 
 
 def test_the_error_is_the_spread_over_draws_and_shrinks_with_them(setting, fitted: FittedTeacher):
     """An error that does not fall with the root of the draws is no standard error."""
     corpus, generator = setting[:2]
-    single = FittedTeacher(generator, replace(CONFIG, method="first-order"), fitted.image_ids, fitted.members[:1])
-    found = single.score(corpus.image(3), corpus.captions[3][0])
-    many = replace(fitted.members[0], gradients=replace(fitted.members[0].gradients, draws=96))
-    surer = FittedTeacher(generator, single.config, fitted.image_ids, [many]).score(corpus.image(3), corpus.captions[3][0])
-    assert 2 < np.median(found.error / surer.error) < 8  # 4 by the root of 16
-    off = np.abs(found.influence - surer.influence) / found.error
-    assert np.mean(off < 2) > 0.8
+    config, member = replace(CONFIG, method="first-order"), fitted.members[0]
+    single = FittedTeacher(generator, config, fitted.image_ids, [member])
+    many = replace(member, gradients=replace(member.gradients, draws=16 * member.gradients.draws))
+    surer = FittedTeacher(generator, config, fitted.image_ids, [many])
+    shrunk, covered = [], []
+    for row in (3, 17, 30):
+        found, expected = (teacher.score(corpus.image(row), corpus.captions[row][0]) for teacher in (single, surer))
+        shrunk.append(np.median(found.error / expected.error))
+        covered.append(np.mean(np.abs(found.influence - expected.influence) < 2 * found.error))
+    assert 2.5 < np.mean(shrunk) < 6  # 4, by the root of 16
+    assert np.mean(covered) > 0.75
 
 
 def test_a_method_that_measures_every_query_anew_is_refused(setting):
