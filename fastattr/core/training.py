@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path, fingerprint
+from fastattr.core.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of one training run: AdamW, linear warm-up, cosine decay to zero."""
+    """Settings of one training run: linear warm-up, then cosine decay to zero unless the stage has another schedule."""
 
     steps: int
     """Optimiser steps in all."""
@@ -43,12 +44,16 @@ class TrainingConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; a killed run loses at most these."""
     seed: int = 0
+    optimizer: str = "adamw"
+    """'adamw', or 'muon' for matrices and AdamW for the rest."""
     mixed_precision: str = "no"
     """'no', 'bf16' or 'fp16'; bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.checkpoint_every) < 1:
             raise InputError("steps, batch_size and checkpoint_every must be at least 1")
+        if self.optimizer not in {"adamw", "muon"}:
+            raise InputError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
 
 
 def batch_rows(step: int, *, examples: int, batch_size: int, seed: int) -> np.ndarray:
@@ -143,9 +148,7 @@ def fit(
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
         raise InputError(f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes")
-    optimizer = torch.optim.AdamW(
-        loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = _optimizer(loss_module, config)
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
     best = _Best()
     start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer, best)
@@ -194,6 +197,14 @@ def fit(
         average.module.load_state_dict(best.weights)
     result: nn.Module = average.module
     return result.eval()
+
+
+def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Of the weights that are not frozen."""
+    if config.optimizer == "muon":
+        return Muon(module, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
 
 
 def _judge(stopping: EarlyStopping, average: nn.Module, best: _Best) -> None:

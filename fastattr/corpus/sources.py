@@ -69,7 +69,7 @@ def open_source(config: CorpusConfig) -> Source:
     if config.kind == "emoji":
         from fastattr.corpus.emoji import read_emoji
 
-        return Source([Part("emoji", partial(read_emoji, config.resolution))])
+        return Source([Part("emoji", partial(read_emoji, config.resolution, variants=config.variants))])
     path = Path(config.path)
     if config.kind == "folder":
         return Source(folder_parts(path))

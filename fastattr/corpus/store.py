@@ -118,6 +118,8 @@ class CorpusConfig:
     caption_column: str = "caption"
     resolution: int = 64
     """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
+    variants: bool = False
+    """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

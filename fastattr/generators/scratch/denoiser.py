@@ -1,16 +1,15 @@
 """Train the text-to-image generator: a small Stable Diffusion on a corpus, from nothing.
 
 Reads corpus/ and autoencoder/; writes generator/, a `StableDiffusionPipeline` folder that plain
-`DiffusionPipeline.from_pretrained` loads. Tokenizer, text encoder and U-Net are trained here; the text encoder
-together with the U-Net. v-prediction on a cosine schedule, captions dropped at a set rate for classifier-free guidance;
-then, if wanted, a second phase that makes styles surer (refine_generator.py).
-Sources: arXiv:2112.10752 (latent diffusion), arXiv:2202.00512 (v-prediction), arXiv:2207.12598 (guidance).
+`DiffusionPipeline.from_pretrained` loads. Tokenizer, text encoder and U-Net are trained here: first the text encoder alone
+(text.py), then the U-Net on the frozen text encoder. v-prediction on a cosine schedule with timesteps shifted towards noise,
+where the subject is decided.
+Sources: arXiv:2112.10752 (latent diffusion), arXiv:2202.00512 (v-prediction), arXiv:2403.03206 (shifted timesteps).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from fastattr.core.captions import split_caption
 from fastattr.core.files import (
     MANIFEST,
     finished,
@@ -37,9 +37,8 @@ from fastattr.core.files import (
 from fastattr.core.training import TrainingConfig, fit, trapezoid
 from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import encode_latents, load_images
-from fastattr.generators.scratch.refinement import RefinementConfig, refine, split_caption
-
-START, END = "<|startoftext|>", "<|endoftext|>"
+from fastattr.generators.scratch.prompts import PromptConfig, draw_prompt
+from fastattr.generators.scratch.text import NO_STYLE, CaptionLoss, build_text_encoder, tokenize, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,70 +52,40 @@ class GeneratorConfig:
     """Levels with self- and cross-attention, besides the middle block."""
     head_width: int = 32
     """Width of an attention head; 8 is ten times slower on a CPU."""
-    vocabulary: int = 3000
+    norm_groups: int = 8
+    """Groups of a group normalisation; few channels a group are slow on a CPU."""
+    vocabulary: int = 4000
     """Size of the BPE vocabulary learned from the captions."""
-    max_tokens: int = 24
-    text_width: int = 192
-    text_layers: int = 2
-    caption_dropout: float = 0.1
-    """Share of training examples that see an empty prompt."""
-    subject_dropout: float = 0.1
-    """Share of training examples that see only what follows their caption's last comma ('openmoji style'), so that a
-    style is learned apart from the subjects that come in it."""
-    style_dropout: float = 0.05
-    """Share of training examples that see only what comes before their caption's last comma ('red heart'), so that a
-    subject is learned apart from its styles, and prompts that name no style are known."""
+    max_tokens: int = 20
+    text_width: int = 256
+    text_layers: int = 3
+    name_weight: float = 0.1
+    """Of subject and style in the text encoder's loss, beside the latents."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    timestep_shift: float = 4.0
+    """s of u -> s u / (1 + (s - 1) u), u uniform and 1 the noisiest; 1 leaves timesteps uniform."""
     steps: int = 25
     """Default number of denoising steps."""
-    guidance: float = 2.5
+    guidance: float = 3.0
     """Default classifier-free guidance scale."""
     decay_share: float = 0.25
     """Share of the steps over which the learning rate falls to zero."""
-    training: TrainingConfig = field(
+    text_training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=6500, batch_size=128, learning_rate=1.3e-3, warmup_steps=150, ema_decay=0.999, checkpoint_every=250
+            steps=1200, batch_size=256, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, optimizer="muon"
         )
     )
-
-
-def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int, scratch: Path) -> CLIPTokenizer:
-    """Learn a lower-casing BPE vocabulary and wrap it as the CLIP tokenizer that Stable Diffusion expects."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            steps=6500,
+            batch_size=256,
+            learning_rate=5e-3,
+            warmup_steps=100,
+            ema_decay=0.998,
+            checkpoint_every=250,
+            optimizer="muon",
+        )
     )
-    captions = list(captions)
-    split = (bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(caption)) for caption in captions)
-    # The trainer numbers a word's last letters in an order of its own in every process, and breaks ties by these numbers.
-    ends = sorted({word[-1] + "</w>" for words in split for word, _ in words})
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[START, END, *ends],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(captions, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
-    (scratch / "vocab.json").write_text(json.dumps(learned["vocab"], ensure_ascii=False), encoding="utf-8")
-    (scratch / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(scratch, model_max_length=max_tokens, pad_token=END)
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
-    """(B, max_tokens) token ids, padded and truncated as StableDiffusionPipeline does."""
-    encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    ids: torch.Tensor = encoded.input_ids
-    return ids
 
 
 def build_denoiser(
@@ -140,26 +109,10 @@ def build_denoiser(
             width // config.head_width for width in config.channels
         ),  # diffusers reads it as the number of heads
         cross_attention_dim=config.text_width,
-        norm_num_groups=32,
+        norm_num_groups=config.norm_groups,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.text_width,
-            intermediate_size=4 * config.text_width,
-            num_hidden_layers=config.text_layers,
-            num_attention_heads=config.text_width // config.head_width,
-            max_position_embeddings=config.max_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=config.text_width,
-        )
-    )
-    # With so few tokens, plain products train faster on a CPU in bfloat16 than fused attention, which computes the same.
-    unet.set_attn_processor(AttnProcessor())
-    text_encoder.set_attn_implementation("eager")
-    return unet, text_encoder
+    unet.set_attn_processor(AttnProcessor())  # as for the text encoder: plain products are faster here
+    return unet, build_text_encoder(tokenizer, width=config.text_width, layers=config.text_layers, head_width=config.head_width)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -205,40 +158,54 @@ class DenoiserLoss(nn.Module):
 
 
 class TrainingExamples:
-    """Latents and token ids of a corpus, and batches of them as the denoiser is trained on them."""
+    """Latents and captions of a corpus, and batches of them as text encoder and denoiser are trained on them."""
 
     def __init__(
-        self, latents: torch.Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: GeneratorConfig, timesteps: int
+        self,
+        latents: torch.Tensor,
+        captions: Sequence[Sequence[str]],
+        tokenizer: CLIPTokenizer,
+        config: GeneratorConfig,
+        timesteps: int,
     ) -> None:
-        """Tokenize.
+        """Number subjects and styles.
 
         Args:
             latents: (N, L, h, w), scaled.
-            captions: (N,).
+            captions: (N,) of at least one each, the main one first.
             tokenizer: the generator's.
-            config: for the shares of examples that see less than their caption.
+            config: for prompts and timesteps.
             timesteps: of the noise schedule.
         """
-        self.latents = latents
-        self.captions = list(captions)
-        self.tokens = tokenize(tokenizer, captions)
-        self.subjects = tokenize(tokenizer, [split_caption(caption)[0] for caption in captions])
-        self._endings = tokenize(tokenizer, [caption.rpartition(", ")[2] for caption in captions])
-        self._empty = tokenize(tokenizer, [""])
-        self._shares = np.cumsum([config.caption_dropout, config.subject_dropout, config.style_dropout])[::-1].tolist()
-        self._timesteps = timesteps
+        self.latents, self.captions = latents, [list(of_image) for of_image in captions]
+        names, styles = zip(*(split_caption(of_image[0]) for of_image in captions), strict=True)
+        self.subjects, self.styles = sorted(set(names)), sorted(set(styles) - {""})
+        self._subject = torch.tensor([self.subjects.index(name) for name in names])
+        self._style = torch.tensor([self.styles.index(style) if style else NO_STYLE for style in styles])
+        self._tokenizer, self._prompts = tokenizer, config.prompts
+        self._shift, self._timesteps = config.timestep_shift, timesteps
+
+    def prompts_of(self, rows: np.ndarray, generator: torch.Generator) -> list[str]:
+        """(B,) prompts for these (B,) rows."""
+        random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        return [draw_prompt(self.captions[row], self._prompts, random) for row in rows]
+
+    def captions_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """What `CaptionLoss` takes: tokens (B, max_tokens), latents (B, L, h, w), subjects (B,) and styles (B,)."""
+        prompts = self.prompts_of(rows, generator)
+        named = torch.tensor([bool(split_caption(prompt)[1]) or prompt in self.styles for prompt in prompts])
+        styles = torch.where(named, self._style[rows], NO_STYLE)
+        return tokenize(self._tokenizer, prompts), self.latents[rows], self._subject[rows], styles
 
     def batch_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Latents (B, L, h, w), tokens (B, max_tokens), timesteps (B,) and noise (B, L, h, w) of these (B,) rows."""
-        picked = self.latents[rows]
-        # One timestep from each of B equal parts: the same uniform law with less variance over the batch.
+        picked, prompts = self.latents[rows], self.prompts_of(rows, generator)
+        # One timestep from each of B equal parts: the same law with less variance over the batch.
         stratum = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
-        timesteps = (stratum / len(rows) * self._timesteps).long().clamp_max(self._timesteps - 1)
-        lot = torch.rand(len(rows), 1, generator=generator)
-        prompt = self.tokens[rows]
-        for share, shorter in zip(self._shares, (self.subjects[rows], self._endings[rows], self._empty), strict=True):
-            prompt = torch.where(lot < share, shorter, prompt)
-        return picked, prompt, timesteps, torch.randn(picked.shape, generator=generator)
+        share = stratum / len(rows)
+        share = self._shift * share / (1 + (self._shift - 1) * share)
+        timesteps = (share * self._timesteps).long().clamp_max(self._timesteps - 1)
+        return picked, tokenize(self._tokenizer, prompts), timesteps, torch.randn(picked.shape, generator=generator)
 
 
 def _tidy_configs(folder: Path) -> None:
@@ -253,15 +220,43 @@ def _tidy_configs(folder: Path) -> None:
         write_json(path, kept | {"dtype": "float32"} if "dtype" in kept else kept)
 
 
-def run(config: GeneratorConfig, run_dir: Path, refinement: RefinementConfig | None = None) -> dict[str, Any]:
-    """Train the generator on run_dir/corpus with run_dir/autoencoder, in one phase or two; returns the manifest."""
+def train_text_encoder(
+    text_encoder: CLIPTextModel,
+    examples: TrainingExamples,
+    config: GeneratorConfig,
+    *,
+    checkpoint: Path,
+    made_from: object,
+    accelerator: Accelerator,
+) -> CLIPTextModel:
+    """A copy of the text encoder, trained to foretell what prompts look like; see text.py."""
+    average = fit(
+        CaptionLoss(
+            text_encoder,
+            latent_shape=examples.latents.shape[1:],
+            subjects=len(examples.subjects),
+            styles=len(examples.styles),
+            name_weight=config.name_weight,
+        ),
+        examples.captions_of,
+        config.text_training,
+        examples=len(examples.captions),
+        checkpoint=checkpoint,
+        made_from=made_from,
+        accelerator=accelerator,
+        description="text encoder",
+    )
+    trained: CLIPTextModel = average.text_encoder  # type: ignore[assignment]
+    return trained
+
+
+def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the generator on run_dir/corpus with run_dir/autoencoder; returns the manifest."""
     corpus = Corpus(run_dir / "corpus")
     autoencoder_manifest = open_stage(run_dir / "autoencoder", "autoencoder")
     folder = run_dir / "generator"
     inputs = {"corpus": corpus.fingerprint, "autoencoder": autoencoder_manifest["fingerprint"]}
-    refined = refinement is not None and refinement.steps > 0
-    settings = {**vars(config), "refinement": refinement} if refined else config
-    if finished(folder, stage="generator", config=settings, inputs=inputs):
+    if finished(folder, stage="generator", config=config, inputs=inputs):
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,15 +273,17 @@ def run(config: GeneratorConfig, run_dir: Path, refinement: RefinementConfig | N
         )
     torch.manual_seed(config.training.seed)
     scheduler = build_scheduler()
-    captions = [captions[0] for captions in corpus.captions]
-    examples = TrainingExamples(latents, captions, tokenizer, config, scheduler.config.num_train_timesteps)
+    examples = TrainingExamples(latents, corpus.captions, tokenizer, config, scheduler.config.num_train_timesteps)
     unet, text_encoder = build_denoiser(
         config, tokenizer=tokenizer, latent_channels=latents.shape[1], latent_side=latents.shape[2]
     )
-    made_from = [{**vars(config), "training": None}, inputs]
-    checkpoint, second_checkpoint = folder / "checkpoint.safetensors", folder / "checkpoint-refinement.safetensors"
+    made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
+    text_checkpoint, checkpoint = folder / "checkpoint-text.safetensors", folder / "checkpoint.safetensors"
+    text_encoder = train_text_encoder(
+        text_encoder, examples, config, checkpoint=text_checkpoint, made_from=made_from, accelerator=accelerator
+    )
     average = fit(
-        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
+        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder.requires_grad_(False), scheduler),
         examples.batch_of,
         config.training,
         examples=len(corpus),
@@ -297,17 +294,6 @@ def run(config: GeneratorConfig, run_dir: Path, refinement: RefinementConfig | N
         description="generator",
     )
     assert isinstance(average, DenoiserLoss)
-    if refinement is not None and refined:
-        average = refine(
-            average,
-            examples,
-            refinement,
-            config.training,
-            tokens_of=lambda prompts: tokenize(tokenizer, prompts),
-            checkpoint=second_checkpoint,
-            made_from=[made_from, vars(config.training)],
-            accelerator=accelerator,
-        )
     if accelerator.is_main_process:
         pipeline = StableDiffusionPipeline(
             vae=autoencoder,
@@ -322,11 +308,11 @@ def run(config: GeneratorConfig, run_dir: Path, refinement: RefinementConfig | N
         # Half precision is what ships, so it is also what later stages score and measure.
         pipeline.to(dtype=torch.float16).save_pretrained(folder)
         _tidy_configs(folder)
-        checkpoints = (checkpoint, second_checkpoint)
+        checkpoints = (text_checkpoint, checkpoint)
         write_manifest(
             folder,
             stage="generator",
-            config=settings,
+            config=config,
             inputs=inputs,
             corpus_fingerprint=corpus.fingerprint,
             sha256={
