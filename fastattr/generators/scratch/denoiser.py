@@ -40,6 +40,9 @@ from fastattr.generators.scratch.autoencoder import encode_latents, load_images
 from fastattr.generators.scratch.prompts import PromptConfig, draw_prompt
 from fastattr.generators.scratch.text import NO_STYLE, CaptionLoss, build_text_encoder, tokenize, train_tokenizer
 
+MOST_ENCODED = 100_000
+"""Encoded prompts that are kept while the denoiser is trained: 1 GB at 20 tokens of 256 numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
@@ -134,6 +137,7 @@ class DenoiserLoss(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
         self._scheduler = scheduler
+        self._encoded: dict[bytes, torch.Tensor] = {}
 
     def noisy_and_target(
         self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
@@ -143,9 +147,21 @@ class DenoiserLoss(nn.Module):
         target: torch.Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
         return noisy, target
 
+    @torch.no_grad()
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, max_tokens, W) of (B, max_tokens) tokens by the frozen text encoder, which sees a prompt once in a while only."""
+        keys = [row.tobytes() for row in tokens.cpu().numpy()]
+        if len(self._encoded) > MOST_ENCODED:
+            self._encoded.clear()
+        new = {key: row for row, key in enumerate(keys) if key not in self._encoded}
+        if new:
+            hidden = self.text_encoder(tokens[list(new.values())]).last_hidden_state.to(torch.bfloat16)
+            self._encoded |= dict(zip(new, hidden, strict=True))
+        return torch.stack([self._encoded[key] for key in keys])
+
     def predict(self, noisy: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """(B, L, h, w) predicted v."""
-        text = self.text_encoder(tokens).last_hidden_state
+        text = self.encode(tokens).to(noisy.dtype)
         prediction: torch.Tensor = self.unet(noisy, timesteps, encoder_hidden_states=text).sample
         return prediction
 
