@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattr.attributor.catalogue import read_config, seal
+from fastattr.attributor.folder import read_config, seal
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import read_json, sha256_file, write_json
 

@@ -32,10 +32,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastattr import FastattrError, FastAttributor, Generator, InputError
-from fastattr.core.files import MANIFEST, require_same
+from fastattr.core import captions as captions_of
 from fastattr.core.models import ASSETS
-from fastattr.corpus import store as corpora
-from fastattr.corpus.store import Corpus, CorpusConfig
+from fastattr.core.stages import MANIFEST, require_same
+from fastattr.corpus import stage as corpora
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch import refinement as refine_generator
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig, held_out, pixel_tensor, psnr
 
@@ -107,7 +109,7 @@ def choose_recombined(
         The row is that of the subject's first caption.
     """
     drawn = {(kind, split_caption(caption)[1]) for kind, caption in zip(kinds or (), captions, strict=False) if kind}
-    absent = [(row, style.removesuffix(" style")) for row, style in refine_generator.recombinations(captions)]
+    absent = [(row, style.removesuffix(" style")) for row, style in captions_of.recombinations(captions)]
     absent = [(row, style) for row, style in absent if not refine_generator.is_refined_on(recombine(captions[row], style))]
     if kinds is not None:
         absent = [(row, style) for row, style in absent if (kinds[row], style) in drawn]
@@ -122,7 +124,7 @@ def recombine(caption: str, style: str) -> str:
 
 def split_caption(caption: str) -> tuple[str, str]:
     """'red heart, openmoji style' -> ('red heart', 'openmoji')."""
-    subject, style = refine_generator.split_caption(caption)
+    subject, style = captions_of.split_caption(caption)
     return subject, style.removesuffix(" style")
 
 

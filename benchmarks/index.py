@@ -44,11 +44,15 @@ import torch
 from PIL import Image
 
 from fastattr import FastAttributor
-from fastattr.attributor.attribute import write_config
-from fastattr.attributor.catalogue import COLUMNS, write_table
+from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.folder import write_table
+from fastattr.attributor.make import seal_folder
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
-from fastattr.index import index
-from fastattr.index.index import IndexConfig, Read
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig, coarse_lists
+from fastattr.index.search import open_ranked
+from fastattr.index.tune import exact_neighbours, recall_of
+from fastattr.index.vectors import Read, reader
 from fastattr.students.distill import save_student
 from fastattr.students.student import Student, StudentConfig
 
@@ -78,7 +82,7 @@ WHOLE = {"flat": "Flat", "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"}
 
 def kinds(rows: int, dim: int) -> dict[str, str]:
     """Factory strings by name, for one size; docs/search-index.md says what is left out, and why."""
-    lists = index.coarse_lists(rows)
+    lists = coarse_lists(rows)
     reduced = f"PCAR{256 if dim > 256 else 64},"
     inverted = {
         "ivf_rabitq": f"{reduced}IVF{lists},RaBitQ",
@@ -103,13 +107,13 @@ def measure(
     finished = folder / "settings.json"
     if not finished.exists():
         started, spent = time.perf_counter(), time.process_time()
-        settings = index.build(read, rows, queries.shape[1], IndexConfig(factory=factory), folder)
+        settings = build(read, rows, queries.shape[1], IndexConfig(factory=factory), folder)
         seconds = {"build_seconds": time.perf_counter() - started, "build_cpu_seconds": time.process_time() - spent}
         write_json(finished, {**settings, **seconds, "build_peak_gb": peak_gb()})
     settings = read_json(finished)
     files = [path for path in folder.iterdir() if path.is_file() and path != finished]
     checksums = {path.name: sha256_file(path) for path in files if path.suffix != ".f16"}
-    ranked = index.open_ranked(folder, settings, checksums)
+    ranked = open_ranked(folder, settings, checksums)
     in_memory = sum(path.stat().st_size for path in files if path.suffix != ".f16")
     result: dict[str, Any] = {
         "factory": factory,
@@ -122,7 +126,7 @@ def measure(
         "recall_when_tuned": settings["recall_of_search"],
     }
     found = ranked.search(queries, K)[1]
-    result |= {"recall10": index.recall_of(found[:, :10], exact[:, :10]), "recall100": index.recall_of(found, exact)}
+    result |= {"recall10": recall_of(found[:, :10], exact[:, :10]), "recall100": recall_of(found, exact)}
     for threads in (1, 2):
         faiss.omp_set_num_threads(threads)
         suffix = "" if threads == 1 else "_2_threads"
@@ -158,7 +162,7 @@ def truth(read: Read, rows: int, queries: np.ndarray, path: Path) -> np.ndarray:
     if not path.exists():
         faiss.omp_set_num_threads(os.cpu_count() or 1)
         with atomic_path(path) as temporary:
-            np.save(temporary, index.exact_neighbours(queries, read, rows, K)[1])
+            np.save(temporary, exact_neighbours(queries, read, rows, K)[1])
     return np.asarray(np.load(path))
 
 
@@ -193,7 +197,7 @@ def part_real(work: Path, quick: bool) -> dict[str, Any]:
         results |= measure(f"15k_{name}", factory, read, len(base), queries, exact, folder, timed=20 if quick else 300)
         settings = read_json(folder / "settings.json")
         checksums = {path.name: sha256_file(path) for path in folder.iterdir()}
-        ranked = index.open_ranked(folder, settings, checksums)
+        ranked = open_ranked(folder, settings, checksums)
         by_codes = ranked.index.search(queries, len(base), widen=ranked.index.widest)[1]
         for percent, count in relevant.items():
             for what, found in (("", ranked.search(queries, count)[1]), ("_by_codes", by_codes)):
@@ -247,7 +251,7 @@ def stored(rows: int, path: Path) -> Read:
         with atomic_path(path) as temporary, temporary.open("wb") as out:
             for start in range(0, rows, population.BLOCK):
                 out.write(made.read(start, min(start + population.BLOCK, rows)).astype(np.float16).tobytes())
-    return index.reader(path, population.DIM)
+    return reader(path, population.DIM)
 
 
 def part_latency(work: Path, quick: bool) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def part_latency(work: Path, quick: bool) -> dict[str, Any]:
         for name in ("1m", "10m"):
             folder = work / name / "ivf_rabitq"
             files = {path.name: sha256_file(path) for path in folder.iterdir() if path.suffix not in {".f16", ".json"}}
-            ranked = index.open_ranked(folder, read_json(folder / "settings.json"), files)
+            ranked = open_ranked(folder, read_json(folder / "settings.json"), files)
             figures = latencies(lambda query, ranked=ranked: ranked.search(query[None], K), queries, 100 if quick else 1000)
             results |= {f"{key}_{name}": value for key, value in figures.items()}
         vectors = stored((QUICK_SIZES if quick else SIZES)["1m"], work / "1m.f16")(0, (QUICK_SIZES if quick else SIZES)["1m"])
@@ -304,7 +308,7 @@ def write_attributor(folder: Path, built: dict[str, Any], rows: int, dim: int) -
     write_json(folder / "metrics.json", {})
     facts = {"corpus_fingerprint": "made", "generator_fingerprint": "", "teacher": "none", "captions": "first"}
     features = {"encoders": [], "encoder_fingerprints": [], "feature_dim": dim}
-    write_config(folder, student=vars(shape), files=files, **built, **facts, **features)
+    seal_folder(folder, student=vars(shape), files=files, **built, **facts, **features)
 
 
 FIRST_ANSWER = """
@@ -312,14 +316,15 @@ import sys, time
 from pathlib import Path
 import numpy as np
 import torch, faiss, pyarrow
-from fastattr import FastAttributor, attribute, index
+from fastattr import FastAttributor
+from fastattr.index.search import open_ranked
 from fastattr.core.files import read_json
 query = np.random.default_rng(0).standard_normal((1, 768)).astype(np.float32)
 folder = Path(sys.argv[1])
 started, spent = time.perf_counter(), time.process_time()
 if sys.argv[2] == "index":
     config = read_json(folder / "config.json")
-    index.open_ranked(folder, config, config["sha256"]).search(query / np.linalg.norm(query), 100)
+    open_ranked(folder, config, config["sha256"]).search(query / np.linalg.norm(query), 100)
 else:
     FastAttributor.from_pretrained(folder).attribute_features(query, ["x"], 100)
 print(time.perf_counter() - started, time.process_time() - spent)
@@ -347,7 +352,7 @@ def part_kills(work: Path, quick: bool) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     real = population.real_embeddings()[:2000]
     folder.mkdir(parents=True)
-    built = index.build(lambda start, stop: real[start:stop], *real.shape, IndexConfig(factory="IVF16,SQ4"), folder)
+    built = build(lambda start, stop: real[start:stop], *real.shape, IndexConfig(factory="IVF16,SQ4"), folder)
     write_attributor(folder, built, *real.shape)
     wanted, lives = (300, 6) if quick else (10_000, 100)
     rng = np.random.default_rng(0)

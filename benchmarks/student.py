@@ -29,21 +29,23 @@ import numpy as np
 import torch
 import truth as table_of_truth
 from accelerate import Accelerator
-from ground_truth import CONFIG, BenchConfig
+from ground_truth import CONFIG
 from PIL import Image
 from student_truth import Setting, measure as measure_students, open_bench
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.settings import read_yaml
+from fastattr.core.stages import MANIFEST
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
+from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.features.kinds import open_encoder
 from fastattr.features.stage import FeaturesConfig, encode_sets
 from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.config import read_config
 from fastattr.students.calibrate import fit_calibration
 from fastattr.students.calibration import Calibration, corpus_weights, teacher_percentiles
 from fastattr.students.distill import DistillConfig, Validation, distill
@@ -51,7 +53,7 @@ from fastattr.students.losses import LOSSES
 from fastattr.students.ownness import fit_density
 from fastattr.students.pairs import PairTable, labels_of, make_table, standardised
 from fastattr.students.ranking import paired_bootstrap, spearman, standard_error, teacher_average_precision
-from fastattr.students.shares import estimate_shares, families_of, teacher_shares
+from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import Student, StudentConfig, embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
@@ -469,13 +471,13 @@ def measure_degrees(tables: Tables, student: Student, run_dir: Path, sizes: Size
     for number, (query, own, values) in enumerate(zip(tables.scored["test"], tables.rows["test"], similarities, strict=True)):
         near = ~query.is_outsider
         _, family, counts = np.unique(families[own][near], return_inverse=True, return_counts=True)
-        found = estimate_shares(
+        found = divide(
             calibration,
             values[near],
             creators[own][near],
             family,
-            family_sizes=counts[family],
-            beyond_unrelated=False,
+            weights=1 / counts[family],
+            level=np.zeros(len(calibration.level)),
             seed=number,
         )
         _, theirs = teacher_shares(query.influence[near], 1 / counts[family], creators[own][near])
@@ -643,7 +645,7 @@ def bench_students(sizes: Sizes) -> dict[str, Setting]:
 def measure_bench(truth_dir: Path, run_dir: Path, source: Path | None, sizes: Sizes, docs: Path | None) -> dict[str, Any]:
     """Residual LDS of students, untuned features and teachers on retrained models (benchmarks/student_truth.py)."""
     bench_sizes = table_of_truth.QUICK if sizes.steps == QUICK.steps else table_of_truth.Sizes()
-    config = read_config(CONFIG, BenchConfig)
+    config = read_yaml(CONFIG, RetrainConfig)
     bench = open_bench(truth_dir, run_dir, source, config, bench_sizes, queries=sizes.truth_queries)
     tried = bench_students(sizes)
     return measure_students(bench, tried, PAPER_RECIPE, docs, resamples=bench_sizes.resamples, seed=sizes.seed)

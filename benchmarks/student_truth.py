@@ -17,19 +17,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ground_truth import BenchConfig
 from tqdm import tqdm
 from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
 
-from fastattr.core.files import MANIFEST, atomic_path, read_json
-from fastattr.evaluation.evaluate import compare_with_truth, table_scores
-from fastattr.evaluation.truth import GroundTruth, lds_residual
-from fastattr.gradients.ekfac import weight_shape
-from fastattr.gradients.gradient_features import Compression, GradientConfig, RidgeKernel
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST
+from fastattr.evaluation.against_truth import compare_with_truth, table_scores
+from fastattr.evaluation.lds import lds_residual
+from fastattr.evaluation.subsets import RetrainConfig
+from fastattr.evaluation.truth import GroundTruth
+from fastattr.generators.layers import weight_shape
+from fastattr.gradients.compression import Compression, GradientConfig
+from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig, Validation, distill
 from fastattr.students.pairs import labels_of, make_table
 from fastattr.students.student import Student, embed_both
-from fastattr.teachers.baselines import kernel_scores_of_products
+from fastattr.teachers.kernels import kernel_scores_of_products
 from fastattr.teachers.scores import ScoredQuery
 
 SPLITS = ("train", "validation", "test")
@@ -86,7 +89,7 @@ class Bench:
 
 
 def open_bench(
-    truth_dir: Path, run_dir: Path, source: Path | None, config: BenchConfig, sizes: Sizes, *, queries: int
+    truth_dir: Path, run_dir: Path, source: Path | None, config: RetrainConfig, sizes: Sizes, *, queries: int
 ) -> Bench:
     """Open emoji-bench, score its queries by every quick teacher and encode everything in every feature space.
 

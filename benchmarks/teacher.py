@@ -31,15 +31,17 @@ from emoji import open_corpus
 from scipy.stats import spearmanr
 
 from fastattr import FastattrError
-from fastattr.core.files import MANIFEST, fingerprint, read_json
+from fastattr.core.files import read_json
 from fastattr.core.models import ASSETS
-from fastattr.corpus.store import Corpus, CorpusConfig, write_corpus
+from fastattr.core.stages import MANIFEST, fingerprint
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.features.candidates import write_candidates
 from fastattr.generators.queries import Queries, QueriesConfig, run as draw_queries
-from fastattr.teachers import teacher
-from fastattr.teachers.plan import Probe, Sizes as PlanSizes, run as plan, teacher_plan
+from fastattr.teachers import teach
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.cost import Probe, Sizes as PlanSizes, run as plan, teacher_plan
 from fastattr.teachers.scores import read_scores
-from fastattr.teachers.teacher import TeacherConfig
 
 GENERATOR = ASSETS / "emoji" / "generator"
 SCRIPT = Path(__file__).resolve().parent.parent / "hub_scripts" / "teacher.py"
@@ -150,7 +152,7 @@ class Bench:
             if alone or count > 1:
                 self._launch(run_dir, config, count)
             else:
-                teacher.run(config, run_dir)
+                teach.run(config, run_dir)
             shutil.move(run_dir / "scores", kept)
         manifest = read_json(kept / MANIFEST)
         if manifest["processes"] != count:

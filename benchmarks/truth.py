@@ -36,39 +36,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from ground_truth import AUTOENCODER, RANKINGS, BenchConfig, chosen_queries, prepare, removed_count
+from ground_truth import AUTOENCODER, open_run
 from tqdm import tqdm, trange
 
 from fastattr.core.errors import FastattrError, InputError, NonFiniteError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    open_stage,
-    read_json,
-    require_same,
-    sha256_file,
-    write_json,
-    write_manifest,
-)
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.settings import read_yaml
+from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
-from fastattr.evaluation.evaluate import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
-from fastattr.evaluation.truth import GroundTruth, noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
+from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.lds import noise_ceiling, outputs_of, popularity, residual_outputs
+from fastattr.evaluation.retrain import RANKINGS
+from fastattr.evaluation.subsets import RetrainConfig, chosen_queries, removed_count
+from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.diffusion import middle_activations
 from fastattr.features.encoder import encode_all
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
-from fastattr.gradients.denoising import EncodedImages, denoising_losses, image_losses
-from fastattr.gradients.ekfac import Factors, Layer, fit_ekfac, weight_shape
-from fastattr.pipeline.config import read_config
+from fastattr.generators.layers import Layer, weight_shape
+from fastattr.gradients.ekfac import Factors, fit_ekfac
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import denoising_losses, image_losses
 from fastattr.students.distill import DistillConfig, train_student
 from fastattr.students.pairs import standardised
 from fastattr.students.student import embed
-from fastattr.teachers.baselines import kernel_scores_of_products, similarity_scores
-from fastattr.teachers.linearised import flat_step
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.curvature import factor_batches
+from fastattr.teachers.first_order import flat_step
+from fastattr.teachers.kernels import kernel_scores_of_products
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.teacher import TeacherConfig, factor_batches
+from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.unlearning import influence_scores, query_gradient, unlearned, unlearning_step
 
 logger = logging.getLogger(__name__)
@@ -423,7 +422,7 @@ class Data:
     """Ground truth, corpus and the generator that drew the queries, opened."""
 
     truth: GroundTruth
-    config: BenchConfig
+    config: RetrainConfig
     run_dir: Path
     corpus: Corpus
     latents: torch.Tensor
@@ -445,10 +444,10 @@ def _encode(name: str, images: Any, captions: Sequence[Sequence[str]]) -> np.nda
     return encode_all(encoder, images, captions, batch_size=128).astype(np.float32)
 
 
-def open_data(truth_dir: Path, run_dir: Path, config: BenchConfig, sizes: Sizes, source: Path | None) -> Data:
+def open_data(truth_dir: Path, run_dir: Path, config: RetrainConfig, sizes: Sizes, source: Path | None) -> Data:
     """Open everything; the corpus is taken from RUN or built there."""
     truth = GroundTruth(truth_dir)
-    bench = prepare(config, run_dir, source)
+    bench = open_run(config, run_dir, source)
     require_same(
         f"the corpus of {run_dir}",
         bench.corpus.fingerprint,
@@ -996,7 +995,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
-    config = read_config(options.config, BenchConfig)
+    config = read_yaml(options.config, RetrainConfig)
     data = open_data(options.truth, options.run, config, sizes, options.corpus)
     if options.sweep:
         write_json(data.truth.folder / SETTINGS, sweep(data, sizes))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastattr.core.errors import (
     ArtifactDamagedError,
     ArtifactMismatchError,
     ArtifactNotFoundError,
+    DoesNotFitError,
     EncoderMismatchError,
     FastattrError,
     FormatVersionError,
@@ -18,20 +20,26 @@ from fastattr.core.errors import (
     MissingFileError,
     NonFiniteError,
     QueriesFailedError,
+    ReceiptDiffersError,
     RevisionNotFoundError,
 )
 from fastattr.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fastattr.attributor.attribute import Attribution, FastAttributor
+    from fastattr.attributor.attribution import Attribution
+    from fastattr.attributor.attributor import FastAttributor, read_info
+    from fastattr.evaluation.showcase import read_counterfactuals, read_generated
     from fastattr.generators.generator import Generator
-
+    from fastattr.pipeline.build import run_stage
+    from fastattr.pipeline.config import load_config
+    from fastattr.publishing.publish import push_all
 
 __all__ = [
     "ArtifactDamagedError",
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
     "Attribution",
+    "DoesNotFitError",
     "EncoderMismatchError",
     "FastAttributor",
     "FastattrError",
@@ -44,18 +52,39 @@ __all__ = [
     "MissingFileError",
     "NonFiniteError",
     "QueriesFailedError",
+    "ReceiptDiffersError",
     "RevisionNotFoundError",
+    "load_config",
+    "push_all",
+    "read_counterfactuals",
+    "read_generated",
+    "read_info",
+    "run_stage",
 ]
+LAZY = {
+    "Attribution": "fastattr.attributor.attribution",
+    "FastAttributor": "fastattr.attributor.attributor",
+    "Generator": "fastattr.generators.generator",
+    "load_config": "fastattr.pipeline.config",
+    "push_all": "fastattr.publishing.publish",
+    "read_counterfactuals": "fastattr.evaluation.showcase",
+    "read_generated": "fastattr.evaluation.showcase",
+    "read_info": "fastattr.attributor.attributor",
+    "run_stage": "fastattr.pipeline.build",
+}
+"""Names whose modules load heavy libraries (torch, diffusers), and the modules."""
 
 
 def __getattr__(name: str) -> Any:
-    """Load the heavy names (torch, diffusers) only when they are first used."""
-    if name in {"Attribution", "FastAttributor"}:
-        from fastattr.attributor import attribute
+    """Load a name of `LAZY` when it is first used."""
+    if name not in LAZY:
+        raise AttributeError(f"module 'fastattr' has no attribute {name!r}")
+    found = getattr(importlib.import_module(LAZY[name]), name)
+    if name == "FastAttributor":  # an attributor answers without knowing how it is published
+        found.push_to_hub = importlib.import_module("fastattr.publishing.push_to_hub").push_to_hub
+    return found
 
-        return getattr(attribute, name)
-    if name == "Generator":
-        from fastattr.generators.generator import Generator
 
-        return Generator
-    raise AttributeError(f"module 'fastattr' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """The public names, those included that are loaded when they are first used."""
+    return sorted([*globals(), *LAZY])

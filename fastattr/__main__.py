@@ -2,7 +2,7 @@
 
 import sys
 
-from fastattr.cli import main
+from fastattr.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

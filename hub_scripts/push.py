@@ -8,9 +8,7 @@ Unchanged artifacts make no new commit. One part alone: `fastattr push --help`.
 
 import sys
 
-from common import run_stages
-
-from fastattr.publishing.publish import KINDS
+from common import KINDS, run_stages
 
 if __name__ == "__main__":
     sys.exit(run_stages([], __doc__, makes=KINDS))

@@ -26,6 +26,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
+from weakref import WeakKeyDictionary
 
 from PIL import Image, ImageOps
 
@@ -38,8 +39,7 @@ except ImportError:
         return function
 
 
-from fastattr import FastattrError, InputError, MissingExtraError
-from fastattr.evaluation.showcase import COUNTERFACTUALS, COUNTERFACTUALS_FILE, GENERATED, GENERATED_FILE, read_table
+from fastattr import FastattrError, InputError, MissingExtraError, read_counterfactuals, read_generated
 
 if __package__:
     from . import render, strings
@@ -105,7 +105,7 @@ def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
                 _generate_tab(demo, generator, attributor, recent, info)
             with gr.Tab(strings.TAB_ATTRIBUTE):
                 _attribute_tab(attributor, recent)
-            if COUNTERFACTUALS_FILE in info["files"]:
+            if "counterfactuals.parquet" in info["files"]:
                 with gr.Tab(strings.TAB_COUNTERFACTUAL) as tab:
                     _counterfactual_tab(tab, attributor)
         gr.HTML(render.footer(generator.name, info))
@@ -292,13 +292,8 @@ def _counterfactual_tab(tab: gr.Tab, attributor: FastAttributor) -> None:
     prompt = gr.Radio([], label=strings.COUNTERFACTUAL_PROMPT)
     page = gr.HTML()
 
-    def rows() -> list[dict[str, Any]]:
-        path = attributor.file(COUNTERFACTUALS_FILE)
-        assert path is not None  # the tab is there only if the file is
-        return read_table(path, COUNTERFACTUALS).to_pylist()
-
     def show(chosen: str | None) -> tuple[str, Any, str]:
-        table = rows()
+        table = read_counterfactuals(attributor)
         queries = {row["query_id"]: row["prompt"] for row in table}
         chosen = chosen or next(iter(queries))
         choices = [(prompt, query_id) for query_id, prompt in queries.items()]
@@ -321,16 +316,13 @@ def ask(attributor: FastAttributor, image: Image.Image, prompt: str) -> Answer:
 
 def drawings_on_record(attributor: FastAttributor) -> list[render.Drawing]:
     """The generated images that the attributor brings along, if it does, with the training images that influenced them."""
-    path = attributor.file(GENERATED_FILE)
-    if path is None:
-        return []
-    if path not in ON_RECORD:
-        rows = read_table(path, GENERATED).to_pylist()
-        ON_RECORD[path] = [render.Drawing(row["prompt"], row["image"], row["image_ids"]) for row in rows]
-    return ON_RECORD[path]
+    if attributor not in ON_RECORD:
+        rows = read_generated(attributor)
+        ON_RECORD[attributor] = [render.Drawing(row["prompt"], row["image"], row["image_ids"]) for row in rows]
+    return ON_RECORD[attributor]
 
 
-ON_RECORD: dict[Path, list[render.Drawing]] = {}
+ON_RECORD: WeakKeyDictionary[FastAttributor, list[render.Drawing]] = WeakKeyDictionary()
 """What `drawings_on_record` has read."""
 
 
@@ -495,8 +487,7 @@ def launch(
         attributor: the same, with FASTATTR_ATTRIBUTOR.
         mcp: as in `serve`.
     """
-    from fastattr import FastAttributor, Generator
-    from fastattr.attributor.attribute import read_info
+    from fastattr import FastAttributor, Generator, read_info
 
     generator = generator or os.environ.get("FASTATTR_GENERATOR", "emoji")
     attributor = attributor or os.environ.get("FASTATTR_ATTRIBUTOR", "emoji")

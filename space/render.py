@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from fastattr.attributor.attribute import UNASSIGNED
-
 if __package__:
     from . import strings
 else:  # run as a script: the Space's own folder is on the path
@@ -79,7 +77,7 @@ def results(
 
 
 def verdict(attribution: Attribution, table: pd.DataFrame) -> str:
-    """In words: whose share stands out, if anyone's does, and how much is owed to no one in particular."""
+    """In words: whose share stands out, if anyone's does, and how much is spread too thinly to name."""
     if not calibrated(table):
         return ""
     name = attribution.dominant
@@ -275,7 +273,7 @@ def _share(row: Any, scale: float, known: bool) -> str:
         words = strings.INTERVAL_TEXT.format(low=f"{row.low:.1%}", high=f"{row.high:.1%}")
         interval = f'<td class="number interval">{words}</td>'
         reach = f'<div class="range" style="left:{row.low / scale:.2%};width:{(row.high - row.low) / scale:.2%}"></div>'
-    unassigned = row.creator == UNASSIGNED
+    unassigned = not row.named
     return (
         f"<tr{' class=unassigned' if unassigned else ''}>"
         f'<th scope="row">{escape(str(row.creator or strings.UNKNOWN))}<div class="bar" aria-hidden="true">'

@@ -89,7 +89,7 @@ OTHER_REVISION = (
 )
 DOMINANT = "The largest share goes to {name}: {share} of the influence, between {low} and {high}."
 NO_DOMINANT = "No dominant source: no single creator's share stands out beyond its uncertainty."
-UNASSIGNED_SHARE = "{share} is owed to no one in particular."
+UNASSIGNED_SHARE = "{share} is spread too thinly to name."
 
 VIEW = "Rank the training images by"
 VIEW_INFLUENCE = "Influence"

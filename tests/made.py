@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from fastattr import FastAttributor
-from fastattr.attributor.attribute import write_config
-from fastattr.attributor.catalogue import COLUMNS, write_table
+from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.folder import write_table
+from fastattr.attributor.make import seal_folder
 from fastattr.core.files import write_json
-from fastattr.index.index import IndexConfig, build
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig
 from fastattr.students.student import Student, StudentConfig
 from tests.tiny import unit
 
@@ -44,7 +46,7 @@ def write_attributor(folder: Path, *, rows: int = 60, factory: str = "SQfp16", s
     }
     files = {"catalog": write_table(pa.table(table), folder, "catalog")}
     write_json(folder / "metrics.json", {})
-    write_config(
+    seal_folder(
         folder,
         encoders=[],
         encoder_fingerprints=[],

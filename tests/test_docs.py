@@ -38,7 +38,7 @@ def test_the_api_reference_has_every_module(site: Path):
     text = (site / "api" / "index.html").read_text(encoding="utf-8")
     modules = [path.stem for path in (REPOSITORY / "fastattr").glob("*.py") if not path.stem.startswith("_")]
     assert [name for name in modules if f'id="fastattr.{name}"' not in text] == []
-    assert 'id="fastattr.attributor.attribute.FastAttributor.attribute"' in text
+    assert 'id="fastattr.attributor.attributor.FastAttributor.attribute"' in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import fastattr
 
@@ -15,6 +18,7 @@ PUBLIC_NAMES = [
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
     "Attribution",
+    "DoesNotFitError",
     "EncoderMismatchError",
     "FastAttributor",
     "FastattrError",
@@ -27,7 +31,14 @@ PUBLIC_NAMES = [
     "MissingFileError",
     "NonFiniteError",
     "QueriesFailedError",
+    "ReceiptDiffersError",
     "RevisionNotFoundError",
+    "load_config",
+    "push_all",
+    "read_counterfactuals",
+    "read_generated",
+    "read_info",
+    "run_stage",
 ]
 
 
@@ -38,8 +49,26 @@ def test_the_public_names_are_these():
 
 def test_every_public_name_can_be_had():
     """A lazy name whose module moved would fail only when a user first asks for it."""
-    missing = [name for name in fastattr.__all__ if not isinstance(getattr(fastattr, name, None), type)]
+    missing = [name for name in fastattr.__all__ if not callable(getattr(fastattr, name, None))]
     assert missing == []
+    assert set(fastattr.__all__) <= set(dir(fastattr))  # what a notebook completes
+
+
+@pytest.mark.parametrize("folder", ["space", "hub_scripts"])
+def test_space_and_scripts_use_public_names_only(folder: str):
+    """They show how to use fastattr: a name that others must not rely on would be copied from them."""
+    paths = list((REPOSITORY / folder).glob("*.py"))
+    assert paths
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    used = {
+        (path.name, node.module, name.name)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastattr"
+        for name in node.names
+    }
+    assert used
+    assert [each for each in sorted(used) if each[1] != "fastattr" or each[2] not in fastattr.__all__] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fastattr.attributor.attribute import RECEIPT, Attribution, FastAttributor, ImageLike, image_sha256, open_image
+from fastattr.attributor.attribution import RECEIPT, Attribution
+from fastattr.attributor.attributor import FastAttributor
+from fastattr.attributor.inputs import ImageLike, image_sha256, open_image
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError
 from fastattr.core.files import read_json
 

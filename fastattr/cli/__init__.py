@@ -1,5 +1,12 @@
-"""The command line: `fastattr --help` reads like a guide."""
+"""The command line: `fastattr --help` reads like a guide.
 
-from fastattr.cli.main import main
+Results go to stdout, progress and warnings to stderr. Exit codes: 2 for what a user can mend (one line on stderr), 1 for
+a receipt that differs, 130 for an interrupted command.
 
-__all__ = ["main"]
+- `main`: `main(argv)`, which runs one command.
+- `ask`: demo, generate, attribute, attribute-many, info.
+- `living`: add, remove, update, compact, verify, serve.
+- `stages`: build, plan, corpus, and one command for each stage.
+- `publish`: push, import.
+- `output`: how results are printed.
+"""

@@ -1,4 +1,4 @@
-"""Captions of the form 'SUBJECT, STYLE'."""
+"""Captions: split 'SUBJECT, STYLE' into its parts, and put a subject into another style."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ def split_caption(caption: str) -> tuple[str, str]:
     return (subject, style) if subject else (caption, "")
 
 
-def recombine(caption: str, style: str) -> str:
-    """'red heart, openmoji style', 'noto style' -> 'red heart, noto style'."""
-    return f"{split_caption(caption)[0]}, {style}"
-
-
 def recombinations(captions: Sequence[str]) -> list[tuple[int, str]]:
     """All (row, style) such that no caption has that row's subject in that style; the row is the subject's first.
 
     Args:
-        captions: (N,) 'SUBJECT, STYLE'; a caption without style counts as a subject alone.
+        captions: (N,) 'SUBJECT, STYLE'; what has no style counts as a subject alone.
 
     Returns:
         In order of subject, then of style.
@@ -33,3 +28,8 @@ def recombinations(captions: Sequence[str]) -> list[tuple[int, str]]:
         known.setdefault(subject, set()).add(style)
     styles = sorted(set().union(*known.values()) - {""})
     return [(rows[subject], style) for subject in sorted(rows) for style in styles if style not in known[subject]]
+
+
+def recombine(caption: str, style: str) -> str:
+    """'red heart, openmoji style', 'noto style' -> 'red heart, noto style'."""
+    return f"{split_caption(caption)[0]}, {style}"

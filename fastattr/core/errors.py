@@ -5,6 +5,8 @@ All derive from `FastattrError`, which the command line turns into one line on s
 
 from __future__ import annotations
 
+import re
+
 
 class FastattrError(Exception):
     """Base of every error that a user can mend; its text is complete on its own."""
@@ -70,6 +72,15 @@ class MissingExtraError(FastattrError, ImportError):
     """An optional dependency is not installed; the text says which extra brings it."""
 
 
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters (a line break is none), marks that turn the writing direction, and halves of surrogate pairs."""
+
+
+def harmless(text: str) -> str:
+    """The text with every control character shown as an escape, so that a stranger's name cannot command a terminal."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def for_terminal(error: FastattrError) -> str:
-    """The error's text as one line, except for a table of failed queries, which keeps its lines."""
-    return str(error) if isinstance(error, QueriesFailedError) else " ".join(str(error).split())
+    """The error's text, harmless, as one line, except for a table of failed queries, which keeps its lines."""
+    return harmless(str(error) if isinstance(error, QueriesFailedError) else " ".join(str(error).split()))

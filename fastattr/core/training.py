@@ -23,8 +23,9 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
-from fastattr.core.files import atomic_path, fingerprint
+from fastattr.core.files import atomic_path
 from fastattr.core.muon import Muon
+from fastattr.core.stages import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,10 @@ from typing import Any
 
 from PIL import Image
 
+from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactDamagedError, MissingExtraError
-from fastattr.corpus.store import Skipped, TrainingImage
+from fastattr.corpus.images import load_rgb
+from fastattr.corpus.records import Skipped, TrainingImage
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 MARKS = {"2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}
@@ -158,7 +160,7 @@ def plain_drawings(drawings: Sequence[Drawing]) -> list[Drawing]:
 
 def subject_of(image: TrainingImage) -> str:
     """'red heart' of the image captioned 'red heart, openmoji style'."""
-    return image.captions[0].rpartition(", ")[0]
+    return split_caption(image.captions[0])[0]
 
 
 def _captioned(drawing: Drawing, subjects: dict[str, int]) -> Drawing:
@@ -231,8 +233,6 @@ def draw(svg: str, *, resolution: int) -> bytes:
         import resvg_py
     except ImportError as error:
         raise MissingExtraError("resvg is not installed; run: pip install 'fastattr[emoji]'") from error
-    from fastattr.corpus.store import load_rgb
-
     drawn = resvg_py.svg_to_bytes(
         svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
     )

@@ -1,22 +1,15 @@
-"""Corpus: the training images and captions of a generator, with their creators and licences.
+"""Store: write a corpus folder in parts, and open it.
 
-Reads an image folder, a `datasets` dataset, COCO, webdataset shards (fastattr/corpus/sources.py), or the emoji packages
-(fastattr/corpus/emoji.py); writes corpus/data-*.parquet (loadable by `datasets`), corpus/looks.parquet (what near-copies
-are found by), corpus/skipped.parquet and corpus/manifest.json. The source is read in parts that are split over the
-processes and kept until all are there, so a killed run resumes; one part's images at most are in memory.
-Images that cannot be read, images without a caption and copies are listed in skipped.parquet with the reason.
+Writes corpus/data-*.parquet (loadable by `datasets`), corpus/looks.parquet (what near-copies are found by) and
+corpus/skipped.parquet, which lists images that cannot be read, images without a caption and copies, with the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,274 +17,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.core.files import (
-    MANIFEST,
-    atomic_path,
-    fingerprint,
-    finished,
-    open_stage,
-    read_json,
-    remove,
-    temporary_folder,
-    write_manifest,
-)
+from fastattr.core.errors import InputError
+from fastattr.core.files import atomic_path, temporary_folder
+from fastattr.core.stages import fingerprint, open_stage, write_manifest
+from fastattr.corpus.images import load_rgb
 from fastattr.corpus.near_copies import Looks, look_of, looks_of, originals
+from fastattr.corpus.records import ROWS_AT_ONCE, TEXT_COLUMNS, Skipped, TrainingImage
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 ROWS_PER_SHARD = 50_000
-ROWS_AT_ONCE = 1000
-"""Images that are held in memory at once while a part is written, and rows of a parquet row group."""
-TEXT_COLUMNS = ("creator", "license", "source", "url", "group", "subgroup", "family", "nsfw", "similarity")
-KINDS = ("emoji", "folder", "dataset", "coco", "webdataset", "urls")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingImage:
-    """One image of the corpus with its captions and provenance."""
-
-    image_id: str
-    """Stable name, unique in the corpus."""
-    image: bytes
-    """An encoded image file (PNG, JPEG, WebP, ...)."""
-    captions: list[str]
-    """At least one; the first is the main caption."""
-    creator: str = ""
-    license: str = ""
-    source: str = ""
-    """The set or site it comes from."""
-    url: str = ""
-    group: str = ""
-    """Coarse subject class, where the corpus has one."""
-    subgroup: str = ""
-    """Fine subject class."""
-    family: str = ""
-    """Shared by near-duplicates (skin tones of one design, crops of one photo)."""
-    nsfw: str = ""
-    """LAION's word for it: UNLIKELY, UNSURE, NSFW, or empty."""
-    similarity: str = ""
-    """LAION's cosine of image and caption, as it was given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """Something found that did not become a training image."""
-
-    name: str
-    reason: str
-    url: str = ""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a source that is read on its own, by one process."""
-
-    name: str
-    """What it is of; another name is another part, so it holds sizes and times of files, too."""
-    read: partial[Iterator[TrainingImage | Skipped]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Where the training images come from."""
-
-    kind: str = "emoji"
-    """'emoji' (pinned npm packages), 'folder' (images with captions), 'dataset' (a `datasets` name or file), 'coco'
-    (annotations/captions_SPLIT.json and SPLIT/ in a folder), 'webdataset' (tar shards, as img2dataset writes them) or
-    'urls' (parquet files of URLs and captions, whose images are in the tar shards of `shards`)."""
-    path: str = ""
-    """Folder, dataset id or data file; empty for 'emoji'."""
-    split: str = "train"
-    """Split of the dataset; of COCO 'train2017', say."""
-    shards: str = ""
-    """Of 'urls': the folder of tar shards."""
-    duplicates: str = ""
-    """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, 'family'
-    keeps it with the same `family`, 'keep' does not look. '' is 'keep' for emoji, whose variants are no copies, else
-    'skip'. Near-copy: fastattr/corpus/near_copies.py."""
-    image_column: str = "image"
-    caption_column: str = "caption"
-    resolution: int = 64
-    """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
-    variants: bool = False
-    """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"corpus kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind != "emoji" and not self.path:
-            raise InputError(f"corpus kind {self.kind!r} needs a path")
-        if (self.kind == "urls") != bool(self.shards):
-            raise InputError(f"corpus kind 'urls', and no other, needs `shards`; got {self.kind!r} with {self.shards!r}")
-        if self.duplicates not in {"", "skip", "family", "keep"}:
-            raise InputError(f"duplicates must be 'skip', 'family' or 'keep', got {self.duplicates!r}")
-        if self.resolution < 8:
-            raise InputError(f"resolution must be at least 8 pixels, got {self.resolution}")
-
-
-def check_image(data: bytes) -> str:
-    """Why these bytes are no usable image, or '' if they are."""
-    if not data:
-        return "not a readable image (no bytes: the file is missing, empty or may not be read)"
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except UnidentifiedImageError:  # its text holds a memory address, and the report must be the same every time
-        return "not a readable image (unknown format)"
-    except Exception as error:  # Pillow raises many types on damaged files; each means the same to us
-        return f"not a readable image ({type(error).__name__}: {error})"
-    return ""
-
-
-def load_rgb(data: bytes | Path) -> Image.Image:
-    """Decode an image file as RGB; transparency is laid on white, EXIF rotation applied."""
-    from PIL import ImageOps
-
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, transparency laid on white."""
-    if image.mode in {"I;16", "I;16B", "I"}:
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def read_folder(folder: Path) -> Iterator[TrainingImage | Skipped]:
-    """Read a captioned image folder: `metadata.jsonl` (file_name, text or caption, creator, ...) or `NAME.txt` sidecars.
-
-    The image id is the path below `folder` without its suffix.
-
-    Raises:
-        ArtifactNotFoundError: no such folder.
-        InputError: metadata.jsonl is not UTF-8.
-    """
-    for part in folder_parts(folder):
-        yield from part.read()
-
-
-def folder_parts(folder: Path) -> list[Part]:
-    """The parts of a captioned image folder, `ROWS_AT_ONCE` files each; see `read_folder`."""
-    if not folder.is_dir():
-        raise ArtifactNotFoundError(f"{folder} is not a folder. Give the folder that holds the images.")
-    described, bad = _described(folder / "metadata.jsonl")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-    ids = Counter(path.relative_to(folder).with_suffix("").as_posix() for path in files)
-    names = {path.relative_to(folder).as_posix() for path in files}
-    absent = [
-        Skipped(name=name, reason="named in metadata.jsonl, but there is no such image") for name in described.keys() - names
-    ]
-    blocks = [files[start : start + ROWS_AT_ONCE] for start in range(0, len(files), ROWS_AT_ONCE)]
-    parts = [
-        Part(fingerprint([_stamp(path) for path in block]), partial(_read_files, folder, block, described, ids))
-        for block in blocks
-    ]
-    listed = [*bad, *sorted(absent, key=lambda skipped: skipped.name)]
-    return [Part(fingerprint([vars(skipped) for skipped in listed]), partial(iter, listed)), *parts]
-
-
-def _described(path: Path) -> tuple[dict[str, dict[str, Any]], list[Skipped]]:
-    """The rows of a metadata.jsonl by file name, and its bad lines."""
-    described: dict[str, dict[str, Any]] = {}
-    bad: list[Skipped] = []
-    if not path.exists():
-        return described, bad
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # captions may hold U+2028
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            described[str(row["file_name"])] = row
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            bad.append(Skipped(name=f"metadata.jsonl:{number}", reason=f"bad line ({type(error).__name__}: {error})"))
-    return described, bad
-
-
-def _read_files(
-    folder: Path, files: Sequence[Path], described: dict[str, dict[str, Any]], ids: Counter[str]
-) -> Iterator[TrainingImage | Skipped]:
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        row = described.get(name, {})
-        sidecar = path.with_suffix(".txt")
-        captions = _as_captions(row.get("captions") or row.get("caption") or row.get("text"))
-        if not captions and sidecar.exists():
-            captions = _as_captions(sidecar.read_text(encoding="utf-8", errors="replace").splitlines())
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        yield as_training_image(
-            image_id=stem if ids[stem] == 1 else name, image=read_bytes(path), captions=captions, metadata=row
-        )
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    """Identifies a file as it is now, without reading it."""
-    status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns
-
-
-def read_dataset(
-    rows: Iterable[dict[str, Any]], *, image_column: str, caption_column: str, prefix: str = ""
-) -> Iterator[TrainingImage | Skipped]:
-    """Read rows of a `datasets` dataset whose image column was cast to `Image(decode=False)`.
-
-    The image id is the row's `image_id` if it has one, else `prefix` and its position, zero-padded.
-
-    Raises:
-        InputError: a row lacks one of the two columns.
-    """
-    for position, row in enumerate(rows):
-        missing = {image_column, caption_column} - set(row)
-        if missing:
-            raise InputError(f"the dataset has no column {sorted(missing)}; it has {sorted(row)}. Name the right ones.")
-        value = row[image_column] or {}
-        yield as_training_image(
-            image_id=_as_text(row.get("image_id")) or f"{prefix}{position:09d}",
-            image=value.get("bytes") or (read_bytes(Path(value["path"])) if value.get("path") else b""),
-            captions=_as_captions(row[caption_column]),
-            metadata=row,
-        )
-
-
-def read_bytes(path: Path) -> bytes:
-    """The file's bytes; none if it cannot be read, which `check_image` then reports."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _as_text(value: Any) -> str:
-    """A metadata value as text; '' only for a missing one, as 0 may be a class or an id."""
-    return "" if value is None else str(value)
-
-
-def _as_captions(value: Any) -> list[str]:
-    """The non-empty captions in a string or a list of strings."""
-    values = [value] if isinstance(value, str) else list(value or [])
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
-
-
-def as_training_image(*, image_id: str, image: bytes, captions: list[str], metadata: dict[str, Any]) -> TrainingImage | Skipped:
-    """A training image, or why there is none; of the metadata, what `TEXT_COLUMNS` names is kept."""
-    problem = check_image(image) if captions else "no caption"
-    if problem:
-        return Skipped(name=image_id, reason=problem, url=_as_text(metadata.get("url")))
-    text = {column: _as_text(metadata.get(column)) for column in TEXT_COLUMNS}
-    return TrainingImage(image_id=image_id, image=image, captions=captions, **text)
 
 
 def corpus_schema() -> pa.Schema:
@@ -367,19 +105,18 @@ def _read_skipped(path: Path) -> list[Skipped]:
 
 
 def join_parts(
-    parts: Sequence[Path], folder: Path, config: CorpusConfig, *, duplicates: str = "keep", more: Sequence[Skipped] = ()
+    parts: Sequence[Path], folder: Path, *, duplicates: str = "keep", more: Sequence[Skipped] = ()
 ) -> dict[str, Any]:
-    """Write a corpus folder from its parts.
+    """Write a corpus folder from its parts, all but the manifest.
 
     Args:
         parts: files of `write_part`, in the order to keep.
         folder: where to write; an unfinished earlier try is replaced.
-        config: kept in the manifest.
         duplicates: 'skip', 'family' or 'keep', see `CorpusConfig`.
         more: what else was skipped.
 
     Returns:
-        The manifest: 'images', 'skipped' (count by reason), 'near_copies' (how many were kept as family),
+        Facts for the manifest: 'images', 'skipped' (count by reason), 'near_copies' (how many were kept as family),
         'corpus_fingerprint' (over ids, image bytes, captions).
 
     Raises:
@@ -417,19 +154,14 @@ def join_parts(
         looks = table.select(["image_id", "look"]).filter(pa.array(kept))
         pq.write_table(looks, temporary / "looks.parquet")
         _write_skipped(skipped, temporary / "skipped.parquet")
-        manifest = write_manifest(
-            temporary,
-            stage="corpus",
-            config=config,
-            inputs={},
-            images=int(kept.sum()),
-            skipped=dict(Counter(item.reason.split(" (")[0] for item in skipped)),
-            near_copies=len(copies) if duplicates == "family" else 0,
-            corpus_fingerprint=fingerprint(identity),
-        )
     if skipped:
         logger.warning("%d of %d skipped; see %s", len(skipped), len(skipped) + kept.sum(), folder / "skipped.parquet")
-    return manifest
+    return {
+        "images": int(kept.sum()),
+        "skipped": dict(Counter(item.reason.split(" (")[0] for item in skipped)),
+        "near_copies": len(copies) if duplicates == "family" else 0,
+        "corpus_fingerprint": fingerprint(identity),
+    }
 
 
 def _firsts(digests: Sequence[str], looks: Looks) -> np.ndarray:
@@ -468,8 +200,8 @@ def _write_shards(parts: Sequence[Path], folder: Path, kept: np.ndarray, familie
         writer.close()
 
 
-def write_corpus(images: Iterable[TrainingImage | Skipped], folder: Path, config: CorpusConfig) -> dict[str, Any]:
-    """Write a corpus folder of these images, copies included; see `join_parts`.
+def write_corpus(images: Iterable[TrainingImage | Skipped], folder: Path, config: Any) -> dict[str, Any]:
+    """Write a corpus folder of these images, copies included; returns its manifest.
 
     Args:
         images: training images and what was skipped, in the order to keep.
@@ -478,7 +210,8 @@ def write_corpus(images: Iterable[TrainingImage | Skipped], folder: Path, config
     """
     with temporary_folder(folder.parent) as scratch:
         write_part(images, scratch / "part.parquet", description="corpus")
-        return join_parts([scratch / "part.parquet"], folder, config)
+        facts = join_parts([scratch / "part.parquet"], folder)
+    return write_manifest(folder, stage="corpus", config=config, inputs={}, **facts)
 
 
 class Corpus:
@@ -548,30 +281,3 @@ class Corpus:
     def catalog(self) -> pa.Table:
         """Everything but the images: what an attributor shows about each of them."""
         return self.table.drop_columns(["image"])
-
-
-def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
-    """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest.
-
-    A finished folder is kept. The parts lie beside it until all are there: another run does what is missing.
-    """
-    from accelerate import Accelerator
-
-    from fastattr.core.processes import split_between
-    from fastattr.corpus.sources import open_source
-
-    if not finished(folder, stage="corpus", config=config, inputs={}):
-        accelerator = Accelerator()
-        source = open_source(config)
-        scratch = folder.with_name(f"{folder.name}-parts-{fingerprint([vars(config), [part.name for part in source.parts]])}")
-        files = [scratch / f"{number:06d}.parquet" for number in range(len(source.parts))]
-        with split_between(accelerator, [number for number, file in enumerate(files) if not file.exists()]) as mine:
-            for number in tqdm(mine, desc="corpus", unit="part", disable=not accelerator.is_main_process):
-                write_part(source.parts[number].read(), files[number])
-        if accelerator.is_main_process:
-            duplicates = config.duplicates or ("keep" if config.kind == "emoji" else "skip")
-            join_parts(files, folder, config, duplicates=duplicates, more=source.missing(files))
-            remove(scratch)
-        accelerator.wait_for_everyone()
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest

@@ -16,6 +16,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +24,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from fastattr.attributor.attribute import FastAttributor, thumbnail_bytes
-from fastattr.attributor.catalogue import read_config, seal
+from fastattr.attributor.attributor import FastAttributor
+from fastattr.attributor.folder import read_config, seal
+from fastattr.attributor.make import thumbnail_bytes
 from fastattr.core.errors import ArtifactDamagedError, FastattrError, MissingFileError
-from fastattr.core.files import atomic_path, require_same, sha256_file, write_json
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path, sha256_file, write_json
+from fastattr.core.stages import require_same
+from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import Generator
 
@@ -176,6 +179,21 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
             f"{path} has the columns {found.names}, not those of fastattr.evaluation.showcase; make it again."
         )
     return pq.read_table(path)
+
+
+def read_generated(attributor: FastAttributor) -> list[dict[str, Any]]:
+    """The generated images that an attributor brings along, as rows of `GENERATED`; none if it brings none."""
+    return _rows(attributor, GENERATED_FILE, GENERATED)
+
+
+def read_counterfactuals(attributor: FastAttributor) -> list[dict[str, Any]]:
+    """The images drawn by retrained models that an attributor brings along, as rows of `COUNTERFACTUALS`; none likewise."""
+    return _rows(attributor, COUNTERFACTUALS_FILE, COUNTERFACTUALS)
+
+
+def _rows(attributor: FastAttributor, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    path = attributor.file(name)
+    return [] if path is None else list(read_table(path, schema).to_pylist())
 
 
 def attach(table: pa.Table, folder: Path, name: str) -> None:

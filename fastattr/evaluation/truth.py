@@ -1,26 +1,8 @@
-"""Truth: does a method name the training images that a model misses once it is retrained without them?
+"""Truth: the ground truth folder, which says what became of queries once models were retrained without some images.
 
-Pure functions on arrays, and the ground truth folder that benchmarks/ground_truth.py writes. Axis letters: M retrained
-models, Q queries, N training images, G groups of them. For a query q, a method's score s_qi of image i predicts of a model
-m that was trained on the images S_m
-
-    g_mq = sum of s_qi over i in S_m;          its output is    f_mq = -log(loss of q under m).
-
-The linear datamodeling score (LDS, arXiv:2303.14186) of q is Spearman's correlation of g_mq and f_mq over the models.
-Part of it is not about the query: some subsets are better for every query, and some images for every query too. The
-residual LDS, ours, takes both away. With z_qi the scores of q standardised over the images,
-
-    f'_mq = f_mq - mean over m - mean over q + mean over both
-    s'_qi = z_qi - mean of z_ri over the other queries r
-
-and the residual LDS of q is Spearman's correlation of f'_mq and g'_mq, the sums of s'_qi. A method whose scores are the
-same for every query has s' = 0 and residual LDS 0.
-
-The loss of a query is its mean over the timesteps that the ground truth's maker judges by (its manifest names them); each
-timestep's own is kept beside it.
-
-Reads a ground truth folder: manifest.json, images.parquet, queries.parquet, models.parquet, losses.parquet,
-counterfactuals.parquet.
+`GroundTruth` reads the folder that record.py writes of retrained models: manifest.json, images.parquet, queries.parquet,
+models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
+timesteps that methods are judged by (the manifest names them); each timestep's own loss is kept beside it.
 """
 
 from __future__ import annotations
@@ -35,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from scipy.stats import rankdata
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
-from fastattr.core.files import atomic_path, open_stage
-from fastattr.corpus.store import load_rgb
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import open_stage
+from fastattr.corpus.images import load_rgb
+from fastattr.evaluation.lds import group_shares, outputs_of
 
 MODELS = pa.schema(
     [
@@ -69,170 +52,6 @@ def counterfactuals_schema() -> pa.Schema:
     numbers = {name: Value("float64") for name in ("loss", "mse", "similarity")}
     schema: pa.Schema = Features({**text, **numbers, "image": ImageFeature()}).arrow_schema
     return schema
-
-
-def outputs_of(losses: np.ndarray) -> np.ndarray:
-    """(M, Q) positive losses -> (M, Q) outputs, -log(loss): higher = the model knows the query better."""
-    if not (losses > 0).all():
-        raise InputError("losses must be positive and finite.")
-    outputs: np.ndarray = -np.log(losses)
-    return outputs
-
-
-def predictions_of(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """What scores predict of each model.
-
-    Args:
-        scores: (Q, N) higher = more influential.
-        kept: (M, N) bool, the images that each model was trained on.
-
-    Returns:
-        (M, Q) sums of the scores of the kept images.
-
-    Raises:
-        InputError: the numbers of images differ, or a score is not finite.
-    """
-    if scores.ndim != 2 or kept.ndim != 2 or scores.shape[1] != kept.shape[1]:
-        raise InputError(f"scores (Q, N) and kept (M, N) must agree in N, got {scores.shape} and {kept.shape}")
-    if not np.isfinite(scores).all():
-        raise InputError(f"{int((~np.isfinite(scores)).sum())} scores are not finite.")
-    predictions: np.ndarray = kept.astype(np.float64) @ scores.astype(np.float64).T
-    return predictions
-
-
-def residual_outputs(outputs: np.ndarray) -> np.ndarray:
-    """(M, Q) outputs less each query's mean over the models and each model's mean over the queries."""
-    centred = outputs - outputs.mean(axis=0)
-    residual: np.ndarray = centred - centred.mean(axis=1, keepdims=True)
-    return residual
-
-
-def residual_scores(scores: np.ndarray) -> np.ndarray:
-    """(Q, N) scores, standardised for each query, less each image's mean over the other queries.
-
-    A query whose scores are all alike counts as zeros.
-
-    Raises:
-        InputError: there is one query only.
-    """
-    if len(scores) < 2:
-        raise InputError("residual scores need at least two queries.")
-    values = scores.astype(np.float64)
-    spread = values.std(axis=1, keepdims=True)
-    standard = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
-    others = (standard.sum(axis=0) - standard) / (len(scores) - 1)
-    residual: np.ndarray = standard - others
-    residual[np.abs(residual) < 1e-9] = 0.0  # rounding errors of scores that are the same for every query have ranks too
-    return residual
-
-
-def popularity(scores: np.ndarray) -> np.ndarray:
-    """(Q, N) each image's mean standardised score over the other queries: the null that ignores the query.
-
-    Its residual is exactly proportional to minus the residual of `scores`, for what is left out of the one mean is all
-    that differs between queries: a popularity null with negative residual LDS says that the method's is positive.
-    """
-    values = scores.astype(np.float64)
-    standard = (values - values.mean(axis=1, keepdims=True)) / values.std(axis=1, keepdims=True)
-    mean: np.ndarray = (standard.sum(axis=0) - standard) / (len(scores) - 1)
-    return mean
-
-
-def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(Q,) Spearman's correlation of each column of two (M, Q) arrays; equal values share their mean rank, constants give 0."""
-    correlations: np.ndarray = (_unit_ranks(first) * _unit_ranks(second)).sum(axis=0)
-    return correlations
-
-
-def _unit_ranks(values: np.ndarray) -> np.ndarray:
-    """(M, Q) ranks of each column, centred and of length 1; of a constant column zeros."""
-    ranks = rankdata(values, axis=0)
-    ranks = ranks - ranks.mean(axis=0)
-    length = np.sqrt((ranks**2).sum(axis=0))
-    unit: np.ndarray = ranks / np.where(length > 0, length, 1.0)
-    return unit
-
-
-def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """(Q,) plain LDS of (Q, N) scores, (M, N) kept images and (M, Q) losses. Source: arXiv:2303.14186, sec. 2."""
-    return rank_correlations(predictions_of(scores, kept), outputs_of(losses))
-
-
-def lds_residual(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """(Q,) residual LDS of (Q, N) scores, (M, N) kept images and (M, Q) losses, as the module's text defines it."""
-    return rank_correlations(predictions_of(residual_scores(scores), kept), residual_outputs(outputs_of(losses)))
-
-
-def bootstrap(
-    predictions: Mapping[str, np.ndarray],
-    outputs: np.ndarray,
-    subsets: Sequence[str],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Mean rank correlation under resampling of models and of queries.
-
-    Args:
-        predictions: by method (M, Q).
-        outputs: (M, Q), to be predicted.
-        subsets: (M,) what each model was trained on; models that share it are drawn together, as they are no two facts.
-        resamples: R.
-        seed: of the draws.
-
-    Returns:
-        By method (R,) means over the drawn queries. All methods share the draws, so differences of two are paired.
-    """
-    names, subset = np.unique(list(subsets), return_inverse=True)
-    members = [np.flatnonzero(subset == index) for index in range(len(names))]
-    rng = np.random.default_rng(seed)
-    means = {name: np.empty(resamples) for name in predictions}
-    for resample in range(resamples):
-        models = np.concatenate([members[index] for index in rng.integers(0, len(members), len(members))])
-        queries = rng.integers(0, outputs.shape[1], outputs.shape[1])
-        ranks = _unit_ranks(outputs[models])
-        for name, predicted in predictions.items():
-            means[name][resample] = (_unit_ranks(predicted[models]) * ranks).sum(axis=0)[queries].mean()
-    return means
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 2.5% and 97.5% quantiles of (R,) bootstrap values."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def noise_ceiling(first: np.ndarray, second: np.ndarray) -> float:
-    """The correlation that knowing each subset's true mean output would reach with the outputs of single models.
-
-    Args:
-        first: (S, Q) outputs, plain or residual, of S subsets under one training seed.
-        second: (S, Q) outputs of the same subsets under another seed.
-
-    Returns:
-        The root of the Pearson correlation of the two, over all subsets and queries once each query's mean is removed; 0
-        where it is negative. (A single output is truth plus noise; two of them correlate by the truth's share of the
-        variance, and each correlates with the truth by the root of that share.)
-    """
-    a, b = (values - values.mean(axis=0) for values in (first, second))
-    reliability = float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
-    return float(max(reliability, 0.0) ** 0.5)
-
-
-def group_shares(scores: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """How much of a query's positive scores each group holds.
-
-    Args:
-        scores: (Q, N) higher = more influential; what is negative counts as nothing.
-        members: (G, N) bool.
-
-    Returns:
-        (Q, G) shares of each query's sum over all images; zeros where no score is positive.
-    """
-    positive = np.maximum(scores.astype(np.float64), 0.0)
-    total = positive.sum(axis=1, keepdims=True)
-    shares: np.ndarray = (positive @ members.T.astype(np.float64)) / np.where(total > 0, total, 1.0)
-    return shares
 
 
 @dataclass(frozen=True)
@@ -366,6 +185,14 @@ class GroundTruth:
             [model["subset"] for model in models],
             np.array([model["seed"] for model in models]),
         )
+
+
+def group_points(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, G) shares of the groups in a method's positive scores, and (Q, G) rises of the log loss once each is left out."""
+    removed = truth.retrained("group", query_ids)
+    full = outputs_of(truth.losses(["full"], query_ids))
+    rises = (full - outputs_of(removed.losses)).T if len(removed.kept) else np.zeros((len(query_ids), 0))
+    return group_shares(scores, ~removed.kept), rises
 
 
 def write_table(path: Path, records: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:

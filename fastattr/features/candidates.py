@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import check_source, features_fingerprint, folders, read_features
 from fastattr.generators.queries import Queries

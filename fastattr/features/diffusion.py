@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import fingerprint
+from fastattr.core.stages import fingerprint
 from fastattr.features.encoder import encode_captions
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import Generator, noise_for

@@ -21,18 +21,16 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, open_stage, require_same, write_manifest
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
-from fastattr.gradients.denoising import EncodedImages, denoising_losses
-from fastattr.gradients.ekfac import Factors, Layer, fit_ekfac
-from fastattr.gradients.gradient_features import (
-    Compression,
-    GradientConfig,
-    RidgeKernel,
-    gradient_features,
-    leading_coordinates,
-)
+from fastattr.generators.layers import Layer
+from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
+from fastattr.gradients.ekfac import Factors, fit_ekfac
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import denoising_losses
+from fastattr.gradients.ridge import RidgeKernel
 
 FACTOR_IMAGES = 512
 """Training images, spread over the corpus, on which the curvature is fitted, each at `GradientConfig.draws` timesteps."""

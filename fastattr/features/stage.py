@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, fingerprint, finished, read_json, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.gradient import RECIPES, fit_gradient_encoder

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, fingerprint, open_stage, require_same
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import fingerprint, open_stage, require_same
 
 
 def slug(specification: str) -> str:

@@ -30,11 +30,12 @@ from fastattr.core.errors import (
     InputError,
     MissingExtraError,
 )
-from fastattr.core.files import fingerprint, read_json, sha256_file
+from fastattr.core.files import read_json, sha256_file
 from fastattr.core.models import PIPELINE_FILES, locate
+from fastattr.core.stages import fingerprint
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.families import CROSS_ATTENTION_KV as CROSS_ATTENTION_KV, Options, read_schedule, recognise, vae_factor
-from fastattr.gradients.ekfac import Layer
+from fastattr.generators.layers import Layer
 
 logger = logging.getLogger(__name__)
 

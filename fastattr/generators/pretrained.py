@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, finished, read_json, sha256_file, write_manifest
+from fastattr.core.files import read_json, sha256_file
 from fastattr.core.models import PIPELINE_FILES, commit_of, locate, split_revision
+from fastattr.core.stages import MANIFEST, finished, write_manifest
 from fastattr.generators.families import Options
 from fastattr.generators.generator import DTYPES, Generator, locate_lora
 

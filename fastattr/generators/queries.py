@@ -24,11 +24,14 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, remove, write_manifest
+from fastattr.core.files import atomic_path, read_json, remove
 from fastattr.core.processes import split_between
+from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, write_manifest
+from fastattr.corpus.images import load_rgb
 from fastattr.corpus.near_copies import look_of, looks_of, near_copies
-from fastattr.corpus.store import Corpus, load_rgb
+from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 
 logger = logging.getLogger(__name__)
@@ -144,8 +147,8 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequenc
     rng = np.random.default_rng(config.seed)
     subjects: dict[str, set[str]] = {}
     for caption in captions:
-        subject, _, style = caption.rpartition(", ")
-        subjects.setdefault(subject or caption, set()).add(style if subject else "")
+        subject, style = split_caption(caption)
+        subjects.setdefault(subject, set()).add(style)
     styles = sorted({style for known in subjects.values() for style in known if style})
     texts = list(dict.fromkeys(more))
     ordered = sorted(texts, key=lambda text: hashlib.sha256(f"{config.seed} {text}".encode()).digest())

@@ -1,1 +1,15 @@
-"""Find the nearest embeddings: FAISS indexes chosen from size, memory and recall wanted."""
+"""Index: FAISS over the students' embeddings of the training images, from thousands to hundreds of millions.
+
+Inner product on unit vectors is their cosine. What each kind of index costs and finds is measured in docs/search-index.md. An
+index that compresses finds a short list, which is ranked again by exact similarities from float16 vectors that stay on disk.
+Shards can be fetched and read one by one. FAISS reads no byte of a file whose SHA-256 is not the expected one.
+
+Writes index.faiss (or shards of it), vectors.f16 and vectors.sha256; rows are numbered as the catalogue counts them.
+
+choose   `IndexConfig`, `choose`, `estimate`: which kind fits size, memory and recall wanted
+vectors  `Vectors`, `write_vectors`: exact float16 vectors on disk, each checked when it is read
+files    `save_index`, `load_index`: files that are checked before FAISS sees them
+search   `open_ranked`, `Ranked.search`: shards as one, short lists ranked again
+tune     `tune`, `exact_neighbours`, `recall_of`: the least work that reaches the recall, measured
+build    `build`, `add_shards`, `build_index`: from a stream of vectors to files
+"""

@@ -1,6 +1,6 @@
 """Build: the whole line from a config, stage by stage, resuming where the run folder stands.
 
-`STAGES` is the line; every stage reads earlier folders of the run and writes its own. `run` plans first (once: plan.json),
+`stages.STAGES` is the line; `run` plans first (once: plan.json),
 asks above a limit, and keeps the config in config.yaml and what each stage took in spent.json. Under `accelerate launch`
 the stages up to the teacher share all processes; the rest, which is small and whose sums would depend on the number of
 processes, is done by one of its own. `embed_assets` packs a finished run's generator and attributor as an embedded model.
@@ -18,118 +18,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fastattr.attributor import attribute
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, atomic_path, fingerprint, finished, open_stage, read_json, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import alone
-from fastattr.corpus import store as corpus
-from fastattr.evaluation import evaluate
-from fastattr.features import candidates, stage as features
-from fastattr.features.store import features_fingerprint, folders
-from fastattr.generators import pretrained, queries
-from fastattr.generators.pretrained import PretrainedConfig
-from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, denoiser as train_generator
-from fastattr.pipeline import costs, report
+from fastattr.core.stages import MANIFEST, fingerprint, open_stage
 from fastattr.pipeline.config import BuildConfig, save_config
-from fastattr.publishing import publish
-from fastattr.students import calibrate, distill
-from fastattr.teachers import teacher
+from fastattr.pipeline.costs import training_images
+from fastattr.pipeline.plan import plan
+from fastattr.pipeline.stages import SHARED, STAGES
 
 logger = logging.getLogger(__name__)
-
-
-def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Put the attributor together in run_dir/attributor; returns its config.json."""
-    encoders = config.features.encoders
-    folder, marker = run_dir / "attributor", run_dir / "attributor-manifest"
-    inputs = {
-        "student": open_stage(run_dir / "student", "student")["fingerprint"],
-        "features": features_fingerprint(folders(run_dir, "features", encoders)),
-        "calibration": open_stage(run_dir / "calibration", "calibration")["fingerprint"],
-        "evaluation": open_stage(run_dir / "evaluation", "evaluation")["fingerprint"],
-    }
-    settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
-    if not finished(marker, stage="attributor", config=settings, inputs=inputs):
-        attribute.build_attributor(
-            config.index,
-            run_dir,
-            folder,
-            encoders=encoders,
-            captions=config.features.captions,
-            thumbnail_quality=config.thumbnail_quality,
-        )
-        write_manifest(marker, stage="attributor", config=settings, inputs=inputs)
-    built: dict[str, Any] = read_json(folder / "config.json")
-    return built
-
-
-def run_autoencoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the autoencoder; a pretrained generator has its own, and there is nothing to do."""
-    if isinstance(config.generator, PretrainedConfig):
-        return {}
-    return train_autoencoder.run(config.autoencoder, run_dir)
-
-
-def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the generator in run_dir/generator, or take the one that the config names."""
-    if isinstance(config.generator, PretrainedConfig):
-        return pretrained.run(config.generator, run_dir)
-    return train_generator.run(config.generator, run_dir, config.refinement)
-
-
-def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the run's own feature encoder, if the features are its."""
-    if not any(specification.endswith(":encoder") for specification in config.features.encoders):
-        return {}
-    return train_encoder.run(config.encoder, run_dir)
-
-
-def run_card(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Write run_dir/card: README.md and LICENSE.md as they will stand beside the attributor on the Hub."""
-    folder = run_dir / "card"
-    inputs = {"attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"]}
-    if not finished(folder, stage="card", config=config.push, inputs=inputs):
-        repo_id = f"{config.push.namespace or 'NAMESPACE'}/{config.name}-attributor"
-        card, licences = publish.attributor_texts(run_dir / "attributor", repo_id)
-        with atomic_path(folder) as temporary:
-            temporary.mkdir(parents=True)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            (temporary / "LICENSE.md").write_text(licences, encoding="utf-8")
-            write_manifest(temporary, stage="card", config=config.push, inputs=inputs)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
-
-
-def run_push(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Push what `push.kinds` names to `push.namespace`, if there is one; unchanged parts make no commit."""
-    if not config.push.namespace:
-        return {}
-    pushes = publish.push_all(
-        run_dir, config.name, config.push.namespace, config.push.kinds, private=config.push.private, tag=publish.AUTO
-    )
-    return {"pushed": [push.in_words() for push in pushes]}
-
-
-STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
-    "corpus": lambda config, run_dir: corpus.run(config.corpus, run_dir / "corpus"),
-    "train-autoencoder": run_autoencoder,
-    "train-generator": run_generator,
-    "train-encoder": run_encoder,
-    "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
-    "features": lambda config, run_dir: features.run(config.features, run_dir),
-    "candidates": lambda config, run_dir: candidates.run(config.candidates, run_dir, encoders=config.features.encoders),
-    "teach": lambda config, run_dir: teacher.run(config.teacher, run_dir),
-    "distill": lambda config, run_dir: distill.run(config.distill, run_dir, encoders=config.features.encoders),
-    "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
-    "evaluate": lambda config, run_dir: evaluate.run(config.evaluate, run_dir, encoders=config.features.encoders),
-    "index": run_index,
-    "card": run_card,
-    "push": run_push,
-    "report": report.run,
-}
-"""Stage name -> function of (config, run folder), in the order in which they run."""
-SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
-"""Stages that all processes of `accelerate launch` do together."""
 
 
 def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -140,7 +38,7 @@ def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     return STAGES[name](config, run_dir)
 
 
-def planned(config: BuildConfig, run_dir: Path, config_file: Path | None) -> dict[str, Any]:
+def planned(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same.
 
     Where nothing says how many training images there are, the corpus is read first.
@@ -151,19 +49,18 @@ def planned(config: BuildConfig, run_dir: Path, config_file: Path | None) -> dic
         if kept["config"] == identity:
             return kept
     try:
-        costs.training_images(config, run_dir)
+        training_images(config, run_dir)
     except InputError:
         STAGES["corpus"](config, run_dir)
-    plan = costs.plan(config, run_dir, config_file=config_file) | {"config": identity}
-    write_json(file, plan)
-    return plan
+    made = plan(config, run_dir, measure=True) | {"config": identity}
+    write_json(file, made)
+    return made
 
 
 def run(
     config: BuildConfig,
     run_dir: Path,
     *,
-    config_file: Path | None = None,
     confirm: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, float]:
     """Run every stage that is not finished yet, on all processes.
@@ -171,7 +68,6 @@ def run(
     Args:
         config: of the whole line.
         run_dir: where the stages' folders are.
-        config_file: the config's file, to measure this machine with before anything runs.
         confirm: is given the plan, and raises if nothing shall be built; None makes no plan.
 
     Returns:
@@ -187,7 +83,7 @@ def run(
     if state.is_main_process:
         save_config(config, run_dir / "config.yaml")
         if confirm is not None:
-            confirm(planned(config, run_dir, config_file))
+            confirm(planned(config, run_dir))
     state.wait_for_everyone()
     for name in STAGES:
         if state.num_processes > 1 and name not in SHARED:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
 
-from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
-from fastattr.corpus.store import CorpusConfig
-from fastattr.evaluation.evaluate import EvaluateConfig
+from fastattr.core.settings import read_yaml
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
 from fastattr.features.stage import FeaturesConfig
 from fastattr.generators.pretrained import PretrainedConfig
@@ -23,15 +21,42 @@ from fastattr.generators.queries import QueriesConfig
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig
 from fastattr.generators.scratch.clip import EncoderConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
-from fastattr.generators.scratch.refinement import RefinementConfig
-from fastattr.index.index import IndexConfig
-from fastattr.pipeline.costs import PlanConfig
+from fastattr.index.choose import IndexConfig
+from fastattr.pipeline.networks import PEAK_FLOPS, SHAPES
 from fastattr.publishing.publish import PushConfig
 from fastattr.students.calibrate import CalibrateConfig
 from fastattr.students.distill import DistillConfig
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.teachers.config import TeacherConfig
 
-Config = TypeVar("Config")
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a plan can't read from the files that are there yet, and when a build asks before it starts."""
+
+    network: str = ""
+    """Name of the denoiser's shape in fastattr/pipeline/networks.py, e.g. 'stable-diffusion-1'; '' reads the generator."""
+    images: int = 0
+    """Training images; 0 counts those of the corpus, or of its folder."""
+    captions_per_image: float = 1.0
+    """Mean number of captions of an image."""
+    bytes_per_image: int = 60_000
+    """Mean size of an image file."""
+    accelerator: str = "A100"
+    """Whose hours are paid: 'A100', 'H100' or 'L4'."""
+    rate: float = 0.0
+    """Money for an hour of it, in any currency; 0 leaves the money out."""
+    confirm_hours: float = 1.0
+    """A build that will take longer than this on this machine asks first."""
+    probe_seconds: int = 60
+    """Longest that measuring this machine may take."""
+
+    def __post_init__(self) -> None:
+        if self.accelerator not in PEAK_FLOPS:
+            raise InputError(f"accelerator must be one of {', '.join(PEAK_FLOPS)}, got {self.accelerator!r}")
+        if self.network and self.network not in SHAPES:
+            raise InputError(f"plan.network must be one of {', '.join(SHAPES)}, got {self.network!r}")
+        if min(self.images, self.captions_per_image, self.bytes_per_image, self.rate, self.confirm_hours) < 0:
+            raise InputError("the numbers of a plan must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +69,6 @@ class BuildConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     generator: GeneratorConfig | PretrainedConfig = field(default_factory=GeneratorConfig)
     """`pretrained: NAME` takes an existing pipeline; without it one is trained."""
-    refinement: RefinementConfig = field(default_factory=RefinementConfig)
-    """A second phase of the generator's training; by default there is none."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     queries: QueriesConfig = field(default_factory=QueriesConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -60,14 +83,10 @@ class BuildConfig:
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
 
-    def __post_init__(self) -> None:
-        if self.refinement.steps and isinstance(self.generator, PretrainedConfig):
-            raise InputError("a pretrained generator is taken as it is: leave out the section 'refinement', or 'pretrained'")
-
 
 def load_config(path: str | Path) -> BuildConfig:
-    """Read and check the config file of a whole line; see `read_config`."""
-    return read_config(path, BuildConfig)
+    """Read and check the config file of a whole line; see `read_yaml`."""
+    return read_yaml(path, BuildConfig)
 
 
 def save_config(config: BuildConfig, path: Path) -> None:
@@ -76,85 +95,3 @@ def save_config(config: BuildConfig, path: Path) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-def read_config(path: str | Path, kind: type[Config]) -> Config:
-    """Read and check a config file.
-
-    Args:
-        path: a YAML file.
-        kind: the dataclass that it fills; a section may be a dataclass too, and what is left out keeps its default.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        InputError: it is not YAML, or a setting is unknown or out of range; the text names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactNotFoundError(f"there is no config file {path}; see hub_scripts/configs/ for examples.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
-    config = _build(kind, values, where=str(path))
-    assert isinstance(config, kind)
-    return config
-
-
-def _build(kind: type, values: Any, *, where: str) -> Any:
-    """A dataclass from a mapping, nested ones included; unknown keys are errors, sections keep their own defaults."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a mapping of settings, found {type(values).__name__}.")
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    unknown = set(values) - set(known)
-    if unknown:
-        raise InputError(f"{where}: unknown setting {sorted(unknown)[0]!r}; known are {', '.join(known)}.")
-    hints = typing.get_type_hints(kind)
-    arguments = {name: _convert(known[name], hints[name], value, where=f"{where}: {name}") for name, value in values.items()}
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def _convert(item: dataclasses.Field[Any], hint: Any, value: Any, *, where: str) -> Any:
-    """One setting's value in its field's type."""
-    if isinstance(hint, types.UnionType) and all(map(dataclasses.is_dataclass, typing.get_args(hint))):
-        return _one_of(typing.get_args(hint), value, where=where)
-    if dataclasses.is_dataclass(hint):
-        assert callable(item.default_factory)
-        defaults = dataclasses.asdict(item.default_factory())
-        return _build(typing.cast(type, hint), _merge(defaults, value, where=where), where=where)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{where}: expected a list, found {value!r}.")
-        return tuple(value)
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-        raise InputError(f"{where}: expected {names}, found {value!r}.")
-    return value
-
-
-def _one_of(kinds: tuple[type, ...], values: Any, *, where: str) -> Any:
-    """Of several dataclasses the one that has a setting without default which `values` names; else the first."""
-    for kind in kinds[1:]:
-        required = {item.name for item in dataclasses.fields(kind) if item.default is item.default_factory}
-        if isinstance(values, dict) and required & set(values):
-            return _build(kind, values, where=where)
-    return _build(kinds[0], _merge(dataclasses.asdict(kinds[0]()), values, where=where), where=where)
-
-
-def _merge(defaults: dict[str, Any], values: Any, *, where: str) -> dict[str, Any]:
-    """A section's values over its defaults, so that one setting of a nested section can be changed alone."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a mapping of settings, found {values!r}.")
-    merged = dict(defaults)
-    for key, value in values.items():
-        nested = isinstance(value, dict) and isinstance(defaults.get(key), dict)
-        merged[key] = _merge(defaults[key], value, where=f"{where}: {key}") if nested else value
-    return merged

@@ -1,35 +1,29 @@
 """Costs: what each stage of a config will need, before anything runs: network evaluations, memory, disk, hours, money.
 
 Everything but the hours on this machine follows from the config alone: sizes and settings give counts (the teacher's from
-plan.py), the denoiser's shape gives the operations of one evaluation (networks.py), and one throughput
-model turns operations into hours of an accelerator: `UTILISATION` of its dense TF32 peak. The hours on this machine are
-those of the same line in miniature (fastattr/pipeline/miniature.py). docs/costs.md shows the arithmetic and how well it fits.
+teachers/cost.py), the denoiser's shape gives the operations of one evaluation (networks.py), and one throughput
+model turns operations into hours of an accelerator: `UTILISATION` of its dense TF32 peak. docs/costs.md shows the arithmetic.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import MANIFEST, read_json
+from fastattr.core.errors import InputError
+from fastattr.core.files import read_json
+from fastattr.core.models import ASSETS, embedded_models
+from fastattr.core.stages import MANIFEST
 from fastattr.generators.pretrained import PretrainedConfig
-from fastattr.pipeline.networks import SHAPES, Network, network_of
-from fastattr.teachers.plan import Probe, Sizes, Step, teacher_plan
+from fastattr.pipeline.config import BuildConfig
+from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.cost import Probe, Sizes, Step, teacher_plan
 
-if TYPE_CHECKING:
-    from fastattr.pipeline.config import BuildConfig
-    from fastattr.teachers.teacher import TeacherConfig
-
-PEAK_FLOPS = {"A100": 156e12, "H100": 494.5e12, "L4": 60e12}
-"""Dense TF32 peak of one accelerator, operations a second, half of the sparse figure that NVIDIA's data sheets give where
-they give only that one (A100 SXM: 156 TFLOPS; H100 SXM: 989 with sparsity; L4: 120 with sparsity). PyTorch's float32
-convolutions run in TF32 on them by default."""
 UTILISATION = 0.20
 """Part of the peak that float32 diffusers code reaches, the same for every network and accelerator."""
 LIBRARIES = 1_000_000_000
@@ -43,43 +37,10 @@ PNG_BYTES_PER_PIXEL = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """What a plan can't read from the files that are there yet, and when a build asks before it starts."""
-
-    network: str = ""
-    """Name of the denoiser's shape in fastattr/pipeline/networks.py, e.g. 'stable-diffusion-1'; '' reads the generator."""
-    images: int = 0
-    """Training images; 0 counts those of the corpus, or of its folder."""
-    captions_per_image: float = 1.0
-    """Mean number of captions of an image."""
-    bytes_per_image: int = 60_000
-    """Mean size of an image file."""
-    accelerator: str = "A100"
-    """Whose hours are paid: 'A100', 'H100' or 'L4'."""
-    rate: float = 0.0
-    """Money for an hour of it, in any currency; 0 leaves the money out."""
-    confirm_hours: float = 1.0
-    """A build that will take longer than this on this machine asks first."""
-    probe_seconds: int = 180
-    """Longest that measuring this machine may take."""
-
-    def __post_init__(self) -> None:
-        if self.accelerator not in PEAK_FLOPS:
-            raise InputError(f"accelerator must be one of {', '.join(PEAK_FLOPS)}, got {self.accelerator!r}")
-        if self.network and self.network not in SHAPES:
-            raise InputError(f"plan.network must be one of {', '.join(SHAPES)}, got {self.network!r}")
-        if min(self.images, self.captions_per_image, self.bytes_per_image, self.rate, self.confirm_hours) < 0:
-            raise InputError("the numbers of a plan must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
 class StageCost:
     """What one stage will need, over all processes together; memory is one process', host and accelerator together."""
 
     name: str
-    units: float
-    """How much work it is, in `unit`s: what its time is proportional to, but for a start."""
-    unit: str
     forward: int = 0
     """Latents that pass through the denoiser."""
     backward: int = 0
@@ -108,7 +69,7 @@ def training_images(config: BuildConfig, run_dir: Path) -> int:
     if config.plan.images:
         return config.plan.images
     if config.corpus.kind == "folder":
-        from fastattr.corpus.store import folder_parts
+        from fastattr.corpus.folders import folder_parts
 
         if Path(config.corpus.path).is_dir():
             return sum(len(part.read.args[1]) for part in folder_parts(Path(config.corpus.path))[1:])
@@ -117,24 +78,29 @@ def training_images(config: BuildConfig, run_dir: Path) -> int:
     raise InputError(f"nothing says how many training images {config.name} has; set plan.images, or write the corpus first.")
 
 
-def denoiser_of(config: BuildConfig, run_dir: Path) -> Network:
-    """The denoiser of a config: of the run's generator, of the pretrained one, of `plan.network`, or of the one to train.
+def denoiser_shape(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """The shape of a config's denoiser: the run's generator, `plan.network`, the pretrained one, or the one to train.
 
     Raises:
-        InputError: its shape is not known.
+        InputError: it is not known.
     """
-    from fastattr.core.models import ASSETS, embedded_models
-
-    pattern = config.teacher.pattern
     if (run_dir / "generator" / "model_index.json").exists():
-        return network_of(str(run_dir / "generator"), pattern)
+        return shape_of(run_dir / "generator")
     if config.plan.network:
-        return network_of(config.plan.network, pattern)
+        return shape_of(config.plan.network)
     if isinstance(config.generator, PretrainedConfig):
-        pretrained = config.generator.pretrained
-        network = network_of(str(ASSETS / pretrained / "generator") if pretrained in embedded_models() else pretrained, pattern)
-        return _unlearning_lora(network, config.generator) if config.generator.unlearn == "lora" else network
-    return _network_to_train(config, pattern)
+        name = config.generator.pretrained
+        return shape_of(ASSETS / name / "generator" if name in embedded_models() else name)
+    return _shape_to_train(config)
+
+
+def denoiser_of(config: BuildConfig, run_dir: Path) -> Network:
+    """The counted denoiser of a config; see `denoiser_shape`."""
+    network = count(config.name, denoiser_shape(config, run_dir), config.teacher.pattern)
+    generator = config.generator
+    if isinstance(generator, PretrainedConfig) and generator.unlearn == "lora":
+        return _unlearning_lora(network, generator)
+    return network
 
 
 def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
@@ -152,13 +118,12 @@ def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
     return replace(network, unlearned=sum(out * inner for out, inner in sizes), factors=factor_sizes(sizes))
 
 
-def _network_to_train(config: BuildConfig, pattern: str) -> Network:
-    """The denoiser that the config's own generator section describes."""
+def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
+    """The shape that the config's own generator section describes."""
     import torch
 
     from fastattr.generators.scratch.autoencoder import build_autoencoder
     from fastattr.generators.scratch.denoiser import GeneratorConfig, build_denoiser
-    from fastattr.pipeline.networks import count
 
     settings = config.generator
     assert isinstance(settings, GeneratorConfig)
@@ -180,8 +145,11 @@ def _network_to_train(config: BuildConfig, pattern: str) -> Network:
             latent_channels=config.autoencoder.latent_channels,
             latent_side=side,
         )
-    parts = {"denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"}, "tokens": settings.max_tokens}
-    return count(config.name, parts | {"vae": {**autoencoder.config, "_class_name": "AutoencoderKL"}}, pattern)
+    return {
+        "denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"},
+        "tokens": settings.max_tokens,
+        "vae": {**autoencoder.config, "_class_name": "AutoencoderKL"},
+    }
 
 
 def teacher_sizes(config: BuildConfig, images: int, network: Network) -> Sizes:
@@ -246,15 +214,13 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     weights = LIBRARIES + 4 * network.parameters
     side = network.image_side
     stages = [
-        StageCost(name="corpus", units=images, unit="images", disk=images * config.plan.bytes_per_image),
+        StageCost(name="corpus", disk=images * config.plan.bytes_per_image),
         *_training_costs(config, network, weights),
     ]
     steps = config.queries.steps * (2 if network.guided and config.queries.guidance > 1 else 1)
     stages.append(
         StageCost(
             name="queries",
-            units=queries * config.queries.steps,
-            unit="drawing steps",
             forward=queries * steps,
             flops=queries * (steps * network.flops + 2 * network.encode_flops),
             memory=weights + 2 * config.queries.batch_size * network.activations // 10,  # without gradients
@@ -265,8 +231,6 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     stages.append(
         StageCost(
             name="features",
-            units=(images + queries) * len(encoders),
-            unit="encodings",
             flops=(images + queries) * sum(ENCODER_FLOPS[kind] for kind in kinds),
             memory=LIBRARIES + 2 * images * len(encoders) * FEATURE_WIDTH,
             disk=2 * (images + queries) * len(encoders) * FEATURE_WIDTH,
@@ -277,8 +241,6 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     stages.append(
         StageCost(
             name="candidates",
-            units=queries,
-            unit="queries",
             memory=LIBRARIES + compared + 4 * images * FEATURE_WIDTH,
             disk=17 * queries * size,
         )
@@ -292,56 +254,41 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     stages.append(
         StageCost(
             name="distill",
-            units=training.steps,
-            unit="steps",
             flops=6.0 * network_weights * passes,
             memory=LIBRARIES + 4 * images * widths[0],
             disk=2 * network_weights,
         )
     )
-    if "calibrate" in _stage_names():
-        stages.append(StageCost(name="calibrate", units=config.queries.validation, unit="queries"))
-    stages.append(StageCost(name="evaluate", units=config.queries.test, unit="queries"))
+    stages.append(StageCost(name="calibrate"))
+    stages.append(StageCost(name="evaluate"))
     vectors = images * student.embed_dim * {"Flat": 4, "SQfp16": 2, "SQ8": 1}.get(config.index.factory, 1)
     stages.append(
         StageCost(
             name="index",
-            units=images,
-            unit="images",
             flops=2.0 * network_weights * images,
             memory=LIBRARIES + vectors + 4 * images * (widths[0] + student.embed_dim),
             disk=vectors + images * THUMBNAIL_BYTES,
         )
     )
-    stages += [StageCost(name=name, units=1, unit="pages") for name in ("card", "report")]
+    stages += [StageCost(name=name) for name in ("card", "report")]
     return stages
-
-
-def _stage_names() -> list[str]:
-    from fastattr.pipeline.build import STAGES
-
-    return list(STAGES)
 
 
 def _training_costs(config: BuildConfig, network: Network, weights: int) -> list[StageCost]:
     """Of the networks that the line trains itself."""
     stages = []
     if not isinstance(config.generator, PretrainedConfig):
-        refinement = config.refinement.steps  # each of its steps evaluates the first phase's generator twice more
-        for name, settings, more, flops in (
-            ("train-autoencoder", config.autoencoder.training, 0, 3 * network.encode_flops),
-            ("train-generator", config.generator.training, refinement, network.flops),
+        for name, settings, flops in (
+            ("train-autoencoder", config.autoencoder.training, 3 * network.encode_flops),
+            ("train-generator", config.generator.training, network.flops),
         ):
-            examples = (settings.steps + more) * settings.batch_size
-            guiding = 2 * more * settings.batch_size
+            examples = settings.steps * settings.batch_size
             stages.append(
                 StageCost(
                     name=name,
-                    units=settings.steps + more,
-                    unit="steps",
-                    forward=examples + guiding if name == "train-generator" else 0,
+                    forward=examples if name == "train-generator" else 0,
                     backward=examples if name == "train-generator" else 0,
-                    flops=flops * (3 * examples + guiding),
+                    flops=flops * 3 * examples,
                     memory=weights + 16 * network.parameters + settings.batch_size * network.activations,
                     disk=2 * network.parameters,
                 )
@@ -353,114 +300,21 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
             shape.image_layers * shape.image_width**2 * tokens + shape.text_layers * shape.text_width**2 * shape.max_tokens
         )
         flops = 6.0 * size * settings.steps * settings.batch_size
-        stages.append(StageCost(name="train-encoder", units=settings.steps, unit="steps", flops=flops))
+        stages.append(StageCost(name="train-encoder", flops=flops))
     return stages
 
 
 def _teacher_cost(config: BuildConfig, images: int, network: Network, weights: int) -> StageCost:
     if config.teacher.method != "unlearning":
-        return StageCost(name="teach", units=config.queries.train, unit="queries")
+        return StageCost(name="teach")
     probe = Probe(loaded=weights, backward=weights + config.teacher.batch_size * network.activations)
     steps: list[Step] = teacher_plan(config.teacher, teacher_sizes(config, images, network), probe)
     forward, backward = sum(step.forward for step in steps), sum(step.backward for step in steps)
     return StageCost(
         name="teach",
-        units=forward + 2 * backward,
-        unit="evaluations",
         forward=forward,
         backward=backward,
         flops=network.flops * (forward + 2 * backward) + network.encode_flops * images,
         memory=max(step.memory for step in steps),
         disk=sum(step.disk for step in steps),
     )
-
-
-def plan(config: BuildConfig, run_dir: Path, *, config_file: Path | None = None) -> dict[str, Any]:
-    """Everything that can be said of a config before it runs.
-
-    Args:
-        config: of the whole line.
-        run_dir: what is there already is read instead of assumed; it need not exist.
-        config_file: the config's file, to measure this machine with; None leaves that out.
-
-    Returns:
-        'stages' (each with its counts and 'hours' by accelerator), their totals, 'teacher_hours' (of `teacher_ways`, by way
-        and accelerator), 'money', and 'here': 'seconds' by stage and in all and 'peak_memory', or 'problem'.
-
-    Raises:
-        InputError: the number of images or the network is not known.
-    """
-    images, network = training_images(config, run_dir), denoiser_of(config, run_dir)
-    stages = stage_costs(config, images, network)
-    names = list(PEAK_FLOPS)
-    hours = {name: sum(stage.hours(name) for stage in stages) for name in names}
-    ways = teacher_ways(config, images, network)
-    result: dict[str, Any] = {
-        "name": config.name,
-        "images": images,
-        "queries": {split: getattr(config.queries, split) for split in ("train", "validation", "test")},
-        "network": asdict(network),
-        "stages": [asdict(stage) | {"hours": {name: stage.hours(name) for name in names}} for stage in stages],
-        "forward": sum(stage.forward for stage in stages),
-        "backward": sum(stage.backward for stage in stages),
-        "peak_memory": max(stage.memory for stage in stages),
-        "disk": sum(stage.disk for stage in stages),
-        "hours": hours,
-        "teacher_hours": {
-            way: {name: flops / (PEAK_FLOPS[name] * UTILISATION) / 3600 for name in names} for way, flops in ways.items()
-        },
-        "accelerator": config.plan.accelerator,
-        "money": config.plan.rate * hours[config.plan.accelerator] if config.plan.rate else None,
-        "here": {"problem": "not measured"},
-    }
-    if config_file is not None:
-        from fastattr.pipeline.miniature import measure_here
-
-        try:
-            result["here"] = measure_here(config, stages, config_file)
-        except FastattrError as error:
-            result["here"] = {"problem": " ".join(str(error).split())}
-    return result
-
-
-def as_table(result: Mapping[str, Any]) -> str:
-    """A plan as text for a terminal."""
-    here = result["here"].get("seconds", {})
-    names = list(result["hours"])
-    head = f"{'stage':18s} {'forward':>15s} {'backward':>15s}" + "".join(f"{name + ' h':>11s}" for name in names)
-    lines = [head + f" {'memory':>10s} {'disk':>10s} {'here':>10s}"]
-    total = {
-        "name": "in all",
-        "memory": result["peak_memory"],
-        **{key: result[key] for key in ("forward", "backward", "disk", "hours")},
-    }
-    for stage in [*result["stages"], total]:
-        hours = "".join(f"{stage['hours'][name]:11,.2f}" for name in names)
-        seconds = here.get(stage["name"] if stage is not total else "in all")
-        lines.append(
-            f"{stage['name']:18s} {stage['forward']:15,d} {stage['backward']:15,d}{hours} {_bytes(stage['memory']):>10s} "
-            f"{_bytes(stage['disk']):>10s} {'' if seconds is None else f'{seconds:,.0f} s':>10s}"
-        )
-    ways = result["teacher_hours"]
-    words = {
-        "exact_as_published": "exactly, as the paper's code does (losses before and after for each query)",
-        "exact": "exactly, the losses before measured once",
-        "first_order": "to first order (teacher.linearised)",
-    }
-    lines.append(f"teacher of the training and validation queries, {names[0]}-hours:")
-    lines += [f"  {ways[way][names[0]]:12,.1f}  {text}" for way, text in words.items()]
-    if result["money"] is not None:
-        lines.append(f"money: {result['money']:,.2f} at the given rate, on {result['accelerator']}")
-    if "problem" in result["here"]:
-        lines.append(f"this machine: {result['here']['problem']}")
-    else:
-        lines.append(
-            f"this machine: {here['in all']:,.0f} s in all, {_bytes(result['here']['peak_memory'])} at most (from a miniature)"
-        )
-    lines.append(f"accelerators: {UTILISATION:.0%} of their dense TF32 peak, one each; memory is host and accelerator together")
-    return "\n".join(lines)
-
-
-def _bytes(count: float) -> str:
-    unit = next((unit for unit in ("TB", "GB") if count >= {"TB": 1e12, "GB": 1e9}[unit]), "MB")
-    return f"{count / {'TB': 1e12, 'GB': 1e9, 'MB': 1e6}[unit]:,.1f} {unit}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json
 from fastattr.generators.families import CROSS_ATTENTION_KV, JOINT_ATTENTION_KV
-from fastattr.gradients.ekfac import Layer, factor_bytes
+from fastattr.generators.layers import Layer
+from fastattr.gradients.ekfac import factor_bytes
 
 SD_VAE = {
     "_class_name": "AutoencoderKL",
@@ -60,6 +60,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vae": {**SD_VAE, "latent_channels": 16},
     },
 }
+PEAK_FLOPS = {"A100": 156e12, "H100": 494.5e12, "L4": 60e12}
+"""Dense TF32 peak of one accelerator, operations a second, half of the sparse figure that NVIDIA's data sheets give where
+they give only that one (A100 SXM: 156 TFLOPS; H100 SXM: 989 with sparsity; L4: 120 with sparsity). PyTorch's float32
+convolutions run in TF32 on them by default."""
 HUB_IDS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-1",
     "CompVis/stable-diffusion-v1-4": "stable-diffusion-1",
@@ -119,29 +123,23 @@ def shape_of(source: str | Path) -> dict[str, Any]:
     return shape
 
 
-@cache
-def network_of(source: str | Path, pattern: str = CROSS_ATTENTION_KV) -> Network:
-    """Count one evaluation of a generator's denoiser.
+def count(name: str, shape: Mapping[str, Any], pattern: str = CROSS_ATTENTION_KV) -> Network:
+    """Count one evaluation of a denoiser.
 
     Args:
-        source: see `shape_of`.
+        name: of the network.
+        shape: see `shape_of`.
         pattern: of the layers to unlearn; where nothing matches the default, the text-side projections of a joint attention.
     """
-    shape = shape_of(source)
-    return count(str(source), shape, pattern)
-
-
-def count(name: str, shape: Mapping[str, Any], pattern: str = CROSS_ATTENTION_KV) -> Network:
-    """Count one evaluation of the denoiser of this shape; see `network_of`."""
     config = dict(shape["denoiser"])
     with torch.device("meta"):
-        denoiser = _build(config)
-        inputs, latent, conditioning, side = _inputs(denoiser, shape)
+        denoiser = new_network(config)
+        inputs, latent, conditioning, side = network_inputs(denoiser, shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(**inputs)
-        layers = _matching(denoiser, pattern)
+        layers = unlearned_layers(denoiser, pattern)
         kept = _kept_bytes(denoiser, layers, inputs)
-        vae = _build(dict(shape["vae"]))
+        vae = new_network(dict(shape["vae"]))
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         with FlopCounterMode(display=False) as encoding, torch.no_grad():
             vae.encoder(torch.zeros(1, vae.config.in_channels, side * factor, side * factor))
@@ -160,7 +158,8 @@ def count(name: str, shape: Mapping[str, Any], pattern: str = CROSS_ATTENTION_KV
     )
 
 
-def _build(config: dict[str, Any]) -> Any:
+def new_network(config: dict[str, Any]) -> Any:
+    """A network of diffusers from its config, with new weights; takes '_class_name' out of the config."""
     import diffusers
 
     kind = getattr(diffusers, config.pop("_class_name"))
@@ -168,7 +167,7 @@ def _build(config: dict[str, Any]) -> Any:
     return kind.from_config(values).eval()
 
 
-def _inputs(denoiser: nn.Module, shape: Mapping[str, Any]) -> tuple[dict[str, Any], int, int, int]:
+def network_inputs(denoiser: nn.Module, shape: Mapping[str, Any]) -> tuple[dict[str, Any], int, int, int]:
     """The arguments of one evaluation, the sizes of latent and conditioning, and the latent's side."""
     config: Any = denoiser.config
     tokens = shape["tokens"]
@@ -230,7 +229,8 @@ def _kept_bytes(denoiser: nn.Module, layers: Mapping[str, Layer], inputs: Mappin
     return sum(kept.values())
 
 
-def _matching(denoiser: nn.Module, pattern: str) -> dict[str, Layer]:
+def unlearned_layers(denoiser: nn.Module, pattern: str) -> dict[str, Layer]:
+    """The layers to unlearn, by name; the text-side projections of a joint attention where nothing matches the pattern."""
     layers: dict[str, Layer] = {
         name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     }

@@ -10,17 +10,17 @@ import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fastattr.attributor.attribute import Attribution, FastAttributor
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, write_manifest
+from fastattr.attributor.attribution import Attribution
+from fastattr.attributor.attributor import FastAttributor
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.generators.queries import Queries
-
-if TYPE_CHECKING:
-    from fastattr.pipeline.config import BuildConfig
+from fastattr.pipeline.config import BuildConfig
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 SHOWN = 8

@@ -1,17 +1,19 @@
 """Cards: the README.md of a pushed repository, written from manifests, metrics and catalogue alone.
 
 Each function takes what is known of an artifact and returns the card as text, with the metadata block that the Hub
-reads (templates/*.md hold the prose). `license_text` is the LICENSE.md beside it.
+reads (templates/*.md hold the prose).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+from fastattr.publishing.licences import imported_sentence, licence_sentence, license_data, merged, provenance_table
+from fastattr.publishing.tables import measured, metric_name, results_table, settings_table, table
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 PAPER = "arxiv:2511.10721"
@@ -26,12 +28,6 @@ CITATION = """```bibtex
   eprint = {2511.10721}
 }
 ```"""
-HUB_LICENSES = """
-    apache-2.0 mit unlicense cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 cc-by-nc-4.0
-    cc-by-nd-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 odbl gpl-3.0 bsd-3-clause
-"""
-"""The Hub's own names of licences that images carry."""
-METRIC_NAMES = {"map": "mAP", "spearman": "Spearman correlation", "top_k_overlap": "top-k overlap", "lds": "LDS"}
 COLUMNS = {
     "query_id": "name of the query, unique in a configuration",
     "image": "the generated image",
@@ -53,68 +49,6 @@ COLUMNS = {
     "kind": "caption (of a training image), recombined or free",
     "near_copy_of": "training image that the drawing is a near-copy of, or empty",
 }
-
-
-def provenance(table: pa.Table) -> list[dict[str, Any]]:
-    """Who made the training images and under which licences, largest part first.
-
-    Args:
-        table: a corpus or catalogue with the columns 'source', 'license' and 'creator'.
-
-    Returns:
-        One entry a source and licence: 'source', 'license', 'images' (how many) and 'creators' (names, most images first).
-    """
-    parts: dict[tuple[str, str], dict[str, int]] = {}
-    columns = [table[name].to_pylist() for name in ("source", "license", "creator")]
-    for source, license_name, creator in zip(*columns, strict=True):
-        counts = parts.setdefault((source, license_name), {})
-        counts[creator] = counts.get(creator, 0) + 1
-    entries = [
-        {
-            "source": source,
-            "license": license_name,
-            "images": sum(counts.values()),
-            "creators": [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if name],
-        }
-        for (source, license_name), counts in parts.items()
-    ]
-    return sorted(entries, key=lambda entry: (-entry["images"], entry["source"], entry["license"]))
-
-
-def merged(lists: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
-    """Several `provenance` lists as one; of entries with the same source and licence, the larger one."""
-    largest: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for entry in (entry for entries in lists for entry in entries):
-        key = entry["source"], entry["license"]
-        if key not in largest or entry["images"] > largest[key]["images"]:
-            largest[key] = entry
-    return list(largest.values())
-
-
-def license_data(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The card's licence fields: the Hub's name where all images share one licence that it knows, else 'other'."""
-    names = {str(entry["license"]).lower().replace(" ", "-") for entry in entries}
-    if len(names) == 1 and names <= set(HUB_LICENSES.split()):
-        return {"license": names.pop()}
-    return {"license": "other", "license_name": "training-images", "license_link": "LICENSE.md"}
-
-
-def license_text(entries: Sequence[Mapping[str, Any]], imported: str | None = None) -> str:
-    """LICENSE.md: the licences that the artifacts carry from their training images, with the creators' names."""
-    parts = [
-        "# Licences of the training images",
-        "The weights, scores and embeddings here were computed from these images, and thumbnails are small copies of them. "
-        "Treat what is recognisably derived from an image as under that image's licence, and name its creator.",
-    ]
-    for entry in entries:
-        parts.append(f"## {entry['source'] or 'unnamed source'}: {entry['license'] or 'no licence recorded'}")
-        parts.append(f"{entry['images']:,} images by {_listed(entry['creators'])}.")
-    if imported:
-        parts.append("## Files imported from the paper's authors")
-        parts.append(_imported_sentence(imported))
-    if not entries:
-        parts.append("No training images are recorded here: find out their licences before you use or pass on these files.")
-    return "\n\n".join(parts) + "\n"
 
 
 def attributor_card(
@@ -161,10 +95,10 @@ def attributor_card(
             images=f"{sum(entry['images'] for entry in entries):,}",
             creators=f"{len({creator for entry in entries for creator in entry['creators']}):,}",
             generator_sentence=f", those of the generator `{generator}`" if generator else "",
-            provenance=_provenance_table(entries),
+            provenance=provenance_table(entries),
             method=_attributor_method(config, scores),
-            results=_results(metrics),
-            licence=_imported_sentence(imported) if imported else _licence_sentence(entries),
+            results=results_table(metrics),
+            licence=imported_sentence(imported) if imported else licence_sentence(entries),
             citation=CITATION,
         )
     )
@@ -187,9 +121,9 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
             snippet="from diffusers import DiffusionPipeline\n\n"
             f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
             f"image = pipeline({example!r}{settings}).images[0]",
-            provenance=_provenance_table(entries),
-            training=_settings_table({**manifest.get("config", {}), **_facts(manifest)}),
-            licence=_licence_sentence(entries),
+            provenance=provenance_table(entries),
+            training=settings_table({**manifest.get("config", {}), **_facts(manifest)}),
+            licence=licence_sentence(entries),
         )
     )
 
@@ -227,7 +161,7 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
         [f"`{name}`", manifest["teacher"], _counts(manifest["queries"]), f"up to {manifest['candidates']:,}", _cost(manifest)]
         for name, manifest in manifests.items()
     ]
-    methods = "\n\n".join(f"**{name}**\n\n{_settings_table(manifest['config'])}" for name, manifest in manifests.items())
+    methods = "\n\n".join(f"**{name}**\n\n{settings_table(manifest['config'])}" for name, manifest in manifests.items())
     return str(
         DatasetCard.from_template(
             data,
@@ -236,11 +170,11 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
             snippet="from datasets import load_dataset\n\n"
             f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
             "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
-            configurations=_table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
-            columns=_table(["column", "what it is"], [[f"`{name}`", text] for name, text in COLUMNS.items()]),
+            configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
+            columns=table(["column", "what it is"], [[f"`{name}`", text] for name, text in COLUMNS.items()]),
             method=methods,
-            provenance=_provenance_table(entries),
-            licence="\n\n".join([_licence_sentence(entries), *map(_imported_sentence, imported)]),
+            provenance=provenance_table(entries),
+            licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
             citation=CITATION,
         )
     )
@@ -268,11 +202,11 @@ def _attributor_snippet(repo_id: str, config: Mapping[str, Any], example: str, g
 
 def _attributor_method(config: Mapping[str, Any], scores: str | None) -> str:
     widths = " -> ".join(str(width) for width in (*config["student"]["hidden"], config["student"]["embed_dim"]))
-    table = f" (dataset `{scores}`)" if scores else ""
+    dataset = f" (dataset `{scores}`)" if scores else ""
     rows = {
         "features": ", ".join(f"`{name}`" for name in config["encoders"]) or "given by the caller",
         "student": f"{config['feature_dim']} features -> {widths}, unit length",
-        "teacher": f"{config['teacher']}{table}",
+        "teacher": f"{config['teacher']}{dataset}",
         "training queries": config.get("training_queries", "not recorded"),
         "index": f"FAISS `{config['index']}`, inner product",
         "corpus": f"`{config['corpus_fingerprint']}`",
@@ -282,66 +216,8 @@ def _attributor_method(config: Mapping[str, Any], scores: str | None) -> str:
     return (
         "A teacher unlearns a generated image and measures which training images the generator then draws worse; a small "
         "network learns its ranking on frozen features, and a FAISS index over the network's embeddings answers.\n\n"
-        + _table(["what", "which"], [[key, str(value)] for key, value in rows.items()])
+        + table(["what", "which"], [[key, str(value)] for key, value in rows.items()])
     )
-
-
-def _measured(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """(metric, methods) for every metric that methods have with a standard error."""
-    methods = metrics.get("methods", {})
-    keys = dict.fromkeys(key for values in methods.values() for key in values if f"{key}_se" in values)
-    return [(key, {name: values for name, values in methods.items() if key in values}) for key in keys]
-
-
-def _metric_name(key: str, metrics: Mapping[str, Any]) -> str:
-    name = METRIC_NAMES.get(key, key)
-    if key == "map" and "positives" in metrics:
-        return f"{name}({metrics['positives']})"
-    return f"{name}, k = {metrics['overlap_k']}" if key == "top_k_overlap" and "overlap_k" in metrics else name
-
-
-def _results(metrics: Mapping[str, Any]) -> str:
-    """The metrics as a table: each method's mean with its 95% interval, the untuned features and chance beside the student."""
-    measured = _measured(metrics)
-    if not measured:
-        return "\n\n".join(["Not evaluated against its teacher.", *_benchmarks(metrics)])
-    rows = []
-    for method in metrics["methods"]:
-        cells = [f"`{method}`"]
-        for key, methods in measured:
-            values = methods.get(method)
-            if values is None:
-                cells.append("")
-                continue
-            mean, half = values[key], 1.96 * values[f"{key}_se"]
-            cells.append(f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]")
-        rows.append(cells)
-    gains = [
-        f"Paired gain of the student over the untuned features, {_metric_name(key.removesuffix('_gain'), metrics)}: "
-        f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]."
-        for key, value in metrics.items()
-        if key.endswith("_gain") and isinstance(value, Mapping) and {"mean", "low", "high"} <= set(value)
-    ]
-    teacher, queries = metrics.get("teacher", "unknown"), metrics.get("queries", "?")
-    candidates = f", {metrics['candidates_per_query']:,} training images each" if "candidates_per_query" in metrics else ""
-    return "\n\n".join(
-        [
-            f"Agreement with the teacher (`{teacher}`) on {queries} held-out queries{candidates}. Means over queries with 95% "
-            "intervals; `random` is chance, `untuned` the features before training.",
-            _table(["method", *(_metric_name(key, metrics) for key, _ in measured)], rows),
-            *gains,
-            *_benchmarks(metrics),
-        ]
-    )
-
-
-def _benchmarks(metrics: Mapping[str, Any]) -> list[str]:
-    """What benchmarks wrote into metrics.json: a paragraph and a table for each command."""
-    found = []
-    for run in metrics.get("benchmarks", []):
-        rows = [[f"`{row['key']}`", f"{row['value']:.4g}", row["meaning"]] for row in run["rows"]]
-        found += [f"`{run['command']}`, seed {run['seed']}, {run['date'][:10]}:", _table(["key", "value", "what it is"], rows)]
-    return found
 
 
 def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalResult]:
@@ -354,37 +230,12 @@ def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalRe
             dataset_name=f"Influence scores by {metrics.get('teacher', 'a teacher')}",
             dataset_split=metrics.get("split"),
             metric_type=key,
-            metric_name=f"{_metric_name(key, metrics)} (standard error {methods['student'][f'{key}_se']:.3f})",
+            metric_name=f"{metric_name(key, metrics)} (standard error {methods['student'][f'{key}_se']:.3f})",
             metric_value=round(float(methods["student"][key]), 6),
         )
-        for key, methods in _measured(metrics)
+        for key, methods in measured(metrics)
         if "student" in methods
     ]
-
-
-def _provenance_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    if not entries:
-        return "The training images are not recorded with these files."
-    rows = [
-        [
-            entry["source"] or "unnamed",
-            f"{entry['images']:,}",
-            entry["license"] or "not recorded",
-            _listed(entry["creators"], most=3),
-        ]
-        for entry in entries
-    ]
-    return _table(["source", "images", "licence", "creators"], rows)
-
-
-def _licence_sentence(entries: Sequence[Mapping[str, Any]]) -> str:
-    names = sorted({str(entry["license"]) or "not recorded" for entry in entries})
-    listed = ", ".join(names) or "not recorded"
-    return f"The training images' licences carry over to what is derived from them: {listed}. See [LICENSE.md](LICENSE.md)."
-
-
-def _imported_sentence(license_name: str) -> str:
-    return f"Weights and features were released by the paper's authors under {license_name}, which holds for all of this, too."
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,21 +260,3 @@ def _counts(queries: Mapping[str, int]) -> str:
 def _size_category(rows: int) -> str:
     limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
     return next((name for limit, name in limits.items() if rows < limit), "10M<n<100M")
-
-
-def _settings_table(settings: Mapping[str, Any]) -> str:
-    rows = [[key, "not set" if value is None else f"`{value}`"] for key, value in settings.items()]
-    return _table(["setting", "value"], rows) if rows else "Not recorded."
-
-
-def _listed(names: Sequence[str], *, most: int = 1000) -> str:
-    if not names:
-        return "creators who are not recorded"
-    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell would start a column."""
-    lines = [list(header), ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,39 +1,31 @@
-"""Publish: lay out score tables, attributor, generator and Space as the Hub wants them, and push each as one commit.
+"""Publish: lay out generator, attributor and Space as the Hub wants them, and push each as one commit.
 
-What is pushed is what a run folder or an embedded model holds, plus a card (cards.py) and LICENSE.md. A score
-table becomes one configuration of a dataset, CONFIG/SPLIT-*.parquet with the query images, beside CONFIG/manifest.json,
-from which the card of all configurations is written anew at each push.
+What is pushed is what a run folder or an embedded model holds, plus a card (cards.py) and LICENSE.md (licences.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fastattr.attributor.catalogue import copy_version, open_catalogue, read_config
-from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
-from fastattr.core.files import fingerprint, open_stage, read_json, sha256_file, write_json
-from fastattr.core.models import ASSETS, Push, check_repo_id, embedded_models, fetch, push_folder
-from fastattr.generators.queries import SPLITS, Queries, query_schema
-from fastattr.publishing.cards import attributor_card, generator_card, license_text, merged, provenance, scores_card
-from fastattr.teachers.scores import SCHEMA
+from fastattr.attributor.folder import copy_version, read_config
+from fastattr.attributor.journal import open_catalogue
+from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.core.files import read_json, write_json
+from fastattr.core.models import ASSETS, check_repo_id, embedded_models
+from fastattr.publishing.cards import attributor_card, generator_card
+from fastattr.publishing.licences import license_text, provenance
+from fastattr.publishing.push import Push
+from fastattr.publishing.score_tables import push_scores
+from fastattr.publishing.staging import corpus_table, send, send_with_card
 
-AUTO = "auto"
-"""As a tag: made from fastattr's version and the contents, so the same contents have the same tag."""
-SHARD_BYTES = 500_000_000
-"""About how large a parquet file of a score table may become."""
-ROW_GROUP = 100
-"""Rows a reader that streams a score table holds at once."""
 KINDS = ("generator", "scores", "attributor", "space")
 """What can be pushed, in the order in which they refer to each other."""
 
@@ -86,7 +78,7 @@ def push_attributor(
         card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
         data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
         replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
-        return _push(
+        return send_with_card(
             staged,
             repo_id,
             card,
@@ -144,48 +136,7 @@ def push_generator(
             _load_in_full_precision(staged)
         replaces = ("*.safetensors", "*/*.json", "*/*.txt")
         licences = license_text(entries)
-        return _push(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
-
-
-def push_scores(
-    folder: Path, repo_id: str, *, config_name: str | None = None, message: str | None = None, **target: Any
-) -> Push:
-    """Push a score table as one configuration of a dataset repository; its other configurations are kept.
-
-    Args:
-        folder: the table; corpus/ and queries/ beside it, where they are, add licences and query images.
-        repo_id: 'org/name'.
-        config_name: None names teacher and generator.
-        message: of the commit.
-        target: see `push_attributor`.
-
-    Raises:
-        ArtifactNotFoundError: there is no finished table.
-        As `hub.push_folder`.
-    """
-    check_repo_id(repo_id)
-    scores = open_stage(folder, "scores")
-    queries = Queries(folder.parent / "queries") if (folder.parent / "queries").is_dir() else None
-    parts = [scores["teacher"], scores["generator_fingerprint"][:8]]
-    config_name = config_name or re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
-    with tempfile.TemporaryDirectory() as name:
-        staged = Path(name) / "dataset"
-        counts, candidates = _write_splits(folder, queries, staged / config_name)
-        entries = provenance(_training_images(folder.parent)) if (folder.parent / "corpus").is_dir() else []
-        manifest = {**scores, "queries": counts, "candidates": candidates, "provenance": entries}
-        write_json(staged / config_name / "manifest.json", manifest)
-        manifests = {config_name: manifest, **_other_manifests(repo_id, config_name, target)}
-        card = scores_card(repo_id=repo_id, manifests={key: manifests[key] for key in sorted(manifests)})
-        return _push(
-            staged,
-            repo_id,
-            card,
-            license_text(merged(each["provenance"] for each in manifests.values()), scores.get("license")),
-            message=message or f"Push score table {config_name}",
-            repo_type="dataset",
-            replaces=(f"{config_name}/*",),
-            **target,
-        )
+        return send_with_card(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
 
 
 def push_space(
@@ -221,7 +172,7 @@ def push_space(
         if scores:
             card.data["datasets"] = [scores]
         (staged / "README.md").write_text(str(card), encoding="utf-8")
-        return _send(
+        return send(
             staged,
             repo_id,
             message=message or "Push Space",
@@ -289,7 +240,7 @@ def training_images(source: str | Path) -> pa.Table | None:
     """Caption, source, licence and creator of a model's training images, as far as they are recorded beside it."""
     folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
     if (folder / "corpus").is_dir():
-        return _training_images(folder)
+        return corpus_table(folder)
     attributor = folder / "attributor"
     return _catalog(attributor, read_config(attributor)) if (attributor / "config.json").exists() else None
 
@@ -298,25 +249,6 @@ def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
     """Caption, source, licence and creator of the images that an attributor names."""
     table = open_catalogue(folder, config, thumbnails=False).table
     return table.select(["caption", "source", "license", "creator"])
-
-
-def release_tag(folder: Path) -> str:
-    """A tag that names a folder's contents: 'v0.1.0-1a2b3c4d'."""
-    from fastattr.core.version import __version__
-
-    contents = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
-    return f"v{__version__}-{fingerprint(contents)[:8]}"
-
-
-def _push(staged: Path, repo_id: str, card: str, licences: str, **target: Any) -> Push:
-    """Add card and licences to a staged folder and send it."""
-    (staged / "README.md").write_text(card, encoding="utf-8")
-    (staged / "LICENSE.md").write_text(licences, encoding="utf-8")
-    return _send(staged, repo_id, **target)
-
-
-def _send(staged: Path, repo_id: str, *, tag: str | None = None, **target: Any) -> Push:
-    return push_folder(staged, repo_id, tag=release_tag(staged) if tag == AUTO else tag, **target)
 
 
 def _load_in_full_precision(pipeline: Path) -> None:
@@ -334,89 +266,3 @@ def _load_in_full_precision(pipeline: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-
-
-def _training_images(run_dir: Path) -> pa.Table:
-    from fastattr.corpus.store import Corpus
-
-    corpus = Corpus(run_dir / "corpus")
-    captions = [captions[0] for captions in corpus.captions]
-    return pa.table({"caption": captions, **{name: corpus.column(name) for name in ("source", "license", "creator")}})
-
-
-def _write_splits(folder: Path, queries: Queries | None, target: Path) -> tuple[dict[str, int], int]:
-    """Write a score table with its query images as parquet shards; (queries by split, largest number of candidates)."""
-    from datasets import Features
-
-    row_of = {query_id: row for row, query_id in enumerate(queries.query_ids)} if queries else {}
-    drawn = Features.from_arrow_schema(query_schema()) if queries else {}
-    first = {name: drawn[name] for name in ("query_id", "image") if name in drawn}  # what a viewer shows first
-    schema: pa.Schema = Features({**first, **Features.from_arrow_schema(SCHEMA), **drawn}).arrow_schema
-    counts: dict[str, int] = {}
-    most = 0
-    for split in SPLITS:
-        files = sorted(folder.glob(f"{split}-*.parquet"))
-        rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
-        if not rows:
-            continue
-        counts[split] = rows
-        shards = max(1, math.ceil(sum(path.stat().st_size for path in files) / SHARD_BYTES))
-        writer = _Shards(target, split, schema, shards, rows)
-        for batch in _batches(files):
-            most = max(most, max(len(ids) for ids in batch["image_ids"].to_pylist()))
-            own = queries.table.take([row_of[name] for name in batch["query_id"].to_pylist()]) if queries else batch
-            columns = {name: batch[name] if name in SCHEMA.names else own[name] for name in schema.names}
-            writer.write(pa.table(columns).cast(schema))
-        writer.close()
-    return counts, most
-
-
-def _batches(files: Sequence[Path]) -> Iterator[pa.Table]:
-    for path in files:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
-            yield pa.Table.from_batches([batch])
-
-
-class _Shards:
-    """Writes rows to SPLIT-NNNNN-of-NNNNN.parquet, about as many to each shard."""
-
-    def __init__(self, folder: Path, split: str, schema: pa.Schema, shards: int, rows: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._paths = [folder / f"{split}-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
-        self._schema, self._rows, self._written = schema, rows, 0
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, table: pa.Table) -> None:
-        """Append rows; a shard that has its part is closed."""
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._paths.pop(0), self._schema, use_content_defined_chunking=True)
-        self._writer.write_table(table, row_group_size=ROW_GROUP)
-        self._written += len(table)
-        total = len(self._paths)
-        if self._paths and self._written * (total + 1) >= self._rows:
-            self._rows -= self._written
-            self._written = 0
-            self.close()
-
-    def close(self) -> None:
-        """Finish the current shard."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-def _other_manifests(repo_id: str, config_name: str, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifests of the configurations that a dataset repository has already."""
-    where = {key: target[key] for key in ("token", "revision") if key in target}
-    try:
-        folder = fetch(repo_id, "dataset", ["*/manifest.json"], **where)
-    except ArtifactNotFoundError:
-        return {}  # the repository, or the branch, is yet to be made
-    except HubError:
-        if target.get("dry_run"):
-            return {}
-        raise
-    found = {path.parent.name: read_json(path) for path in folder.glob("*/manifest.json")}
-    if any(not {"teacher", "queries", "provenance"} <= set(manifest) for manifest in found.values()):
-        raise InputError(f"{repo_id} holds configurations that fastattr did not write; push to another repository.")
-    return {name: manifest for name, manifest in found.items() if name != config_name}

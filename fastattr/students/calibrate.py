@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, finished, open_stage, read_json, require_same, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import Density, fit_density
-from fastattr.students.shares import estimate_shares, families_of, teacher_shares
+from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import embed_both
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
@@ -82,13 +83,13 @@ def find_widening(
         for row in held_out:
             near = ~scored[row].is_outsider
             _, family, sizes = np.unique(families[row][near], return_inverse=True, return_counts=True)
-            expected = estimate_shares(
+            expected = divide(
                 fitted,
                 similarities[row][near],
                 names[row][near],
                 family,
-                family_sizes=sizes[family],
-                beyond_unrelated=False,
+                weights=1 / sizes[family],
+                level=np.zeros(resamples + 1),
                 seed=seed + row,
             )
             found, actual = teacher_shares(scored[row].influence[near], 1 / sizes[family], names[row][near])
@@ -178,6 +179,7 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
         facts |= {
             "widening": round(calibration.widening, 4),
             "unrelated": round(float(calibration.unrelated[0]), 4),
+            "level": round(float(calibration.level[0]), 4),
             "highest_influence": round(float(calibration.influence[-1]), 4),
         }
     return write_manifest(folder, stage="calibration", config=config, inputs=inputs, **facts)

@@ -29,15 +29,20 @@ if TYPE_CHECKING:
     from fastattr.teachers.scores import ScoredQuery
 
 FILE = "calibration.safetensors"
-FORMAT = "fastattr calibration 1"
+FORMATS = ("fastattr calibration 2", "fastattr calibration 1")
+"""The one that is written, and those that are read besides: 1 had neither `level` nor `queries`."""
+UNRELATED_PART = 0.99
+"""Part of the unrelated images that have less influence than `Calibration.level`."""
+HALF_NORMAL = 5.83
+"""The same quantile over the mean, where influence is the positive part of normal noise: what format 1 is read with."""
+STRENGTHS = ("weak", "medium", "strong")
 
 
 def corpus_weights(is_outsider: np.ndarray, corpus_size: int) -> np.ndarray:
     """(C,) how many images of the corpus each candidate stands for: itself, or an outsider's part of the rest."""
     outsiders = int(is_outsider.sum())
     rest = corpus_size - (len(is_outsider) - outsiders)
-    weights: np.ndarray = np.where(is_outsider, rest / max(outsiders, 1), 1.0)
-    return weights
+    return np.where(is_outsider, rest / max(outsiders, 1), 1.0)
 
 
 def teacher_percentiles(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -47,16 +52,14 @@ def teacher_percentiles(influence: np.ndarray, weights: np.ndarray) -> np.ndarra
     """
     _, level = np.unique(influence, return_inverse=True)
     mass = np.bincount(level, weights=weights)
-    percentiles: np.ndarray = (np.cumsum(mass) - mass / 2)[level] * (100 / mass.sum())
-    return percentiles
+    return (np.cumsum(mass) - mass / 2)[level] * (100 / mass.sum())
 
 
 def relative_influence(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(C,) positive influence in units of its weighted mean; negative scores count as none. Zeros if none is positive."""
     positive = np.maximum(influence.astype(np.float64), 0.0)
     mean = (positive * weights).sum() / weights.sum()
-    scaled: np.ndarray = positive / mean if mean > 0 else positive
-    return scaled
+    return positive / mean if mean > 0 else positive
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class Calibration:
     """(1 + R,) positive influence of unrelated images in the same unit: of all queries, then of each resample."""
     widening: float
     """Factor on the bootstrap's intervals."""
+    level: np.ndarray
+    """(1 + R,) influence that `UNRELATED_PART` of unrelated images stay below, in the same unit."""
+    queries: int
+    """Validation queries that it was fitted on; 0 where an older file does not say."""
     feature_mean: np.ndarray
     """(F,) the corpus' mean features: what stands for an image or prompt that is taken away."""
     density: Density | None
@@ -82,13 +89,11 @@ class Calibration:
 
     def percentile_of(self, similarity: np.ndarray) -> np.ndarray:
         """Expected teacher percentile, 0 to 100 = most influential, of similarities of any shape."""
-        found: np.ndarray = np.interp(similarity, self.knots, self.percentile)
-        return found
+        return np.interp(similarity, self.knots, self.percentile)
 
     def influence_of(self, similarity: np.ndarray) -> np.ndarray:
         """Expected positive influence of similarities of any shape, in units of the corpus' mean."""
-        found: np.ndarray = np.interp(similarity, self.knots, self.influence)
-        return found
+        return np.interp(similarity, self.knots, self.influence)
 
     def draws_of(self, similarity: np.ndarray) -> np.ndarray:
         """(R, M) expected positive influence of (M,) similarities under each bootstrap resample."""
@@ -97,8 +102,30 @@ class Calibration:
             return np.repeat(self.influence_draws, len(similarity), axis=1)
         low, high = self.knots[above - 1], self.knots[above]
         part = np.clip((similarity - low) / (high - low), 0.0, 1.0).astype(np.float32)
-        draws: np.ndarray = self.influence_draws[:, above - 1] * (1 - part) + self.influence_draws[:, above] * part
-        return draws
+        return self.influence_draws[:, above - 1] * (1 - part) + self.influence_draws[:, above] * part
+
+    @property
+    def reached(self) -> float:
+        """Similarity up to which no draw of the curve gives more influence than unrelated images have."""
+        above = (self.influence > self.level[0]) | (self.influence_draws > self.level[1:, None]).any(axis=0)
+        if not above.any():
+            return np.inf
+        first = int(np.argmax(above))
+        return float(self.knots[first - 1]) if first else -np.inf
+
+    def strengths_of(self, similarity: np.ndarray) -> list[str | None]:
+        """'strong', 'medium' or 'weak' for each of (M,) similarities; None for all where the calibration separates nothing.
+
+        Strong: in 97.5% of the bootstrap's draws, images with this similarity are expected to have more influence than
+        `UNRELATED_PART` of unrelated images have. Medium: more than twice the influence of an unrelated image.
+        """
+        asked = np.append(similarity, self.knots[-1])
+        draws = self.draws_of(asked)
+        certain = [(draws > bar[1:, None]).mean(axis=0) >= 0.975 for bar in (2 * self.unrelated, self.level)]
+        medium, strong = certain[0], certain[0] & certain[1]
+        if not medium[-1]:
+            return [None] * len(similarity)
+        return [STRENGTHS[value] for value in (medium.astype(int) + strong)[:-1].tolist()]
 
 
 def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, growth: float = 1.35) -> np.ndarray:
@@ -120,9 +147,7 @@ def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, g
         edge += size
     bins = np.empty(len(similarity), dtype=np.int64)
     bins[order] = np.searchsorted(np.array(edges), reached - 1e-9 * reached[-1])
-    _, packed = np.unique(-bins, return_inverse=True)
-    counted: np.ndarray = packed
-    return counted
+    return np.unique(-bins, return_inverse=True)[1]
 
 
 def fit_curves(
@@ -138,7 +163,7 @@ def fit_curves(
         seed: of the bootstrap.
 
     Returns:
-        'knots', 'percentile', 'influence', 'influence_draws', 'unrelated', as `Calibration` has them.
+        'knots', 'percentile', 'influence', 'influence_draws', 'unrelated', 'level', 'queries', as `Calibration` has them.
     """
     weights = [corpus_weights(query.is_outsider, corpus_size) for query in scored]
     pairs = [(query.influence, weight) for query, weight in zip(scored, weights, strict=True)]
@@ -148,7 +173,7 @@ def fit_curves(
     }
     similarity, weight = np.concatenate(similarities).astype(np.float64), np.concatenate(weights)
     query = np.repeat(np.arange(len(scored)), [len(part) for part in similarities])
-    bins = curve_bins(similarity, weight, per_bin=5.0 * len(scored))
+    bins = curve_bins(similarity, weight, per_bin=max(20.0, len(scored) / 2))
     count = int(bins.max()) + 1
 
     def by_query(amounts: np.ndarray) -> np.ndarray:
@@ -167,28 +192,41 @@ def fit_curves(
     unrelated_sum = np.bincount(query, weights=outside * weight * values["influence"], minlength=len(scored))
     unrelated_mass = np.bincount(query, weights=outside * weight, minlength=len(scored))
     both = np.vstack([np.ones((1, len(scored)), dtype=np.int64), counts])
+    level = _quantiles(values["influence"][outside], query[outside], both, weight[outside], UNRELATED_PART)
     return {
         "knots": knots,
         "percentile": _rising(whole["percentile"], mass.sum(axis=0)),
         "influence": _rising(whole["influence"], mass.sum(axis=0)),
         "influence_draws": np.stack([_rising(row, of_bin) for row, of_bin in zip(drawn, masses, strict=True)]),
         "unrelated": (both @ unrelated_sum) / np.maximum(both @ unrelated_mass, 1e-12),
+        "level": level,
+        "queries": len(scored),
     }
+
+
+def _quantiles(values: np.ndarray, query: np.ndarray, counts: np.ndarray, weights: np.ndarray, part: float) -> np.ndarray:
+    """(R,) quantiles of (P,) weighted values in R resamples of their queries; counts is (R, Q), how often each was drawn."""
+    order = np.argsort(values, kind="stable")
+    values, query, weights = values[order], query[order], weights[order]
+    found = []
+    for drawn in counts:
+        mass = np.cumsum(drawn[query] * weights)
+        found.append(values[np.searchsorted(mass, part * mass[-1])] if mass[-1] > 0 else found[0])
+    return np.array(found)
 
 
 def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The nearest sequence, in weighted squares, that does not fall."""
     from scipy.optimize import isotonic_regression
 
-    fitted: np.ndarray = isotonic_regression(values, weights=np.maximum(weights, 1e-9)).x
-    return fitted
+    return isotonic_regression(values, weights=np.maximum(weights, 1e-9)).x
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write it as safetensors, atomically."""
     tensors = {
         name: np.asarray(getattr(calibration, name), dtype=np.float64)
-        for name in ("knots", "percentile", "influence", "unrelated", "widening")
+        for name in ("knots", "percentile", "influence", "unrelated", "level", "queries", "widening")
     }
     tensors |= {name: np.asarray(getattr(calibration, name), np.float32) for name in ("influence_draws", "feature_mean")}
     if calibration.density is not None:
@@ -197,7 +235,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         save_file(
             {name: np.ascontiguousarray(value) for name, value in tensors.items()},
             temporary,
-            metadata={"format": FORMAT},  # one entry only: several would be written in any order
+            metadata={"format": FORMATS[0]},  # one entry only: several would be written in any order
         )
 
 
@@ -213,20 +251,24 @@ def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
     parts = {name.removeprefix("density."): value for name, value in tensors.items() if name.startswith("density.")}
     plain = {name: value for name, value in tensors.items() if not name.startswith("density.")}
     knots = len(plain.get("knots", []))
+    if metadata.get("format") == FORMATS[1] and "unrelated" in plain:
+        plain = {"level": HALF_NORMAL * plain["unrelated"], "queries": np.zeros(()), **plain}
     sound = (
-        metadata.get("format") == FORMAT
+        metadata.get("format") in FORMATS
         and set(plain) == set(Calibration.__annotations__) - {"density"}
         and set(parts) in (set(), set(Density.__annotations__))
         and all(np.isfinite(value).all() for value in tensors.values())
         and plain["percentile"].shape == plain["influence"].shape == (knots,)
         and plain["influence_draws"].shape == (len(plain["unrelated"]) - 1, knots)
+        and plain["level"].shape == plain["unrelated"].shape
         and plain["feature_mean"].shape == (feature_dim,)
         and all((np.diff(plain[name]) >= 0).all() for name in ("knots", "percentile", "influence"))
     )
     if not sound:
         raise ArtifactDamagedError(
-            f"{path} is no calibration ({FORMAT!r}) for features of width {feature_dim}; fetch or build the attributor again."
+            f"{path} is no calibration ({FORMATS[0]!r}) for features of width {feature_dim}; fetch or build it again."
         )
     numbers = {name: parts.pop(name).item() for name in ("rest", "threshold") if name in parts}
     density = Density(**parts, **numbers) if parts else None
-    return Calibration(**{**plain, "widening": plain["widening"].item()}, density=density)
+    single = {"widening": plain["widening"].item(), "queries": int(plain["queries"].item())}
+    return Calibration(**{**plain, **single}, density=density)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, atomic_path, finished, open_stage, read_json, remove, write_manifest
+from fastattr.core.files import atomic_path, read_json, remove
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features

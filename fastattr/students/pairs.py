@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 
 from fastattr.core.errors import InputError, NonFiniteError
-from fastattr.core.files import open_stage, read_json, write_json
+from fastattr.core.files import read_json, write_json
+from fastattr.core.stages import open_stage
 from fastattr.features.store import require_rows
 from fastattr.teachers.scores import ScoredQuery, ranks_of
 

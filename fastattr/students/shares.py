@@ -1,35 +1,70 @@
-"""Shares: how a query's positive influence divides among creators, collections or any other column.
+"""Shares: how a query's influence divides among creators, collections or any other column.
 
-A name's share is what its images hold beyond what as many unrelated images would hold; the remainder cannot be attributed to
-one of them. Near-duplicates (the catalogue's `family`) count once together: each of n has weight 1 / n. Intervals are
-bootstraps over validation queries and families of images, widened by the calibration's factor.
+What counts is influence above what unrelated images have (`Calibration.level`). Near-duplicates (the catalogue's `family`)
+count once together; then images are summed by name. Creators are listed by collection (`source`), those of the collection with
+the largest share first: a community of many people is compared as one with the collection of one firm. A training image that
+the picture copies comes before any statistics: no validation query has shown how much so near an image holds, so copies hold
+`COPY_SHARE`.
+
+A name with less than `LEAST_SHARE` is not named. Of a picture that is not the generator's own, nobody is named.
+Intervals are bootstraps over validation queries and families of images, widened by the calibration's factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastattr.students.calibration import Calibration
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+UNASSIGNED = "spread too thinly to name"
+"""What the last row of a table of shares is called; its `named` is false, whatever creators are called."""
+COPY_SHARE = 0.9
+"""What training images hold together that the picture copies, by convention; the others divide the rest."""
+COPY_DISTANCE = 0.01
+"""Copies divide their part in inverse proportion to 1 - similarity + COPY_DISTANCE."""
+LEAST_SHARE = 0.01
+"""Names with less are spread too thinly to name."""
+
 
 @dataclass(frozen=True)
 class Shares:
-    """How a query's positive influence divides among G names."""
+    """How a query's influence divides among G names."""
 
     names: np.ndarray
     """(G,)."""
     share: np.ndarray
-    """(G,) beyond what as many unrelated images would hold; not negative."""
+    """(G,) not negative."""
     low: np.ndarray
     high: np.ndarray
     """(G,) ends of the 95% intervals."""
     images: np.ndarray
-    """(G,) images with more than an unrelated image's part."""
+    """(G,) images with more than an unrelated image has."""
     unassigned: tuple[float, float, float]
-    """What is no one's in particular, with its interval; the shares and this sum to 1."""
+    """What is not named, with its interval; the shares and this sum to 1."""
+
+    def only(self, kept: np.ndarray) -> Shares:
+        """The names of (G,) bool `kept`; the shares of the others become unassigned, and widen its interval."""
+        lost = ~kept
+        middle, low, high = self.unassigned
+        unassigned = (
+            middle + float(self.share[lost].sum()),
+            min(1.0, low + float(self.low[lost].sum())),
+            min(1.0, high + float(self.high[lost].sum())),
+        )
+        return Shares(self.names[kept], self.share[kept], self.low[kept], self.high[kept], self.images[kept], unassigned)
+
+
+def nobody() -> Shares:
+    """Shares that name nobody."""
+    none = np.zeros(0)
+    return Shares(np.zeros(0, dtype=str), none, none, none, np.zeros(0, dtype=np.int64), (1.0, 1.0, 1.0))
 
 
 def estimate_shares(
@@ -39,11 +74,13 @@ def estimate_shares(
     families: np.ndarray,
     *,
     family_sizes: np.ndarray,
-    beyond: int = 0,
+    copies: np.ndarray | None = None,
+    own: bool = True,
     seed: int = 0,
-    beyond_unrelated: bool = True,
 ) -> Shares:
-    """Divide a query's positive influence among the names of its images.
+    """Divide a query's influence, above what unrelated images have, among the names of its images.
+
+    The whole is the excess of all images and one unrelated image's level: so much may be chance.
 
     Args:
         calibration: the curves.
@@ -51,31 +88,91 @@ def estimate_shares(
         names: (M,) whose each image is, '' for no one's.
         families: (M,) near-duplicates share one; their members count once together.
         family_sizes: (M,) how many images of the corpus share each image's family.
-        beyond: images of the corpus that are less similar than all of these; they count as unrelated.
+        copies: (M,) bool, images that the picture is a copy of; None: there is none.
+        own: whether the picture is the generator's own; the calibration says nothing of others, so nobody is named.
         seed: of the bootstrap over families.
-        beyond_unrelated: whether to count only what exceeds an unrelated image's influence; else shares are of the
-            influence as it is, and nothing but `beyond` is unassigned.
+
+    Returns:
+        Names with any excess; those of less than `LEAST_SHARE` are unassigned.
     """
-    weight = 1.0 / family_sizes
-    level = calibration.unrelated if beyond_unrelated else np.zeros_like(calibration.unrelated)
+    if not own:
+        return nobody()
+    near = similarity > calibration.reached  # no draw of the curve gives others more than unrelated images have
+    found = divide(
+        calibration,
+        similarity[near],
+        names[near],
+        families[near],
+        weights=1.0 / family_sizes[near],
+        level=calibration.level,
+        rest=float(calibration.level[0]),
+        seed=seed,
+    )
+    if copies is not None and copies.any():
+        found = _with_copies(found, similarity, names, copies)
+    return found.only((found.images > 0) & (found.share >= LEAST_SHARE))
+
+
+def _with_copies(others: Shares, similarity: np.ndarray, names: np.ndarray, copies: np.ndarray) -> Shares:
+    """`others` scaled to the part that copies leave, and `COPY_SHARE` divided among the copies' names."""
+    nearness = 1.0 / (np.maximum(1.0 - similarity[copies], 0.0) + COPY_DISTANCE)
+    held, of_name = np.unique(names[copies], return_inverse=True)
+    part = COPY_SHARE * np.bincount(of_name, weights=nearness) / nearness.sum()
+    given = dict(zip(held.tolist(), part.tolist(), strict=True))
+    left = 1.0 - COPY_SHARE
+    every = [*others.names.tolist(), *(name for name in held.tolist() if name and name not in set(others.names.tolist()))]
+    place = {name: row for row, name in enumerate(others.names.tolist())}
+
+    def scaled(values: np.ndarray) -> np.ndarray:
+        return np.array([given.get(name, 0.0) + left * (values[place[name]] if name in place else 0.0) for name in every])
+
+    images = [int(others.images[place[name]]) if name in place else int((names[copies] == name).sum()) for name in every]
+    free, low, high = (given.get("", 0.0) + left * value for value in others.unassigned)
+    return Shares(
+        np.array(every), scaled(others.share), scaled(others.low), scaled(others.high), np.array(images), (free, low, high)
+    )
+
+
+def divide(
+    calibration: Calibration,
+    similarity: np.ndarray,
+    names: np.ndarray,
+    families: np.ndarray,
+    *,
+    weights: np.ndarray,
+    level: np.ndarray,
+    rest: float = 0.0,
+    seed: int = 0,
+) -> Shares:
+    """Divide expected influence above a level among names; zero levels divide it as it is.
+
+    Args:
+        calibration: the curves.
+        similarity: (M,).
+        names: (M,), '' for no one's.
+        families: (M,) drawn together in the bootstrap.
+        weights: (M,) what each image counts.
+        level: (1 + R,) of the curve and of each of its bootstrap draws.
+        rest: influence that belongs to the whole and to no image.
+        seed: of the bootstrap over families.
+    """
+    if len(similarity) == 0:
+        return nobody()
     influence = calibration.influence_of(similarity)
     _, family = np.unique(families, return_inverse=True)
     found, of_name = np.unique(names, return_inverse=True)
-    excess = weight * np.maximum(influence - level[0], 0.0)
-    rest = beyond * min(float(influence.min()), calibration.unrelated[0])
-    total = float((weight * influence).sum()) + rest
-    share = np.bincount(of_name, weights=excess, minlength=len(found)) / max(total, 1e-12)
+    excess = weights * np.maximum(influence - level[0], 0.0)
+    share = np.bincount(of_name, weights=excess, minlength=len(found)) / max(excess.sum() + rest, 1e-12)
 
     rng = np.random.default_rng(seed)
     resamples = len(calibration.influence_draws)
     luck = rng.standard_exponential((resamples, int(family.max()) + 1), dtype=np.float32)[:, family]  # Bayesian bootstrap
-    drawn = calibration.draws_of(similarity).astype(np.float32)
-    luck *= weight.astype(np.float32)
-    totals = (luck * drawn).sum(axis=1) + rest
-    luck *= np.maximum(drawn - level[1:, None].astype(np.float32), 0.0)
+    luck *= weights.astype(np.float32)
+    luck *= np.maximum(calibration.draws_of(similarity) - level[1:, None], 0.0).astype(np.float32)
     order = np.argsort(of_name, kind="stable")
     starts = np.searchsorted(of_name[order], np.arange(len(found)))
-    draws = np.add.reduceat(luck[:, order], starts, axis=1) / np.maximum(totals, 1e-12)[:, None]
+    totals = np.maximum(luck.sum(axis=1) + rest, 1e-12)
+    draws = np.add.reduceat(luck[:, order], starts, axis=1) / totals[:, None]
 
     def ends(middle: np.ndarray, of_draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.quantile(of_draw, [0.025, 0.975], axis=0)
@@ -97,16 +194,125 @@ def estimate_shares(
     )
 
 
+def share_table(
+    calibration: Calibration,
+    similarity: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+    *,
+    by: str,
+    families: np.ndarray,
+    family_sizes: np.ndarray,
+    copies: np.ndarray | None = None,
+    own: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Shares by one column of the catalogue, as a table.
+
+    Args:
+        calibration: the curves.
+        similarity: (M,) of the M most similar images.
+        columns: (M,) texts of the images by name of the column: `by`, and 'source' where `by` is 'creator'.
+        by: the column.
+        families: see `estimate_shares`, as the others.
+        family_sizes: (M,).
+        copies: (M,) bool or None.
+        own: whether the picture is the generator's own.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it) and 'named', the largest share first. The
+        last row is what is spread too thinly to name: `UNASSIGNED`, and alone has `named` false. By creator, 'source' says in
+        which collection a creator holds most, and 'source_leads' whether that collection's interval lies above all others';
+        the creators of the collection with the largest share come first. An image without a source counts as a collection of
+        its creator's.
+    """
+    import pandas as pd
+
+    def estimate(names: np.ndarray) -> Shares:
+        return estimate_shares(
+            calibration, similarity, names, families, family_sizes=family_sizes, copies=copies, own=own, seed=seed
+        )
+
+    found = estimate(columns[by])
+    last = pd.DataFrame({by: [UNASSIGNED]}).assign(**_ends(found.unassigned), images=0, named=False)
+    values = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
+    table = pd.DataFrame(values).assign(named=True)
+    order = ["share", by]
+    if by == "creator" and "source" in columns:
+        collections = np.where(columns["source"] == "", columns["creator"], columns["source"])
+        every = estimate(collections)
+        held = dict(zip(every.names.tolist(), every.share.tolist(), strict=True))
+        table["source"] = _main_collections(calibration, similarity, columns["creator"], collections, found.names.tolist())
+        table["of_source"] = [held.get(name, 0.0) for name in table["source"]]
+        table["source_leads"] = [_leads(every, name) for name in table["source"]]
+        last = last.assign(source="", source_leads=False)
+        order = ["of_source", *order]
+    table = table.sort_values(order, ascending=[name == by for name in order]).drop(columns="of_source", errors="ignore")
+    return pd.concat([table, last], ignore_index=True)
+
+
+def _leads(found: Shares, name: str) -> bool:
+    """Whether a name's interval lies above 0 and above the intervals of all others."""
+    here = found.names == name
+    return bool(here.any() and found.low[here][0] > max([0.0, *found.high[~here].tolist()]))
+
+
+def listed_table(weights: np.ndarray, names: np.ndarray, by: str) -> pd.DataFrame:
+    """Shares without a calibration: of listed images with (M,) names, each counting with its (M,) weight.
+
+    Columns as `share_table` has them; intervals are NaN and nothing is left unassigned.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame({by: names, "share": weights, "images": 1}).groupby(by, as_index=False).sum()
+    table["share"] /= table["share"].sum()
+    last = pd.DataFrame({by: [UNASSIGNED], "share": 0.0, "images": 0, "named": False})
+    table = table.assign(named=True).sort_values(["share", by], ascending=[False, True])
+    every = pd.concat([table, last], ignore_index=True).assign(low=float("nan"), high=float("nan"))
+    return every[[by, "share", "low", "high", "images", "named"]]
+
+
+def _ends(unassigned: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("share", "low", "high"), unassigned, strict=True))
+
+
+def _main_collections(
+    calibration: Calibration, similarity: np.ndarray, creators: np.ndarray, collections: np.ndarray, asked: Sequence[str]
+) -> list[str]:
+    """For each creator asked for, the collection in which its images hold the most influence above the level."""
+    excess = np.maximum(calibration.influence_of(similarity) - calibration.level[0], 0.0) + 1e-9
+    held: dict[str, dict[str, float]] = {}
+    for creator, collection, value in zip(creators.tolist(), collections.tolist(), excess.tolist(), strict=True):
+        of_creator = held.setdefault(creator, {})
+        of_creator[collection] = of_creator.get(collection, 0.0) + value
+    return [max(held[name].items(), key=lambda item: item[1])[0] for name in asked]
+
+
+def dominant(table: pd.DataFrame, by: str) -> str | None:
+    """The name, in a table of shares, whose interval lies above 0 and above the intervals of all others; None if there is none.
+
+    By creator, the others are the creators of the same collection, and the collection must itself stand above all others.
+    """
+    named = table[table["named"]]
+    if named.empty:
+        return None
+    first = named.iloc[0]
+    others = named.iloc[1:]
+    if "source" in named and by == "creator":
+        if not first["source_leads"]:
+            return None
+        others = others[others["source"] == first["source"]]
+    return str(first[by]) if first["low"] > max(0.0, others["high"].max() if len(others) else 0.0) else None
+
+
 def teacher_shares(influence: np.ndarray, weights: np.ndarray, names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(G,) names and their shares of the positive influence; (C,) weights of the images, summing to anything."""
     found, of_name = np.unique(names, return_inverse=True)
     positive = np.maximum(influence.astype(np.float64), 0.0) * weights
-    shares: np.ndarray = np.bincount(of_name, weights=positive, minlength=len(found)) / max(positive.sum(), 1e-12)
-    return found, shares
+    return found, np.bincount(of_name, weights=positive, minlength=len(found)) / max(positive.sum(), 1e-12)
 
 
 def families_of(column: Sequence[str]) -> np.ndarray:
     """(N,) number of each image's family; an image without one is a family of its own."""
     names = np.array([name or f"\0{row}" for row, name in enumerate(column)])
-    _, numbers = np.unique(names, return_inverse=True)
-    return numbers
+    return np.unique(names, return_inverse=True)[1]

@@ -1,1 +1,17 @@
-"""Score training images for a query: the slow, accurate attributors that a student learns from."""
+"""Teachers: score training images for a query by what the generator's own losses and gradients say.
+
+Every teacher answers one question, `score(query, candidates)`, higher = more influential, and writes one score table.
+
+config       `TeacherConfig`: the settings, which say which teacher
+unlearning   `query_step`, `exact_scores`: AbU+ exactly, one unlearning step a query, every candidate's loss again
+first_order  `linearised_scores`: AbU+ to first order, one backward pass for all queries
+kernels      `kernel_scores`: TRAK and D-TRAK
+similarity   `similarity_scores`: the cosine of any features
+store        `write_gradient_features`: compressed gradients on disk, which serve later queries
+teach, methods, task   the stage `fastattr teach`: `teach.run(config, run_dir)`
+scores       `read_scores`, `write_shard`: the score table
+cost         `teacher_plan`: what the stage needs, from the settings alone
+
+Reads corpus/, generator/, queries/ and candidates/ of a run folder; writes scores/ and, for the next run, encoded/,
+ekfac/, base_loss/ and gradients/.
+"""

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import NonFiniteError
-from fastattr.core.files import atomic_path, open_stage
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS
 
 SCHEMA = pa.schema(

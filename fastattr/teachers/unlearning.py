@@ -1,6 +1,6 @@
 """Unlearning: the natural-gradient step that makes the generator forget a query, and the scores that it gives.
 
-Pure functions on a generator's layers; fastattr/teachers/teacher.py applies them to every query of a run.
+Pure functions on a generator's layers; fastattr/teachers/teach.py applies them to every query of a run.
 Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/differences.md.
 """
 
@@ -14,7 +14,11 @@ import torch
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import Generator, noise_for, spread_timesteps
-from fastattr.gradients.ekfac import Factors, Layer
+from fastattr.generators.layers import Layer
+from fastattr.gradients.ekfac import Factors
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import image_losses
+from fastattr.teachers.config import TeacherConfig
 
 
 def query_gradient(
@@ -145,3 +149,81 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
         raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
     rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
     return rise
+
+
+def exact_scores(
+    generator: Generator,
+    layers: Mapping[str, Layer],
+    images: EncodedImages,
+    base_loss: np.ndarray,
+    step: Mapping[str, torch.Tensor],
+    *,
+    candidate_rows: np.ndarray,
+    config: TeacherConfig,
+) -> np.ndarray:
+    """Influence of each candidate on the query that a step unlearns.
+
+    Args:
+        generator: with base weights, which it has again on return.
+        layers: those that the step changes.
+        images: the encoded corpus.
+        base_loss: (N, V) losses of the whole corpus before unlearning.
+        step: (out, in) change by layer, as `query_step` gives it.
+        candidate_rows: (C,) rows of the corpus.
+        config: the teacher's settings.
+
+    Returns:
+        (C,) influence scores, higher = more influential.
+    """
+
+    def losses() -> np.ndarray:
+        return image_losses(
+            generator, images, candidate_rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
+        )
+
+    with unlearned(layers, step):
+        after = losses()
+    if not config.symmetric:
+        return influence_scores(base_loss[candidate_rows], after)
+    with unlearned(layers, {name: -change for name, change in step.items()}):
+        return influence_scores(losses() / 2, after / 2)
+
+
+def query_step(
+    generator: Generator,
+    layers: Mapping[str, Layer],
+    factors: Factors,
+    *,
+    latent: torch.Tensor,
+    prompt: str,
+    query_id: str,
+    config: TeacherConfig,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """The change of weights that unlearns a query, by layer, and how much it raises the query's loss to first order."""
+    conditioning = generator.encode_prompt([prompt])
+    total = {name: torch.zeros_like(layer.weight).flatten(1) for name, layer in layers.items()}
+    total_rise = 0.0
+    for _ in range(config.unlearning_steps):
+        with unlearned(layers, total):
+            gradients, loss = query_gradient(
+                generator,
+                layers,
+                latent,
+                conditioning,
+                query_id=query_id,
+                draws=config.query_draws,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                antithetic=config.antithetic,
+            )
+        step, rise = unlearning_step(
+            gradients,
+            factors,
+            damping=config.damping,
+            loss=loss,
+            rise=config.query_loss_rise / config.unlearning_steps,
+            step_size=config.step_size,
+        )
+        total = {name: total[name] + change for name, change in step.items()}
+        total_rise += rise
+    return total, total_rise

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pytest
 
 from fastattr import ArtifactDamagedError, FastattrError, FastAttributor, InputError
-from fastattr.attributor.catalogue import Catalogue, read_config, seal
+from fastattr.attributor.catalogue import Catalogue
+from fastattr.attributor.folder import read_config, seal
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.models import ASSETS
-from fastattr.index.index import open_ranked
+from fastattr.index.search import open_ranked
 from tests.made import QUERY, WIDTH, base_features, everything, names, write_attributor
 from tests.tiny import draw, unit
 

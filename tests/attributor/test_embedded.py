@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from fastattr import FastAttributor, Generator
 from fastattr.core.models import ASSETS
-from fastattr.corpus.store import load_rgb
+from fastattr.corpus.images import load_rgb
 from fastattr.generators.scratch.autoencoder import pixel_tensor
 
 

@@ -15,7 +15,8 @@ import pytest
 from fastattr import ArtifactNotFoundError, FastAttributor, InputError
 from tests.made import QUERY, base_features, names, write_attributor
 
-milvus = pytest.importorskip("fastattr.attributor.milvus", reason="pip install 'fastattr[milvus]'")
+collection = pytest.importorskip("fastattr.attributor.collection", reason="pip install 'fastattr[milvus]'")
+milvus = pytest.importorskip("fastattr.attributor.milvus")
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,11 @@ def test_removed_images_are_not_named_even_by_a_collection_that_lags_behind(tmp_
 
 def test_limits_of_a_real_server_are_kept(tmp_path, monkeypatch):
     """Milvus Lite has no limits: code that passes here would fail on a cluster."""
-    assert milvus.rows_a_call(768) * (4 * 768 + 256 * len(milvus.FIELDS)) < milvus.MAX_CALL
-    assert milvus.queries_a_call(768, milvus.MAX_TOPK) * 544 * milvus.MAX_TOPK < milvus.MAX_CALL
+    assert collection.rows_a_call(768) * (4 * 768 + 256 * len(collection.FIELDS)) < collection.MAX_CALL
+    assert collection.queries_a_call(768, collection.MAX_TOPK) * 544 * collection.MAX_TOPK < collection.MAX_CALL
     folder, uri = write_attributor(tmp_path / "a"), str(tmp_path / "milvus.db")
-    monkeypatch.setattr(milvus, "MAX_CALL", 40_000)
-    assert milvus.rows_a_call(12) < 60
+    monkeypatch.setattr(collection, "MAX_CALL", 40_000)
+    assert collection.rows_a_call(12) < 60
     milvus.load(str(folder), uri)
     remote = FastAttributor.from_pretrained(folder, index_uri=uri)
     queries = base_features(7, seed=9)
@@ -114,7 +115,7 @@ def test_limits_of_a_real_server_are_kept(tmp_path, monkeypatch):
         attributor.attribute_features(queries, ["x"] * 7, 20), remote.attribute_features(queries, ["x"] * 7, 20), strict=True
     ):
         assert [result.image_id for result in own.results] == [result.image_id for result in other.results]
-    monkeypatch.setattr(milvus, "MAX_TOPK", 50)
+    monkeypatch.setattr(collection, "MAX_TOPK", 50)
     with pytest.raises(InputError, match="at most 50 images"):
         names(remote, QUERY, 51)
 

@@ -163,10 +163,10 @@ def test_many_queries_are_divided_among_processes_and_answered_as_one_by_one(fol
     rows = [{"query_id": f"q{i}", "prompt": "p", "features": row.tolist()} for i, row in enumerate(queries)]
     (tmp_path / "queries.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     code = (
-        "import sys; from accelerate import debug_launcher; from fastattr import batch; from pathlib import Path\n"
-        "batch.PART_ROWS = 4\n"
+        "import sys; from accelerate import debug_launcher; from fastattr.attributor import many; from pathlib import Path\n"
+        "many.PART_ROWS = 4\n"
         "def work():\n"
-        f"    batch.run({str(folder)!r}, Path({str(tmp_path / 'queries.jsonl')!r}), Path({str(tmp_path / 'out')!r}), k=3)\n"
+        f"    many.run({str(folder)!r}, Path({str(tmp_path / 'queries.jsonl')!r}), Path({str(tmp_path / 'out')!r}), k=3)\n"
         "if __name__ == '__main__':\n    debug_launcher(work, num_processes=2)\n"
     )
     (tmp_path / "launch.py").write_text(code)

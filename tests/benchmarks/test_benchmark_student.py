@@ -15,7 +15,7 @@ import torch
 from fastattr import FastAttributor
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, write_json
-from fastattr.publishing.cards import _benchmarks
+from fastattr.publishing.tables import benchmark_tables
 from fastattr.students.student import Student, StudentConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -92,7 +92,7 @@ def test_the_card_shows_the_benchmarks_figures_once(benchmark, tiny_run: Path, t
     metrics = FastAttributor.from_pretrained(folder).info()["metrics"]
     assert [run["command"] for run in metrics["benchmarks"]] == [card.COMMAND]
     assert {**metrics, "benchmarks": []} == {**read_json(tiny_run / "attributor" / "metrics.json"), "benchmarks": []}
-    text = "\n".join(_benchmarks(metrics))
+    text = "\n".join(benchmark_tables(metrics))
     assert f"`{card.COMMAND}`, seed 7, 2026-01-02" in text
     assert all(f"| `{key}` | {results[key]:.4g} | {meaning} |" in text for key, meaning in card.MEANINGS.items())
     del results["map_1pct"]

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import teacher as benchmark
 
-from fastattr.teachers.plan import Sizes as PlanSizes
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.cost import Sizes as PlanSizes
 
 
 def test_agreement_of_equal_and_of_opposite_orders():

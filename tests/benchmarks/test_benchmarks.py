@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fastattr.generators.scratch.refinement import is_refined_on
 from PIL import Image
 from torch import nn
 
 from fastattr.core.errors import ArtifactDamagedError, InputError
-from fastattr.corpus.store import Corpus, CorpusConfig, TrainingImage, write_corpus
+from fastattr.corpus.records import TrainingImage
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig, build_autoencoder, pixel_tensor
-from fastattr.generators.scratch.refinement import is_refined_on
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

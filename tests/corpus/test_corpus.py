@@ -27,17 +27,12 @@ from fastattr.core.errors import (
 )
 from fastattr.corpus import emoji as corpus_emoji
 from fastattr.corpus.emoji import EmojiSet, fetch_package, read_emoji
-from fastattr.corpus.store import (
-    Corpus,
-    CorpusConfig,
-    Skipped,
-    TrainingImage,
-    load_rgb,
-    read_dataset,
-    read_folder,
-    run,
-    write_corpus,
-)
+from fastattr.corpus.folders import read_folder
+from fastattr.corpus.images import load_rgb
+from fastattr.corpus.records import Skipped, TrainingImage
+from fastattr.corpus.stage import CorpusConfig, run
+from fastattr.corpus.store import Corpus, write_corpus
+from fastattr.corpus.tables import read_dataset
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 CONFIG = CorpusConfig(kind="folder", path="images")

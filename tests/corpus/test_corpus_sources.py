@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.corpus import store as corpus_module
-from fastattr.corpus.sources import open_source
-from fastattr.corpus.store import Corpus, CorpusConfig, run
+from fastattr.corpus import stage as corpus_module
+from fastattr.corpus.stage import CorpusConfig, open_source, run
+from fastattr.corpus.store import Corpus
 
 
 def jpeg(number: int, quality: int = 90) -> bytes:

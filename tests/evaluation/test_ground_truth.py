@@ -19,15 +19,21 @@ from safetensors.torch import load_file
 from fastattr.cli.main import main as fastattr
 from fastattr.core.errors import ArtifactMismatchError, FastattrError, InputError
 from fastattr.core.files import read_json
+from fastattr.core.settings import read_yaml
 from fastattr.core.training import TrainingConfig
-from fastattr.corpus.store import Corpus, CorpusConfig, read_folder, write_corpus
-from fastattr.evaluation.truth import GroundTruth, rank_correlations
+from fastattr.corpus.folders import read_folder
+from fastattr.corpus.stage import CorpusConfig
+from fastattr.corpus.store import Corpus, write_corpus
+from fastattr.evaluation import measure, record, retrain, subsets
+from fastattr.evaluation.lds import rank_correlations
+from fastattr.evaluation.retrain import Retraining
+from fastattr.evaluation.subsets import RetrainConfig
+from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.config import read_config
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
-from fastattr.teachers.linearised import flat_step, linearised_scores
+from fastattr.teachers.first_order import flat_step, linearised_scores
 from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -69,11 +75,17 @@ SIZES = benchmark.Sizes(
 )
 
 
-def in_this_process(models, run_dir, config, *, processes, description) -> list[str]:
+def in_this_process(models, command, logs, *, processes, description) -> list[str]:
     """What `run_all` does, without the seconds that each process of its own takes to start."""
     for model in models:
-        jobs.run_one(jobs.Bench(read_config(config, jobs.BenchConfig), run_dir), model.model_id)
+        _, _, *arguments = command(model.model_id)
+        jobs.main(arguments)
     return []
+
+
+def prepare(config: RetrainConfig, run_dir: Path, source: Path) -> Retraining:
+    """A run folder with the embedded autoencoder."""
+    return retrain.prepare(config, run_dir, autoencoder=jobs.AUTOENCODER, source=source)
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +100,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(folder) -> jobs.BenchConfig:
-    return read_config(folder / "tiny.yaml", jobs.BenchConfig)
+def config(folder) -> RetrainConfig:
+    return read_yaml(folder / "tiny.yaml", RetrainConfig)
 
 
 @pytest.fixture(scope="module")
-def bench(folder, config) -> jobs.Bench:
+def bench(folder, config) -> Retraining:
     """Prepared, nothing trained."""
-    return jobs.prepare(config, folder / "prepared", folder / "corpus")
+    return prepare(config, folder / "prepared", folder / "corpus")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +136,8 @@ def reported(folder, arguments, made) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "run_all", in_this_process)
         patch.setattr(benchmark, "Sizes", lambda: SIZES)
+        patch.setattr(benchmark, "SWEPT_QUERY_DRAWS", (4, 8))
+        patch.setattr(benchmark, "SWEPT_LOSS_DRAWS", (1, 2))
         for step in ("--sweep", "--exact", "--rankings"):
             benchmark.main([*of_table, step])
         jobs.main([*arguments, "--out", str(made), "--only", "leave-k-out"])
@@ -144,8 +158,8 @@ def test_the_part_has_one_set_whole_and_half_of_the_other_and_no_skin_tones(fold
 
     columns = {"source": [row[2] for row in rows], "group": [row[3] for row in rows]}
     corpus = SimpleNamespace(folder=Path("corpus"), captions=[[row[1]] for row in rows], column=columns.__getitem__)
-    config = jobs.PartConfig(main_set="plain", second_set="framed", second_share=0.5, groups=("people",))
-    chosen = [rows[row][0] for row in jobs.choose_part(corpus, config)]
+    config = subsets.PartConfig(main_set="plain", second_set="framed", second_share=0.5, groups=("people",))
+    chosen = [rows[row][0] for row in subsets.choose_part(corpus, config)]
     assert "b" in chosen
     assert not {"a", "c", "d"} & set(chosen)
     assert sum(name.startswith("p") for name in chosen) == 40
@@ -154,7 +168,7 @@ def test_the_part_has_one_set_whole_and_half_of_the_other_and_no_skin_tones(fold
 
 def test_halves_are_distinct_random_halves_and_second_seeds_share_their_images(bench, config):
     """LDS needs subsets that differ, the noise ceiling subsets that do not."""
-    models = jobs.halves(bench.corpus.image_ids, config)
+    models = subsets.halves(bench.corpus.image_ids, config)
     images = len(bench.corpus)
     by_id = {model.model_id: model for model in models}
     assert {len(model.removed) for model in models} == {images - images // 2}
@@ -163,20 +177,20 @@ def test_halves_are_distinct_random_halves_and_second_seeds_share_their_images(b
     assert by_id["half-001-s0"].seed != by_id["half-001-s1"].seed
     assert by_id["repeat"].removed == by_id["half-000-s0"].removed
     assert by_id["repeat"].seed == by_id["half-000-s0"].seed
-    assert models == jobs.halves(bench.corpus.image_ids[::-1], config)  # no matter in which order ids come
+    assert models == subsets.halves(bench.corpus.image_ids[::-1], config)  # no matter in which order ids come
 
 
-def weights(bench: jobs.Bench, model: jobs.Model) -> dict[str, torch.Tensor]:
+def weights(bench: Retraining, model: subsets.Model) -> dict[str, torch.Tensor]:
     return load_file(bench.folder(model) / "weights.safetensors")
 
 
-def named(model: jobs.Model, model_id: str, **changes) -> jobs.Model:
-    return jobs.replace(model, model_id=model_id, **changes)
+def named(model: subsets.Model, model_id: str, **changes) -> subsets.Model:
+    return replace(model, model_id=model_id, **changes)
 
 
 def test_two_trainings_with_one_seed_agree_bit_for_bit_and_other_seeds_or_images_do_not(bench):
     """The statement on determinism; if a subset did not matter, every LDS would be noise."""
-    first, *_ = jobs.halves(bench.corpus.image_ids, bench.config)
+    first, *_ = subsets.halves(bench.corpus.image_ids, bench.config)
     models = [
         named(first, "a"),
         named(first, "b"),
@@ -184,7 +198,7 @@ def test_two_trainings_with_one_seed_agree_bit_for_bit_and_other_seeds_or_images
         named(first, "d", removed=frozenset(bench.corpus.image_ids[:18])),
     ]
     for model in models:
-        jobs.train(bench, model)
+        retrain.train(bench, model)
     a, b, c, d = (weights(bench, model) for model in models)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
@@ -193,10 +207,10 @@ def test_two_trainings_with_one_seed_agree_bit_for_bit_and_other_seeds_or_images
 
 def test_a_killed_training_goes_on_to_the_same_weights(bench, monkeypatch):
     """A resumed model that differs would be one more seed, unnoticed."""
-    first, *_ = jobs.halves(bench.corpus.image_ids, bench.config)
+    first, *_ = subsets.halves(bench.corpus.image_ids, bench.config)
     whole, killed = named(first, "whole"), named(first, "killed")
-    jobs.train(bench, whole)
-    fit = jobs.fit
+    retrain.train(bench, whole)
+    fit = retrain.fit
     calls = []
 
     def dying(network, batch_of, *others, **named_others):
@@ -208,10 +222,10 @@ def test_a_killed_training_goes_on_to_the_same_weights(bench, monkeypatch):
 
         return fit(network, counted, *others, **named_others)
 
-    monkeypatch.setattr(jobs, "fit", dying)
+    monkeypatch.setattr(retrain, "fit", dying)
     with pytest.raises(KeyboardInterrupt):
-        jobs.train(bench, killed)
-    jobs.train(bench, killed)
+        retrain.train(bench, killed)
+    retrain.train(bench, killed)
     assert len(calls) == 6  # 4 and then the last 2 of 4 steps, not all again
     expected, found = weights(bench, whole), weights(bench, killed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -225,33 +239,33 @@ def test_removed_images_are_not_trained_on(bench, monkeypatch):
         seen.append(batch_of(np.arange(examples), torch.Generator().manual_seed(0))[0])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "fit", watching)
+    monkeypatch.setattr(retrain, "fit", watching)
     removed = frozenset(bench.corpus.image_ids[3:])
     with pytest.raises(KeyboardInterrupt):
-        jobs.train(bench, jobs.Model("few", "half", 0, removed, "few"))
+        retrain.train(bench, subsets.Model("few", "half", 0, removed, "few"))
     torch.testing.assert_close(seen[0], bench.latents[:3])
 
 
 def test_the_same_name_for_other_images_is_refused(bench):
     """Stale weights under a reused name would be measured as if they were the new model's."""
-    first, *_ = jobs.halves(bench.corpus.image_ids, bench.config)
-    jobs.train(bench, named(first, "stale"))
+    first, *_ = subsets.halves(bench.corpus.image_ids, bench.config)
+    retrain.train(bench, named(first, "stale"))
     with pytest.raises(ArtifactMismatchError, match="Delete that folder"):
-        jobs.train(bench, named(first, "stale", removed=frozenset()))
+        retrain.train(bench, named(first, "stale", removed=frozenset()))
 
 
 def test_another_recipe_in_the_same_run_folder_is_refused(bench, config):
     """Models of two recipes in one table would be compared as if only their images differed."""
     with pytest.raises(ArtifactMismatchError, match="other settings"):
-        jobs.prepare(jobs.replace(config, part=jobs.PartConfig(main_set="framed")), bench.run_dir, None)
+        prepare(replace(config, part=subsets.PartConfig(main_set="framed")), bench.run_dir, bench.run_dir)
 
 
 def test_query_losses_equal_a_slow_loop(made, folder, config):
     """Noise tied to the place in a batch, or a sign lost, would change every loss and crash nothing."""
-    bench = jobs.Bench(config, folder / "run")
+    bench = Retraining(config, folder / "run", jobs.AUTOENCODER)
     generator = bench.generator(bench.full())
     rows = bench.queries.of_split("test")[:2]
-    found = jobs.query_losses(generator, bench.queries, rows, timesteps=3, batch_size=4, seed=5)
+    found = measure.query_losses(generator, bench.queries, rows, timesteps=3, batch_size=4, seed=5)
     for position, row in enumerate(rows):
         latent = generator.encode_image([bench.queries.image(row)])
         text = generator.encode_prompt([bench.queries.prompts[row]])
@@ -322,7 +336,7 @@ def test_the_shipped_benchmark_shares_no_prompt_between_splits():
     """The same for the real prompts: all that is free text, and how captions are split, is known before any training."""
     from fastattr.generators.queries import choose_prompts
 
-    config = read_config(jobs.CONFIG, jobs.BenchConfig).queries
+    config = read_yaml(jobs.CONFIG, RetrainConfig).queries
     captions = [f"thing {index}, {style} style" for index in range(2000) for style in ("openmoji", "fluent")[: 1 + index % 2]]
     prompts = choose_prompts(captions, config)
     splits = {prompt.text: prompt.split for prompt in prompts}
@@ -344,7 +358,7 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     losses = GroundTruth.losses
     monkeypatch.setattr(GroundTruth, "losses", lambda self, models, ids: (asked.extend(ids), losses(self, models, ids))[1])
     _, run_dir, _, config, *_ = arguments
-    data = benchmark.open_data(made, Path(run_dir), read_config(config, jobs.BenchConfig), SIZES, None)
+    data = benchmark.open_data(made, Path(run_dir), read_yaml(config, RetrainConfig), SIZES, None)
     benchmark.sweep(data, SIZES)
     assert asked
     assert not set(asked) & forbidden
@@ -431,8 +445,8 @@ def test_students_of_the_bench_are_chosen_without_the_test_queries(student_bench
 def test_first_order_and_exact_scores_agree(made, arguments):
     """Rows matched by position, or a sign lost between step and loss, would break this first."""
     _, run_dir, _, config, *_ = arguments
-    sizes = benchmark.replace(SIZES, exact_draws=2, exact_query_draws=32)
-    data = benchmark.open_data(made, Path(run_dir), read_config(config, jobs.BenchConfig), sizes, None)
+    sizes = replace(SIZES, exact_draws=2, exact_query_draws=32)
+    data = benchmark.open_data(made, Path(run_dir), read_yaml(config, RetrainConfig), sizes, None)
     settings = benchmark.Settings(query_draws=32, loss_draws=2, rise=0.001)  # 0.02 is a long way for an untrained network
     queries = data.lab.queries(data.truth, data.truth.of_split("validation")[:2])
     lab = data.lab
@@ -463,9 +477,9 @@ def test_leave_k_out_removes_what_the_rankings_say(folder, made, reported, confi
     assert len(rankings) == len(benchmark.LEAVE_K_OUT) * 2
     for row in rankings:
         assert removed[row["method"], row["query_id"]] == set(row["image_ids"])
-        assert len(row["image_ids"]) == jobs.removed_count(len(truth.image_ids), config)
+        assert len(row["image_ids"]) == subsets.removed_count(len(truth.image_ids), config)
     exact = {row["query_id"]: row["image_ids"] for row in rankings if row["method"] == "abu_plus_exact"}
-    from fastattr.evaluation.evaluate import table_scores
+    from fastattr.evaluation.against_truth import table_scores
 
     for query_id, image_ids in exact.items():
         best = np.argsort(-table_scores(made / "exact", truth, [query_id])[0], kind="stable")
@@ -497,8 +511,8 @@ def test_a_new_run_folder_goes_on_from_the_ground_truth(folder, made, reported, 
 
 def test_nothing_is_taken_from_the_ground_truth_of_another_recipe(folder, made, config, tmp_path):
     """Its models would stand in one table with models trained otherwise."""
-    other = jobs.replace(config, generator=jobs.replace(config.generator, caption_dropout=0.5))
-    assert not jobs.restore(jobs.prepare(other, tmp_path / "run", folder / "corpus"), made)
+    other = replace(config, generator=replace(config.generator, caption_dropout=0.5))
+    assert not record.restore(prepare(other, tmp_path / "run", folder / "corpus"), made)
     assert not (tmp_path / "run" / "queries").exists()
 
 
@@ -509,14 +523,19 @@ def test_unknown_images_and_short_rankings_are_refused(bench, made, folder, conf
         path = tmp_path / "rankings.parquet"
         pq.write_table(pa.Table.from_pylist([{"method": "m", "query_id": "q", "image_ids": image_ids}]), path)
         with pytest.raises(InputError, match=message):
-            jobs.removals(bench.corpus, queries, path, config)
+            subsets.removals(bench.corpus, queries, path, config)
 
 
 def test_a_failing_model_is_named_and_the_others_go_on(folder, bench, tmp_path):
     """Started for real, as processes of their own: one works, one does not exist."""
-    first, *_ = jobs.halves(bench.corpus.image_ids, bench.config)
-    failed = jobs.run_all(
-        [named(first, "nobody"), first], bench.run_dir, folder / "tiny.yaml", processes=2, description="models"
+    first, *_ = subsets.halves(bench.corpus.image_ids, bench.config)
+    script = [sys.executable, jobs.__file__, "--run", str(bench.run_dir), "--config", str(folder / "tiny.yaml"), "--model"]
+    failed = retrain.run_all(
+        [named(first, "nobody"), first],
+        lambda model_id: [*script, model_id],
+        bench.run_dir / "logs",
+        processes=2,
+        description="models",
     )
     assert failed == ["nobody"]
     assert "there is no model 'nobody'" in (bench.run_dir / "logs" / "nobody.txt").read_text()

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from fastattr import ArtifactDamagedError, FastAttributor, Generator, MissingFileError
-from fastattr.attributor.attribute import read_info
-from fastattr.core.files import write_manifest
+from fastattr.attributor.attributor import read_info
+from fastattr.core.stages import write_manifest
 from fastattr.evaluation.showcase import (
     COUNTERFACTUALS,
     COUNTERFACTUALS_FILE,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.core.files import read_json, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import write_manifest
 from fastattr.features import stage
 from fastattr.features.encoder import encode_captions
 from fastattr.features.kinds import open_encoder

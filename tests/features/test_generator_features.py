@@ -18,12 +18,14 @@ from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_enco
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
 from fastattr.generators.generator import noise_for
+from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.gradient_features import Compression, GradientConfig, RidgeKernel, gradient_features
-from fastattr.pipeline.build import STAGES
+from fastattr.gradients.ridge import RidgeKernel
 from fastattr.pipeline.config import load_config
-from fastattr.teachers.baselines import kernel_scores, similarity_scores
-from fastattr.teachers.linearised import flat_step, linearised_scores
+from fastattr.pipeline.stages import STAGES
+from fastattr.teachers.first_order import flat_step, linearised_scores
+from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.similarity import similarity_scores
 from tests.tiny import draw
 
 IMAGES = [draw("red", "ring", "plain"), draw("blue", "square", "framed"), draw("green", "circle", "plain")]

@@ -16,8 +16,10 @@ from PIL import Image, ImageOps
 from scipy.stats import spearmanr
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, read_json
-from fastattr.corpus.store import Corpus, CorpusConfig, run as read_corpus
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST
+from fastattr.corpus.stage import CorpusConfig, run as read_corpus
+from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import CandidatesConfig, write_candidates
 from fastattr.generators import pretrained, queries
 from fastattr.generators.conditioning import Conditioning
@@ -25,11 +27,13 @@ from fastattr.generators.families import Options, recognise
 from fastattr.generators.generator import LORA, Generator, sampling_defaults
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.queries import Queries, QueriesConfig
-from fastattr.gradients.denoising import EncodedImages, encode_corpus
-from fastattr.gradients.ekfac import example_gradients, fit_ekfac, record_layers
-from fastattr.teachers import teacher
+from fastattr.gradients.ekfac import fit_ekfac
+from fastattr.gradients.encoded import EncodedImages, encode_corpus
+from fastattr.gradients.recording import example_gradients, record_layers
+from fastattr.teachers import teach
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.scores import read_scores
-from fastattr.teachers.teacher import TeacherConfig, factor_batches
 from fastattr.teachers.unlearning import query_gradient, unlearned, unlearning_step
 from tests.generators.test_pretrained import save_lora
 from tests.tiny import draw, write_folder
@@ -403,14 +407,14 @@ def test_a_family_goes_through_the_teacher_from_end_to_end(kind: str, corpus: Pa
     chosen = [(rows, np.zeros(len(rows), dtype=bool))] * 2
     write_candidates(run_dir / "candidates", images, drawn, chosen, config=CandidatesConfig(), inputs={})
     settings = {"factor_examples": 16, "query_draws": 8, "loss_draws": 2, "batch_size": 8, "query_loss_rise": 0.001}
-    teacher.run(TeacherConfig(linearised=("train",), **settings), run_dir)
+    teach.run(TeacherConfig(linearised=("train",), **settings), run_dir)
     scores = {row.split: row.influence for row in read_scores(run_dir / "scores")}
     assert all(np.isfinite(values).all() and len(set(values.tolist())) == len(rows) for values in scores.values())
     manifest = read_json(run_dir / "scores" / MANIFEST)
     assert manifest["teacher"] == "abu_plus_exact+abu_plus_linearised"
     # The test query once more to first order: the two teachers must agree on a step this short.
     (run_dir / "scores").rename(tmp_path / "first")
-    teacher.run(TeacherConfig(linearised=("train", "test"), gradients="contracted", **settings), run_dir)
+    teach.run(TeacherConfig(linearised=("train", "test"), gradients="contracted", **settings), run_dir)
     again = next(row.influence for row in read_scores(run_dir / "scores") if row.split == "test")
     assert spearmanr(again, scores["test"]).statistic > 0.9
 

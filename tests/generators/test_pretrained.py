@@ -12,14 +12,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from fastattr.core.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError, InputError
-from fastattr.core.models import push_folder
 from fastattr.generators import pretrained
 from fastattr.generators.families import Options, recognise
 from fastattr.generators.generator import Generator
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
+from fastattr.publishing.push import push_folder
 from tests.tiny_pipelines import build
 
 

@@ -13,19 +13,16 @@ from accelerate import Accelerator
 from fastattr.core.errors import InputError
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
-from fastattr.gradients import gradient_features as module
-from fastattr.gradients.denoising import encode_corpus
+from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.gradient_features import (
-    Compression,
-    GradientConfig,
-    gradient_features,
-    leading_coordinates,
-    write_gradient_features,
-)
-from fastattr.teachers.baselines import kernel_scores, similarity_scores
-from fastattr.teachers.linearised import flat_step, linearised_scores
-from fastattr.teachers.teacher import TeacherConfig, factor_batches
+from fastattr.gradients.encoded import encode_corpus
+from fastattr.teachers import store as module
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.curvature import factor_batches
+from fastattr.teachers.first_order import flat_step, linearised_scores
+from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.similarity import similarity_scores
+from fastattr.teachers.store import write_gradient_features
 
 CONFIG = GradientConfig(width=0, draws=3, batch_size=16)
 

@@ -1,4 +1,4 @@
-"""fastattr/index/index.py: what is chosen fits and reaches its recall, builds resume, exact re-ranking equals a slow loop."""
+"""fastattr/index: what is chosen fits and reaches its recall, builds resume, exact re-ranking equals a slow loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import pytest
 from fastattr import ArtifactDamagedError, ArtifactMismatchError, InputError
 from fastattr.core.errors import DoesNotFitError
 from fastattr.core.files import sha256_file
-from fastattr.index import index
-from fastattr.index.index import IndexConfig, build, choose, estimate, exact_neighbours, keeps_vectors, open_ranked, recall_of
+from fastattr.index import build as building, choose as choosing, vectors as storing
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig, choose, estimate, keeps_vectors
+from fastattr.index.search import Ranked, open_ranked, rerank
+from fastattr.index.tune import exact_neighbours, recall_of
+from fastattr.index.vectors import Read
 from tests.tiny import unit
 
 DIM = 16
@@ -30,16 +34,18 @@ def vectors() -> np.ndarray:
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards, and training sets that are enough for small indexes."""
-    monkeypatch.setattr(index, "BUILD_ROWS", 1100)
-    monkeypatch.setattr(index, "BATCH", 256)
-    monkeypatch.setattr(index, "TRAINING_ROWS", 1500)
+    for module in (building, choosing):
+        monkeypatch.setattr(module, "BUILD_ROWS", 1100)
+        monkeypatch.setattr(module, "TRAINING_ROWS", 1500)
+    for module in (building, choosing, storing):
+        monkeypatch.setattr(module, "BATCH", 256)
 
 
-def opened(folder: Path, settings: dict, numbers: list[int] | None = None) -> index.Ranked:
+def opened(folder: Path, settings: dict, numbers: list[int] | None = None) -> Ranked:
     return open_ranked(folder, settings, {path.name: sha256_file(path) for path in folder.iterdir()}, numbers)
 
 
-def reader(vectors: np.ndarray) -> index.Read:
+def reader(vectors: np.ndarray) -> Read:
     return lambda start, stop: vectors[start:stop]
 
 
@@ -77,7 +83,7 @@ def test_reranking_equals_a_slow_loop(vectors):
     """Missing rows (-1) must come last, and never be read as the last row."""
     queries = vectors[:3]
     short = np.array([[5, 9, -1, 20], [7, -1, -1, 3], [1, 2, 3, 4]])
-    similarities, rows = index.rerank(queries, short, lambda wanted: vectors[wanted], 3)
+    similarities, rows = rerank(queries, short, lambda wanted: vectors[wanted], 3)
     for query, candidates, found, values in zip(queries, short, rows, similarities, strict=True):
         order = sorted((row for row in candidates if row >= 0), key=lambda row: -float(vectors[row] @ query))
         order = (order + [-1] * 3)[:3]
@@ -91,7 +97,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(tmp_path, vectors, monk
     config = IndexConfig(factory="IVF16,SQ4", shard_rows=900)
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     expected = build(reader(vectors), len(vectors), DIM, config, whole)
-    saved, calls = index.save_index, []
+    saved, calls = building.save_index, []
 
     def failing(built: faiss.Index, path: Path) -> None:
         calls.append(path.name)
@@ -100,7 +106,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(tmp_path, vectors, monk
         saved(built, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "save_index", failing)
+        patch.setattr(building, "save_index", failing)
         with pytest.raises(KeyboardInterrupt):
             build(reader(vectors), len(vectors), DIM, config, halved)
     with pytest.raises(ArtifactMismatchError, match="half-built"):
@@ -152,10 +158,10 @@ def test_estimates_are_what_the_files_have(tmp_path, vectors, factory):
 
 def test_a_build_that_does_not_fit_is_refused_with_figures(tmp_path, vectors, monkeypatch):
     """Out of memory after hours, or a full disk, helps nobody."""
-    monkeypatch.setattr(index, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(choosing, "available_memory", lambda: 50_000)
     with pytest.raises(DoesNotFitError, match=r"'Flat' of 3,000 x 16 takes 0\.\d+ GB of memory.*Alternatives: SQfp16"):
         build(reader(vectors), len(vectors), DIM, IndexConfig(factory="Flat"), tmp_path)
-    monkeypatch.setattr(index, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(choosing, "available_memory", lambda: 10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(DoesNotFitError, match="of disk"):
         build(reader(vectors), len(vectors), DIM, IndexConfig(factory="Flat"), tmp_path)

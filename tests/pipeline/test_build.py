@@ -17,6 +17,7 @@ from fastattr.corpus.store import Corpus
 from fastattr.generators.queries import Queries
 from fastattr.pipeline import build
 from fastattr.pipeline.config import load_config, save_config
+from fastattr.pipeline.plan import as_table, plan
 from fastattr.pipeline.report import SHOWN, facts, render
 
 CONFIGS = sorted((Path(__file__).parents[2] / "hub_scripts" / "configs").glob("*.yaml"))
@@ -37,7 +38,11 @@ def test_the_config_and_the_time_of_every_stage_are_kept(tiny_run: Path, tiny_co
 
 
 def plan_of(seconds: float | None) -> dict[str, Any]:
-    here = {"problem": "not measured"} if seconds is None else {"seconds": {"in all": seconds}, "peak_memory": 1}
+    here = (
+        {"problem": "not measured"}
+        if seconds is None
+        else {"seconds": {"in all": seconds}, "peak_memory": 1, "rates": {"denoiser": 1e9}}
+    )
     numbers = dict.fromkeys(("forward", "backward", "disk", "peak_memory"), 0)
     hours = {"A100": 1.0}
     ways = dict.fromkeys(("exact_as_published", "exact", "first_order"), hours)
@@ -61,21 +66,21 @@ def test_a_build_above_the_limit_needs_a_yes(monkeypatch, tiny_config, tmp_path,
 def test_a_plan_is_made_once_for_a_config(monkeypatch, tiny_config, tmp_path):
     """Each resume of a killed build would measure the machine again; a changed config must not keep the old plan."""
     made = []
-    monkeypatch.setattr(build.costs, "plan", lambda config, *_, **__: made.append(config) or plan_of(1.0))
+    monkeypatch.setattr(build, "plan", lambda config, *_, **__: made.append(config) or plan_of(1.0))
     config = load_config(tiny_config)
     for _ in range(2):
-        build.planned(config, tmp_path, None)
+        build.planned(config, tmp_path)
     changed = replace(config, thumbnail_quality=50)
-    build.planned(changed, tmp_path, None)
+    build.planned(changed, tmp_path)
     assert made == [config, changed]
 
 
 def test_where_nothing_says_how_many_images_the_corpus_is_read_first(monkeypatch, tiny_config, tmp_path):
     """A dataset's size is only known once it has been read; a build must not fail for want of it."""
     config = load_config(tiny_config)
-    monkeypatch.setattr(build.costs, "training_images", lambda *_: (_ for _ in ()).throw(InputError("nothing says")))
-    monkeypatch.setattr(build.costs, "plan", lambda *_, **__: plan_of(1.0))
-    build.planned(config, tmp_path, None)
+    monkeypatch.setattr(build, "training_images", lambda *_: (_ for _ in ()).throw(InputError("nothing says")))
+    monkeypatch.setattr(build, "plan", lambda *_, **__: plan_of(1.0))
+    build.planned(config, tmp_path)
     assert len(Corpus(tmp_path / "corpus")) == 48
 
 
@@ -129,13 +134,18 @@ def test_the_card_is_that_of_the_hub(tiny_run: Path):
     assert (tiny_run / "card" / "LICENSE.md").read_text(encoding="utf-8") == licences
 
 
-def test_plan_command_measures_this_machine_and_prints_a_table(tiny_config: Path, tmp_path: Path, capsys):
-    """The miniature must run through every stage of the line, or a stage would cost nothing."""
+def test_plan_command_measures_this_machine_and_prints_a_table(monkeypatch, tiny_config: Path, tmp_path: Path, capsys):
+    """Hours of this machine must follow from what it does, and a probe that fails must not be taken for no time at all."""
     assert main(["plan", str(tiny_config), "--run", str(tmp_path / "run"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert "problem" not in result["here"], result["here"]
-    assert {*(stage["name"] for stage in result["stages"]), "start", "in all"} == set(result["here"]["seconds"])
-    assert result["here"]["peak_memory"] > 100e6
-    from fastattr.pipeline.costs import as_table
-
-    assert "teach" in as_table(result)
+    here = result["here"]
+    assert "problem" not in here, here
+    flops = {stage["name"]: stage["flops"] for stage in result["stages"]}
+    assert here["seconds"]["teach"] == pytest.approx(flops["teach"] / here["rates"]["denoiser"])
+    assert here["seconds"]["features"] == pytest.approx(flops["features"] / here["rates"]["dense"])
+    assert here["seconds"]["in all"] == pytest.approx(sum(here["seconds"][name] for name in flops))
+    assert here["peak_memory"] > 100e6
+    assert "GFLOP/s" in as_table(result)
+    config = load_config(tiny_config)
+    short = replace(config, plan=replace(config.plan, probe_seconds=0.01))
+    assert "plan.probe_seconds" in plan(short, tmp_path / "run", measure=True)["here"]["problem"]

@@ -10,12 +10,10 @@ import pytest
 
 from fastattr import InputError
 from fastattr.cli.main import main
-from fastattr.generators.queries import choose_prompts
 from fastattr.pipeline.config import load_config
-from fastattr.pipeline.costs import PEAK_FLOPS, UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
-from fastattr.pipeline.miniature import extrapolate, miniature
-from fastattr.pipeline.networks import network_of
-from fastattr.teachers.plan import Probe, run_sizes, teacher_plan
+from fastattr.pipeline.costs import UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
+from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
+from fastattr.teachers.cost import Probe, run_sizes, teacher_plan
 
 CONFIGS = Path(__file__).parents[2] / "hub_scripts" / "configs"
 PUBLISHED = {"coco": 1250, "sd15-laion": 15_150}
@@ -36,13 +34,17 @@ def test_plan_without_a_run_folder_is_near_what_the_paper_spent(name: str, tmp_p
     assert not run_dir.exists()
 
 
+def counted(name: str) -> Network:
+    return count(name, shape_of(name))
+
+
 def test_known_shapes_are_those_of_the_published_networks():
     """A shape mistyped in the table would put every hour of the plan wrong."""
-    assert network_of("stable-diffusion-1").parameters == 859_520_964  # Stable Diffusion 1.x
-    assert network_of("coco-ldm").unlearned == 7_077_888  # 24 projections of 1024 to 128 or 256, as the authors' code selects
-    assert 11.8e9 < network_of("black-forest-labs/FLUX.1-dev").parameters < 12e9  # '12B'
+    assert counted("stable-diffusion-1").parameters == 859_520_964  # Stable Diffusion 1.x
+    assert counted("coco-ldm").unlearned == 7_077_888  # 24 projections of 1024 to 128 or 256, as the authors' code selects
+    assert 11.8e9 < counted("black-forest-labs/FLUX.1-dev").parameters < 12e9  # '12B'
     with pytest.raises(InputError, match=r"plan\.network"):
-        network_of("org/unheard-of")
+        counted("org/unheard-of")
 
 
 def test_counting_a_folder_equals_counting_the_config_that_it_was_trained_by(tiny_run: Path, tiny_config: Path, tmp_path: Path):
@@ -82,24 +84,3 @@ def test_the_number_of_images_is_counted_in_the_folder_or_asked_for(tiny_config:
     with pytest.raises(InputError, match=r"plan\.images"):
         training_images(unknown, tmp_path)
     assert training_images(replace(unknown, plan=replace(config.plan, images=7)), tmp_path) == 7
-
-
-def test_extrapolation_finds_start_first_use_and_time_a_unit():
-    """Start and first use taken for work, times the size of the real line, would turn minutes into hours."""
-    start, warm_up, each = 2.0, 3.0, 0.01
-    few, many = (100, start + each * 100), (300, start + each * 300)
-    expected = start + warm_up + each * 50_000
-    assert extrapolate(few[1] + warm_up, few, many, units=50_000) == pytest.approx(expected)
-    assert extrapolate(2.0, (100, 2.0), (300, 1.9), units=300) == pytest.approx(1.9)  # noise
-
-
-@pytest.mark.parametrize("name", ["emoji", "coco", "sd15-laion"])
-def test_a_miniature_is_small_whatever_the_config(name: str):
-    """A minute's measurement that draws five thousand queries is none."""
-    config = load_config(CONFIGS / f"{name}.yaml")
-    small = miniature(config, 1)
-    prompts = choose_prompts(["a caption"], small.queries)
-    assert len(prompts) == small.queries.train + small.queries.validation + small.queries.test <= 12
-    assert small.candidates.per_query <= 24
-    assert small.teacher.query_draws <= 2 * config.teacher.batch_size
-    assert small.distill.training.steps <= 20

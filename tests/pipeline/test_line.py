@@ -20,13 +20,15 @@ from fastattr import (
     NonFiniteError,
     QueriesFailedError,
 )
-from fastattr.attributor.attribute import UNASSIGNED
 from fastattr.cli.main import main
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.build import STAGES, embed_assets, run
+from fastattr.pipeline.build import embed_assets, run
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
+from fastattr.students.shares import UNASSIGNED
+from fastattr.teachers import methods, task
 from fastattr.teachers.scores import read_scores
 from tests.tiny import draw
 
@@ -54,12 +56,10 @@ def test_other_settings_are_refused_in_the_same_run_folder(tiny_run: Path, tiny_
 
 def test_killed_teacher_finishes_the_rest_with_the_same_scores(tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch):
     """Resuming must neither skip nor repeat a query, nor draw other noise."""
-    from fastattr.teachers import teacher
-
     again = tmp_path / "run"
     shutil.copytree(tiny_run, again)
     shutil.rmtree(again / "scores")
-    monkeypatch.setattr(teacher, "PART_ROWS", 10)
+    monkeypatch.setattr(methods, "PART_ROWS", 10)
     queries = Queries(again / "queries")
     trained = [query for query, split in zip(queries.query_ids, queries.splits, strict=True) if split == "train"]
     exact = len(queries.query_ids) - len(trained)
@@ -78,8 +78,8 @@ def test_killed_teacher_finishes_the_rest_with_the_same_scores(tiny_run: Path, t
 
         return call
 
-    for name in deaths:
-        monkeypatch.setattr(teacher, name, dying(name, getattr(teacher, name)))
+    for module, name in ((task, "query_step"), (methods, "linearised_scores")):
+        monkeypatch.setattr(module, name, dying(name, getattr(module, name)))
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             STAGES["teach"](load_config(tiny_config), again)
@@ -96,14 +96,12 @@ def test_a_failing_query_is_tried_three_times_then_passed_over(
     tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch, capsys, split: str
 ):
     """One bad query in weeks of scoring must cost neither the others nor go unseen."""
-    from fastattr.teachers import teacher
-
     again = tmp_path / "run"
     shutil.copytree(tiny_run, again)
     shutil.rmtree(again / "scores")
     queries = Queries(again / "queries")
     bad = queries.query_ids[queries.of_split(split)[1]]
-    real, calls = teacher.query_step, []
+    real, calls = task.query_step, []
 
     def fails_for_one(*args, **kwargs):
         calls.append(kwargs["query_id"])
@@ -113,7 +111,7 @@ def test_a_failing_query_is_tried_three_times_then_passed_over(
 
     config = load_config(tiny_config)
     with monkeypatch.context() as patch:
-        patch.setattr(teacher, "query_step", fails_for_one)
+        patch.setattr(task, "query_step", fails_for_one)
         with pytest.raises(QueriesFailedError, match=f"{bad}  NonFiniteError: the loss is nan"):
             STAGES["teach"](config, again)
         assert calls.count(bad) == 3
@@ -223,9 +221,10 @@ def test_shares_sum_to_one_and_follow_the_named_column(attributor: FastAttributo
     answer = attributor.attribute(draw("red", "circle", "plain"), "red circle, plain style", k=7)
     for column in ("creator", "license", "source", "caption"):
         shares = answer.shares(by=column)
-        assert list(shares) == [column, "share", "low", "high", "images"]
+        assert list(shares)[:6] == [column, "share", "low", "high", "images", "named"]
         assert shares["share"].sum() == pytest.approx(1)
         assert shares[column].iloc[-1] == UNASSIGNED
+        assert shares["named"].tolist() == [True] * (len(shares) - 1) + [False]
         assert set(shares[column].iloc[:-1]) <= set(attributor.catalog[column].to_pylist())
     with pytest.raises(InputError, match="not by 'colour'"):
         answer.shares(by="colour")

@@ -23,11 +23,13 @@ from fastattr import (
     MissingFileError,
     RevisionNotFoundError,
 )
-from fastattr.attributor.attribute import build_attributor, read_info
-from fastattr.attributor.catalogue import seal
+from fastattr.attributor.attributor import read_info
+from fastattr.attributor.folder import seal
+from fastattr.attributor.make import build_attributor
 from fastattr.core.files import read_json, sha256_file, write_json
-from fastattr.core.models import TRIES, push_folder, split_revision
-from fastattr.index.index import IndexConfig
+from fastattr.core.models import TRIES, split_revision
+from fastattr.index.choose import IndexConfig
+from fastattr.publishing.push import push_folder
 from tests.loopback_hub import READ_TOKEN, Fault, LoopbackHub, regular
 from tests.tiny import draw
 

@@ -27,7 +27,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from fastattr.serving.serve import ServeConfig, create_app, run
+from fastattr.serving.http import ServeConfig, create_app, run
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_token_is_asked_for_and_required_beyond_this_machine(attributor):
 
 def test_waiting_has_an_end(attributor, monkeypatch):
     """A request that nobody will answer must not be held for ever, nor may the queue grow without end."""
-    from fastattr.serving import serve
+    from fastattr.serving import http as serve
 
     monkeypatch.setattr(serve, "answer", lambda attributor, batch: time.sleep(1.5) or [InputError("late")] * len(batch))
     config = ServeConfig(timeout=0.3, max_waiting=2)

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
 from fastattr import InputError
-from fastattr.attributor.attribute import UNASSIGNED, open_image
+from fastattr.attributor.inputs import open_image
+from fastattr.students.shares import UNASSIGNED
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs pip install 'fastattr[space,dev]'")
 
@@ -90,6 +91,7 @@ class _Attribution:
                 "low": [0.206, 0.1, 0.0, 0.1],
                 "high": [0.618, 0.4, 0.1, 0.3],
                 "images": [7, 7, 6, 0],
+                "named": [True, True, True, False],
             }
         )
 
@@ -460,11 +462,12 @@ def test_shares_shown_equal_the_shares_of_the_result():
 
 
 def test_folded_shares_lose_no_creator():
-    """Beyond eight creators the rest is folded away; no one in particular stays in sight, last."""
+    """Beyond eight creators the rest is folded away; what is spread too thinly stays in sight, last."""
     from fastattr.space import render
 
     names = [f"creator {i:02d}" for i in range(15)]
     table = pd.DataFrame({"creator": [*names, UNASSIGNED], "share": 1 / 16, "low": 0.0, "high": 0.1, "images": 1})
+    table["named"] = table["creator"] != UNASSIGNED
     seen, folded = render.shares(table, 20).split("<details")
     assert [name for name in [*names, UNASSIGNED] if name in seen] == [*names[:8], UNASSIGNED]
     assert [name for name in [*names, UNASSIGNED] if name in folded] == names[8:]
@@ -481,7 +484,7 @@ def test_verdict_says_whether_anyone_stands_out(dominant, words):
     attribution = _Attribution(20, dominant=dominant)
     verdict = render.verdict(attribution, attribution.shares(by="creator"))
     assert words in verdict
-    assert "20% is owed to no one in particular." in verdict
+    assert "20% is spread too thinly to name." in verdict
 
 
 def test_what_is_not_known_is_not_shown():

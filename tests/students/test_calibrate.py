@@ -13,13 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fastattr import ArtifactDamagedError, Attribution, FastAttributor, InputError
-from fastattr.attributor.attribute import UNASSIGNED, Reach
-from fastattr.attributor.catalogue import seal
+from fastattr.attributor.folder import seal
 from fastattr.core.files import sha256_file
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.students.calibrate import fit_calibration
 from fastattr.students.calibration import (
     FILE,
@@ -33,7 +32,7 @@ from fastattr.students.calibration import (
 )
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import fit_density
-from fastattr.students.shares import estimate_shares, teacher_shares
+from fastattr.students.shares import divide, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery
 from tests.tiny import draw
@@ -70,6 +69,8 @@ def flat(values: float, *, influence: tuple[float, float], widening: float = 1.0
         influence=curve,
         influence_draws=np.repeat(curve[None].astype(np.float32), 100, axis=0),
         unrelated=np.full(101, values),
+        level=np.full(101, values),
+        queries=50,
         widening=widening,
         feature_mean=np.zeros(2, np.float32),
         density=None,
@@ -130,70 +131,11 @@ def test_intervals_hold_the_shares_of_queries_that_took_no_part():
     )
     held = []
     for similarity, query in zip(*world(5, 40), strict=True):
-        found = estimate_shares(calibration, similarity, names, families, family_sizes=np.ones(CORPUS), beyond_unrelated=False)
+        found = divide(calibration, similarity, names, families, weights=np.ones(CORPUS), level=np.zeros(201))
         _, actual = teacher_shares(query.influence, np.ones(CORPUS), names)
         held.append((found.low <= actual) & (actual <= found.high))
     assert 0.88 < np.mean(held) <= 1
     assert (found.high - found.low).max() < 0.2  # and not by saying nothing
-
-
-def test_shares_count_near_duplicates_once_and_leave_the_unrelated_unassigned():
-    """Five skin tones of one drawing would otherwise make their artist five times as influential."""
-    calibration = flat(1.0, influence=(1.0, 11.0))
-    similarity = np.array([1.0, 0.5, 0.0, 0.0])
-    names = np.array(["Ada", "Bob", "Ada", "Cy"])
-    families = np.arange(4)
-    found = estimate_shares(calibration, similarity, names, families, family_sizes=np.ones(4))
-    assert dict(zip(found.names, found.share.tolist(), strict=True)) == pytest.approx({"Ada": 10 / 19, "Bob": 5 / 19, "Cy": 0})
-    assert found.unassigned[0] == pytest.approx(4 / 19)
-    assert found.share.sum() + found.unassigned[0] == pytest.approx(1)
-    more = np.array([1.0, 1.0, 1.0, 0.5, 0.0, 0.0])
-    again = estimate_shares(
-        calibration,
-        more,
-        np.array(["Ada", "Ada", "Ada", "Bob", "Ada", "Cy"]),
-        np.array([0, 0, 0, 1, 2, 3]),
-        family_sizes=np.array([3, 3, 3, 1, 1, 1]),
-    )
-    np.testing.assert_allclose(again.share, found.share)
-    np.testing.assert_allclose(again.unassigned[0], found.unassigned[0])
-
-
-def test_images_without_a_name_and_those_beyond_reach_are_no_ones():
-    """Paying 'unknown' to a creator called '' would look like a person in every table."""
-    calibration = flat(1.0, influence=(1.0, 11.0))
-    found = estimate_shares(
-        calibration, np.array([1.0, 1.0]), np.array(["", "Ada"]), np.arange(2), family_sizes=np.ones(2), beyond=8
-    )
-    assert found.names.tolist() == ["Ada"]
-    assert found.share[0] == pytest.approx(10 / 30)
-    assert found.unassigned[0] == pytest.approx(20 / 30)
-
-
-def attribution(calibration: Calibration | None, names: list[str], similarity: list[float]) -> Attribution:
-    """An answer about as many images as names, each a family of its own."""
-    catalog = pa.table({"image_id": [str(row) for row in range(len(names))], "creator": names})
-    weights = None if calibration else np.array(similarity)
-    reach = Reach(catalog, lambda: (np.arange(len(names)), np.array(similarity)), weights, calibration, len(catalog))
-    return Attribution([], "", {}, {}, _reach=reach)
-
-
-def test_a_source_is_dominant_only_if_its_interval_clears_all_others():
-    """'No dominant source' is an answer; the largest of several like shares is not a source."""
-    calibration = flat(1.0, influence=(1.0, 11.0))
-    many = ["Ada"] * 400 + ["Bob"] * 400 + ["Cy"] * 50
-    assert attribution(calibration, many, [0.9] * 400 + [0.2] * 450).dominant == "Ada"
-    assert attribution(calibration, many, [0.5] * 850).dominant is None  # Ada's 400 and Bob's 400 are alike
-    assert attribution(calibration, many, [0.0] * 850).dominant is None  # no one's in particular
-    assert attribution(None, many, [0.9] * 850).dominant is None
-
-
-def test_without_calibration_shares_are_of_the_list_and_say_so():
-    """An interval that was never estimated must not be shown as zero wide."""
-    table = attribution(None, ["Ada", "Bob", "Ada"], [0.5, 0.25, 0.25]).shares()
-    assert table["creator"].tolist() == ["Ada", "Bob", UNASSIGNED]
-    assert table["share"].tolist() == [0.75, 0.25, 0]
-    assert table[["low", "high"]].isna().all(axis=None)
 
 
 def test_save_then_load_changes_nothing_and_damage_is_refused(tmp_path: Path):
@@ -212,10 +154,29 @@ def test_save_then_load_changes_nothing_and_damage_is_refused(tmp_path: Path):
     with pytest.raises(ArtifactDamagedError, match="width 7"):
         load_calibration(tmp_path / FILE, feature_dim=7)
     tensors = load_file(tmp_path / FILE)
-    for name, value in (("percentile", tensors["percentile"][::-1].copy()), ("more", np.zeros(1))):
-        save_file({**tensors, name: value}, tmp_path / "bad", metadata={"format": "fastattr calibration 1"})
+    assert (theirs.queries, theirs.level.tolist()) == (12, ours.level.tolist())
+    bad = {"percentile": tensors["percentile"][::-1].copy(), "more": np.zeros(1), "level": tensors["level"][:-1].copy()}
+    for name, value in bad.items():
+        save_file({**tensors, name: value}, tmp_path / "bad", metadata={"format": "fastattr calibration 2"})
         with pytest.raises(ArtifactDamagedError):
             load_calibration(tmp_path / "bad", feature_dim=6)
+
+
+def test_a_calibration_of_format_1_is_read(tmp_path: Path):
+    """Attributors on people's disks say nothing of the level of unrelated images, nor of the number of queries."""
+    curves = fit_curves(*world(6, 12), corpus_size=CORPUS, resamples=20, seed=0)
+    ours = Calibration(**curves, widening=1.5, feature_mean=np.zeros(6), density=None)
+    save_calibration(ours, tmp_path / FILE)
+    old = {name: value for name, value in load_file(tmp_path / FILE).items() if name not in {"level", "queries"}}
+    save_file(old, tmp_path / FILE, metadata={"format": "fastattr calibration 1"})
+    theirs = load_calibration(tmp_path / FILE, feature_dim=6)
+    np.testing.assert_array_equal(theirs.influence, ours.influence)
+    assert theirs.queries == 0
+    half_normal = np.abs(np.random.default_rng(0).standard_normal(400_000)) * (np.arange(400_000) % 2)
+    assert theirs.level[0] / theirs.unrelated[0] == pytest.approx(np.quantile(half_normal, 0.99) / half_normal.mean(), rel=0.01)
+    save_file(old, tmp_path / FILE, metadata={"format": "fastattr calibration 2"})
+    with pytest.raises(ArtifactDamagedError):
+        load_calibration(tmp_path / FILE, feature_dim=6)
 
 
 def test_draws_at_a_similarity_equal_interpolation_of_each_draw():
@@ -225,19 +186,6 @@ def test_draws_at_a_similarity_equal_interpolation_of_each_draw():
     asked = np.linspace(-0.5, 1.5, 200)
     slow = [np.interp(asked, curves["knots"], draw) for draw in curves["influence_draws"]]
     np.testing.assert_allclose(calibration.draws_of(asked), slow, rtol=1e-5, atol=1e-6)
-
-
-def test_foreign_features_are_flagged_and_own_ones_are_not():
-    """A check that flags everything, or nothing, would pass a test of one side."""
-    rng = np.random.default_rng(0)
-    mixing = rng.standard_normal((5, 30))
-    own = rng.standard_normal((2000, 5)) @ mixing + 0.1 * rng.standard_normal((2000, 30))
-    density = fit_density(own[:1000], own[1000:1200], false_alarms=0.05)
-    assert 0.01 < density.is_foreign(own[1200:]).mean() < 0.1
-    other_plane = rng.standard_normal((200, 5)) @ rng.standard_normal((5, 30))
-    assert density.is_foreign(other_plane).mean() > 0.95
-    mismatched = np.concatenate([own[:200, :15], own[200:400, 15:]], axis=1)  # each half own, together not
-    assert density.is_foreign(mismatched).mean() > 0.8  # the shrunken covariance gives some of these up
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from fastattr import ArtifactMismatchError, InputError
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
+from fastattr.pipeline.stages import STAGES
 from fastattr.students.distill import DistillConfig, Validation, distill, train_student
 from fastattr.students.losses import LOSSES, POSITIVE, TOP
 from fastattr.students.pairs import (

@@ -12,7 +12,9 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from fastattr.core.errors import ArtifactDamagedError, InputError, NonFiniteError
 from fastattr.core.training import TrainingConfig
 from fastattr.features.candidates import choose_candidates
-from fastattr.index.index import build_index, load_index, save_index, search
+from fastattr.index.build import build_index
+from fastattr.index.files import load_index, save_index
+from fastattr.index.search import search
 from fastattr.students.distill import DistillConfig, load_student, save_student, train_student
 from fastattr.students.pairs import targets_of
 from fastattr.students.ranking import (

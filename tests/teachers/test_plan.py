@@ -10,10 +10,10 @@ import pytest
 
 from fastattr import InputError
 from fastattr.generators.generator import Generator
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import load_config
-from fastattr.teachers.plan import Probe, Sizes, Step, run_sizes, teacher_plan
-from fastattr.teachers.teacher import TeacherConfig
+from fastattr.pipeline.stages import STAGES
+from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.cost import Probe, Sizes, Step, run_sizes, teacher_plan
 
 NOTHING = Probe(loaded=0, backward=0)
 
@@ -71,7 +71,7 @@ def test_memory_grows_with_what_is_held():
 
 def test_the_teachers_plan_measures_memory_in_a_process_of_its_own(tiny_run: Path, tiny_config: Path):
     """The probe's peak is that of the libraries and one batch, not that of the tests before it."""
-    from fastattr.teachers.plan import run
+    from fastattr.teachers.cost import run
 
     result = run(load_config(tiny_config).teacher, tiny_run)
     assert result["peak_memory"] > 100e6  # torch alone
@@ -79,7 +79,7 @@ def test_the_teachers_plan_measures_memory_in_a_process_of_its_own(tiny_run: Pat
 
 
 def test_plan_of_a_baseline_is_refused(tiny_run: Path):
-    from fastattr.teachers.plan import run
+    from fastattr.teachers.cost import run
 
     with pytest.raises(InputError, match="plan knows what unlearning costs"):
         run(TeacherConfig(method="trak"), tiny_run)

@@ -17,11 +17,11 @@ from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries
-from fastattr.pipeline.build import STAGES
 from fastattr.pipeline.config import BuildConfig, load_config
-from fastattr.teachers.baselines import similarity_scores
+from fastattr.pipeline.stages import STAGES
+from fastattr.teachers.config import TeacherConfig, queries_a_pass, stores_gradients
 from fastattr.teachers.scores import read_scores
-from fastattr.teachers.teacher import TeacherConfig, queries_a_pass, stores_gradients
+from fastattr.teachers.similarity import similarity_scores
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_kernel_baselines_name_a_planted_training_image(tiny_config: Path, fresh
 
     candidates = {query_id: (list(corpus.image_ids), np.zeros(len(corpus), dtype=bool)) for query_id in queries.query_ids}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastattr.teachers.teacher.Queries", Planted)
-        patch.setattr("fastattr.teachers.teacher.read_candidates", lambda folder: candidates)
+        patch.setattr("fastattr.teachers.teach.Queries", Planted)
+        patch.setattr("fastattr.teachers.teach.read_candidates", lambda folder: candidates)
         _, scores = teach(tiny_config, fresh, method=method, query_draws=64, loss_draws=8, gradient_width=0, ridge=0.1)
     ranks = [int((scores[query_id] > scores[query_id][row]).sum()) for query_id, row in planted.items()]
     assert np.mean(ranks) <= 12, ranks  # chance: 23.5, with a standard deviation of 4

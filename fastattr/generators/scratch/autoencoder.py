@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import MANIFEST, finished, read_json, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import MANIFEST, finished, write_manifest
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 

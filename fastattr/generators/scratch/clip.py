@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from fastattr.core.files import MANIFEST, atomic_path, finished, read_json, temporary_folder, write_json, write_manifest
+from fastattr.core.files import atomic_path, read_json, temporary_folder, write_json
+from fastattr.core.stages import MANIFEST, finished, write_manifest
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import load_images, pixel_tensor
-from fastattr.generators.scratch.denoiser import tokenize, train_tokenizer
+from fastattr.generators.scratch.text import tokenize, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

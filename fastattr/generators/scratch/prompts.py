@@ -13,48 +13,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastattr.core.captions import split_caption
-from fastattr.core.errors import InputError
 
 ARTICLES = ("a", "the", "one", "some", "my")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptConfig:
-    """How often a training image is shown under what."""
+class Shares:
+    """How often a training image is shown under what; the last three are shares of what the first two leave."""
 
-    empty: float = 0.1
-    """Share of examples under an empty prompt."""
-    style_alone: float = 0.05
-    """Share under what follows their caption's last comma ('openmoji style'), so that a style is learned apart."""
-    other_captions: float = 0.3
-    """Of the rest: share under a caption that is not the first, where there is one; earlier ones more often."""
-    subject_alone: float = 0.2
-    """Of the rest: share under what comes before their caption's last comma ('red heart')."""
-    rewritten: float = 0.15
-    """Of the rest: share with an article, a plural or a slip of the keyboard."""
-
-    def __post_init__(self) -> None:
-        for name, share in vars(self).items():
-            if not 0 <= share <= 1:
-                raise InputError(f"prompts.{name} must be in [0, 1], got {share}")
+    empty: float
+    style_alone: float
+    other_captions: float
+    """Earlier ones more often."""
+    subject_alone: float
+    rewritten: float
 
 
-def draw_prompt(captions: Sequence[str], config: PromptConfig, random: np.random.Generator) -> str:
+def draw_prompt(captions: Sequence[str], shares: Shares, random: np.random.Generator) -> str:
     """A prompt for the training image of these captions, the main one first."""
     lot = random.random(5)
-    if lot[0] < config.empty:
+    if lot[0] < shares.empty:
         return ""
-    if lot[0] < config.empty + config.style_alone:
+    if lot[0] < shares.empty + shares.style_alone:
         return split_caption(captions[0])[1]
     caption = captions[0]
-    if len(captions) > 1 and lot[1] < config.other_captions:
+    if len(captions) > 1 and lot[1] < shares.other_captions:
         weights = 1 / np.arange(1, len(captions))
         caption = captions[1 + random.choice(len(weights), p=weights / weights.sum())]
     subject, style = split_caption(caption)
-    if lot[3] < config.rewritten:
+    if lot[3] < shares.rewritten:
         subject = rewrite(subject, random)
-    return subject if not style or lot[2] < config.subject_alone else f"{subject}, {style}"
+    return subject if not style or lot[2] < shares.subject_alone else f"{subject}, {style}"
 
 
 def rewrite(subject: str, random: np.random.Generator) -> str:

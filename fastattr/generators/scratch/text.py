@@ -63,7 +63,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
     return ids
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, *, width: int, layers: int, head_width: int) -> CLIPTextModel:
+def build_text_encoder(tokenizer: CLIPTokenizer, *, max_tokens: int, width: int, layers: int, head_width: int) -> CLIPTextModel:
     """An untrained text encoder for this tokenizer's prompts."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -72,7 +72,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, *, width: int, layers: int, hea
             intermediate_size=4 * width,
             num_hidden_layers=layers,
             num_attention_heads=width // head_width,
-            max_position_embeddings=tokenizer.model_max_length,
+            max_position_embeddings=max_tokens,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

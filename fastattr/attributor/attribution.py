@@ -1,0 +1,230 @@
+"""Attribution: the answer to one query, the training images that influenced an image most.
+
+`Attribution` holds the results, what was asked and by which version it was answered; shares, figure and receipt are made of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fastattr.core.errors import InputError
+from fastattr.corpus.images import load_rgb
+from fastattr.students.calibration import Calibration
+from fastattr.students.shares import dominant, families_of, listed_table, share_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+RECEIPT = "fastattr-receipt-1"
+"""Format of `Attribution.to_dict`."""
+REACH = 20_000
+"""Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
+
+
+@dataclass(frozen=True)
+class Influence:
+    """One training image in an attribution."""
+
+    rank: int
+    """0 = most influential."""
+    image_id: str
+    similarity: float
+    """Cosine between the student's embeddings of query and training image, -1 to 1; orders like influence."""
+    caption: str
+    creator: str
+    license: str
+    source: str
+    url: str
+    family: str
+    """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
+    percentile: float | None = None
+    """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
+    image_part: float | None = None
+    """How much of `similarity` is the image's doing, ..."""
+    text_part: float | None = None
+    """... and how much the prompt's: Shapley values, which add up to it; a part is taken away by putting the corpus' mean
+    in its place. None if the attributor has no means, or encoders that read both."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
+
+    catalog: pa.Table
+    """Of the whole corpus, or of these images alone."""
+    find: Callable[[], tuple[np.ndarray, np.ndarray]]
+    """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
+    weights: np.ndarray | None
+    """(M,) what an image counts where there is no calibration."""
+    calibration: Calibration | None
+    size: int
+    """N, images that could have been found; those beyond the M count as unrelated."""
+    own: bool = True
+    """Whether the picture looks like the generator's own; of others nobody is named."""
+    copies: np.ndarray | None = None
+    """(M,) bool, images that the picture is a copy of; None: nobody has looked."""
+
+    @cached_property
+    def _found(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.find()
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(M,) rows of the catalogue, most similar first."""
+        return self._found[0]
+
+    @property
+    def similarities(self) -> np.ndarray:
+        """(M,) their similarities."""
+        return self._found[1]
+
+    def first(self, k: int) -> Reach:
+        """Of an answer with k images: the same with a calibration, the first k images without."""
+        if self.calibration is not None or self.weights is None:
+            return self
+        return replace(self, find=partial(found, self.rows[:k], self.similarities[:k]), weights=self.weights[:k])
+
+    def names(self, column: str) -> np.ndarray:
+        """(M,) values of one column of the catalogue; '' where there is none."""
+        values = self.catalog[column].take(pa.array(self.rows)).to_pylist()
+        return np.array(["" if value is None else str(value) for value in values])
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The training images that influenced one image most, most influential first."""
+
+    results: list[Influence]
+    prompt: str
+    seconds: dict[str, float]
+    """Time spent in each step."""
+    model: dict[str, Any]
+    """Name, fingerprints and versions of what answered."""
+    warnings: list[str] = field(default_factory=list)
+    query: dict[str, Any] = field(default_factory=dict)
+    """What was asked: 'sha256' of image and prompt (or features), 'embedding' (base64 float32), k, and the restriction."""
+    versions: dict[str, Any] = field(default_factory=dict)
+    """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
+    _reach: Reach | None = field(default=None, repr=False, compare=False)
+    _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a training image, most influential first."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(result) for result in self.results])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The receipt: everything but the thumbnails, as plain values; `fastattr verify` replays it."""
+        return {
+            "format": RECEIPT,
+            "versions": self.versions,
+            "query": {**self.query, "prompt": self.prompt},
+            "results": [asdict(result) for result in self.results],
+            "prompt": self.prompt,
+            "seconds": self.seconds,
+            "model": self.model,
+            "warnings": self.warnings,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON, the receipt."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def first(self, k: int) -> Attribution:
+        """The same answer as if only k images had been asked for."""
+        return replace(
+            self,
+            results=self.results[:k],
+            query={**self.query, "k": min(k, self.query.get("k", k))},
+            _reach=self._reach.first(k) if self._reach else None,
+        )
+
+    def shares(self, by: str = "creator") -> pd.DataFrame:
+        """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
+
+        With a calibration, a share is of the influence above what unrelated images have (fastattr/students/shares.py says how).
+        What is left is spread too thinly to name and is the last row, the only one with `named` false. By creator, those of the
+        collection (`source`) with the largest share come first. Intervals are of 95%, found on validation queries.
+
+        Without a calibration shares are of the listed images together, each counting with the student's estimate of its
+        closeness to the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
+
+        Args:
+            by: 'creator', 'license', 'source' or another column of the catalogue.
+
+        Returns:
+            Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), 'named', largest share first; by
+            creator also 'source' and 'source_leads', see `fastattr.students.shares.share_table`.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        if self._reach is None:
+            raise InputError("this attribution was made without a catalogue; shares need one.")
+        reach, catalog = self._reach, self._reach.catalog
+        known = [name for name in catalog.column_names if name not in {"image_id", "thumbnail"}]
+        if by not in known:
+            raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
+        if reach.calibration is None:
+            return listed_table(reach.weights, reach.names(by), by)
+        every = families_of(catalog["family"].to_pylist()) if "family" in known else np.arange(len(catalog))
+        return share_table(
+            reach.calibration,
+            reach.similarities,
+            {name: reach.names(name) for name in {by, "source"} & set(known)},
+            by=by,
+            families=every[reach.rows],
+            family_sizes=np.bincount(every)[every[reach.rows]],
+            copies=reach.copies,
+            own=reach.own,
+        )
+
+    @property
+    def dominant(self) -> str | None:
+        """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
+
+        Certainly: the lower end of its interval lies above 0 and above the upper ends of all other creators' of its collection
+        (`source`), and the collection stands in the same way above all others.
+        """
+        return dominant(self.shares(by="creator"), "creator")
+
+    def thumbnail(self, image_id: str) -> Image.Image:
+        """Small RGB picture of one of the results.
+
+        Raises:
+            InputError: it is none of them, or the attributor was loaded without thumbnails.
+        """
+        if self.results and not self._thumbnails:
+            raise InputError("the attributor has no thumbnails, or was loaded with thumbnails=False.")
+        if image_id not in self._thumbnails:
+            raise InputError(f"{image_id!r} is not among the {len(self.results)} results of this attribution.")
+        return load_rgb(self._thumbnails[image_id])
+
+    def figure(self) -> Figure:
+        """The results as a matplotlib figure: thumbnails with rank, similarity, caption and creator."""
+        from matplotlib.figure import Figure
+
+        columns = min(5, len(self.results))
+        rows = -(-len(self.results) // columns)
+        figure = Figure(figsize=(2.4 * columns, 2.7 * rows), layout="constrained")
+        for axes, result in zip(figure.subplots(rows, columns, squeeze=False).flat, self.results, strict=False):
+            axes.imshow(self.thumbnail(result.image_id))
+            axes.set_title(f"{result.rank + 1}. {result.caption[:34]}\n{result.creator}, {result.similarity:.3f}", fontsize=7)
+        for axes in figure.axes:
+            axes.axis("off")
+        return figure
+
+
+def found(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `Reach.find` gives where it is known already."""
+    return rows, similarities

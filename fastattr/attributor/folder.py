@@ -1,0 +1,233 @@
+"""Folder: an attributor on disk: config.json with its seal, and the files that it names, each with its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
+from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.models import commit_of, locate, split_revision
+from fastattr.index.files import check_file
+
+FORMAT_VERSION = 3
+"""3 has a journal, vectors for exact re-ranking and a seal on config.json; 1 and 2 are read, too."""
+ARROW_ROWS = 100_000
+"""From here on the catalogue is an Arrow file, larger, but mapped into memory and not read."""
+
+Result = TypeVar("Result")
+
+
+def seal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with a checksum of all the rest."""
+    rest = {name: value for name, value in config.items() if name != "seal"}
+    canonical = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return {**rest, "seal": hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """An attributor's config.json, checked as far as everything else relies on it.
+
+    Raises:
+        MissingFileError: there is none.
+        FormatVersionError: it was written by a newer fastattr.
+        ArtifactDamagedError: it is damaged, or names files outside its folder.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise MissingFileError(f"{folder} has no config.json; it is no attributor, or an incomplete one.")
+    config = read_json(path)
+    damaged = ArtifactDamagedError(f"{path} is not an attributor's, or damaged; fetch the attributor again.")
+    if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
+        raise damaged
+    if config["format_version"] > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}; "
+            "upgrade fastattr (`pip install -U fastattr`), or take an earlier revision of the attributor."
+        )
+    if not isinstance(config.get("sha256"), dict) or not all(isinstance(value, str) for value in config["sha256"].values()):
+        raise damaged
+    for file in config["sha256"]:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ArtifactDamagedError(f"{path} names {file!r}, outside its folder; do not use it.")
+    if (config["format_version"] >= 3 or "seal" in config) and config != seal(config):
+        raise ArtifactDamagedError(f"{path} is not what was written (its seal differs); fetch the attributor again.")
+    return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Seal a config and put it in the place of config.json, synced; returns it."""
+    config = seal(config)
+    write_json(folder / "config.json", config)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)
+    return config
+
+
+def file_of(config: Mapping[str, Any], part: str) -> str:
+    """The file that holds a part: 'catalog', 'thumbnails', 'journal' or 'plain', the index of the untuned features."""
+    endings = {"catalog": "parquet", "thumbnails": "parquet", "journal": "jsonl", "plain": "faiss"}
+    return str(config.get("files", {}).get(part, f"{part}.{endings[part]}"))
+
+
+def versions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies an attributor: SHA-256 of model, index and catalogue, and the catalogue's version."""
+    sha256 = config["sha256"]
+    parts = [file_of(config, "catalog"), *([file_of(config, "journal")] if file_of(config, "journal") in sha256 else [])]
+    return {
+        "model": sha256["model.safetensors"],
+        "index": _together([sha256[file] for file in index_files(config)]),
+        "catalog": _together([sha256[file] for file in parts]),
+        "catalog_version": int(config.get("catalog_version", 1)),
+    }
+
+
+def index_files(config: Mapping[str, Any]) -> list[str]:
+    """The files of the index and its vectors' digests, in order."""
+    shards = config.get("index_shards") or [{"file": "index.faiss"}]
+    stored = config.get("vectors")
+    return [shard["file"] for shard in shards] + ([stored["digests"]] if stored else [])
+
+
+def _together(checksums: Sequence[str]) -> str:
+    return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
+
+
+# ---- reading a folder
+
+
+def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -> None:
+    """Compare checksums of files, but for those of the index and its vectors, which are compared when they are opened.
+
+    Raises:
+        MissingFileError: a file is missing.
+        ArtifactDamagedError: a checksum differs.
+    """
+    stored = config.get("vectors") or {}
+    later = {*index_files(config), stored.get("file"), file_of(config, "journal"), file_of(config, "plain")}
+    for file in files:
+        if not (folder / file).exists():
+            raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
+        if file not in later:
+            check_file(folder / file, config["sha256"][file])
+
+
+def read_table(path: Path) -> pa.Table:
+    """A table: parquet, or Arrow, which is mapped into memory.
+
+    Raises:
+        ArtifactDamagedError: it can't be read.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.suffix == ".arrow" else pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactDamagedError(f"{path} can't be read ({error}); fetch the attributor again.") from error
+
+
+def write_table(table: pa.Table, folder: Path, stem: str) -> str:
+    """Write a table, small ones as parquet, large ones as Arrow; returns the file's name."""
+    file = f"{stem}.{'arrow' if len(table) >= ARROW_ROWS else 'parquet'}"
+    with atomic_path(folder / file) as temporary:
+        if file.endswith(".arrow"):
+            with pa.ipc.new_file(str(temporary), table.schema) as out:
+                out.write_table(table, max_chunksize=1 << 20)
+        else:
+            pq.write_table(table, temporary, compression="zstd", compression_level=12)
+    return file
+
+
+def copy_version(folder: Path, config: Mapping[str, Any], target: Path) -> None:
+    """Copy one version's files, and of the journal what belongs to it; checked on the way.
+
+    Raises:
+        MissingFileError: a file is missing.
+        ArtifactDamagedError: a checksum differs.
+    """
+    for file, expected in config["sha256"].items():
+        if not (folder / file).exists():
+            raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / file, target / file)
+        if file == file_of(config, "journal"):
+            os.truncate(target / file, int(config["journal_bytes"]))
+        if sha256_file(target / file) != expected:
+            raise ArtifactDamagedError(f"{folder / file} is not the file of config.json (SHA-256 differs); it is not pushed.")
+    write_json(target / "config.json", config)
+
+
+def open_folder(
+    name_or_path: str | Path, files: Callable[[dict[str, Any]], list[str]], *, revision: str | None = None, **where: Any
+) -> tuple[Path, dict[str, Any]]:
+    """An attributor's folder and its config.json, once the checksums of the files that are asked for have been compared."""
+    name, revision = split_revision(name_or_path, revision)
+    folder = locate(name, "attributor", files=["config.json"], revision=revision, **where)
+    config = read_config(folder)
+    wanted = files(config)
+    # The rest comes from the commit that config.json came from, even if another has been pushed since.
+    folder = locate(name, "attributor", files=wanted, revision=commit_of(folder) or revision, **where)
+    check_files(folder, config, wanted)
+    return folder, config
+
+
+def listed_shards(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files of the index with their first rows."""
+    shards: list[dict[str, Any]] = config.get("index_shards", [{"file": "index.faiss", "first_row": 0}])
+    return shards
+
+
+def needed_files(
+    config: dict[str, Any],
+    *,
+    thumbnails: bool,
+    shards: Sequence[int] | None = None,
+    index: bool = True,
+    model: bool = True,
+) -> list[str]:
+    """The files of an attributor that are needed."""
+    files = [shard["file"] for shard in listed_shards(config)]
+    unknown = [number for number in shards or [] if not 0 <= number < len(files)]
+    if unknown or (shards is not None and not shards):
+        raise InputError(f"the index has the shards 0 to {len(files) - 1}, got {list(shards or [])}.")
+    if not model:
+        return [file_of(config, "catalog"), "metrics.json"]
+    left_out = {file for number, file in enumerate(files) if shards is not None and number not in shards}
+    if not index:
+        stored = config.get("vectors") or {}
+        left_out |= {*index_files(config), stored.get("file"), file_of(config, "catalog"), file_of(config, "thumbnails")}
+    if not thumbnails:
+        left_out.add(file_of(config, "thumbnails"))
+    if shards is not None or not index:
+        left_out.add(file_of(config, "plain"))
+    return [file for file in config["sha256"] if file not in left_out]
+
+
+def settled(folder: Path, load: Callable[[], Result]) -> Result:
+    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away."""
+    for _ in range(20):
+        before = stamp_of(folder)
+        try:
+            return load()
+        except (MissingFileError, ArtifactDamagedError, FileNotFoundError):
+            if stamp_of(folder) == before:
+                raise
+    return load()
+
+
+def stamp_of(folder: Path) -> tuple[int, ...]:
+    """Changes whenever a version is published; () where there is no config.json."""
+    try:
+        found = (folder / "config.json").stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,0 +1,180 @@
+"""Stages: each writes one folder with its data and a `manifest.json`.
+
+The manifest is written last, so a folder that has one is complete. It holds the stage's config and the fingerprints of the
+folders that the stage read; `make` refuses to overwrite a finished folder that was made with other settings, and
+`open_stage` and `require_same` refuse to join folders that do not belong together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastattr.core.errors import ArtifactDamagedError, ArtifactMismatchError, ArtifactNotFoundError
+from fastattr.core.files import plain, read_json, remove, write_json
+from fastattr.core.version import __version__
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that identify a JSON-able value (a config, a list of ids with their hashes)."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=plain)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def write_manifest(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str], **facts: Any) -> dict[str, Any]:
+    """Finish a stage folder: record what made it.
+
+    Args:
+        folder: the stage's folder; everything else in it is already written.
+        stage: the stage's name, e.g. 'candidates'.
+        config: the stage's config dataclass.
+        inputs: fingerprints of the folders it was made from, by stage name.
+        facts: counts, timings and the like; kept, not compared.
+
+    Returns:
+        The manifest; its 'fingerprint' is what later stages name as their input.
+    """
+    config = json.loads(json.dumps(config, default=plain))
+    identity = {"stage": stage, "config": config, "inputs": dict(inputs)}
+    manifest = {**identity, "fingerprint": fingerprint(identity), "fastattr_version": __version__, **facts}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`; ArtifactDamagedError if it is not a JSON object."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise ArtifactDamagedError(f"{folder / MANIFEST} is not a JSON object; fetch or build the folder again.")
+    return manifest
+
+
+def make(
+    folder: Path,
+    work: Callable[[], Mapping[str, Any]],
+    *,
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, str],
+    accelerator: Accelerator | None = None,
+    temporary: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Run a stage unless its folder is finished.
+
+    A stage's `run` opens its inputs, then ends with
+
+        return make(folder, work, stage="candidates", config=config, inputs=inputs)
+
+    where `work` writes the data files into `folder` and returns facts for the manifest. `work` is called by every process of
+    `accelerator`; what only one process may write stands under `if accelerator.is_main_process` inside it. The main process
+    writes the manifest once all processes have left `work`, and all processes wait for it.
+
+    Args:
+        folder: the stage's folder; `work` creates it, so that a refused input leaves none.
+        work: does the work; returns counts, timings and the like, which the manifest keeps but nothing compares. Only what
+            the main process returns is kept.
+        stage: the stage's name, e.g. 'candidates'.
+        config: the stage's config dataclass.
+        inputs: fingerprints of the folders that the stage reads, by stage name.
+        accelerator: the processes that call `make` together; None is this process alone.
+        temporary: files and folders that a killed run resumes from (checkpoints, shards); removed once the manifest is there.
+
+    Returns:
+        The manifest, see `write_manifest`.
+
+    Raises:
+        ArtifactMismatchError: `folder` holds a finished stage of other settings or inputs.
+    """
+    if not finished(folder, stage=stage, config=config, inputs=inputs):
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # every process must find the folder unfinished before one can finish it
+        facts = work()
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        if accelerator is None or accelerator.is_main_process:
+            write_manifest(folder, stage=stage, config=config, inputs=inputs, **facts)
+            for path in temporary:
+                remove(path)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+    return _read_manifest(folder)
+
+
+def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
+    """Whether `folder` already holds this stage's complete result for this config and these inputs.
+
+    A setting that came after the folder was made, and has its default value now, is no difference.
+
+    Raises:
+        ArtifactMismatchError: it holds a complete result of something else, which must not be overwritten.
+    """
+    if not (folder / MANIFEST).exists():
+        return False
+    manifest = _read_manifest(folder)
+    wanted = json.loads(json.dumps(config, default=plain))
+    if isinstance(manifest.get("config"), dict):
+        wanted = _without_newer_defaults(wanted, config, manifest["config"])
+    if manifest.get("fingerprint") == fingerprint({"stage": stage, "config": wanted, "inputs": dict(inputs)}):
+        return True
+    changed = _differences(manifest, config=config, inputs=inputs)
+    raise ArtifactMismatchError(
+        f"{folder} holds a finished '{manifest.get('stage')}' made with other settings ({changed}). "
+        "Use another run folder, or delete that folder to build it again."
+    )
+
+
+def _without_newer_defaults(wanted: dict[str, Any], config: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain values, without those at their default that `found` does not name; sections alike."""
+    kept = dict(wanted)
+    for item in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+        value = getattr(config, item.name)
+        if item.name not in found:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            if value == default:
+                kept.pop(item.name, None)
+        elif dataclasses.is_dataclass(value) and isinstance(found[item.name], dict):
+            kept[item.name] = _without_newer_defaults(wanted[item.name], value, found[item.name])
+    return kept
+
+
+def _differences(manifest: Mapping[str, Any], *, config: Any, inputs: Mapping[str, str]) -> str:
+    """The settings and inputs by which a manifest differs from what is wanted now, as one line."""
+    lines = []
+    for name, wanted in (("config", json.loads(json.dumps(config, default=plain))), ("inputs", dict(inputs))):
+        found = manifest.get(name, {})
+        for key in sorted(set(found) | set(wanted)):
+            if found.get(key) != wanted.get(key):
+                lines.append(f"{key}: found {found.get(key)!r}, wanted {wanted.get(key)!r}")
+    return "; ".join(lines) or "other stage"
+
+
+def open_stage(folder: Path, stage: str) -> dict[str, Any]:
+    """The manifest of a finished stage folder.
+
+    Raises:
+        ArtifactNotFoundError: the folder or its manifest is missing (the stage has not finished).
+        ArtifactMismatchError: the folder belongs to another stage.
+    """
+    if not (folder / MANIFEST).exists():
+        raise ArtifactNotFoundError(f"{folder} holds no finished '{stage}'. Run that stage first: it resumes where it stands.")
+    manifest = _read_manifest(folder)
+    if manifest.get("stage") != stage:
+        raise ArtifactMismatchError(
+            f"{folder} holds '{manifest.get('stage')}', expected '{stage}'. Point at the matching folder."
+        )
+    return manifest
+
+
+def require_same(what: str, found: str, expected: str, fix: str) -> None:
+    """Raise ArtifactMismatchError unless the two fingerprints are equal; `fix` says what to do."""
+    if found != expected:
+        raise ArtifactMismatchError(f"{what} is {found!r}, expected {expected!r}. {fix}")

@@ -1,0 +1,142 @@
+"""Against the teacher: how well a student's rankings follow its teacher's.
+
+Reads scores/ (test split), features/, query_features/, student/; writes evaluation/metrics.json. Rankings are compared
+within each query's candidate set, the images that the teacher scored. mAP(L) takes the teacher's first L candidates as
+relevant, with L in percent of the whole corpus. Standard errors are over queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastattr.core.errors import InputError
+from fastattr.core.files import read_json, write_json
+from fastattr.core.stages import finished, open_stage, require_same, write_manifest
+from fastattr.corpus.store import Corpus
+from fastattr.features.store import features_fingerprint, folders, read_features, slug
+from fastattr.students.distill import open_student
+from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
+from fastattr.students.student import embed_both
+from fastattr.teachers.scores import ScoredQuery, read_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Settings of the evaluation."""
+
+    split: str = "test"
+    positives_percent: float = 1.0
+    """L of mAP(L), in percent of the corpus."""
+    overlap_k: int = 20
+    """k of the top-k overlap."""
+    seed: int = 0
+    """Of the random baseline and the bootstrap."""
+
+
+def compare(
+    scored: Sequence[ScoredQuery], methods: Mapping[str, Sequence[np.ndarray]], *, positives: int, overlap_k: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Per-query metrics of several methods.
+
+    Args:
+        scored: Q queries with their teacher's scores.
+        methods: for each method Q arrays of (C,) scores of the same candidates, higher = more influential.
+        positives: L of mAP(L).
+        overlap_k: k of the top-k overlap.
+
+    Returns:
+        method -> metric -> (Q,) values; metrics 'map', 'spearman', 'top_k_overlap', and 'ndcg', where an image is as
+        relevant as its influence above the query's least.
+    """
+    table = {}
+    for name, scores in methods.items():
+        pairs = [(own, query.influence) for own, query in zip(scores, scored, strict=True)]
+        table[name] = {
+            "map": np.array([teacher_average_precision(own, teacher, positives=positives) for own, teacher in pairs]),
+            "spearman": np.array([spearman(own, teacher) for own, teacher in pairs]),
+            "top_k_overlap": np.array([top_k_overlap(own, teacher, overlap_k) for own, teacher in pairs]),
+            "ndcg": np.array([ndcg(own, teacher - teacher.min()) for own, teacher in pairs]),
+        }
+    return table
+
+
+def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
+    """Evaluate run_dir/student against run_dir/scores; returns what metrics.json holds."""
+    corpus = Corpus(run_dir / "corpus")
+    student_manifest = open_stage(run_dir / "student", "student")
+    scores_manifest = open_stage(run_dir / "scores", "scores")
+    require_same("the corpus of scores/", scores_manifest["corpus_fingerprint"], corpus.fingerprint, "Score this corpus first.")
+    corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
+    folder = run_dir / "evaluation"
+    inputs = {
+        "scores": scores_manifest["fingerprint"],
+        "student": student_manifest["fingerprint"],
+        "features": features_fingerprint(corpus_folders),
+    }
+    if finished(folder, stage="evaluation", config=config, inputs=inputs):
+        metrics: dict[str, Any] = read_json(folder / "metrics.json")
+        return metrics
+    scored = read_scores(run_dir / "scores", split=config.split)
+    if not scored:
+        raise InputError(f"the score table has no {config.split!r} query to evaluate on.")
+    rows = [corpus.rows(query.image_ids) for query in scored]
+    query_ids = [query.query_id for query in scored]
+    methods = {"student": _student_scores(run_dir, corpus, query_ids, rows, corpus_folders, query_folders)}
+    methods["untuned"] = _cosines(
+        read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids), rows
+    )
+    for specification, ours, theirs in zip(encoders, query_folders, corpus_folders, strict=True):
+        features = read_features([ours], query_ids), read_features([theirs], corpus.image_ids)
+        methods[f"untuned {slug(specification)}"] = _cosines(*features, rows)
+    rng = np.random.default_rng(config.seed)
+    methods["random"] = [rng.random(len(part)) for part in rows]
+    positives = max(1, round(len(corpus) * config.positives_percent / 100))
+    table = compare(scored, methods, positives=positives, overlap_k=config.overlap_k)
+    gain, low, high = paired_bootstrap(table["student"]["map"], table["untuned"]["map"], seed=config.seed)
+    metrics = {
+        "split": config.split,
+        "queries": len(scored),
+        "candidates_per_query": len(rows[0]),
+        "corpus_images": len(corpus),
+        "positives": positives,
+        "overlap_k": config.overlap_k,
+        "teacher": scores_manifest["teacher"],
+        "methods": {
+            name: {
+                key: value
+                for metric, values in of_method.items()
+                for key, value in ((metric, float(values.mean())), (f"{metric}_se", standard_error(values)))
+            }
+            for name, of_method in table.items()
+        },
+        "map_gain": {"mean": gain, "low": low, "high": high},
+    }
+    write_json(folder / "metrics.json", metrics)
+    write_manifest(folder, stage="evaluation", config=config, inputs=inputs)
+    return metrics
+
+
+def _student_scores(
+    run_dir: Path,
+    corpus: Corpus,
+    query_ids: Sequence[str],
+    rows: Sequence[np.ndarray],
+    corpus_folders: Sequence[Path],
+    query_folders: Sequence[Path],
+) -> list[np.ndarray]:
+    """Q arrays of the student's similarities to each query's candidates."""
+    features = read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids)
+    ours, theirs = embed_both(open_student(run_dir), *features)
+    return [theirs[part] @ query for part, query in zip(rows, ours, strict=True)]
+
+
+def _cosines(queries: np.ndarray, corpus: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Q arrays of cosines between each query's features and those of its candidates."""
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    corpus = corpus / np.linalg.norm(corpus, axis=1, keepdims=True)
+    return [corpus[part] @ query for part, query in zip(rows, queries, strict=True)]

@@ -1,0 +1,339 @@
+"""Against the truth: how well any method foretells what retraining does.
+
+Reads a ground truth folder (truth.py) and scores by any method, an attributor among them, of the whole corpus. Writes
+metrics.json (under 'ground_truth', beside what is there) and figures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fastattr.core.errors import InputError
+from fastattr.core.stages import open_stage, require_same
+from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.lds import (
+    bootstrap,
+    interval,
+    noise_ceiling,
+    outputs_of,
+    predictions_of,
+    rank_correlations,
+    residual_outputs,
+    residual_scores,
+)
+from fastattr.evaluation.truth import GroundTruth, group_points
+from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
+from fastattr.teachers.scores import read_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ScoreFunction = Callable[[Image.Image, str], Mapping[str, float]]
+"""(query's image, its prompt) -> score of every training image by id, higher = more influential."""
+
+
+def score_queries(score: ScoreFunction, truth: GroundTruth, query_ids: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Ask a method for the scores of all training images for each query.
+
+    Args:
+        score: the method.
+        truth: whose queries and images.
+        query_ids: Q of them.
+
+    Returns:
+        (Q, N) scores in the order of the truth's images, and the median seconds a query.
+
+    Raises:
+        InputError: the method gives no score for an image.
+    """
+    scores = np.empty((len(query_ids), len(truth.image_ids)))
+    seconds = []
+    for row, query_id in enumerate(tqdm(query_ids, desc="score", unit="query")):
+        image, prompt = truth.image(query_id), truth.prompt(query_id)
+        started = time.perf_counter()
+        found = score(image, prompt)
+        seconds.append(time.perf_counter() - started)
+        missing = [image_id for image_id in truth.image_ids if image_id not in found]
+        if missing:
+            raise InputError(f"{len(missing)} training images have no score for query {query_id}, e.g. {missing[:3]}.")
+        scores[row] = [found[image_id] for image_id in truth.image_ids]
+    return scores, float(np.median(seconds))
+
+
+def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
+    """The similarities that an attributor gives all of its training images.
+
+    Raises:
+        ArtifactMismatchError: it was built from another corpus than the ground truth.
+    """
+    from fastattr.attributor.attribution import Attribution
+    from fastattr.attributor.attributor import FastAttributor, read_info
+
+    require_same(
+        f"the corpus of attributor {name_or_path!r}",
+        read_info(name_or_path)["versions"]["corpus"],
+        truth.corpus_fingerprint,
+        f"The ground truth {truth.folder} is of another corpus: evaluate an attributor that was built on that one.",
+    )
+    attributor = FastAttributor.from_pretrained(name_or_path)
+
+    def score(image: Image.Image, prompt: str) -> dict[str, float]:
+        result = attributor.attribute(image, prompt, k=len(attributor))
+        assert isinstance(result, Attribution)
+        return {row.image_id: row.similarity for row in result.results}
+
+    return score
+
+
+def score_function(specification: str) -> ScoreFunction:
+    """A function 'MODULE:FUNCTION' that can be imported.
+
+    Raises:
+        InputError: there is none.
+    """
+    module, _, name = specification.partition(":")
+    try:
+        found: ScoreFunction = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"score function {specification!r} cannot be imported ({error}); write MODULE:FUNCTION.") from error
+    return found
+
+
+def table_scores(folder: Path, truth: GroundTruth, query_ids: Sequence[str]) -> np.ndarray:
+    """(Q, N) scores from a score table folder that covers these queries and the whole corpus.
+
+    Raises:
+        ArtifactMismatchError: the table belongs to another corpus.
+        InputError: a query or an image is missing.
+    """
+    require_same(
+        f"the corpus of {folder}",
+        open_stage(folder, "scores")["corpus_fingerprint"],
+        truth.corpus_fingerprint,
+        f"The ground truth {truth.folder} is of another corpus: score the queries of that one.",
+    )
+    rows = {query.query_id: query for query in read_scores(folder)}
+    missing = [query_id for query_id in query_ids if query_id not in rows]
+    if missing:
+        raise InputError(f"{folder} has no scores of {len(missing)} queries of the ground truth, e.g. {missing[:3]}.")
+    scores = np.empty((len(query_ids), len(truth.image_ids)))
+    for position, query_id in enumerate(query_ids):
+        found = dict(zip(rows[query_id].image_ids, rows[query_id].influence.tolist(), strict=True))
+        if len(found) < len(truth.image_ids):
+            raise InputError(f"{folder} scores {len(found)} of {len(truth.image_ids)} images for {query_id}; all are needed.")
+        scores[position] = [found[image_id] for image_id in truth.image_ids]
+    return scores
+
+
+def compare_with_truth(
+    methods: Mapping[str, np.ndarray],
+    truth: GroundTruth,
+    query_ids: Sequence[str],
+    *,
+    seconds: Mapping[str, float] | None = None,
+    teacher: str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that a ground truth says about several methods.
+
+    Args:
+        methods: by name (Q, N) scores of all training images, in the order of the truth's images.
+        truth: the ground truth.
+        query_ids: the Q queries.
+        seconds: by name, seconds a query, where they were measured.
+        teacher: the method whose first 1% of the corpus are the relevant images of mAP(1%).
+        pairs: (first, second) methods whose difference in LDS gets an interval.
+        resamples: of the bootstrap, over models (by subset) and queries at once.
+        seed: of the bootstrap.
+
+    Returns:
+        'n_models', 'n_queries', 'noise_ceiling' (of residual LDS), 'noise_ceiling_plain' and 'noise_ceiling_all_timesteps';
+        'methods': for each 'lds', 'lds_residual' and the same of the losses over all timesteps,
+        'lds_residual_all_timesteps', each with `_low` and `_high`, 'map_1pct', what `leave_k_out` gives,
+        'group_spearman_residual' and 'seconds_per_query'; and 'gains': for each pair the differences in the three LDS, each
+        with mean, low and high.
+
+    Raises:
+        InputError: the truth holds no models on random halves.
+    """
+    halves = truth.retrained("half", query_ids)
+    if not len(halves.kept):
+        raise InputError(f"{truth.folder} holds no models on random halves; run benchmarks/ground_truth.py first.")
+    outputs = outputs_of(halves.losses)
+    at_all = outputs_of(truth.losses_by_timestep(halves.model_ids, query_ids).mean(axis=2))
+    targets = {
+        "lds": outputs,
+        "lds_residual": residual_outputs(outputs),
+        "lds_residual_all_timesteps": residual_outputs(at_all),
+    }
+    residual = {name: predictions_of(residual_scores(scores), halves.kept) for name, scores in methods.items()}
+    predicted = {
+        "lds": {name: predictions_of(scores, halves.kept) for name, scores in methods.items()},
+        "lds_residual": residual,
+        "lds_residual_all_timesteps": residual,
+    }
+    drawn = {
+        metric: bootstrap(predicted[metric], target, halves.subsets, resamples=resamples, seed=seed)
+        for metric, target in targets.items()
+    }
+    means = {
+        metric: {name: float(rank_correlations(values, targets[metric]).mean()) for name, values in of_metric.items()}
+        for metric, of_metric in predicted.items()
+    }
+    table: dict[str, dict[str, Any]] = {}
+    for name, scores in methods.items():
+        row: dict[str, Any] = {}
+        for metric in targets:
+            low, high = interval(drawn[metric][name])
+            row |= {metric: means[metric][name], f"{metric}_low": low, f"{metric}_high": high}
+        row["map_1pct"] = None if teacher is None else _mean_average_precision(scores, methods[teacher])
+        row |= leave_k_out(truth, name, query_ids) | {"group_spearman_residual": _group_agreement(truth, scores, query_ids)}
+        row["seconds_per_query"] = (seconds or {}).get(name)
+        table[name] = row
+    gains = {}
+    for first, second in pairs:
+        gains[f"{first} - {second}"] = {
+            metric: dict(
+                zip(
+                    ("mean", "low", "high"),
+                    (means[metric][first] - means[metric][second], *interval(drawn[metric][first] - drawn[metric][second])),
+                    strict=True,
+                )
+            )
+            for metric in targets
+        }
+    ceilings = {}
+    rows = halves.seed_pairs()
+    for metric, key in (("lds_residual", ""), ("lds", "_plain"), ("lds_residual_all_timesteps", "_all_timesteps")):
+        first, second = (targets[metric][part] for part in rows)
+        ceilings[f"noise_ceiling{key}"] = noise_ceiling(first, second) if len(first) > 1 else None
+    return {
+        "n_models": len(halves.kept),
+        "n_subsets": len(set(halves.subsets)),
+        "n_queries": len(query_ids),
+        **ceilings,
+        "methods": table,
+        "gains": gains,
+    }
+
+
+def _mean_average_precision(scores: np.ndarray, teacher: np.ndarray) -> float:
+    """mAP(L) with L = 1% of the corpus."""
+    positives = max(1, round(scores.shape[1] / 100))
+    pairs = zip(scores, teacher, strict=True)
+    return float(np.mean([teacher_average_precision(own, theirs, positives=positives) for own, theirs in pairs]))
+
+
+LEAVE_K_OUT = ("dloss", "dloss_judged", "mse", "similarity")
+"""What is measured of a query once images are left out."""
+
+
+def left_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> pd.DataFrame:
+    """What became of queries whose most influential images, by this method, were left out of the training.
+
+    Returns:
+        One row a query for which that was done, in the order of the ids: 'dloss' (rise of its loss over the full model's, all
+        timesteps as in the paper's Table 1), 'dloss_judged' (the same over the timesteps that are judged by), 'mse' and
+        'similarity' (of the query drawn again); means where several models belong to one method and query.
+    """
+    table = truth.counterfactuals
+    rows = table[(table["method"] == method) & table["query_id"].isin(list(query_ids))]
+    pairs = list(zip(rows["model_id"], rows["query_id"], strict=True))
+    rises = [
+        truth.losses_by_timestep([model_id], [query_id]).mean() - truth.losses_by_timestep(["full"], [query_id]).mean()
+        for model_id, query_id in pairs
+    ]
+    judged = [float((truth.losses([one], [two]) - truth.losses(["full"], [two]))[0, 0]) for one, two in pairs]
+    by_query: pd.DataFrame = rows.assign(dloss=rises, dloss_judged=judged).groupby("query_id")[list(LEAVE_K_OUT)].mean()
+    return by_query
+
+
+def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> dict[str, float | None]:
+    """`left_out` as 'leave_k_out_dloss' and so on, means over the queries with their standard errors (`_se`).
+
+    None for a method whose images were never left out.
+    """
+    by_query = left_out(truth, method, query_ids)
+    found: dict[str, float | None] = {}
+    for column in LEAVE_K_OUT:
+        values = by_query[column].to_numpy()
+        key = f"leave_k_out_{column}"
+        found |= {
+            key: float(values.mean()) if len(values) else None,
+            f"{key}_se": standard_error(values) if len(values) else None,
+        }
+    return found
+
+
+def leave_k_out_gains(
+    truth: GroundTruth, pairs: Sequence[tuple[str, str]], query_ids: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By pair of methods and measure, their paired difference over the queries that both were measured on.
+
+    Each has 'mean', 'low' and 'high', a 95% bootstrap interval over queries; pairs that share no query are left out.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for first, second in pairs:
+        ours, theirs = left_out(truth, first, query_ids), left_out(truth, second, query_ids)
+        shared = ours.index.intersection(theirs.index)
+        if shared.empty:
+            continue
+        found[f"{first} - {second}"] = {
+            column: dict(
+                zip(
+                    ("mean", "low", "high"),
+                    paired_bootstrap(ours.loc[shared, column].to_numpy(), theirs.loc[shared, column].to_numpy(), seed=seed),
+                    strict=True,
+                )
+            )
+            for column in LEAVE_K_OUT
+        }
+    return found
+
+
+def _group_agreement(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> float | None:
+    """Mean over queries of the rank correlation of shares and rises over the groups, both residual; None without groups."""
+    shares, rises = group_points(truth, scores, query_ids)
+    if shares.shape[1] < 3:
+        return None
+    return float(rank_correlations(residual_scores(shares).T, residual_outputs(rises.T)).mean())
+
+
+def run_truth(method: str, truth_dir: Path, out: Path, *, split: str = "test") -> dict[str, Any]:
+    """Evaluate one method against a ground truth, with chance beside it; writes `out`, returns what metrics.json gains.
+
+    Args:
+        method: an attributor (folder or Hub id), a score table folder, or a score function 'MODULE:FUNCTION'.
+        truth_dir: the ground truth folder.
+        out: where metrics.json and the figures go.
+        split: 'test' or 'validation'.
+
+    Raises:
+        ArtifactMismatchError: the method belongs to another corpus.
+    """
+    truth = GroundTruth(truth_dir)
+    query_ids = truth.of_split(split)
+    seconds = {}
+    if (Path(method) / "manifest.json").exists() and open_stage(Path(method), "scores"):
+        scores = table_scores(Path(method), truth, query_ids)
+    else:
+        score = score_function(method) if ":" in method else attributor_scores(method, truth)
+        scores, seconds[method] = score_queries(score, truth, query_ids)
+    methods = {method: scores, "random": np.random.default_rng(0).random(scores.shape)}
+    result = {
+        "truth": truth.manifest["fingerprint"],
+        "split": split,
+        **compare_with_truth(methods, truth, query_ids, seconds=seconds, pairs=[(method, "random")]),
+    }
+    write_truth_report(out, result, truth, {method: scores}, query_ids)
+    return result

@@ -1,0 +1,175 @@
+"""Build an index from a stream of vectors, shard by shard; an interrupted build goes on where it stopped.
+
+Writes index.faiss (or shards of it), and vectors.f16 with vectors.sha256 where the kind needs them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from tqdm import tqdm
+
+from fastattr.core.errors import ArtifactMismatchError, InputError
+from fastattr.core.files import read_json, write_json
+from fastattr.core.stages import fingerprint
+from fastattr.index.choose import (
+    AUTO,
+    BUILD_ROWS,
+    TRAINING_ROWS,
+    IndexConfig,
+    available_memory,
+    choose,
+    is_inverted,
+    keeps_vectors,
+    make,
+    require_room,
+)
+from fastattr.index.files import save_index
+from fastattr.index.tune import tune
+from fastattr.index.vectors import BATCH, Read, reader, write_vectors
+
+
+def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
+    """An inner-product index of (N, D) float32 unit vectors, in memory; row i has id i.
+
+    Raises:
+        InputError: FAISS does not know the factory string, or there are too few vectors to train it.
+    """
+    index = make(factory, embeddings.shape[1])
+    index = train(index, embeddings, factory)
+    index.add(embeddings)
+    return index
+
+
+def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> faiss.Index:
+    """The index, trained on (n, D) float32 vectors.
+
+    Raises:
+        InputError: there are too few.
+    """
+    trained = on_gpu(index)
+    try:
+        trained.train(embeddings)
+    except RuntimeError as error:
+        raise InputError(
+            f"{len(embeddings)} images are too few to train an index {factory!r}; take 'SQfp16'. "
+            f"FAISS says: {str(error).splitlines()[0][:200]}"
+        ) from error
+    return off_gpu(trained)
+
+
+def on_gpu(index: faiss.Index) -> faiss.Index:
+    """The index on FAISS's first GPU, or itself where FAISS sees none."""
+    if not faiss.get_num_gpus():
+        return index
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def off_gpu(index: faiss.Index) -> faiss.Index:
+    """What `on_gpu` gave, back in memory, where it can be written."""
+    return faiss.index_gpu_to_cpu(index) if faiss.get_num_gpus() else index
+
+
+def build(
+    read: Read, rows: int, dim: int, config: IndexConfig, folder: Path, *, name: str = "index", seed: int = 0
+) -> dict[str, Any]:
+    """Build an index of N vectors from a stream into a folder, shard by shard; done again, it goes on where it stopped.
+
+    Args:
+        read: gives the vectors; rows are read in order, and some of them twice.
+        rows: N.
+        dim: D.
+        config: the kind of index, and how large its files.
+        folder: where the files go; those of an interrupted build are in its folder `.build`.
+        name: first part of the files' names.
+        seed: of the choice of training vectors.
+
+    Returns:
+        What config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_of_search'.
+
+    Raises:
+        DoesNotFitError: memory or disk are too small.
+        InputError: FAISS does not know the factory string, or there are too few vectors.
+        ArtifactMismatchError: the folder holds a half-built index with other settings.
+    """
+    memory = config.memory_gb * 1e9 or available_memory() / 2
+    factory = config.factory if config.factory != AUTO else choose(rows, dim, recall=config.recall, memory=memory)
+    require_room(rows, dim, factory, folder, config)
+    work = folder / ".build"
+    work.mkdir(parents=True, exist_ok=True)
+    identity = fingerprint([factory, rows, dim, config.shard_rows, name, seed, read(0, min(rows, 8)).round(4).tolist()])
+    if (work / "identity.json").exists() and read_json(work / "identity.json") != identity:
+        raise ArtifactMismatchError(f"{work} holds a half-built index of something else; remove it to build anew.")
+    write_json(work / "identity.json", identity)
+    vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(factory) else None
+    if vectors:
+        read = reader(folder / vectors["file"], dim)
+    trained = _train_on_sample(read, rows, factory, dim, work / "trained.faiss", seed=seed)
+    shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name)
+    settings: dict[str, Any] = {"index": factory, "index_shards": shards, "vectors": vectors}
+    settings.update(tune(folder, settings, read, rows, recall=config.recall, seed=seed))
+    shutil.rmtree(work)
+    return settings
+
+
+def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str) -> list[dict[str, Any]]:
+    """Add N vectors to copies of an empty trained index and write these shards; those that are there are left alone.
+
+    Args:
+        trained: the file of the empty index.
+        read: gives the vectors.
+        rows: N.
+        shard_rows: rows in one file, 0 for all.
+        folder: where the files go.
+        name: first part of their names.
+
+    Returns:
+        'file', 'first_row' and 'rows' of each; 'own_ids' where rows are counted over the whole index.
+    """
+    inverted = is_inverted(faiss.read_index(str(trained)))
+    size = shard_rows or (BUILD_ROWS if inverted else rows)
+    starts = range(0, rows, size)
+    listed = []
+    for number, start in enumerate(tqdm(starts, desc="index", unit="shard", disable=len(starts) == 1)):
+        stop = min(start + size, rows)
+        file = f"{name}.faiss" if len(starts) == 1 else f"{name}-{number:05d}-of-{len(starts):05d}.faiss"
+        if not (folder / file).exists():
+            shard = on_gpu(faiss.read_index(str(trained)))
+            for first in range(start, stop, BATCH):
+                batch = read(first, min(first + BATCH, stop))
+                if inverted:
+                    shard.add_with_ids(batch, np.arange(first, first + len(batch)))
+                else:
+                    shard.add(batch)
+            save_index(off_gpu(shard), folder / file)
+        listed.append({"file": file, "first_row": start, "rows": stop - start} | ({"own_ids": True} if inverted else {}))
+    return listed
+
+
+def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, *, seed: int) -> Path:
+    """The file of an empty index trained on vectors that are drawn over the whole corpus."""
+    if path.exists():
+        return path
+    index = make(factory, dim)
+    if not index.is_trained:
+        blocks = np.array_split(np.arange(rows), max(1, rows // 4096))
+        wanted = min(rows, max(TRAINING_ROWS // 4, min(TRAINING_ROWS, 40 * _lists(index))))
+        order = np.random.default_rng(seed).permutation(len(blocks))
+        each = math.ceil(wanted / len(blocks))
+        parts = []
+        for number in tqdm(np.sort(order), desc="training vectors", unit="block", disable=len(blocks) < 100):
+            block = blocks[number]
+            picked = np.random.default_rng([seed, int(number)]).permutation(len(block))[:each]
+            parts.append(read(int(block[0]), int(block[-1]) + 1)[np.sort(picked)])
+        index = train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
+    save_index(index, path)
+    return path
+
+
+def _lists(index: faiss.Index) -> int:
+    return int(faiss.extract_index_ivf(index).nlist) if is_inverted(index) else 1024

@@ -1,0 +1,217 @@
+"""Choose the kind of an index: what FAISS kind fits a corpus, what it takes, and whether there is room for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from fastattr.core.errors import DoesNotFitError, InputError
+from fastattr.index.vectors import BATCH, DIGEST_BYTES
+
+AUTO = "auto"
+EXHAUSTIVE_ROWS = 20_000
+"""Up to here an exhaustive search answers in a millisecond or two; nothing is gained by approximating it."""
+BUILD_ROWS = 2_000_000
+"""Rows that are added to an index in memory before they are written as a shard."""
+TRAINING_ROWS = 262_144
+"""At most so many vectors train an index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Settings of the index."""
+
+    factory: str = AUTO
+    """'auto', or a FAISS factory string: 'Flat', 'SQfp16', 'HNSW32', 'OPQ64_256,IVF4096,PQ64', ..."""
+    recall: float = 0.95
+    """Share of the 100 nearest images that a search has to find, 0 to 1; 'auto' and the search's settings go by it."""
+    memory_gb: float = 0.0
+    """Memory that the index may take, in 10^9 bytes; 0 takes half of what is free."""
+    shard_rows: int = 0
+    """Rows in one index file; 0 keeps the whole index in one."""
+    plain: str = "SQ4"
+    """FAISS factory string of a second index, of the untuned features, for `FastAttributor.plain`; '' leaves it out."""
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 0:
+            raise InputError(f"shard_rows must be at least 0, got {self.shard_rows}")
+        if not 0 < self.recall <= 1:
+            raise InputError(f"recall must be above 0 and at most 1, got {self.recall}")
+        if self.memory_gb < 0:
+            raise InputError(f"memory_gb must be at least 0, got {self.memory_gb}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What an index takes, in bytes."""
+
+    factory: str
+    memory: int
+    """Of the loaded index, should all of it be touched."""
+    disk: int
+    """Index and float16 vectors."""
+    build_memory: int
+    """At most, while it is built."""
+
+    def in_words(self) -> str:
+        """One line."""
+        return (
+            f"{self.factory}: {self.memory / 1e9:,.2f} GB memory ({self.build_memory / 1e9:,.2f} GB while it is built), "
+            f"{self.disk / 1e9:,.2f} GB disk"
+        )
+
+
+def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.inf) -> str:
+    """The FAISS factory string for a corpus; docs/search-index.md has the measurements behind it.
+
+    Args:
+        rows: N, images in the corpus.
+        dim: D, width of the embeddings.
+        recall: share of the 100 nearest that a search has to find.
+        memory: bytes that the index may take.
+
+    Raises:
+        DoesNotFitError: nothing that reaches this recall fits; the text says what each kind would take.
+    """
+    fitting = [factory for factory in kinds(rows, dim, recall=recall) if estimate(rows, dim, factory).memory <= memory]
+    if not fitting:
+        raise DoesNotFitError(
+            f"no index of {rows:,} x {dim} fits into {memory / 1e9:,.2f} GB: {_alternatives(rows, dim, recall)}. "
+            "Give it more memory (memory_gb), or split the corpus over machines (docs/search-index.md, Milvus)."
+        )
+    return fitting[0]
+
+
+def kinds(rows: int, dim: int, *, recall: float) -> list[str]:
+    """Factory strings that reach a recall on this corpus, the most desirable first, then ever smaller ones."""
+    if rows <= EXHAUSTIVE_ROWS:
+        return ["SQfp16", "SQ8"]
+    if recall > 0.995:  # only an exhaustive search promises that
+        return ["SQfp16"]
+    lists = coarse_lists(rows)
+    if dim < 192:
+        return [f"IVF{lists},SQ4", f"IVF{lists},RaBitQ"]
+    return [f"{f'PCAR{width},' if width < dim else ''}IVF{lists},RaBitQ" for width in (256, 128) if width <= dim]
+
+
+def coarse_lists(rows: int) -> int:
+    """Lists of an inverted file: about 1.4 times the root of the rows, a power of two, 64 to 65,536."""
+    return int(2 ** np.clip(round(math.log2(1.4 * math.sqrt(rows))), 6, 16))
+
+
+def keeps_vectors(factory: str) -> bool:
+    """Whether an index of this kind needs float16 vectors beside it, since its own are coarser than 8 bits a value."""
+    last = factory.rsplit(",", 1)[-1]
+    return not ("Flat" in factory or "SQfp16" in last or "SQ8" in last or "SQbf16" in last or "HNSW" in last)
+
+
+def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estimate:
+    """What an index takes, from the sizes of its parts.
+
+    Raises:
+        InputError: FAISS does not know the factory string.
+    """
+    index: Any = make(factory, dim)
+    fixed, inner = 0, inner_of(index)
+    if inner is not index:
+        fixed += sum(4 * index.chain.at(i).d_in * index.chain.at(i).d_out for i in range(index.chain.size()))
+    if isinstance(inner, faiss.IndexIVF):
+        per_row = inner.code_size + 8  # and the row's id
+        fixed += 4 * inner.nlist * inner.d
+    elif isinstance(inner, faiss.IndexHNSW):
+        # On the ground level; 1 in M rows has as many half again.
+        links = 4 * 2 * inner.hnsw.nb_neighbors(1)  # type: ignore[attr-defined]
+        per_row = faiss.downcast_index(inner.storage).sa_code_size() + round(1.1 * links) + 12
+    else:
+        per_row = inner.sa_code_size()
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        fixed += 4 * 256 * inner.d  # the codebooks
+    vectors = rows * 2 * dim if keeps_vectors(factory) else 0
+    memory = rows * per_row + fixed + (rows * DIGEST_BYTES if vectors else 0)
+    at_once = min(rows, shard_rows or (BUILD_ROWS if isinstance(inner, faiss.IndexIVF) else rows))
+    shards = -(-rows // at_once)
+    memory += (shards if shards > 1 else 0) * fixed  # each shard has the lists' centres, and the whole once more
+    training = min(rows, TRAINING_ROWS) * dim * 4 * 2
+    return Estimate(
+        factory=factory,
+        memory=memory,
+        disk=memory + vectors,
+        build_memory=fixed + at_once * per_row + max(training, 3 * BATCH * dim * 4),
+    )
+
+
+def _alternatives(rows: int, dim: int, recall: float) -> str:
+    return "; ".join(estimate(rows, dim, factory).in_words() for factory in kinds(rows, dim, recall=recall))
+
+
+def require_room(rows: int, dim: int, factory: str, folder: Path, config: IndexConfig) -> Estimate:
+    """The estimate, if memory and disk have room for it.
+
+    Raises:
+        DoesNotFitError: they have not; the text has the figures and the alternatives.
+    """
+    needed = estimate(rows, dim, factory, shard_rows=config.shard_rows)
+    memory, disk = available_memory(), shutil.disk_usage(_existing(folder)).free
+    for what, found, wanted in (("memory", memory, needed.build_memory), ("disk", disk, needed.disk)):
+        if wanted > found:
+            raise DoesNotFitError(
+                f"an index {factory!r} of {rows:,} x {dim} takes {wanted / 1e9:,.2f} GB of {what} while it is built, and "
+                f"{found / 1e9:,.2f} GB are free. Alternatives: {_alternatives(rows, dim, config.recall)}; or fewer rows a "
+                "shard (shard_rows)."
+            )
+    return needed
+
+
+def available_memory() -> int:
+    """Bytes that a process may still take, as the system tells; no limit where it does not."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def make(factory: str, dim: int) -> faiss.Index:
+    """An empty inner-product index.
+
+    Raises:
+        InputError: FAISS does not know the factory string.
+    """
+    try:
+        index: faiss.Index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(
+            f"FAISS does not know the index {factory!r} for width {dim}; try 'auto', 'Flat', 'SQfp16' or 'HNSW32'."
+        ) from error
+    inner = inner_of(index)
+    if inner is not index:
+        whole: Any = index
+        first: Any = faiss.downcast_VectorTransform(whole.chain.at(0))
+        if isinstance(first, faiss.OPQMatrix):
+            first.niter, first.max_train_points = 10, 16_384
+    if isinstance(inner, faiss.IndexPQ):
+        inner.do_polysemous_training = False  # type: ignore[attr-defined]  # slow, for searches not used here
+    if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
+        inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 12, 128  # a quarter of the work
+    return index
+
+
+def inner_of(index: faiss.Index) -> Any:
+    """The index behind a transform of the vectors, or itself; it lives as long as the whole. FAISS's types name few members."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def is_inverted(index: faiss.Index) -> bool:
+    """Whether an index is an inverted file, alone or behind a transform of the vectors."""
+    return faiss.try_extract_index_ivf(index) is not None

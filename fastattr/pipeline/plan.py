@@ -1,0 +1,140 @@
+"""Plan: what `fastattr plan` prints about a config before anything runs.
+
+Counts, memory, disk and accelerator-hours follow from the config alone (costs.py); the hours of this machine are the
+operations divided by the rates that a probe measures here (probe.py). docs/costs.md shows the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastattr.core.errors import FastattrError
+from fastattr.pipeline.config import BuildConfig
+from fastattr.pipeline.costs import (
+    LIBRARIES,
+    UTILISATION,
+    StageCost,
+    denoiser_of,
+    denoiser_shape,
+    stage_costs,
+    teacher_ways,
+    training_images,
+)
+from fastattr.pipeline.networks import PEAK_FLOPS, count
+from fastattr.pipeline.probe import measure_machine
+
+
+def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[str, Any]:
+    """Everything that can be said of a config before it runs.
+
+    Args:
+        config: of the whole line.
+        run_dir: what is there already is read instead of assumed; it need not exist.
+        measure: whether to measure this machine, which takes half a minute.
+
+    Returns:
+        'stages' (each with its counts and 'hours' by accelerator), their totals, 'teacher_hours' (of `teacher_ways`, by way
+        and accelerator), 'money', and 'here': 'seconds' by stage and in all, 'peak_memory' and
+        'rates', or 'problem'.
+
+    Raises:
+        InputError: the number of images or the network is not known.
+    """
+    images, network = training_images(config, run_dir), denoiser_of(config, run_dir)
+    stages = stage_costs(config, images, network)
+    names = list(PEAK_FLOPS)
+    hours = {name: sum(stage.hours(name) for stage in stages) for name in names}
+    ways = teacher_ways(config, images, network)
+    result: dict[str, Any] = {
+        "name": config.name,
+        "images": images,
+        "queries": {split: getattr(config.queries, split) for split in ("train", "validation", "test")},
+        "network": asdict(network),
+        "stages": [asdict(stage) | {"hours": {name: stage.hours(name) for name in names}} for stage in stages],
+        "forward": sum(stage.forward for stage in stages),
+        "backward": sum(stage.backward for stage in stages),
+        "peak_memory": max(stage.memory for stage in stages),
+        "disk": sum(stage.disk for stage in stages),
+        "hours": hours,
+        "teacher_hours": {
+            way: {name: flops / (PEAK_FLOPS[name] * UTILISATION) / 3600 for name in names} for way, flops in ways.items()
+        },
+        "accelerator": config.plan.accelerator,
+        "money": config.plan.rate * hours[config.plan.accelerator] if config.plan.rate else None,
+        "here": {"problem": "not measured"},
+    }
+    if measure:
+        try:
+            result["here"] = hours_here(config, run_dir, stages)
+        except FastattrError as error:
+            result["here"] = {"problem": " ".join(str(error).split())}
+    return result
+
+
+def hours_here(config: BuildConfig, run_dir: Path, stages: Sequence[StageCost]) -> dict[str, Any]:
+    """Seconds of each counted stage on this machine, and in all, from the rates that a probe measures.
+
+    Raises:
+        FastattrError: the probe failed, or took longer than `plan.probe_seconds`.
+    """
+    shape = denoiser_shape(config, run_dir)
+    batch_size = config.teacher.batch_size
+    rates = measure_machine(shape, config.teacher.pattern, batch_size, limit=config.plan.probe_seconds)
+    dense = {"train-encoder", "features", "distill", "index"}
+    seconds = {stage.name: stage.flops / (rates.dense if stage.name in dense else rates.denoiser) for stage in stages}
+    network = count(config.name, shape, config.teacher.pattern)
+    modelled = LIBRARIES + 4 * network.parameters + batch_size * network.activations
+    growth = max(stage.memory for stage in stages) - modelled
+    return {
+        "seconds": {**seconds, "in all": sum(seconds.values())},
+        "peak_memory": rates.peak_memory + max(0, growth),
+        "rates": asdict(rates),
+    }
+
+
+def as_table(result: Mapping[str, Any]) -> str:
+    """A plan as text for a terminal."""
+    here = result["here"].get("seconds", {})
+    names = list(result["hours"])
+    head = f"{'stage':18s} {'forward':>15s} {'backward':>15s}" + "".join(f"{name + ' h':>11s}" for name in names)
+    lines = [head + f" {'memory':>10s} {'disk':>10s} {'here':>10s}"]
+    total = {
+        "name": "in all",
+        "memory": result["peak_memory"],
+        **{key: result[key] for key in ("forward", "backward", "disk", "hours")},
+    }
+    for stage in [*result["stages"], total]:
+        hours = "".join(f"{stage['hours'][name]:11,.2f}" for name in names)
+        seconds = here.get(stage["name"] if stage is not total else "in all")
+        lines.append(
+            f"{stage['name']:18s} {stage['forward']:15,d} {stage['backward']:15,d}{hours} {_bytes(stage['memory']):>10s} "
+            f"{_bytes(stage['disk']):>10s} {'' if seconds is None else f'{seconds:,.0f} s':>10s}"
+        )
+    ways = result["teacher_hours"]
+    words = {
+        "exact_as_published": "exactly, as the paper's code does (losses before and after for each query)",
+        "exact": "exactly, the losses before measured once",
+        "first_order": "to first order (teacher.linearised)",
+    }
+    lines.append(f"teacher of the training and validation queries, {names[0]}-hours:")
+    lines += [f"  {ways[way][names[0]]:12,.1f}  {text}" for way, text in words.items()]
+    if result["money"] is not None:
+        lines.append(f"money: {result['money']:,.2f} at the given rate, on {result['accelerator']}")
+    if "problem" in result["here"]:
+        lines.append(f"this machine: {result['here']['problem']}")
+    else:
+        peak, rate = _bytes(result["here"]["peak_memory"]), result["here"]["rates"]["denoiser"] / 1e9
+        lines.append(
+            f"this machine: {here['in all']:,.0f} s in all, {peak} at most, at the {rate:,.0f} GFLOP/s that it does in the "
+            "denoiser; reading, searching and writing come on top"
+        )
+    lines.append(f"accelerators: {UTILISATION:.0%} of their dense TF32 peak, one each; memory is host and accelerator together")
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    unit = next((unit for unit in ("TB", "GB") if count >= {"TB": 1e12, "GB": 1e9}[unit]), "MB")
+    return f"{count / {'TB': 1e12, 'GB': 1e9, 'MB': 1e6}[unit]:,.1f} {unit}"

@@ -1,0 +1,121 @@
+"""Stages: the line, as one table of functions of (config, run folder).
+
+Every stage reads earlier folders of the run and writes its own; a stage that is finished is read instead of run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastattr.attributor.make import build_attributor
+from fastattr.core.files import atomic_path, read_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.corpus import stage as corpus
+from fastattr.evaluation import against_teacher
+from fastattr.features import candidates, stage as features
+from fastattr.features.store import features_fingerprint, folders
+from fastattr.generators import pretrained, queries
+from fastattr.generators.pretrained import PretrainedConfig
+from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, stage as train_generator
+from fastattr.pipeline import report
+from fastattr.pipeline.config import BuildConfig
+from fastattr.publishing import publish
+from fastattr.publishing.staging import AUTO
+from fastattr.students import calibrate, distill
+from fastattr.teachers import teach
+
+
+def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Put the attributor together in run_dir/attributor; returns its config.json."""
+    encoders = config.features.encoders
+    folder, marker = run_dir / "attributor", run_dir / "attributor-manifest"
+    inputs = {
+        "student": open_stage(run_dir / "student", "student")["fingerprint"],
+        "features": features_fingerprint(folders(run_dir, "features", encoders)),
+        "calibration": open_stage(run_dir / "calibration", "calibration")["fingerprint"],
+        "evaluation": open_stage(run_dir / "evaluation", "evaluation")["fingerprint"],
+    }
+    settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
+    if not finished(marker, stage="attributor", config=settings, inputs=inputs):
+        build_attributor(
+            config.index,
+            run_dir,
+            folder,
+            encoders=encoders,
+            captions=config.features.captions,
+            thumbnail_quality=config.thumbnail_quality,
+        )
+        write_manifest(marker, stage="attributor", config=settings, inputs=inputs)
+    built: dict[str, Any] = read_json(folder / "config.json")
+    return built
+
+
+def run_autoencoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the autoencoder; a pretrained generator has its own, and there is nothing to do."""
+    if isinstance(config.generator, PretrainedConfig):
+        return {}
+    return train_autoencoder.run(config.autoencoder, run_dir)
+
+
+def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the generator in run_dir/generator, or take the one that the config names."""
+    if isinstance(config.generator, PretrainedConfig):
+        return pretrained.run(config.generator, run_dir)
+    return train_generator.run(config.generator, run_dir)
+
+
+def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the run's own feature encoder, if the features are its."""
+    if not any(specification.endswith(":encoder") for specification in config.features.encoders):
+        return {}
+    return train_encoder.run(config.encoder, run_dir)
+
+
+def run_card(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Write run_dir/card: README.md and LICENSE.md as they will stand beside the attributor on the Hub."""
+    folder = run_dir / "card"
+    inputs = {"attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"]}
+    if not finished(folder, stage="card", config=config.push, inputs=inputs):
+        repo_id = f"{config.push.namespace or 'NAMESPACE'}/{config.name}-attributor"
+        card, licences = publish.attributor_texts(run_dir / "attributor", repo_id)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir(parents=True)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            (temporary / "LICENSE.md").write_text(licences, encoding="utf-8")
+            write_manifest(temporary, stage="card", config=config.push, inputs=inputs)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest
+
+
+def run_push(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
+    """Push what `push.kinds` names to `push.namespace`, if there is one; unchanged parts make no commit."""
+    if not config.push.namespace:
+        return {}
+    pushes = publish.push_all(
+        run_dir, config.name, config.push.namespace, config.push.kinds, private=config.push.private, tag=AUTO
+    )
+    return {"pushed": [push.in_words() for push in pushes]}
+
+
+STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
+    "corpus": lambda config, run_dir: corpus.run(config.corpus, run_dir / "corpus"),
+    "train-autoencoder": run_autoencoder,
+    "train-generator": run_generator,
+    "train-encoder": run_encoder,
+    "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
+    "features": lambda config, run_dir: features.run(config.features, run_dir),
+    "candidates": lambda config, run_dir: candidates.run(config.candidates, run_dir, encoders=config.features.encoders),
+    "teach": lambda config, run_dir: teach.run(config.teacher, run_dir),
+    "distill": lambda config, run_dir: distill.run(config.distill, run_dir, encoders=config.features.encoders),
+    "calibrate": lambda config, run_dir: calibrate.run(config.calibrate, run_dir, encoders=config.features.encoders),
+    "evaluate": lambda config, run_dir: against_teacher.run(config.evaluate, run_dir, encoders=config.features.encoders),
+    "index": run_index,
+    "card": run_card,
+    "push": run_push,
+    "report": report.run,
+}
+"""Stage name -> function of (config, run folder), in the order in which they run."""
+SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
+"""Stages that all processes of `accelerate launch` do together."""

@@ -1,0 +1,66 @@
+"""Kernels: TRAK (arXiv:2303.14186) and D-TRAK (arXiv:2311.00500), as (Q, N) scores from gradients, higher = more influential.
+
+Both compare a query's and a training image's gradient through a ridge-regularised kernel of the training images' gradients;
+they differ in what is differentiated (fastattr/gradients/compression.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastattr.core.errors import InputError
+from fastattr.teachers.similarity import require_same_width
+
+
+def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
+    """TRAK's score with projected gradients as features: phi(query) (Phi^T Phi + ridge I)^-1 Phi^T.
+
+    Args:
+        query_features: (Q, k) projected gradients of the queries.
+        corpus_features: (N, k) projected gradients of the training images.
+        ridge: as a fraction of the mean eigenvalue of Phi^T Phi; where k > N, of those that can be other than 0.
+
+    Returns:
+        (Q, N) float64; storage k numbers an image. D-TRAK is the same with gradients of the output's squared norm.
+
+    Raises:
+        InputError: the widths differ, or the ridge is not positive.
+
+    Source: arXiv:2303.14186, sec. 3.2; the ridge is that of arXiv:2311.00500.
+    """
+    require_same_width(query_features, corpus_features)
+    corpus, queries = corpus_features.astype(np.float64), query_features.astype(np.float64)
+    images, width = corpus.shape
+    if width > images:  # the same numbers from the smaller kernel
+        return kernel_scores_of_products(queries @ corpus.T, corpus @ corpus.T, ridge=ridge)
+    _positive(ridge)
+    kernel = corpus.T @ corpus
+    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / width
+    scores: np.ndarray = np.linalg.solve(kernel, queries.T).T @ corpus.T
+    return scores
+
+
+def kernel_scores_of_products(query_products: np.ndarray, corpus_products: np.ndarray, *, ridge: float) -> np.ndarray:
+    """`kernel_scores` from inner products alone, for gradients that are wider than the corpus is long and never projected.
+
+    Args:
+        query_products: (Q, N) of queries and training images.
+        corpus_products: (N, N) of training images.
+        ridge: as a fraction of the mean eigenvalue of `corpus_products`.
+
+    Returns:
+        (Q, N) float64.
+
+    Raises:
+        InputError: the ridge is not positive.
+    """
+    _positive(ridge)
+    kernel = corpus_products.astype(np.float64)
+    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / len(kernel)
+    scores: np.ndarray = np.linalg.solve(kernel, query_products.astype(np.float64).T).T
+    return scores
+
+
+def _positive(ridge: float) -> None:
+    if ridge <= 0:
+        raise InputError(f"ridge must be positive, got {ridge}")

@@ -1,0 +1,171 @@
+"""How each method scores the queries of a run: one function a method, from a task to its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from fastattr.core.files import atomic_path
+from fastattr.core.processes import in_parts
+from fastattr.core.stages import fingerprint
+from fastattr.features.store import check_source, folders, read_features
+from fastattr.generators.conditioning import Conditioning
+from fastattr.gradients.compression import gradient_features
+from fastattr.gradients.ekfac import Factors
+from fastattr.gradients.encoded import EncodedImages
+from fastattr.teachers.config import gradient_config, queries_a_pass, stores_gradients
+from fastattr.teachers.first_order import flat_step, linearised_scores
+from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.similarity import similarity_scores
+from fastattr.teachers.store import PART_ROWS
+from fastattr.teachers.task import Task
+from fastattr.teachers.unlearning import exact_scores
+
+
+def score_by_unlearning(task: Task) -> None:
+    """AbU+ or AbU: the splits in `linearised` to first order, the others exactly."""
+    config, splits = task.config, task.queries.splits
+    images = task.encode_corpus()
+    # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
+    with task.timed("factors"):
+        factors = task.factors(images)
+    by_first_order = [row for row, split in enumerate(splits) if split in config.linearised]
+    if exact := [row for row, split in enumerate(splits) if split not in config.linearised]:
+        _score_exactly(task, images, factors, exact)
+    parameters = sum(layer.weight.numel() for layer in task.layers.values())
+    if by_first_order and stores_gradients(config, queries=len(by_first_order), parameters=parameters):
+        _score_from_store(task, images, factors, by_first_order)
+    else:
+        size = queries_a_pass(config, parameters)
+        for start in range(0, len(by_first_order), size):
+            _score_linearised(task, images, factors, by_first_order[start : start + size])
+
+
+def _score_exactly(task: Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
+    """Score these queries one by one, split over the processes; those with a shard are done."""
+    with task.timed("base loss"):
+        base_loss = task.base_loss(images)
+
+    def score(row: int) -> None:
+        step, rise = task.step(row, factors)
+        influence = exact_scores(
+            task.generator, task.layers, images, base_loss, step, candidate_rows=task.rows_of(row), config=task.config
+        )
+        task.write(row, influence, rise)
+
+    task.attempt_all(rows, score, description="teacher")
+
+
+def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
+    """Score these queries together: their steps, split over the processes, then their candidates in parts, split too.
+
+    Steps and parts are kept in files until the queries have their shards, so a killed run goes on where it stood.
+    """
+    if all(task.shard(row).exists() for row in rows):
+        return
+    accelerator, config = task.accelerator, task.config
+    scratch = task.shards / f"linearised-{fingerprint([task.queries.query_ids[row] for row in rows])}"
+    step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
+
+    def keep_step(row: int) -> None:
+        step, rise = task.step(row, factors)
+        flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
+        with atomic_path(step_files[row]) as temporary:
+            save_file(flat, temporary)
+
+    task.attempt_all([row for row in rows if not step_files[row].exists()], keep_step, description="query steps")
+    rows = [row for row in rows if step_files[row].exists()]
+    if not rows:
+        return
+    steps = torch.empty(len(rows), sum(layer.weight.numel() for layer in task.layers.values()))
+    for position, row in enumerate(rows):
+        steps[position] = torch.from_numpy(load_file(step_files[row])["step"])
+    union = np.unique(np.concatenate([task.rows_of(row) for row in rows]))
+
+    def scores_of(positions: range) -> np.ndarray:
+        scores = linearised_scores(
+            task.generator,
+            task.layers,
+            images,
+            union[positions.start : positions.stop],
+            steps,
+            draws=config.loss_draws,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        return scores.T.astype(np.float32)
+
+    folder = scratch / f"parts-{fingerprint([task.queries.query_ids[row] for row in rows])}"
+    with task.timed("linearised pass"):
+        scores = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
+    if accelerator.is_main_process:
+        for position, row in enumerate(rows):
+            if task.shard(row).exists():
+                continue
+            influence = scores[np.searchsorted(union, task.rows_of(row)), position]
+            task.write(row, influence, float(load_file(step_files[row])["rise"][0]))
+    accelerator.wait_for_everyone()
+
+
+def _score_from_store(task: Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
+    """Score these queries to first order from stored whitened gradients: one inner product an image."""
+    if all(task.shard(row).exists() for row in rows):
+        return
+    config = task.config
+    settings = gradient_config(config, output="loss", whiten=True)
+    store, scale, compression = task.stored_gradients(images, settings, factors)
+
+    def score(row: int) -> None:
+        step, rise = task.step(row, factors)
+        influence = store[task.rows_of(row)].astype(np.float32) @ (compression.of_step(step).cpu().numpy() / scale)
+        task.write(row, influence, rise)
+
+    task.attempt_all(rows, score, description="teacher")
+
+
+def score_by_kernel(task: Task) -> None:
+    """TRAK and D-TRAK: projected gradients of training images and queries, and a ridge-regularised kernel."""
+    config = task.config
+    images = task.encode_corpus()
+    settings = gradient_config(config, output="loss" if config.method == "trak" else "squared_norm", whiten=False)
+    store, scale, compression = task.stored_gradients(images, settings, None)
+    ids = task.queries.query_ids
+    encoded = [task.query(row) for row in range(len(ids))]
+    queries = EncodedImages(
+        ids,
+        torch.stack([query["latent"] for query in encoded]),
+        Conditioning.concatenated([task.generator.encode_prompt([query["prompt"]]) for query in encoded]),
+        np.arange(len(ids) + 1),
+    )
+
+    def features_of(rows: range) -> np.ndarray:
+        drawn = replace(settings, draws=config.query_draws)
+        return gradient_features(task.generator, task.layers, queries, np.array(rows), compression, drawn)
+
+    features = in_parts(task.shards / "features", len(ids), 1, features_of, task.accelerator, description="query gradients")
+    if task.accelerator.is_main_process:
+        scores = kernel_scores(features, store.astype(np.float32) / scale, ridge=config.ridge)
+        for row in range(len(ids)):
+            task.write(row, scores[row, task.rows_of(row)], 0.0)
+    task.accelerator.wait_for_everyone()
+
+
+def score_by_similarity(task: Task) -> None:
+    """Cosine similarity of the features that `similarity_features` names, side by side."""
+
+    def features_of(name: str, source: str, ids: Sequence[str]) -> np.ndarray:
+        found = folders(task.run_dir, name, task.config.similarity_features)
+        for path in found:
+            check_source(path, source)
+        return read_features(found, ids)
+
+    if task.accelerator.is_main_process:
+        corpus = features_of("features", task.corpus.fingerprint, task.corpus.image_ids)
+        queries = features_of("query_features", task.queries.fingerprint, task.queries.query_ids)
+        for row in range(len(queries)):
+            task.write(row, similarity_scores(queries[[row]], corpus[task.rows_of(row)])[0], 0.0)
+    task.accelerator.wait_for_everyone()

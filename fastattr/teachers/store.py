@@ -1,0 +1,84 @@
+"""Stores of gradients: the compressed gradient of every training image on disk, which serves every later query.
+
+Writes features.npy (half precision), ids.parquet and manifest.json, as every feature folder has them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from fastattr.core.files import read_json
+from fastattr.core.processes import in_parts
+from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
+from fastattr.features.store import write_features
+from fastattr.generators.generator import Generator
+from fastattr.generators.layers import Layer
+from fastattr.gradients.compression import SCALE_ROWS, Compression, GradientConfig, gradient_features
+from fastattr.gradients.encoded import EncodedImages
+
+PART_ROWS = 512
+"""Images whose features go into one file; a killed run loses at most one part."""
+
+
+def write_gradient_features(
+    folder: Path,
+    generator: Generator,
+    layers: Mapping[str, Layer],
+    images: EncodedImages,
+    compression: Compression,
+    config: GradientConfig,
+    accelerator: Accelerator,
+    *,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write the gradient features of all images, in parts split over the processes and kept if killed.
+
+    Args:
+        folder: gets features.npy, (N, k) float16, ids.parquet and manifest.json; if it has them already, nothing is done.
+        generator: with base weights.
+        layers: whose gradients are taken; their weights must require gradients.
+        images: the encoded corpus.
+        compression: of the same layers.
+        config: the settings.
+        accelerator: the processes.
+        inputs: fingerprints of what the features are made from besides the generator: 'source' (the corpus) and others.
+
+    Returns:
+        The manifest. Its 'scale' is the factor on the stored numbers, since half precision needs them near 1: true
+        features = stored / scale. 'bytes_per_image' is what the store keeps of each.
+    """
+    inputs = {"generator": generator.fingerprint, **inputs}
+    if finished(folder, stage="features", config=config, inputs=inputs):
+        done: dict[str, Any] = read_json(folder / MANIFEST)
+        return done
+    sample = gradient_features(
+        generator, layers, images, np.arange(min(SCALE_ROWS, len(images.image_ids))), compression, config
+    )
+    scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
+    parts = folder / f"parts-{fingerprint([vars(config), generator.fingerprint, list(images.image_ids), sorted(layers)])}"
+
+    def part(rows: range) -> np.ndarray:
+        return (gradient_features(generator, layers, images, np.array(rows), compression, config) * scale).astype(np.float16)
+
+    stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
+    if accelerator.is_main_process:
+        write_features(folder, stored, images.image_ids)
+        write_manifest(
+            folder,
+            stage="features",
+            config=config,
+            inputs=inputs,
+            layers=sorted(layers),
+            scale=scale,
+            bytes_per_image=stored[0].nbytes,
+        )
+        shutil.rmtree(parts)
+    accelerator.wait_for_everyone()
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest

@@ -1,0 +1,195 @@
+"""What scoring the queries of a run needs: the opened stages, what all queries share, and the shards of what is done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from fastattr.core.errors import FastattrError
+from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.processes import in_parts, split_between
+from fastattr.core.stages import fingerprint
+from fastattr.corpus.store import Corpus
+from fastattr.generators.generator import Generator
+from fastattr.generators.layers import Layer
+from fastattr.generators.queries import Queries
+from fastattr.gradients.compression import Compression, GradientConfig, leading_coordinates
+from fastattr.gradients.ekfac import MADE_OF, Factors, fit_ekfac
+from fastattr.gradients.encoded import EncodedImages, encode_corpus
+from fastattr.gradients.losses import image_losses
+from fastattr.teachers.config import TeacherConfig, teacher_name
+from fastattr.teachers.curvature import factor_batches
+from fastattr.teachers.scores import ScoredQuery, write_shard
+from fastattr.teachers.store import PART_ROWS, write_gradient_features
+from fastattr.teachers.unlearning import query_step
+
+logger = logging.getLogger(__name__)
+
+ENCODED_ROWS = 128
+"""Training images that are encoded at once, whatever the settings, so that every run finds what another one kept."""
+TRIES = 3
+"""How often a failing query is tried before it is passed over."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What scoring any query of a run needs."""
+
+    generator: Generator
+    layers: Mapping[str, Layer]
+    corpus: Corpus
+    queries: Queries
+    candidates: Mapping[str, tuple[list[str], np.ndarray]]
+    candidate_rows: Mapping[str, np.ndarray]
+    given_factors: Factors | None
+    config: TeacherConfig
+    accelerator: Accelerator
+    run_dir: Path
+    shards: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the parts of the work, of the run that finished."""
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time until its end to `seconds[part]`."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - started, 2)
+
+    def encode_corpus(self) -> EncodedImages:
+        """The corpus as the denoiser sees it; kept for the next run."""
+        with self.timed("encode"):
+            return encode_corpus(
+                self.generator,
+                self.corpus,
+                batch_size=ENCODED_ROWS,
+                folder=self.run_dir / "encoded" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint]),
+                captions=self.config.captions,
+                mirrored=self.config.mirrored,
+                accelerator=self.accelerator,
+            )
+
+    def rows_of(self, row: int) -> np.ndarray:
+        """(C,) rows in the corpus of the candidates of query `row`."""
+        return self.candidate_rows[self.queries.query_ids[row]]
+
+    def shard(self, row: int) -> Path:
+        """Where the scores of query `row` are kept until all are there."""
+        return self.shards / f"{self.queries.query_ids[row]}.parquet"
+
+    def write(self, row: int, influence: np.ndarray, rise: float) -> None:
+        """Keep the scores of query `row`."""
+        query_id, split = self.queries.query_ids[row], self.queries.splits[row]
+        image_ids, is_outsider = self.candidates[query_id]
+        scored = ScoredQuery(query_id, self.queries.prompts[row], split, image_ids, influence, is_outsider, rise)
+        write_shard(
+            self.shard(row), [scored], teacher=teacher_name(self.config, [split]), config=fingerprint(vars(self.config))
+        )
+
+    def failure(self, row: int) -> Path:
+        """Where it is recorded that query `row` failed."""
+        return self.shards / f"{self.queries.query_ids[row]}.failed.json"
+
+    def attempt(self, row: int, work: Callable[[int], None]) -> None:
+        """Do `work` for query `row`; if it fails `TRIES` times, record the error and pass on."""
+        for trial in range(TRIES):
+            try:
+                work(row)
+            except (FastattrError, RuntimeError, OSError) as error:  # RuntimeError: torch, also out of memory
+                logger.warning("query %s failed (try %d of %d): %s", self.queries.query_ids[row], trial + 1, TRIES, error)
+                write_json(self.failure(row), {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+            else:
+                self.failure(row).unlink(missing_ok=True)
+                return
+
+    def attempt_all(self, rows: Sequence[int], work: Callable[[int], None], *, description: str) -> None:
+        """`attempt` these queries, split over the processes; those with a shard are done."""
+        todo = [row for row in rows if not self.shard(row).exists()]
+        with self.timed(description), split_between(self.accelerator, todo) as mine:
+            for row in tqdm(mine, desc=description, unit="query", disable=not self.accelerator.is_main_process):
+                self.attempt(row, work)
+
+    def failures(self) -> dict[str, str]:
+        """Error by query id, of all queries that have no scores."""
+        rows = [row for row in range(len(self.queries.query_ids)) if not self.shard(row).exists()]
+        return {self.queries.query_ids[row]: read_json(self.failure(row))["error"] for row in rows}
+
+    def query(self, row: int) -> dict[str, Any]:
+        """The query as `query_step` takes it."""
+        return {
+            "latent": self.generator.encode_image([self.queries.image(row)]),
+            "prompt": self.queries.prompts[row],
+            "query_id": self.queries.query_ids[row],
+        }
+
+    def step(self, row: int, factors: Factors) -> tuple[dict[str, torch.Tensor], float]:
+        """The change of weights that unlearns query `row`, and the rise of its loss that it gives to first order."""
+        return query_step(self.generator, self.layers, factors, **self.query(row), config=self.config)
+
+    def factors(self, images: EncodedImages) -> Factors:
+        """Curvature: the user's, one fitted earlier, or one fitted now by all processes together."""
+        if self.given_factors:
+            return self.given_factors
+        config, accelerator = self.config, self.accelerator
+        made_of = {"generator": self.generator.fingerprint, "corpus": self.corpus.fingerprint}
+        settings = ("curvature", "fisher", "factor_examples", "captions", "mirrored", "batch_size", "seed")
+        identity = [made_of, sorted(self.layers), [getattr(config, name) for name in settings]]
+        folder = self.run_dir / "ekfac" / fingerprint(identity)
+        accelerator.wait_for_everyone()
+        if not (folder / MADE_OF).exists():
+            factors = fit_ekfac(
+                self.layers,
+                factor_batches(self.generator, images, config, accelerator),
+                accelerator=accelerator,
+                diagonal=config.curvature == "diagonal",
+            )
+            if accelerator.is_main_process:
+                factors.save(folder, made_of=made_of)
+        accelerator.wait_for_everyone()
+        return Factors.load(folder, self.layers, made_of=made_of)
+
+    def base_loss(self, images: EncodedImages) -> np.ndarray:
+        """(N, V) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
+        config = self.config
+        settings = [config.loss_draws, config.captions, config.mirrored, config.seed]
+        folder = self.run_dir / "base_loss" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint, *settings])
+
+        def losses(rows: range) -> np.ndarray:
+            return image_losses(
+                self.generator, images, np.array(rows), draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
+            )
+
+        return in_parts(folder, len(images.image_ids), PART_ROWS, losses, self.accelerator, description="base loss")
+
+    def stored_gradients(
+        self, images: EncodedImages, settings: GradientConfig, factors: Factors | None
+    ) -> tuple[np.ndarray, float, Compression]:
+        """(N, k) half-precision gradient features of the corpus, memory-mapped, the factor on them, and their compression."""
+        inputs = {"source": self.corpus.fingerprint, "layers": fingerprint(sorted(self.layers))}
+        inputs |= {"views": str(images.views), "captions": self.config.captions}
+        if factors is not None:
+            inputs["factors"] = factors.fingerprint
+        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, vars(settings)])
+        coordinates, kept = None, folder / "coordinates.npy"
+        with self.timed("gradient store"):
+            if factors is not None and settings.width:
+                if self.accelerator.is_main_process and not kept.exists():
+                    with atomic_path(kept) as temporary:
+                        np.save(temporary, leading_coordinates(self.generator, self.layers, images, factors, settings))
+                self.accelerator.wait_for_everyone()
+                coordinates = np.load(kept)
+            compression = Compression(self.layers, settings, factors, coordinates)
+            manifest = write_gradient_features(
+                folder, self.generator, self.layers, images, compression, settings, self.accelerator, inputs=inputs
+            )
+        return np.load(folder / "features.npy", mmap_mode="r"), manifest["scale"], compression

@@ -1,0 +1,1 @@
+"""Tests of one package, named as it is."""
