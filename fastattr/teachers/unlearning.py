@@ -13,8 +13,9 @@ import torch
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.generator import Generator, noise_for, spread_timesteps
+from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
+from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.losses import image_losses
