@@ -49,7 +49,7 @@ class JudgeConfig:
     """Part of the images that is not trained on, where another image of the subject is."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=3600,
+            steps=2500,
             batch_size=96,
             learning_rate=3e-3,
             weight_decay=0.05,
