@@ -144,7 +144,7 @@ def measure(root: Path) -> tuple[dict[str, Any], list[str]]:
         "median_file": statistics.median(sizes.values()),
         "library_lines": sum(sizes.values()),
         "benchmark_lines": sum(benchmarks.values()),
-        "largest_benchmark": max(benchmarks.values()),
+        "largest_benchmark": max(benchmarks.values(), default=0),
         "import_circles": len(rings),
         "upward_imports": upward,
     }

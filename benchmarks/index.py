@@ -1,4 +1,4 @@
-"""The index from 15 thousand to 10 million images: recall, latency, memory, disk, build time; kills and damage; the server.
+"""The index from 15 thousand to 10 million images: recall, latency, memory, disk, build time.
 
     python benchmarks/index.py --json benchmarks/results/index.json            # about an hour on 2 cores, 20 GB of disk
     python benchmarks/index.py --quick                                         # tiny sizes, less than 2 minutes
@@ -9,26 +9,17 @@ ones (benchmarks/population.py). Queries are made vectors that are in no index a
 real ones, held out. An answer is timed as a user gets it, one query at a time: 100 neighbours, short list ranked again from
 float16 vectors whose digests are compared. Recall is against exhaustive search in float32.
 
-Keys are PART_KIND_FIGURE, e.g. 1m_ivf_rabitq_recall100; those that the project promises stand alone (`KEYS`).
+Keys are PART_KIND_FIGURE, e.g. 1m_ivf_rabitq_recall100; those that the project promises stand alone (`promised`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import http.client
-import io
-import json
-import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +32,7 @@ import population
 import pyarrow as pa
 import threadpoolctl
 import torch
-from PIL import Image
 
-from fastattr import FastAttributor
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import write_table
 from fastattr.attributor.make import seal_folder
@@ -52,22 +41,10 @@ from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig, coarse_lists
 from fastattr.index.search import open_ranked
 from fastattr.index.tune import exact_neighbours, recall_of
-from fastattr.index.vectors import Read, reader
+from fastattr.index.vectors import Read
 from fastattr.students.distill import save_student
 from fastattr.students.student import Student, StudentConfig
 
-KEYS = (
-    "recall100_1m",
-    "bytes_per_image_1m",
-    "p50_ms_1m",
-    "speedup_over_exhaustive_sort_1m",
-    "peak_memory_gb_10m",
-    "latency_growth_1m_to_10m",
-    "cold_first_answer_s_1m",
-    "kills",
-    "removed_ids_answered",
-    "adds_lost",
-)
 SIZES = {"118k": 118_287, "1m": 1_000_000, "10m": 10_000_000}
 QUICK_SIZES = {"118k": 6_000, "1m": 8_000, "10m": 12_000}
 HELD_OUT = 200
@@ -95,9 +72,6 @@ def kinds(rows: int, dim: int) -> dict[str, str]:
     if rows <= 1_000_000:
         return {**inverted, "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": WHOLE["hnsw"]}
     return inverted
-
-
-# ---- one index
 
 
 def measure(
@@ -171,9 +145,6 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# ---- parts
-
-
 def part_real(work: Path, quick: bool) -> dict[str, Any]:
     """The real 15,351 embeddings, 128 wide; and how like them the made ones are.
 
@@ -229,7 +200,7 @@ def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
     rows = (QUICK_SIZES if quick else SIZES)[name]
     made = population.Population(population.real_embeddings(), seed=0)
     queries = made.read(10**9, 10**9 + (50 if quick else 200))  # far beyond any corpus
-    read = stored(rows, work / f"{name}.f16")
+    read = population.stored(rows, work / f"{name}.f16")
     exact = truth(read, rows, queries, work / f"{name}.npy")
     results: dict[str, Any] = {f"{name}_rows": rows, f"{name}_dim": population.DIM, f"{name}_queries": len(queries)}
     for kind, factory in kinds(rows, population.DIM).items():
@@ -244,16 +215,6 @@ def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
     return results
 
 
-def stored(rows: int, path: Path) -> Read:
-    """The made vectors, written once as float16: what is compared exhaustively is what is indexed."""
-    if not path.exists():
-        made = population.Population(population.real_embeddings(), seed=0)
-        with atomic_path(path) as temporary, temporary.open("wb") as out:
-            for start in range(0, rows, population.BLOCK):
-                out.write(made.read(start, min(start + population.BLOCK, rows)).astype(np.float16).tobytes())
-    return reader(path, population.DIM)
-
-
 def part_latency(work: Path, quick: bool) -> dict[str, Any]:
     """1 M and 10 M in one run, beside what the authors' demo does with 1 M: the product with all vectors and a full sort."""
     queries = population.Population(population.real_embeddings(), seed=0).read(10**9, 10**9 + 200)
@@ -266,7 +227,8 @@ def part_latency(work: Path, quick: bool) -> dict[str, Any]:
             ranked = open_ranked(folder, read_json(folder / "settings.json"), files)
             figures = latencies(lambda query, ranked=ranked: ranked.search(query[None], K), queries, 100 if quick else 1000)
             results |= {f"{key}_{name}": value for key, value in figures.items()}
-        vectors = stored((QUICK_SIZES if quick else SIZES)["1m"], work / "1m.f16")(0, (QUICK_SIZES if quick else SIZES)["1m"])
+        rows = (QUICK_SIZES if quick else SIZES)["1m"]
+        vectors = population.stored(rows, work / "1m.f16")(0, rows)
         theirs = latencies(lambda query: np.argsort(-(vectors @ query)), queries, 20)
         results |= {f"exhaustive_sort_{key}_1m": value for key, value in theirs.items()}
     results["speedup_over_exhaustive_sort_1m"] = theirs["p50_ms"] / results["p50_ms_1m"]
@@ -346,176 +308,6 @@ def first_answer(folder: Path, *, cold: bool) -> tuple[float, float, float]:
     return seconds[0][0], seconds[0][1], seconds[1][0]
 
 
-def part_kills(work: Path, quick: bool) -> dict[str, Any]:
-    """Random adds, removals, searches and compactions by a process that is killed at random points, again and again."""
-    folder = work / "kills"
-    shutil.rmtree(folder, ignore_errors=True)
-    real = population.real_embeddings()[:2000]
-    folder.mkdir(parents=True)
-    built = build(lambda start, stop: real[start:stop], *real.shape, IndexConfig(factory="IVF16,SQ4"), folder)
-    write_attributor(folder, built, *real.shape)
-    wanted, lives = (300, 6) if quick else (10_000, 100)
-    rng = np.random.default_rng(0)
-    present, gone = {f"image-{row}" for row in range(len(real))}, set[str]()
-    counts = dict.fromkeys(("operations", "kills", "removed_ids_answered", "adds_lost", "not_loadable"), 0)
-    context = multiprocessing.get_context("fork")
-    while counts["operations"] < wanted or counts["kills"] < lives:
-        log = work / f"kills-{counts['kills']}.log"
-        log.unlink(missing_ok=True)
-        process = context.Process(target=live, args=(folder, log, counts["kills"]))
-        process.start()
-        goal = max(1, round(rng.exponential(1.1 * wanted / lives)))
-        while process.is_alive() and (not log.exists() or log.read_bytes().count(b"done") < goal):
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.02))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        counts["kills"] += 1
-        lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("]")]
-        begun: tuple[str, set[str]] = ("", set())
-        for state, kind, ids in lines:
-            if state == "begin":
-                begun = (kind, set(ids))
-                continue
-            counts["operations"] += 1
-            begun = ("", set())
-            if kind == "add":
-                present |= set(ids)
-            elif kind == "remove":
-                present, gone = present - set(ids), gone | set(ids)
-            elif kind == "search":
-                counts["removed_ids_answered"] += len(gone & set(ids))
-        try:
-            attributor = FastAttributor.from_pretrained(folder)
-            answer = attributor.attribute_features(real[:1], ["x"], len(attributor))[0]
-        except Exception as error:  # what it is matters less than that it was
-            print(f"after kill {counts['kills']}: {type(error).__name__}: {error}", file=sys.stderr)
-            counts["not_loadable"] += 1
-            continue
-        found = {result.image_id for result in answer.results}
-        counts["removed_ids_answered"] += len(found & gone)
-        counts["adds_lost"] += len(present - begun[1] - found)
-        if begun[0] == "remove":
-            gone |= begun[1] - found
-        present = found
-    return {name if name in KEYS else f"kills_{name}": value for name, value in counts.items()}
-
-
-def live(folder: Path, log: Path, seed: int) -> None:
-    """One process's life: random changes and searches, each noted before and after."""
-    attributor = FastAttributor.from_pretrained(folder)
-    rng = np.random.default_rng([7, seed])
-    there = attributor.catalog["image_id"].to_pylist()
-    with log.open("a", buffering=1) as notes:
-        for step in range(1_000_000):
-            kind = str(rng.choice(["add", "remove", "search", "compact"], p=[0.35, 0.3, 0.34, 0.01]))
-            query = rng.standard_normal((1, attributor.config["feature_dim"])).astype(np.float32)
-            ids = [f"life-{seed}-{step}"] if kind == "add" else [str(rng.choice(there))] if kind == "remove" else []
-            notes.write(json.dumps(["begin", kind, ids]) + "\n")
-            if kind == "add":
-                attributor.add_features(query, ["added"], [{"image_id": ids[0]}])
-                there.append(ids[0])
-            elif kind == "remove":
-                attributor.remove(ids)
-                there.remove(ids[0])
-            elif kind == "search":
-                ids = [result.image_id for result in attributor.attribute_features(query, ["x"], 50)[0].results]
-            else:
-                attributor.compact()
-            notes.write(json.dumps(["done", kind, ids]) + "\n")
-
-
-def part_serve(work: Path, quick: bool) -> dict[str, Any]:
-    """64 clients at once against `fastattr serve emoji` in a process of its own; then uploads that must be refused."""
-    clients, seconds = (8, 5.0) if quick else (64, 60.0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "fastattr", "serve", "emoji", "--port", str(port)])
-    try:
-        while True:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            if server.poll() is not None:
-                raise RuntimeError("the server ended")
-            time.sleep(0.1)
-        pictures = [png(np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)) for number in range(64)]
-        post(port, pictures[0])  # the encoders are warm
-        milliseconds: list[float] = []
-        errors: list[int] = []
-        until = time.perf_counter() + seconds
-
-        def ask(number: int) -> None:
-            while time.perf_counter() < until:
-                started = time.perf_counter()
-                status = post(port, pictures[number % len(pictures)])
-                milliseconds.append(1000 * (time.perf_counter() - started))
-                if status != 200:
-                    errors.append(status)
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        hostile = {
-            "empty": b"",
-            "text": b"no image at all",
-            "truncated": pictures[0][:100],
-            "oversized": bytes(20_000_000),
-            "too many pixels": png(np.zeros((5000, 5000, 3), dtype=np.uint8)),
-            "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        }
-        answers = {name: post(port, data) for name, data in hostile.items()}
-        return {
-            "serve_clients": clients,
-            "serve_seconds": seconds,
-            "serve_requests": len(milliseconds),
-            "serve_errors": len(errors),
-            "serve_p50_ms": float(np.median(milliseconds)),
-            "serve_p99_ms": float(np.percentile(milliseconds, 99)),
-            "serve_hostile": len(answers),
-            "serve_hostile_refused_4xx": sum(400 <= status < 500 for status in answers.values()),
-            "serve_alive_afterwards": post(port, pictures[0]) == 200,
-        }
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """Pixels as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def post(port: int, data: bytes) -> int:
-    """Post an upload as a form; the status, 0 where the connection broke."""
-    parts = [b'--frontier\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nred heart, openmoji style\r\n']
-    parts += [
-        b'--frontier\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n',
-        data,
-        b"\r\n--frontier--\r\n",
-    ]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        headers = {"Content-Type": "multipart/form-data; boundary=frontier"}
-        connection.request("POST", "/attribute", b"".join(parts), headers)
-        answer = connection.getresponse()
-        answer.read()
-        return answer.status
-    except ConnectionError:  # a server may answer an upload that is too large before it has read it, and close
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return connection.getresponse().status
-        return 0
-    except (OSError, http.client.HTTPException):
-        return 0
-    finally:
-        connection.close()
-
-
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "real": part_real,
     "118k": lambda work, quick: part_size("118k", work, quick),
@@ -523,8 +315,6 @@ PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "10m": lambda work, quick: part_size("10m", work, quick),
     "latency": part_latency,
     "opening": part_opening,
-    "kills": part_kills,
-    "serve": part_serve,
 }
 
 
@@ -574,7 +364,7 @@ def main() -> None:
     """Run the parts that have not run, or one of them, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", type=Path, help="where vectors, indexes and figures go (default: a folder that is deleted)")
+    parser.add_argument("--work", type=Path, default=Path("runs/index"), help="vectors, indexes, figures (%(default)s)")
     parser.add_argument("--part", choices=list(PARTS), help="only this part")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", type=Path, help="only print the table of an earlier run's JSON")
@@ -582,12 +372,9 @@ def main() -> None:
     if arguments.table:
         print(table(read_json(arguments.table)))
         return
-    if arguments.work is None:
-        with tempfile.TemporaryDirectory(prefix="fastattr-index-") as name:
-            run(Path(name), arguments.part, arguments.quick, arguments.json)
-    else:
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        run(arguments.work, arguments.part, arguments.quick, arguments.json)
+    work = arguments.work / ("quick" if arguments.quick else "full")
+    work.mkdir(parents=True, exist_ok=True)
+    run(work, arguments.part, arguments.quick, arguments.json)
 
 
 def run(work: Path, part: str | None, quick: bool, path: Path | None) -> None:
@@ -600,7 +387,7 @@ def run(work: Path, part: str | None, quick: bool, path: Path | None) -> None:
     for name in PARTS:
         if not (work / f"part-{name}.json").exists():
             extra = ["--quick"] if quick else []
-            subprocess.run([sys.executable, __file__, "--part", name, "--work", str(work), *extra], check=True)
+            subprocess.run([sys.executable, __file__, "--part", name, "--work", str(work.parent), *extra], check=True)
     results: dict[str, Any] = {}
     for name in PARTS:
         results |= read_json(work / f"part-{name}.json")

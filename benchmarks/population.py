@@ -19,7 +19,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from fastattr.core.files import atomic_path
 from fastattr.core.models import ASSETS
+from fastattr.index.vectors import Read, reader
 
 DIM = 768
 NEIGHBOURS = 8
@@ -76,6 +78,16 @@ class Population:
         waves *= np.float32((2 * TAIL / waves.shape[1]) ** 0.5)
         whole = np.concatenate([small, waves], axis=1)
         return whole / np.linalg.norm(whole, axis=1, keepdims=True)
+
+
+def stored(rows: int, path: Path) -> Read:
+    """The made vectors, written once as float16: what is compared exhaustively is what is indexed."""
+    if not path.exists():
+        made = Population(real_embeddings(), seed=0)
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            for start in range(0, rows, BLOCK):
+                out.write(made.read(start, min(start + BLOCK, rows)).astype(np.float16).tobytes())
+    return reader(path, DIM)
 
 
 def describe(vectors: np.ndarray, *, sample: int = 1000) -> dict[str, float]:

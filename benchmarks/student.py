@@ -54,7 +54,7 @@ from fastattr.students.ownness import fit_density
 from fastattr.students.pairs import PairTable, labels_of, make_table, standardised
 from fastattr.students.ranking import paired_bootstrap, spearman, standard_error, teacher_average_precision
 from fastattr.students.shares import divide, families_of, teacher_shares
-from fastattr.students.student import Student, StudentConfig, embed_both
+from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -170,7 +170,7 @@ class Tables:
         """Q arrays (C,) of similarities of a split's queries to their candidates, by a student or by the untuned features."""
         own, theirs = self.queries[space, split], self.images[space]
         if student is not None:
-            own, theirs = embed_both(student, own, theirs)
+            own, theirs = embed(student, own), embed(student, theirs)
         else:
             own, theirs = (F.normalize(torch.from_numpy(part), dim=1).numpy() for part in (own, theirs))
         return [theirs[rows] @ query for rows, query in zip(self.rows[split], own, strict=True)]
@@ -361,11 +361,6 @@ def variants(sizes: Sizes, spaces: Sequence[str]) -> dict[str, tuple[str, Distil
         f"{space}_{loss}": (space, recipe(sizes, loss=loss)) for space in spaces if space != "both" for loss in SHOWN_LOSSES
     }
     found[PAPER_RECIPE] = ("both", recipe(sizes, student=PAPER))
-    found["both_listwise_separate_heads"] = ("both", recipe(sizes, loss="listwise", student=StudentConfig(separate_heads=True)))
-    found["both_bce_separate_heads"] = ("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
-    for loss in SHOWN_LOSSES:
-        found[f"both_{loss}_popularity_head"] = ("both", recipe(sizes, loss=loss, student=StudentConfig(popularity=True)))
-        found[f"both_{loss}_residual_ranks"] = ("both", recipe(sizes, loss=loss, targets="residual_ranks"))
     return found
 
 
@@ -395,9 +390,7 @@ def measure_tables(tables: Tables, sizes: Sizes, folder: Path) -> dict[str, Any]
         found[f"seconds_{name}"] = round(time.perf_counter() - started, 1)
         note(name, space, tables.students[name])
         write_json(folder / "tables.json", found)
-    # Students with heads of their own for queries do not know a training image that is given as one (docs/student.md).
-    shared = [name for name, (space, config) in tried.items() if space == "both" and not config.student.separate_heads]
-    eligible = [name for name in shared if name != PAPER_RECIPE]
+    eligible = [name for name, (space, _) in tried.items() if space == "both" and name != PAPER_RECIPE]
     best = max(eligible, key=lambda name: valid[name])
     found["best_student"] = best
     for key in PERCENTS:
@@ -424,8 +417,6 @@ def measure_hubs(tables: Tables, best: str) -> dict[str, Any]:
         "student": tables.similarities("both", "test", tables.students[best]),
         "teacher": [query.influence for query in tables.scored["test"]],
     }
-    if "both_listwise_residual_ranks" in tables.students:
-        methods["residual_student"] = tables.similarities("both", "test", tables.students["both_listwise_residual_ranks"])
     rows = tables.rows["test"]
     for name, scores in methods.items():
         first = [own[np.argsort(-values, kind="stable")[:10]] for own, values in zip(rows, scores, strict=True)]
@@ -621,17 +612,12 @@ def bench_students(sizes: Sizes) -> dict[str, Setting]:
     """
     found = {PAPER_RECIPE: Setting("both", recipe(sizes, student=PAPER))}
     for space in ("both", "all"):
-        for loss in ("bce", "listwise", "lambdarank"):
-            found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss))
         for loss in SHOWN_LOSSES:
-            found[f"{space}_{loss}_residual_ranks"] = Setting(space, recipe(sizes, loss=loss, targets="residual_ranks"))
-            popular = StudentConfig(popularity=True)
-            found[f"{space}_{loss}_popularity_head"] = Setting(space, recipe(sizes, loss=loss, student=popular))
+            found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss))
     for space in ("image", "text", "diffusion", "gradient", "output_gradient"):
         for loss in SHOWN_LOSSES:
             shape = StudentConfig(input_norm=space.endswith("gradient"))
             found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss, student=shape))
-    found["both_bce_separate_heads"] = Setting("both", recipe(sizes, student=StudentConfig(separate_heads=True)))
     for space in ("both", "all", "image", "text", "diffusion"):
         scores = recipe(sizes, loss="mse_scores", steps=min(sizes.steps, 300))
         found[f"{space}_mse_scores"] = Setting(space, scores, judged=False)

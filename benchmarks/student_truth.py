@@ -31,7 +31,7 @@ from fastattr.gradients.compression import Compression, GradientConfig
 from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig, Validation, distill
 from fastattr.students.pairs import labels_of, make_table
-from fastattr.students.student import Student, embed_both
+from fastattr.students.student import Student, embed
 from fastattr.teachers.kernels import kernel_scores_of_products
 from fastattr.teachers.scores import ScoredQuery
 
@@ -247,7 +247,9 @@ def train(bench: Bench, setting: Setting, teacher: str) -> Student:
 def similarities(bench: Bench, space: str, split: str, student: Student | None = None) -> np.ndarray:
     """(Q, N) cosines of a split's queries, by a student or by the untuned features; in the ground truth's order."""
     own, theirs = bench.spaces[space][split], bench.spaces[space]["images"]
-    own, theirs = (of_unit_length(own), of_unit_length(theirs)) if student is None else embed_both(student, own, theirs)
+    own, theirs = (
+        (of_unit_length(own), of_unit_length(theirs)) if student is None else (embed(student, own), embed(student, theirs))
+    )
     return bench.in_order(own @ theirs.T)
 
 

@@ -59,8 +59,8 @@ from fastattr.generators.layers import Layer, weight_shape
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.losses import denoising_losses, image_losses
-from fastattr.students.distill import DistillConfig, train_student
-from fastattr.students.pairs import standardised
+from fastattr.students.distill import DistillConfig, distill
+from fastattr.students.pairs import labels_of, make_table, standardised
 from fastattr.students.student import embed
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
@@ -774,14 +774,10 @@ def _students(
             for query_id, influence in zip(train_ids, table, strict=True)
         ]
         with tempfile.TemporaryDirectory() as scratch:
-            student = train_student(
-                scored,
-                features,
-                corpus_features,
-                [np.arange(len(data.corpus))] * len(scored),
-                sizes.student,
-                checkpoint=Path(scratch) / "checkpoint.safetensors",
-            )
+            labels = labels_of(scored, [np.arange(len(data.corpus))] * len(scored))
+            taught = make_table(labels, corpus_size=len(data.corpus), kind=sizes.student.target_kind)
+            checkpoint = Path(scratch) / "checkpoint.safetensors"
+            student = distill(taught, features, corpus_features, sizes.student, checkpoint=checkpoint)
         index = embed(student, corpus_features)
         with timed.measure(len(query_features), name):
             found[name] = embed(student, query_features) @ index.T

@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from fastattr.attributor.bases import replacing
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import FORMAT_VERSION, seal, write_table
-from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.stages import open_stage, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.features.kinds import open_encoder
@@ -62,8 +63,7 @@ def build_attributor(
     paths = folders(run_dir, "features", encoders)
     features = read_features(paths, corpus.image_ids)
     metrics_file = run_dir / "evaluation" / "metrics.json"
-    with atomic_path(folder) as temporary:
-        temporary.mkdir(parents=True)
+    with replacing(folder) as temporary:
         save_student(student, temporary / "model.safetensors")
         embeddings = embed(student, features)
         built = build(lambda start, stop: embeddings[start:stop], len(embeddings), embeddings.shape[1], config, temporary)

@@ -167,7 +167,7 @@ def attribute_many(
 @app.command()
 def info(model: Model, as_json: AsJson = False) -> None:
     """Describe an attributor: sizes, versions, licences, metrics."""
-    from fastattr.attributor.attributor import read_info
+    from fastattr import read_info
 
     found = read_info(model)
     if as_json:

@@ -75,7 +75,8 @@ def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
         ArtifactMismatchError: it was built from another corpus than the ground truth.
     """
     from fastattr.attributor.attribution import Attribution
-    from fastattr.attributor.attributor import FastAttributor, read_info
+    from fastattr.attributor.attributor import FastAttributor
+    from fastattr.attributor.load import read_info
 
     require_same(
         f"the corpus of attributor {name_or_path!r}",

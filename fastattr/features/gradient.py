@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,10 +77,12 @@ class GradientEncoder:
         """Wrap a generator; its layers that match the recipe's pattern are made to require gradients."""
         config = recipe.config
         self.specification = "gradient"
-        identity: list[Any] = [generator.fingerprint, vars(config), recipe.pattern, coordinates.tolist()]
+        after = [recipe.pattern, coordinates.tolist()]
         if kernel is not None:
-            identity += [recipe.ridge, kernel.factors.tolist()]
-        self.fingerprint = fingerprint(identity)
+            after += [recipe.ridge, kernel.factors.tolist()]
+        settings = {name: value for name, value in vars(config).items() if name != "batch_size"}
+        self.fingerprint = fingerprint([generator.fingerprint, settings, *after])
+        self.former = fingerprint([generator.fingerprint, vars(config), *after])
         self._generator, self._config, self._kernel = generator, config, kernel
         self._layers = _require_gradients(generator, recipe.pattern)
         self._compression = Compression(self._layers, config, factors, coordinates)
@@ -94,8 +95,7 @@ class GradientEncoder:
         )
         if self._kernel is not None:
             rows = self._kernel(rows)
-        unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-        return unit
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
 def _require_gradients(generator: Generator, pattern: str) -> dict[str, Layer]:

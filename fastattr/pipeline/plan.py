@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattr.core.errors import FastattrError
+from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.costs import (
     LIBRARIES,
@@ -41,8 +42,11 @@ def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[s
         'rates', or 'problem'.
 
     Raises:
-        InputError: the number of images or the network is not known.
+        InputError: the number of images or the network is not known, or the config asks for more queries than captions.
+        As `check`.
     """
+    check(config, run_dir, planned=True)
+    check_queries(config, run_dir)
     images, network = training_images(config, run_dir), denoiser_of(config, run_dir)
     stages = stage_costs(config, images, network)
     names = list(PEAK_FLOPS)

@@ -20,7 +20,7 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.processes import alone, peak_memory
 from fastattr.pipeline.networks import count, network_inputs, new_network, unlearned_layers
 
-SECONDS = 6.0
+SECONDS = 3.0
 """How long each of the two rates is measured."""
 WIDTH, ROWS = 768, 3152
 """Of the layers of a ViT-B/16 with 16 images of 197 tokens: what encoders and student spend their time in."""

@@ -117,5 +117,22 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "report": report.run,
 }
 """Stage name -> function of (config, run folder), in the order in which they run."""
+FOLDERS = {
+    "corpus": ("corpus", "corpus-parts"),
+    "train-autoencoder": ("autoencoder",),
+    "train-generator": ("generator",),
+    "train-encoder": ("encoder",),
+    "queries": ("queries",),
+    "features": ("features", "query_features"),
+    "candidates": ("candidates",),
+    "teach": ("scores",),
+    "distill": ("student",),
+    "calibrate": ("calibration",),
+    "evaluate": ("evaluation",),
+    "index": ("attributor", "attributor-manifest"),
+    "card": ("card",),
+    "report": ("report",),
+}
+"""Folders of the run that a stage writes; what teachers share (ekfac/, encoded/, base_loss/) is named for what it is of."""
 SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
 """Stages that all processes of `accelerate launch` do together."""

@@ -5,21 +5,23 @@ What is pushed is what a run folder or an embedded model holds, plus a card (car
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fastattr.attributor.folder import copy_version, read_config
-from fastattr.attributor.journal import open_catalogue
-from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.attributor.bases import copy_newest
+from fastattr.attributor.folder import read_config
+from fastattr.attributor.version import Parts, open_version
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
 from fastattr.core.files import read_json, write_json
-from fastattr.core.models import ASSETS, check_repo_id, embedded_models
+from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
 from fastattr.publishing.cards import attributor_card, generator_card
 from fastattr.publishing.licences import license_text, provenance
 from fastattr.publishing.push import Push
@@ -71,22 +73,27 @@ def push_attributor(
         As `hub.push_folder`.
     """
     check_repo_id(repo_id)
-    config = read_config(folder)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "attributor"
-        copy_version(folder, config, staged)
+        copy_newest(folder, staged)
         card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
-        data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
-        replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
+        replaces = [glob.escape(name) for name in _files_there(repo_id, target)]
         return send_with_card(
-            staged,
-            repo_id,
-            card,
-            licences,
-            message=message or "Push attributor",
-            replaces=replaces,
-            **target,
+            staged, repo_id, card, licences, message=message or "Push attributor", replaces=replaces, **target
         )
+
+
+def _files_there(repo_id: str, target: Mapping[str, Any]) -> list[str]:
+    """The files of the attributor that a repository holds already, as its config.json names them; nobody else's."""
+    where = {key: target[key] for key in ("token", "revision") if key in target}
+    try:
+        return list(read_config(fetch(repo_id, "model", ["config.json"], **where))["sha256"])
+    except (ArtifactNotFoundError, MissingFileError, ArtifactDamagedError):
+        return []  # the repository or the branch is yet to be made, or its config.json is no attributor's
+    except HubError:
+        if target.get("dry_run"):
+            return []
+        raise
 
 
 def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
@@ -134,7 +141,8 @@ def push_generator(
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.ckpt", "*.pt", "*.pth"))
         if manifest:
             _load_in_full_precision(staged)
-        replaces = ("*.safetensors", "*/*.json", "*/*.txt")
+        parts = [path.parent.name for path in staged.glob("*/*.safetensors")]
+        replaces = [f"{part}/{name}*.safetensors" for part in parts for name in ("diffusion_pytorch_model", "model")]
         licences = license_text(entries)
         return send_with_card(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
 
@@ -177,7 +185,6 @@ def push_space(
             repo_id,
             message=message or "Push Space",
             repo_type="space",
-            replaces=("*.py", "*.css", "*.png"),
             variables={"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor},
             **target,
         )
@@ -247,7 +254,7 @@ def training_images(source: str | Path) -> pa.Table | None:
 
 def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
     """Caption, source, licence and creator of the images that an attributor names."""
-    table = open_catalogue(folder, config, thumbnails=False).table
+    table = open_version(folder, config, Parts(thumbnails=False), stamp=()).catalogue.table
     return table.select(["caption", "source", "license", "creator"])
 
 

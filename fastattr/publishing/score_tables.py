@@ -5,6 +5,7 @@ CONFIG/manifest.json lies beside the shards; the card of all configurations is w
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 import tempfile
@@ -68,7 +69,7 @@ def push_scores(
             license_text(merged(each["provenance"] for each in manifests.values()), scores.get("license")),
             message=message or f"Push score table {config_name}",
             repo_type="dataset",
-            replaces=(f"{config_name}/*",),
+            replaces=[f"{glob.escape(config_name)}/{split}-*-of-*.parquet" for split in SPLITS],
             **target,
         )
 

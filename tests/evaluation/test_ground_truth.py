@@ -364,13 +364,13 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     assert not set(asked) & forbidden
     asked.clear()
     taught: list[str] = []
-    train_student = benchmark.train_student
+    labels_of = benchmark.labels_of
 
-    def watching(scored, *others, **named_others):
+    def watching(scored, rows):
         taught.extend(query.query_id for query in scored)
-        return train_student(scored, *others, **named_others)
+        return labels_of(scored, rows)
 
-    monkeypatch.setattr(benchmark, "train_student", watching)
+    monkeypatch.setattr(benchmark, "labels_of", watching)
     width = 256 + data.lab.diffusion_features(data.lab.corpus).shape[1]
     features = np.random.default_rng(0).standard_normal((len(truth.image_ids), width)).astype(np.float32)
     settings = benchmark.Settings(query_draws=8, loss_draws=1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastattr import InputError
+from fastattr import FastAttributor, InputError
 from fastattr.cli.main import main
 from fastattr.core.files import read_json
 from fastattr.corpus.store import Corpus
@@ -19,6 +20,7 @@ from fastattr.pipeline import build
 from fastattr.pipeline.config import load_config, save_config
 from fastattr.pipeline.plan import as_table, plan
 from fastattr.pipeline.report import SHOWN, facts, render
+from fastattr.pipeline.stages import FOLDERS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "hub_scripts" / "configs").glob("*.yaml"))
 
@@ -134,9 +136,11 @@ def test_the_card_is_that_of_the_hub(tiny_run: Path):
     assert (tiny_run / "card" / "LICENSE.md").read_text(encoding="utf-8") == licences
 
 
-def test_plan_command_measures_this_machine_and_prints_a_table(monkeypatch, tiny_config: Path, tmp_path: Path, capsys):
+def test_plan_command_measures_this_machine_and_prints_a_table(tiny_config: Path, tmp_path: Path, capsys):
     """Hours of this machine must follow from what it does, and a probe that fails must not be taken for no time at all."""
-    assert main(["plan", str(tiny_config), "--run", str(tmp_path / "run"), "--json"]) == 0
+    patient = tmp_path / "patient.yaml"  # on a busy machine a probe takes as long as it takes
+    patient.write_text(tiny_config.read_text(encoding="utf-8") + "\nplan: {probe_seconds: 280}\n", encoding="utf-8")
+    assert main(["plan", str(patient), "--run", str(tmp_path / "run"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     here = result["here"]
     assert "problem" not in here, here
@@ -147,5 +151,30 @@ def test_plan_command_measures_this_machine_and_prints_a_table(monkeypatch, tiny
     assert here["peak_memory"] > 100e6
     assert "GFLOP/s" in as_table(result)
     config = load_config(tiny_config)
-    short = replace(config, plan=replace(config.plan, probe_seconds=0.01))
+    short = replace(config, plan=replace(config.plan, probe_seconds=1))
     assert "plan.probe_seconds" in plan(short, tmp_path / "run", measure=True)["here"]["problem"]
+
+
+def test_from_a_stage_on_everything_is_built_again(tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys):
+    """What came before costs hours and must stay; what comes after must not be of the old settings."""
+    assert list(FOLDERS) == [name for name in build.STAGES if name != "push"]
+    shutil.copytree(tiny_run, tmp_path / "run")
+    build.forget(tmp_path / "run", "calibrate")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    gone = {"calibration", "evaluation", "attributor", "attributor-manifest", "card", "report"}
+    assert {path.name for path in tiny_run.iterdir()} - left == gone
+    assert main(["build", str(tiny_config), "--run", str(tmp_path / "run"), "--no-plan", "--from", "distil"]) == 2
+    assert "did you mean 'distill'" in capsys.readouterr().err
+
+
+def test_a_new_build_does_not_undo_an_opt_out(tiny_run: Path, tmp_path: Path):
+    """Images that their creator had removed would be back, and nobody would notice."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    attributor = FastAttributor.from_pretrained(tmp_path / "run")
+    attributor.remove([attributor.catalog["image_id"][0].as_py()])
+    with pytest.raises(InputError, match="would undo"):
+        build.forget(tmp_path / "run", "distill")
+    attributor.compact()
+    with pytest.raises(InputError, match="would undo"):
+        build.forget(tmp_path / "run", "corpus")
+    assert len(FastAttributor.from_pretrained(tmp_path / "run")) == 47

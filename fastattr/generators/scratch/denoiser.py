@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fastattr.core.errors import InputError
+from fastattr.core.settings import at_least
 from fastattr.core.training import TrainingConfig
 from fastattr.generators.scratch.text import build_text_encoder
 
@@ -77,6 +79,18 @@ class GeneratorConfig:
             optimizer="muon",
         )
     )
+
+    def __post_init__(self) -> None:
+        at_least(
+            self, 1, "channels", "layers_per_block", "head_width", "norm_groups", "vocabulary", "text_width", "text_layers"
+        )
+        at_least(self, 1, "steps", "timestep_shift")
+        at_least(self, 3, "max_tokens")  # begin, a word, end
+        of_all = self.caption_dropout + self.subject_dropout
+        if max(self.style_dropout, self.other_captions, self.rewritten, self.decay_share) > 1 or of_all >= 1:
+            raise InputError("shares must be at most 1, and caption_dropout and subject_dropout add up to less than 1")
+        if any(level >= len(self.channels) for level in self.attention_levels):
+            raise InputError(f"attention_levels are positions in channels, 0 to {len(self.channels) - 1}")
 
 
 def build_denoiser(
