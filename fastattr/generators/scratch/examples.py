@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from fastattr.core.captions import split_caption
 from fastattr.generators.scratch.denoiser import GeneratorConfig
-from fastattr.generators.scratch.prompts import Shares, draw_prompt
+from fastattr.generators.scratch.prompts import Shares, draw_prompt, rows_without_style
 from fastattr.generators.scratch.text import NO_STYLE, tokenize
 
 
@@ -43,10 +43,11 @@ class TrainingExamples:
         self._subject = torch.tensor([self.subjects.index(name) for name in names])
         self._style = torch.tensor([self.styles.index(style) if style else NO_STYLE for style in styles])
         self.tokenizer, self._config = tokenizer, config
+        self._without_style = rows_without_style(self.captions)
         self._shift, self._timesteps = config.timestep_shift, timesteps
 
-    def prompts_of(self, rows: np.ndarray, generator: torch.Generator) -> list[str]:
-        """(B,) prompts for these (B,) rows."""
+    def prompts_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[list[str], np.ndarray]:
+        """(B,) prompts, and the (B,) rows that they ask for: the given ones, but for prompts that name no style."""
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         config = self._config
         shares = Shares(
@@ -56,18 +57,20 @@ class TrainingExamples:
             subject_alone=config.style_dropout,
             rewritten=config.rewritten,
         )
-        return [draw_prompt(self.captions[row], shares, random) for row in rows]
+        drawn = [draw_prompt(self.captions[row], shares, random) for row in rows]
+        asked = [self._without_style[alone] if alone else row for (_, alone), row in zip(drawn, rows, strict=True)]
+        return [prompt for prompt, _ in drawn], np.array(asked)
 
     def captions_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """What `CaptionLoss` takes: tokens (B, max_tokens), latents (B, L, h, w), subjects (B,) and styles (B,)."""
-        prompts = self.prompts_of(rows, generator)
-        named = torch.tensor([bool(split_caption(prompt)[1]) or prompt in self.styles for prompt in prompts])
-        styles = torch.where(named, self._style[rows], NO_STYLE)
+        prompts, rows = self.prompts_of(rows, generator)
+        styles = torch.where(torch.tensor([bool(prompt) for prompt in prompts]), self._style[rows], NO_STYLE)
         return tokenize(self.tokenizer, prompts), self.latents[rows], self._subject[rows], styles
 
     def batch_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Latents (B, L, h, w), tokens (B, max_tokens), timesteps (B,) and noise (B, L, h, w) of these (B,) rows."""
-        picked, prompts = self.latents[rows], self.prompts_of(rows, generator)
+        prompts, rows = self.prompts_of(rows, generator)
+        picked = self.latents[rows]
         # One timestep from each of B equal parts: the same law with less variance over the batch.
         stratum = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
         share = stratum / len(rows)
