@@ -87,6 +87,8 @@ class Asked:
     """Spent on the features."""
     looks: list[bytes] | None = None
     """Of each query's picture, see corpus/near_copies.py; None where there is none."""
+    measures: list[np.ndarray] | None = None
+    """Of each query's picture, see students/ownness.py; None where there is none."""
 
 
 def checked_k(k: Any, version: Version) -> int:
@@ -123,7 +125,7 @@ def by_embedding(
     nearest = list(zip(rows, similarities, strict=True))
     with_features = len(asked.features) > 0
     parts = _parts(model, asked.features, catalogue, nearest) if with_features else [None] * len(nearest)
-    warnings = _warnings(calibration, asked.features) if with_features else [[] for _ in nearest]
+    warnings = _warnings(calibration, asked) if with_features else [[] for _ in nearest]
     seconds = {**asked.seconds, "search": time.perf_counter() - started}
     size = catalogue.count(where)
     answers = []
@@ -222,19 +224,18 @@ def _parts(
     return parts
 
 
-def _warnings(calibration: Calibration | None, features: np.ndarray) -> list[list[str]]:
+def _warnings(calibration: Calibration | None, asked: Asked) -> list[list[str]]:
     """For each query what its reader should know."""
-    density = calibration.density if calibration else None
-    if density is None:
-        return [[] for _ in features]
+    if calibration is None or calibration.ownness is None:
+        return [[] for _ in asked.prompts]
     return [
         [
-            f"Image and prompt do not look like this generator's output (distance {distance:.2f}; its own stay below "
-            f"{density.threshold:.2f}). For an image that it did not make, these are the training images that resemble it."
+            f"Image and prompt do not look like this generator's output: {'; '.join(doubts)}. For an image that it did not "
+            "make, these are the training images that resemble it."
         ]
-        if distance > density.threshold
+        if doubts
         else []
-        for distance in density.distance(features)
+        for doubts in calibration.ownness.doubts(asked.features, asked.prompts, asked.measures)
     ]
 
 

@@ -41,6 +41,7 @@ from fastattr.attributor.version import Parts, Version, open_version
 from fastattr.core.errors import InputError, MissingFileError
 from fastattr.core.models import ASSETS, commit_of
 from fastattr.corpus.near_copies import look_of
+from fastattr.students.ownness import measures_of
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,8 @@ class FastAttributor:
         features = self._model.without_prompt(np.concatenate(encoded, axis=1), [text is None for text in prompts])
         hashes = [image_sha256(image, text) for image, text in zip(images, texts, strict=True)]
         seconds = {"features": time.perf_counter() - started}
-        return Asked(features, texts, hashes, seconds, [look_of(image) for image in images])
+        looks, measures = [look_of(image) for image in images], [measures_of(image) for image in images]
+        return Asked(features, texts, hashes, seconds, looks, measures)
 
     def attribute_features(
         self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None

@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 def fingerprint(value: Any) -> str:
     """16 hex digits that identify a JSON-able value (a config, a list of ids with their hashes)."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=plain)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str], **facts: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def push_folder(
         raise InputError(f"{folder} has {len(files)} files, a push takes at most {MAX_FILES}; write fewer, larger shards.")
     if create_pr and (tag or revision not in {None, "main"}):
         raise InputError("a pull request is opened against 'main' and gets no tag; leave revision and tag out, or create_pr.")
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token, **library())
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
@@ -121,7 +121,16 @@ def push_folder(
         tagged = _has_tag(api, where, tag, files) if tag and head else False
         if dry_run:
             return push
-        url, head = _commit(api, where, files, push, message, revision, create_pr, head)
+        if not push.sent and not push.deleted:
+            url = f"{push.url}/commit/{head}"
+        else:
+            operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
+            operations += [CommitOperationDelete(path) for path in push.deleted]
+            options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": head}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes, we are
+                commit = api.create_commit(**where, operations=operations, **options)
+            url, head = commit.pr_url or commit.commit_url, commit.oid
         if tag and not tagged:
             api.create_tag(**where, tag=tag, revision=head)
         return replace(push, url=url)
@@ -142,36 +151,6 @@ def push_folder(
         if not dry_run:
             raise
         return compared({}, unasked=str(error))
-
-
-def _commit(
-    api: HfApi,
-    where: Mapping[str, Any],
-    files: Mapping[str, Path],
-    push: Push,
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-    head: str | None,
-) -> tuple[str, str | None]:
-    """Commit the changes onto `head`, if there are any; (URL of the commit or pull request, its id)."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    if not push.sent and not push.deleted:
-        return f"{push.url}/commit/{head}", head
-    operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
-    operations += [CommitOperationDelete(path) for path in push.deleted]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes: the catalogue
-        commit = api.create_commit(
-            **where,
-            operations=operations,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )
-    return commit.pr_url or commit.commit_url, commit.oid
 
 
 def _listing(api: HfApi, where: Mapping[str, Any], revision: str | None) -> tuple[str | None, dict[str, RepoFile]]:
