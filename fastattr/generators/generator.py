@@ -105,16 +105,12 @@ class Generator:
         cls,
         name_or_path: str | Path,
         *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         lora: str | Path | None = None,
         unlearn: str | None = None,
         options: Options | None = None,
+        **hub: Any,
     ) -> Generator:
         """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository 'org/name[@revision]'.
 
@@ -122,16 +118,12 @@ class Generator:
 
         Args:
             name_or_path: which.
-            revision: branch, tag or commit on the Hub; this and the next four as of `FastAttributor.from_pretrained`.
-            cache_dir: where the Hub client keeps downloads.
-            token: Hub access token.
-            local_files_only: take the cached copy, ask no network.
-            force_download: fetch again what the cache holds.
             device: where to run; None takes an accelerator if there is one.
             dtype: precision of the weights; None is what the manifest says, or float32.
             lora: a LoRA to lay on it: a safetensors file, a folder with one, or a Hub repository 'org/name[@revision]'.
             unlearn: 'base' or 'lora'; None is what the manifest says, or 'base'.
             options: what the files don't say; None is what the manifest says.
+            hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` as of `FastAttributor.from_pretrained`.
 
         Raises:
             ArtifactNotFoundError: there is no such model.
@@ -139,13 +131,7 @@ class Generator:
             ArtifactDamagedError: its files cannot be loaded, or their checksums are not those of its manifest.
             InputError: it is of no supported family.
         """
-        hub: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-        pipeline, manifest, words = load_pipeline(name_or_path, revision=revision, dtype=dtype, lora=lora, **hub)
+        pipeline, manifest, words = load_pipeline(name_or_path, dtype=dtype, lora=lora, **hub)
         reference: dict[str, Any] = manifest.get("reference", {})
         generator = cls(
             pipeline,

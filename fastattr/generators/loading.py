@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_pipeline(
-    name_or_path: str | Path, *, revision: str | None, dtype: torch.dtype | None, lora: str | Path | None, **hub: Any
+    name_or_path: str | Path, *, dtype: torch.dtype | None, lora: str | Path | None, revision: str | None = None, **hub: Any
 ) -> tuple[Any, dict[str, Any], frozenset[str] | None]:
     """A pipeline, its manifest ({} without one), and the words that it was trained on (None if its folder does not say).
 

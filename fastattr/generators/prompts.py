@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 WORDS = "words.txt"
 """File of a generator folder: the words of its training captions, one a line."""
+LITTLE_WORDS = re.compile("a|an|the|some|one|my|of|in|on|at|to|for|with|and|or|is|are|it|its|this|that|by|from|as")
 
 
 def words_of(text: str) -> list[str]:
@@ -15,42 +16,10 @@ def words_of(text: str) -> list[str]:
 
 
 def unknown_words(prompt: str, known: Collection[str]) -> list[str]:
-    """Words of a prompt, in order and once each, that are not `known`, nor are as a plural; articles and the like are."""
-    return [word for word in dict.fromkeys(words_of(prompt)) if not _is_known(word, known)]
-
-
-LITTLE_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "some",
-        "one",
-        "my",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "with",
-        "and",
-        "or",
-        "is",
-        "are",
-        "it",
-        "its",
-        "this",
-        "that",
-        "by",
-        "from",
-        "as",
-    ]
-)
-
-
-def _is_known(word: str, known: Collection[str]) -> bool:
-    forms = [word, word.removesuffix("s"), word.removesuffix("es")]
-    if word.endswith("ies"):
-        forms.append(word.removesuffix("ies") + "y")
-    return word in LITTLE_WORDS or any(form in known for form in forms)
+    """Words of a prompt, once each, that are not `known`, nor are in the singular; articles and the like are known."""
+    unknown = []
+    for word in dict.fromkeys(words_of(prompt)):
+        forms = {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}
+        if not LITTLE_WORDS.fullmatch(word) and not any(form in known for form in forms):
+            unknown.append(word)
+    return unknown

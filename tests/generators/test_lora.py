@@ -46,7 +46,7 @@ def prediction(generator: Generator) -> torch.Tensor:
     draws = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(2, *generator.latent_shape, generator=draws) for _ in range(2))
     with torch.no_grad():
-        return generator._predict(latents, generator.encode_prompt(["red ring", "blue"]), torch.tensor([300, 700]), noise)
+        return generator.predict(latents, generator.encode_prompt(["red ring", "blue"]), torch.tensor([300, 700]), noise)
 
 
 def merged(base: Path, pairs: Matrices, scale) -> torch.Tensor:

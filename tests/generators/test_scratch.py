@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastattr.core.captions import split_caption
+from fastattr.generators.prompts import unknown_words
 from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, build_denoiser, build_scheduler
 from fastattr.generators.scratch.examples import TrainingExamples
 from fastattr.generators.scratch.prompts import Shares, draw_prompt, mistype, rows_without_style
@@ -157,3 +158,10 @@ def test_a_text_encoder_learns_what_prompts_look_like(examples):
     assert (picture - examples.latents.flatten(1)).square().mean() < 0.05
     assert subjects.argmax(dim=1).tolist() == [2, 1, 2, 0]
     assert styles.argmax(dim=1).tolist()[:3] == [1, 1, 0]
+
+
+def test_words_that_were_never_seen_are_found():
+    """Whoever asks for a walrus should hear that the model knows none; plurals, case and articles are no surprise."""
+    known = {"dog", "cherry", "box", "face", "7"}
+    assert unknown_words("Two dogs, cherries and BOXES with a face of 7", known) == ["two"]
+    assert unknown_words("a walrus on the walrus' côte", known) == ["walrus", "côte"]
