@@ -123,7 +123,7 @@ class Generator:
             lora: a LoRA to lay on it: a safetensors file, a folder with one, or a Hub repository 'org/name[@revision]'.
             unlearn: 'base' or 'lora'; None is what the manifest says, or 'base'.
             options: what the files don't say; None is what the manifest says.
-            hub: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` as of `FastAttributor.from_pretrained`.
+            hub: revision, cache_dir, token, local_files_only and force_download, as of `FastAttributor.from_pretrained`.
 
         Raises:
             ArtifactNotFoundError: there is no such model.
