@@ -20,8 +20,6 @@ from fastattr.index.search import Ranked
 COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
 FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")
 """Columns that a search can be restricted by."""
-EXACT_ROWS = 10_000
-"""If a restriction leaves no more rows than this, all of them are compared."""
 Where = Mapping[str, "str | Sequence[str]"]
 """Values by column (one of `FILTERS`); 'since' and 'until' bound the column 'date', both included."""
 
@@ -252,7 +250,7 @@ class Catalogue:
         """
         allowed = self._searchable & self._matching(where) if where else self._searchable
         base_rows = len(self._table)
-        similarities, slots = self._search_base(queries, k, allowed[:base_rows])
+        similarities, slots = self.base.search(queries, k, allowed=allowed[:base_rows])
         fresh = np.flatnonzero(allowed[base_rows:])
         if len(fresh):
             similarities = np.concatenate([similarities, queries @ self._stacked[fresh].T], axis=1)
@@ -260,31 +258,6 @@ class Catalogue:
             best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
             similarities, slots = np.take_along_axis(similarities, best, axis=1), np.take_along_axis(slots, best, axis=1)
         return similarities, np.searchsorted(self.alive, slots)
-
-    def _search_base(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, n) similarities and slots among the allowed rows of the base, best first; n is k or what there is."""
-        count = int(allowed.sum())
-        wanted = min(k, count)
-        if not wanted:
-            return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
-        excluded = self.base.ntotal - count
-        if excluded and count <= EXACT_ROWS and self.base.reads_rows:
-            rows = np.flatnonzero(allowed)
-            similarities = self.base.similarities(queries, rows)
-            best = np.argsort(-similarities, axis=1, kind="stable")[:, :wanted]
-            return np.take_along_axis(similarities, best, axis=1), rows[best]
-        fetch, widen, widest = wanted + min(excluded, wanted), 1, self.base.index.widest
-        while True:
-            similarities, rows = self.base.search(queries, min(fetch, self.base.ntotal), widen=widen)
-            good = (rows >= 0) & allowed[rows]
-            if (good.sum(axis=1) >= wanted).all():
-                break
-            if fetch >= self.base.ntotal and widen >= widest:
-                raise ArtifactDamagedError("the index finds fewer rows than it holds; build the attributor again.")
-            widen = 2 * widen if (rows < 0).any() or fetch >= self.base.ntotal else widen
-            fetch *= 2
-        best = np.argsort(~good, axis=1, kind="stable")[:, :wanted]
-        return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
     def rows_of(self, slots: np.ndarray) -> np.ndarray:
         """(n,) rows of the images in (n,) slots; -1 for those that have been removed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ from fastattr.index.choose import (
     IndexConfig,
     available_memory,
     choose,
-    is_inverted,
     keeps_vectors,
     make,
     require_room,
 )
-from fastattr.index.files import save_index
+from fastattr.index.files import is_inverted, save_index
 from fastattr.index.tune import tune
-from fastattr.index.vectors import BATCH, Read, reader, write_vectors
+from fastattr.index.vectors import BATCH, Read, only_finite, reader, require_finite, write_vectors
 
 
 def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
@@ -39,9 +39,9 @@ def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
 
     Raises:
         InputError: FAISS does not know the factory string, or there are too few vectors to train it.
+        NonFiniteError: a vector is NaN or infinite.
     """
-    index = make(factory, embeddings.shape[1])
-    index = train(index, embeddings, factory)
+    index = train(make(factory, embeddings.shape[1]), require_finite(embeddings), factory)
     index.add(embeddings)
     return index
 
@@ -76,7 +76,16 @@ def off_gpu(index: faiss.Index) -> faiss.Index:
 
 
 def build(
-    read: Read, rows: int, dim: int, config: IndexConfig, folder: Path, *, name: str = "index", seed: int = 0
+    read: Read,
+    rows: int,
+    dim: int,
+    config: IndexConfig,
+    folder: Path,
+    *,
+    name: str = "index",
+    seed: int = 0,
+    queries: np.ndarray | None = None,
+    image_ids: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build an index of N vectors from a stream into a folder, shard by shard; done again, it goes on where it stopped.
 
@@ -88,15 +97,20 @@ def build(
         folder: where the files go; those of an interrupted build are in its folder `.build`.
         name: first part of the files' names.
         seed: of the choice of training vectors.
+        queries: (Q, D) embeddings of queries as they come, for whose recall the search is tuned, too.
+        image_ids: N, to name images in errors.
 
     Returns:
-        What config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_of_search'.
+        What config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_wanted',
+        'recall_of_search' (measured).
 
     Raises:
         DoesNotFitError: memory or disk are too small.
         InputError: FAISS does not know the factory string, or there are too few vectors.
         ArtifactMismatchError: the folder holds a half-built index with other settings.
+        NonFiniteError: a vector is NaN or infinite.
     """
+    read = only_finite(read, image_ids)
     memory = config.memory_gb * 1e9 or available_memory() / 2
     factory = config.factory if config.factory != AUTO else choose(rows, dim, recall=config.recall, memory=memory)
     require_room(rows, dim, factory, folder, config)
@@ -106,13 +120,13 @@ def build(
     if (work / "identity.json").exists() and read_json(work / "identity.json") != identity:
         raise ArtifactMismatchError(f"{work} holds a half-built index of something else; remove it to build anew.")
     write_json(work / "identity.json", identity)
-    vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(factory) else None
+    vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(make(factory, dim)) else None
     if vectors:
         read = reader(folder / vectors["file"], dim)
     trained = _train_on_sample(read, rows, factory, dim, work / "trained.faiss", seed=seed)
     shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name)
     settings: dict[str, Any] = {"index": factory, "index_shards": shards, "vectors": vectors}
-    settings.update(tune(folder, settings, read, rows, recall=config.recall, seed=seed))
+    settings |= tune(folder, settings, read, rows, recall=config.recall, seed=seed, queries=queries)
     shutil.rmtree(work)
     return settings
 
