@@ -5,11 +5,10 @@
 
 The pictures are icons of two npm packages that nothing in the repository was made from (pinned, SHA-512 checked), by two
 creators. The embedded emoji generator is fine-tuned on them with LoRA (peft) as in diffusers' train_text_to_image_lora.py,
-then `fastattr build` runs on a ten-line config, three times:
+then `fastattr build` runs on a ten-line config, twice:
 
 - uninterrupted, with its plan: seconds, and how far the plan's time and memory were from what was measured;
-- killed with SIGKILL at random moments and run again each time: its attributor must be the same, file for file;
-- on two processes of `accelerate launch`: its artifacts must be those of one process.
+- killed with SIGKILL at random moments and run again each time: its attributor must be the same, file for file.
 
 All runs have one thread a process, so that they can be compared. A near-copy of a training image (squeezed, re-encoded,
 brightened) with its caption is asked for the training images that it owes most to. `plan_coco_a100_hours` and
@@ -77,9 +76,9 @@ index: {{factory: Flat}}
 """
 FULL = {"images": 300, "train": 72, "validation": 10, "test": 14, "candidates": 150, "factors": 1024, "steps": 200}
 QUICK = {"images": 48, "train": 10, "validation": 4, "test": 6, "candidates": 30, "factors": 256, "steps": 5}
+PARTS = ("prepare", "build", "kills", "plans")
 COPIES = 20
 """Training images of which a near-copy is asked for; the first is `planted_copy_rank`."""
-LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -222,62 +221,6 @@ def same_scores(first: Path, second: Path) -> dict[str, Any]:
     return {"same_rows": same, "difference": difference / spread}
 
 
-def build_on_two(config: Path, run_dir: Path, first: Path) -> dict[str, Any]:
-    """Build on two processes, and compare with the run `first` of one."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *LAUNCH.split(),
-        "-m",
-        "fastattr",
-        "build",
-        str(config),
-    ]
-    settings = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
-        done = subprocess.run(
-            [*command, "--run", str(run_dir), "--no-plan"], env=environment(**settings), stderr=log, stdout=log, check=False
-        )
-    if done.returncode:
-        sys.exit(f"the build on two processes failed with exit code {done.returncode}")
-    return same_artifacts(run_dir, first)
-
-
-def same_artifacts(run_dir: Path, first: Path) -> dict[str, Any]:
-    """In what a run on two processes is that of one."""
-    scores = same_scores(run_dir, first)
-    ours, theirs = contents(run_dir / "attributor"), contents(first / "attributor")
-    folders = ("corpus", "queries", "features", "query_features", "candidates", "scores", "student", "attributor")
-    same = [folder for folder in folders if _data(run_dir / folder) == _data(first / folder)]
-    return {
-        "two_processes": read_json(run_dir / "scores" / "manifest.json")["processes"],
-        "two_processes_same_rows": scores["same_rows"],
-        "two_processes_largest_score_difference": scores["difference"],
-        "two_processes_identical_folders": ", ".join(same),
-        "two_processes_attributor_differs_in": ", ".join(name for name in theirs if ours.get(name) != theirs[name]),
-        "two_processes_answers": same_answers(run_dir / "attributor", first / "attributor", run_dir),
-    }
-
-
-def _data(folder: Path) -> dict[str, str]:
-    """What a stage made, without the record of how long it took."""
-    return {name: digest for name, digest in contents(folder).items() if not name.endswith("manifest.json")}
-
-
-def same_answers(first: Path, second: Path, run_dir: Path) -> float:
-    """Mean overlap of the first ten training images that two attributors name for the test queries."""
-    from fastattr import FastAttributor
-    from fastattr.generators.queries import Queries
-
-    queries = Queries(run_dir / "queries")
-    rows = queries.of_split("test")
-    images, prompts = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
-    answers = [FastAttributor.from_pretrained(folder).attribute(images, prompts, k=10) for folder in (first, second)]
-    named = [[{result.image_id for result in answer.results} for answer in group] for group in answers]  # type: ignore[union-attr]
-    return float(np.mean([len(a & b) / 10 for a, b in zip(*named, strict=True)]))
-
-
 def near_copy(image: Image.Image) -> Image.Image:
     """The picture squeezed to 58 x 61 pixels, brightened by 4%, saved as a JPEG of quality 80, and 64 x 64 again."""
     buffer = io.BytesIO()
@@ -322,14 +265,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--work", type=Path, help="keep pictures, LoRA, run folders and results here")
-    parser.add_argument("--quick", action="store_true", help="48 pictures, one kill, no second process")
-    parser.add_argument("--only", choices=["prepare", "build", "kills", "processes", "plans"], action="append")
+    parser.add_argument("--quick", action="store_true", help="48 pictures, one kill")
+    parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    parts = options.only or (
-        ["prepare", "build", "kills", "plans"] if options.quick else ["prepare", "build", "kills", "processes", "plans"]
-    )
+    parts = options.only or PARTS
     sizes = QUICK if options.quick else FULL
     kills = 1 if options.quick else options.kills
     with tempfile.TemporaryDirectory() as scratch:
@@ -360,7 +301,8 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
         started = time.monotonic()
         peak = peak_of(start(config, plain))
         seconds = time.monotonic() - started
-        here, spent = read_json(plain / "plan.json")["here"], sum(read_json(plain / "spent.json").values())
+        plan = read_json(plain / "plan.json")
+        here, spent = plan["here"], sum(read_json(plain / "spent.json").values())
         if not (plain / "report" / "index.html").exists():
             sys.exit("the build wrote no report")
         return {
@@ -370,8 +312,8 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
             "planned_stages_seconds": here["seconds"]["in all"],
             "plan_time_error": abs(here["seconds"]["in all"] / spent - 1),
             "peak_memory": peak,
-            "planned_peak_memory": here["peak_memory"],
-            "plan_memory_error": abs(here["peak_memory"] / peak - 1),
+            "planned_peak_memory": plan["peak_memory"],
+            "plan_memory_error": abs(plan["peak_memory"] / peak - 1),
             "load_average": os.getloadavg()[1],  # above the number of cores, the seconds are those of a shared machine
             **planted_copies(plain, seed=seed),
         }
@@ -388,9 +330,6 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
             "identical_after_kill": identical,
             "largest_score_difference_after_kill": scores["difference"],
         }
-    if part == "processes":
-        shutil.rmtree(work / "two", ignore_errors=True)
-        return build_on_two(config, work / "two", plain)
     return paper_plans()
 
 

@@ -80,7 +80,7 @@ def open_run(config: RetrainConfig, run_dir: Path, source: Path | None) -> Retra
     return prepare(config, run_dir, autoencoder=AUTOENCODER, source=source)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the ground truth."""
     parser = argparse.ArgumentParser(description="Train emoji-bench's models again and again; resumes.")
     parser.add_argument("--run", type=Path, default=Path("runs/bench"), help="run folder (%(default)s)")
@@ -93,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run = open_run(read_yaml(options.config, RetrainConfig), options.run, options.corpus)
     if options.model:
-        run_one(run, options.model)
-        return 0
+        return run_one(run, options.model)
 
     def command(model_id: str) -> list[str]:
         return [sys.executable, __file__, "--run", str(options.run), "--config", str(options.config), "--model", model_id]
@@ -108,12 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     manifest = make_ground_truth(run, options.out, options.only or WHAT, train_all, machine=machine.describe())
     (options.out / "README.md").write_text(CARD, encoding="utf-8")
     print(f"{options.out}: {manifest['models']}")
-    return 0
+    return None
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FastattrError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    machine.run(main)

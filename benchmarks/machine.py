@@ -10,7 +10,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattr.core.errors import FastattrError
 from fastattr.core.files import write_json
 
 LIBRARIES = ("fastattr", "torch", "diffusers", "transformers", "open_clip_torch", "faiss-cpu", "numpy")
@@ -82,3 +83,12 @@ def report(results: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
         write_json(path, dict(results))
     print(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a script; an error of the library is one line and exit code 2."""
+    try:
+        main()
+    except FastattrError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--quick", action="store_true", help="fewer of everything: under two minutes on a quiet machine")
     options = parser.parse_args()
-    from fastattr.space.app import MAX_CACHED
+    from fastattr.space.tabs import MAX_CACHED
 
     starts = start_seconds(1 if options.quick else 3)
     with served() as (server, url):

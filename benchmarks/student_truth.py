@@ -1,4 +1,6 @@
-"""Students against emoji-bench's retrained models: part 'bench' of benchmarks/student.py.
+"""Students against emoji-bench's retrained models.
+
+    python benchmarks/student_truth.py --json benchmarks/results/student.json     adds its keys there, and fills docs/student.md
 
 Which of the teachers that are quick enough to label training queries is the truest, how much of its residual LDS do students
 keep that answer by cosine search, and what does a query cost in each feature space? The teacher is chosen on validation and
@@ -8,42 +10,39 @@ test queries are scored once, by all.
 
 from __future__ import annotations
 
-import tempfile
+import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import document
+import lab
+import machine
 import numpy as np
-import torch
+from lab import EXACT, FEATURES, Bench, options_of
+from student import DOCS, PAPER, PAPER_RECIPE, RESULTS, Sizes, recipe
 from tqdm import tqdm
-from truth import EXACT, Data, Lab, Settings, Sizes, averaged, of_unit_length, open_data, read_settings
+from truth import AVERAGED, Sizes as TruthSizes, train
 
-from fastattr.core.files import atomic_path, read_json
-from fastattr.core.stages import MANIFEST
+from fastattr.core.files import read_json
+from fastattr.core.settings import read_yaml
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig
-from fastattr.evaluation.truth import GroundTruth
-from fastattr.generators.layers import weight_shape
-from fastattr.gradients.compression import Compression, GradientConfig
+from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ridge import RidgeKernel
-from fastattr.students.distill import DistillConfig, Validation, distill
-from fastattr.students.pairs import labels_of, make_table
-from fastattr.students.student import Student, embed_both
-from fastattr.teachers.kernels import kernel_scores_of_products
-from fastattr.teachers.scores import ScoredQuery
+from fastattr.students.distill import DistillConfig
+from fastattr.students.student import Student, StudentConfig, embed
+from fastattr.teachers.ensembles import averaged
+from fastattr.teachers.similarity import similarity_scores
+from fastattr.teachers.task import layers_to_unlearn
 
 SPLITS = ("train", "validation", "test")
-WIDTHS = {"gradient": 2048, "output_gradient": 4096}
-"""Coordinates that a gradient space keeps."""
-PART = 32
-"""Images whose gradients are compressed at once."""
-RESULT_KEYS = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct")
-
-Space = Mapping[str, np.ndarray]
-"""Features (., F) of the training images ('images') and of each split's queries."""
+GRADIENTS = {"gradient": ("loss", 2048), "output_gradient": ("squared_norm", 4096)}
+"""What a gradient space differentiates, and the coordinates that it keeps."""
+KEYS = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct")
 
 
 class Setting(NamedTuple):
@@ -51,315 +50,212 @@ class Setting(NamedTuple):
 
     space: str
     config: DistillConfig
-    judged: bool = True
-    """Whether the validation queries' mAP(1%) stops the training."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class Learned:
     """Everything that students learn from and are judged by."""
 
-    data: Data
+    bench: Bench
     ids: Mapping[str, list[str]]
     """Query ids by split."""
-    teachers: Mapping[str, Space]
+    teachers: Mapping[str, Mapping[str, np.ndarray]]
     """By teacher and split (Q, N) scores, images in the corpus' order."""
-    spaces: Mapping[str, Space]
+    spaces: Mapping[str, Mapping[str, np.ndarray]]
+    """By space features (., F) of the training images ('images') and of each split's queries."""
     seconds: Mapping[str, float]
     """A query's, by feature space."""
-
-    @property
-    def truth(self) -> GroundTruth:
-        """The retrained models' losses."""
-        return self.data.truth
-
-    def in_order(self, scores: np.ndarray) -> np.ndarray:
-        """(Q, N) from the corpus' order to the ground truth's."""
-        return scores[:, self.data.corpus.rows(self.truth.image_ids)]
 
     def choosing_lds(self, teacher: str) -> float:
         """Mean residual LDS of a teacher over the validation and training queries whose losses are known."""
         scores, query_ids = [], []
         for split in ("validation", "train"):
-            measured = [query_id for query_id in self.truth.measured(split) if query_id in set(self.ids[split])]
+            measured = [query_id for query_id in self.bench.truth.measured(split) if query_id in set(self.ids[split])]
             scores.append(self.teachers[teacher][split][[self.ids[split].index(query_id) for query_id in measured]])
             query_ids += measured
-        halves = self.truth.retrained("half", query_ids)
-        return float(lds_residual(self.in_order(np.concatenate(scores)), halves.kept, halves.losses).mean())
+        halves = self.bench.truth.retrained("half", query_ids)
+        return float(lds_residual(self.bench.in_order(np.concatenate(scores)), halves.kept, halves.losses).mean())
+
+    def similarities(self, space: str, split: str, student: Student | None = None) -> np.ndarray:
+        """(Q, N) cosines by a student or by the untuned features, in the ground truth's order."""
+        own, theirs = self.spaces[space][split], self.spaces[space]["images"]
+        found = similarity_scores(own, theirs) if student is None else embed(student, own) @ embed(student, theirs).T
+        return self.bench.in_order(found)
 
 
-def open_bench(
-    truth_dir: Path, run_dir: Path, source: Path | None, config: RetrainConfig, sizes: Sizes, *, queries: int
-) -> Bench:
-    """Open emoji-bench, score its queries by every quick teacher and encode everything in every feature space.
-
-    Args:
-        truth_dir: the ground truth.
-        run_dir: with the benchmark's corpus.
-        source: a finished emoji corpus; None builds it in `run_dir`.
-        config: of the benchmark.
-        sizes: of the table of truth.
-        queries: of validation and test, at most.
-    """
-    data = open_data(truth_dir, run_dir, config, sizes, source)
-    truth, lab, settings = data.truth, data.lab, read_settings(data.truth).at_most(sizes)
-    counts = {"train": sizes.train_queries, "validation": queries, "test": queries}
-    ids = {split: truth.of_split(split)[: counts[split]] for split in SPLITS}
-    seconds: dict[str, float] = {}
-    spaces: dict[str, dict[str, np.ndarray]] = {name: {"images": rows} for name, rows in data.images().items()}
-    spaces["diffusion"] = {"images": of_unit_length(lab.diffusion_features(lab.corpus))}
-    for split in SPLITS:
-        for name in spaces:
-            started = time.perf_counter()
-            if name == "diffusion":
-                spaces[name][split] = of_unit_length(lab.diffusion_features(lab.queries(truth, ids[split])))
-            else:
-                spaces[name][split] = data.queries(ids[split], name)
-            seconds[name] = (time.perf_counter() - started) / len(ids[split])
-    for name, members in (("both", ("image", "text")), ("all", ("image", "text", "diffusion"))):
-        spaces[name] = {kind: np.concatenate([spaces[one][kind] for one in members], axis=1) for kind in ("images", *SPLITS)}
-        seconds[name] = sum(seconds[member] for member in members)
-
-    loss, output = (Gradients.of(lab, settings, name) for name in ("loss", "squared_norm"))
-    teachers: dict[str, dict[str, np.ndarray]] = {name: {} for name in ("first_order", "d_trak", "d_trak_ekfac", "averaged")}
-    for name, gradients in (("gradient", loss), ("output_gradient", output)):
-        compress = Compressed.fit(gradients, WIDTHS[name], ridge=settings.d_trak_ridge if name == "output_gradient" else 0.0)
-        spaces[name] = {"images": compress(gradients.corpus)}
-        for split in SPLITS:
-            started = time.perf_counter()
-            own = gradients.of_queries(lab.queries(truth, ids[split]))
-            spaces[name][split] = compress(own)
-            seconds[name] = (time.perf_counter() - started) / len(ids[split])
-            if name == "gradient":
-                teachers["first_order"][split] = gradients.whitened(own)
-            else:
-                kernels = {"d_trak": gradients.plain, "d_trak_ekfac": gradients.whitened}
-                for teacher, products in kernels.items():
-                    teachers[teacher][split] = kernel_scores_of_products(
-                        products(own), gradients.among_images(teacher), ridge=settings.d_trak_ridge
-                    )
-    for split in SPLITS:
-        teachers["averaged"][split] = averaged(teachers["first_order"][split], teachers["d_trak_ekfac"][split])
-    return Bench(data, ids, teachers, spaces, seconds)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of one output function: whole, of all images, and what teachers make of a query's."""
-
-    lab: Lab
-    settings: Settings
-    output: str
-    corpus: np.ndarray
-    """(N, P)."""
-    cached: dict[str, np.ndarray]
-
-    @classmethod
-    def of(cls, lab: Lab, settings: Settings, output: str) -> Gradients:
-        """Of the training images."""
-        return cls(lab, settings, output, lab.corpus_gradients(settings.loss_draws, output), {})
-
-    def of_queries(self, queries: Any) -> np.ndarray:
-        """(Q, P), with as many draws as the table of truth takes."""
-        if self.output == "loss":
-            return self.lab.query_gradients(queries, self.settings.query_draws)
-        return self.lab.image_gradients(queries, self.settings.fewer_query_draws, self.output)
-
-    def plain(self, own: np.ndarray) -> np.ndarray:
-        """(Q, N) inner products with the training images'."""
-        return self.lab.first_order(own, self.corpus, self.settings.d_trak_pattern, None, 1.0)
-
-    def whitened(self, own: np.ndarray) -> np.ndarray:
-        """(Q, N) the same in the geometry of the teacher's curvature."""
-        return self.lab.first_order(own, self.corpus, self.settings.pattern, self.lab.factors(), self.settings.damping)
-
-    def among_images(self, teacher: str) -> np.ndarray:
-        """(N, N) products of the training images, computed once."""
-        if teacher not in self.cached:
-            self.cached[teacher] = (self.plain if teacher == "d_trak" else self.whitened)(self.corpus)
-        return self.cached[teacher]
-
-    def by_layer(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """(B, P) -> (B, out, in) of the layers that are unlearned."""
-        chosen, found, start = self.lab.matching(self.settings.pattern), {}, 0
-        for name, layer in self.lab.layers.items():
-            shape = weight_shape(layer)
-            if name in chosen:
-                found[name] = torch.from_numpy(rows[:, start : start + shape[0] * shape[1]]).reshape(-1, *shape)
-            start += shape[0] * shape[1]
-        return found
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What `fastattr.features.gradient` stores of a gradient: whitened, its leading coordinates, a ridge kernel if asked."""
-
-    gradients: Gradients
-    compression: Compression
-    kernel: RidgeKernel | None
-
-    @classmethod
-    def fit(cls, gradients: Gradients, width: int, *, ridge: float) -> Compressed:
-        """Choose the coordinates, and the kernel where the ridge is not 0, by the training images."""
-        lab, settings = gradients.lab, gradients.settings
-        layers = lab.matching(settings.pattern)
-        config = GradientConfig(output=gradients.output, width=width, damping=settings.damping)
-        whole = Compression(layers, replace(config, width=0), lab.factors())
-        energy = np.zeros(whole.width)
-        for rows in _parts(gradients.corpus):
-            energy += whole(gradients.by_layer(rows)).square().sum(dim=0).double().numpy()
-        compression = Compression(layers, config, lab.factors(), np.sort(np.argsort(-energy, kind="stable")[:width]))
-        own = cls(gradients, compression, None)
-        return replace(own, kernel=RidgeKernel.fit(own.rows(gradients.corpus), ridge=ridge)) if ridge else own
-
-    def rows(self, gradients: np.ndarray) -> np.ndarray:
-        """(B, P) -> (B, k), before the kernel."""
-        parts = [self.compression(self.gradients.by_layer(rows)).numpy() for rows in _parts(gradients)]
-        return np.concatenate(parts)
-
-    def __call__(self, gradients: np.ndarray) -> np.ndarray:
-        """(B, P) -> (B, k) unit vectors."""
-        rows = self.rows(gradients)
-        return of_unit_length(rows if self.kernel is None else self.kernel(rows)).astype(np.float32)
-
-
-def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), PART):
-        yield rows[start : start + PART]
-
-
-def train(bench: Bench, setting: Setting, teacher: str) -> Student:
-    """A student of what a teacher says of the training queries."""
-    corpus, own, labels, config = bench.data.corpus, bench.spaces[setting.space], bench.teachers[teacher], setting.config
-    everything, nobody = np.arange(len(corpus)), np.zeros(len(corpus), dtype=bool)
-    scored = [
-        ScoredQuery(query_id, "", "train", corpus.image_ids, influence, nobody, 0.0)
-        for query_id, influence in zip(bench.ids["train"], labels["train"].astype(np.float32), strict=True)
-    ]
-    table = make_table(labels_of(scored, [everything] * len(scored)), corpus_size=len(corpus), kind=config.target_kind)
-    validation = Validation(own["validation"], [everything] * len(own["validation"]), list(labels["validation"]))
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "checkpoint.safetensors"
-        options: dict[str, Any] = {"checkpoint": checkpoint, "validation": validation if setting.judged else None}
-        return distill(table, own["train"], own["images"], config, **options)
-
-
-def similarities(bench: Bench, space: str, split: str, student: Student | None = None) -> np.ndarray:
-    """(Q, N) cosines of a split's queries, by a student or by the untuned features; in the ground truth's order."""
-    own, theirs = bench.spaces[space][split], bench.spaces[space]["images"]
-    own, theirs = (of_unit_length(own), of_unit_length(theirs)) if student is None else embed_both(student, own, theirs)
-    return bench.in_order(own @ theirs.T)
-
-
-def measure(
-    bench: Bench,
-    tried: Mapping[str, tuple[str, DistillConfig, bool]],
-    paper: str,
-    docs: Path | None,
-    *,
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Train every student, choose one, and compare all with retraining.
+def learn(bench: Bench, train_queries: int, queries: int) -> Learned:
+    """Score the queries by every quick teacher and encode everything in every feature space.
 
     Args:
         bench: opened.
-        tried: students by name.
-        paper: which of them is the paper's recipe; it is not chosen.
-        docs: where the figure goes; None draws none.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        train_queries: at most.
+        queries: of validation and test, at most.
     """
-    truth = bench.truth
-    choosing = {name: bench.choosing_lds(name) for name in bench.teachers}
-    teacher = max(choosing, key=choosing.__getitem__)
-    students = {name: train(bench, setting, teacher) for name, setting in tqdm(tried.items(), desc="students", unit="student")}
-    on_validation = compare_with_truth(
-        {name: similarities(bench, tried[name].space, "validation", student) for name, student in students.items()},
-        truth,
-        bench.ids["validation"],
-        resamples=100,
-        seed=seed,
-    )["methods"]
-    valid = {name: float(row["lds_residual"]) for name, row in on_validation.items()}
-    best = _best(valid, [name for name in tried if name != paper])
-    fast = _best(valid, [name for name, setting in tried.items() if name != paper and setting.space not in WIDTHS])
-    methods = {f"untuned_{space}": similarities(bench, space, "test") for space in bench.spaces}
-    methods |= {name: similarities(bench, tried[name].space, "test", student) for name, student in students.items()}
-    methods |= {f"teacher_{name}": bench.in_order(scores["test"]) for name, scores in bench.teachers.items()}
-    methods["teacher_exact"] = table_scores(truth.folder / EXACT, truth, bench.ids["test"])
-    pairs = [(one, other) for one in dict.fromkeys((best, fast)) for other in (paper, "untuned_both", "untuned_image")]
-    result = compare_with_truth(
-        methods, truth, bench.ids["test"], teacher="teacher_exact", pairs=pairs, resamples=resamples, seed=seed
+    counts = {"train": train_queries, "validation": queries, "test": queries}
+    ids = {split: bench.truth.of_split(split)[: counts[split]] for split in SPLITS}
+    seconds: dict[str, float] = {}
+
+    def of_queries(space: str, encode: Callable[[Sequence[str]], np.ndarray]) -> dict[str, np.ndarray]:
+        found = {}
+        for split in SPLITS:
+            started = time.perf_counter()
+            found[split] = encode(ids[split])
+            seconds[space] = (time.perf_counter() - started) / len(ids[split])
+        return found
+
+    def frozen(space: str) -> Callable[[Sequence[str]], np.ndarray]:
+        return lambda query_ids: bench.queries(query_ids, space)
+
+    spaces = {space: {"images": bench.images(space), **of_queries(space, frozen(space))} for space in FEATURES}
+    for name, members in (("both", FEATURES[:2]), ("all", FEATURES)):
+        spaces[name] = {kind: np.concatenate([spaces[one][kind] for one in members], axis=1) for kind in ("images", *SPLITS)}
+        seconds[name] = sum(seconds[member] for member in members)
+    for name in GRADIENTS:
+        images, encode = gradient_space(bench, name)
+        spaces[name] = {"images": images, **of_queries(name, encode)}
+    teachers = {}
+    for name in ("abu_plus_linearised", "d_trak", "d_trak_ekfac"):
+        teacher = bench.lab.fit(name)
+        teachers[name] = {split: bench.lab.scores(teacher, ids[split]) for split in SPLITS}
+        del teacher
+    teachers["averaged"] = {split: averaged(*(teachers[name][split] for name in AVERAGED)) for split in SPLITS}
+    return Learned(bench, ids, teachers, spaces, seconds)
+
+
+def gradient_space(bench: Bench, name: str) -> tuple[np.ndarray, Callable[[Sequence[str]], np.ndarray]]:
+    """(N, k) what `fastattr.features.gradient` stores of the training images' gradients, and the encoder of queries."""
+    here, chosen = bench.lab, bench.lab.settings
+    output, width = GRADIENTS[name]
+    layers, factors = layers_to_unlearn(here.generator, chosen.pattern), here.factors()
+    config = GradientConfig(
+        output=output, width=width, damping=chosen.damping, draws=chosen.loss_draws, batch_size=here.cost.batch_size
     )
+    compression = Compression(
+        layers, config, factors, leading_coordinates(here.generator, layers, here.corpus, factors, config)
+    )
+    rows = np.arange(len(here.corpus.image_ids))
+    images = gradient_features(here.generator, layers, here.corpus, rows, compression, config)
+    kernel = RidgeKernel.fit(images, ridge=chosen.d_trak_ridge) if output == "squared_norm" else None
+    method = chosen.methods["d_trak" if kernel else "abu_plus_linearised"]
+    asked = replace(config, draws=method["query_draws"], antithetic=True)
+
+    def encode(query_ids: Sequence[str]) -> np.ndarray:
+        queries = here.queries(query_ids)
+        found = gradient_features(here.generator, layers, queries, np.arange(len(query_ids)), compression, asked)
+        return unit(kernel(found) if kernel else found)
+
+    return unit(kernel(images) if kernel else images), encode
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """(N, F) rows divided by their lengths."""
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def students(sizes: Sizes) -> dict[str, Setting]:
+    """Students that are tried, by name.
+
+    Residual LDS is about all scores, not about the first images alone, so all train for a set number of steps. In the
+    gradient spaces, which order images well as they are, learning is gentle.
+    """
+    found = {PAPER_RECIPE: Setting("both", recipe(sizes, student=PAPER))}
+    for space in ("both", "all", *FEATURES):
+        for loss in ("bce", "listwise"):
+            found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss))
+        scores = recipe(sizes, loss="mse_scores", steps=min(sizes.steps, 300))
+        found[f"{space}_mse_scores"] = Setting(space, scores)
+    for space in GRADIENTS:
+        shape = StudentConfig(embed_dim=256, hidden=(64,))
+        gentle = recipe(sizes, loss="mse_scores", student=shape, steps=min(sizes.steps, 200), learning_rate=2e-4)
+        found[f"{space}_mse_scores_gentle"] = Setting(space, gentle)
+    return found
+
+
+def measure(learned: Learned, tried: Mapping[str, Setting], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Train every student, choose one, and compare all with retraining; keys begin with 'bench_'."""
+    bench, ids, truth = learned.bench, learned.ids, learned.bench.truth
+    choosing = {name: learned.choosing_lds(name) for name in learned.teachers}
+    teacher = max(choosing, key=choosing.__getitem__)
+    labels = learned.teachers[teacher]["train"]
+
+    def taught(setting: Setting) -> Student:
+        own = learned.spaces[setting.space]
+        return train(bench, ids["train"], own["train"], own["images"], labels, setting.config)
+
+    trained = {name: taught(setting) for name, setting in tqdm(tried.items(), desc="students", unit="student")}
+
+    def scores(split: str) -> dict[str, np.ndarray]:
+        return {name: learned.similarities(tried[name].space, split, student) for name, student in trained.items()}
+
+    on_validation = compare_with_truth(scores("validation"), truth, ids["validation"], resamples=100, seed=seed)["methods"]
+    valid = {name: float(row["lds_residual"]) for name, row in on_validation.items()}
+    ours = [name for name in tried if name != PAPER_RECIPE]
+    best = max(ours, key=valid.__getitem__)
+    fast = max((name for name in ours if tried[name].space not in GRADIENTS), key=valid.__getitem__)
+    methods = {f"untuned_{space}": learned.similarities(space, "test") for space in learned.spaces} | scores("test")
+    methods |= {f"teacher_{name}": bench.in_order(found["test"]) for name, found in learned.teachers.items()}
+    methods["teacher_exact"] = table_scores(truth.folder / EXACT, truth, ids["test"])
+    pairs = [(one, other) for one in dict.fromkeys((best, fast)) for other in (PAPER_RECIPE, "untuned_both", "untuned_image")]
+    asked = {"teacher": "teacher_exact", "pairs": pairs, "resamples": resamples, "seed": seed}
+    result = compare_with_truth(methods, truth, ids["test"], **asked)
     residual = {name: float(row["lds_residual"]) for name, row in result["methods"].items()}
-    top = max(value for name, value in residual.items() if name.startswith("teacher_"))
-
-    def closed(name: str) -> float:
-        gap = top - residual["untuned_both"]
-        return (residual[name] - residual["untuned_both"]) / gap if gap > 0 else float("nan")
-
+    gap = max(value for name, value in residual.items() if name.startswith("teacher_")) - residual["untuned_both"]
     found: dict[str, Any] = {
         "bench_teacher": teacher,
         "bench_best_student": best,
         "bench_fast_student": fast,
         "bench_queries": result["n_queries"],
         "bench_models": result["n_models"],
-        "gap_closed_lds": closed(best),
-        "gap_closed_lds_fast": closed(fast),
-        "gap_closed_lds_paper_recipe": closed(paper),
     }
+    for ending, one in (("", best), ("_fast", fast), ("_paper_recipe", PAPER_RECIPE)):
+        found[f"gap_closed_lds{ending}"] = (residual[one] - residual["untuned_both"]) / gap if gap > 0 else float("nan")
     for ending, one in (("", best), ("_fast", fast)):
-        gain = result["gains"][f"{one} - {paper}"]["lds_residual"]
+        gain = result["gains"][f"{one} - {PAPER_RECIPE}"]["lds_residual"]
         found |= {f"gain{ending}_over_paper_recipe_{end}": gain[end] for end in ("mean", "low", "high")}
     for name, row in result["methods"].items():
-        found |= {f"bench_{key}_{name}": row[key] for key in RESULT_KEYS}
+        found |= {f"bench_{key}_{name}": row[key] for key in KEYS}
     found |= {f"bench_validation_lds_residual_{name}": value for name, value in valid.items()}
     found |= {f"bench_choosing_lds_residual_{name}": value for name, value in choosing.items()}
-    found |= {f"bench_seconds_{space}": value for space, value in bench.seconds.items()}
-    if docs is not None:
-        frontier_figure(_frontier(bench, tried, residual, best, fast, paper), docs / "student-frontier.png")
-    return found
+    return found | {f"bench_seconds_{space}": value for space, value in learned.seconds.items()}
 
 
-def _best(values: Mapping[str, float], names: Sequence[str]) -> str:
-    return max(names, key=lambda name: values[name])
-
-
-def _frontier(
-    bench: Bench,
-    tried: Mapping[str, Setting],
-    residual: Mapping[str, float],
-    best: str,
-    fast: str,
-    paper: str,
-) -> dict[str, tuple[float, float]]:
-    """Seconds a query and residual LDS, by what the figure calls it."""
-    seconds = bench.seconds
-    exact = read_json(bench.truth.folder / EXACT / MANIFEST)["seconds_per_query"]
+def parts_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What docs/student.md shows, by the name of its mark."""
+    names = [name.removeprefix("bench_lds_residual_low_") for name in results if name.startswith("bench_lds_residual_low_")]
+    marks = {results["bench_fast_student"]: " (chosen among the fast)", results["bench_best_student"]: " (chosen)"}
+    rows = []
+    for name in sorted(names, key=lambda name: -results[f"bench_lds_residual_{name}"]):
+        ends = {
+            end: results[f"bench_lds_residual{key}_{name}"] for end, key in (("mean", ""), ("low", "_low"), ("high", "_high"))
+        }
+        plain, precision = (document.number(results[f"bench_{key}_{name}"]) for key in ("lds", "map_1pct"))
+        rows.append([name + marks.get(name, ""), document.span(ends), plain, precision])
+    starts = ("bench_choosing_lds_residual_", "bench_seconds_")
+    gaps = sorted(name for name in results if name.startswith(("gap_closed_lds", "gain_")) and "paper" in name + "paper")
     return {
-        "similarity (image + text)": (seconds["both"], residual["untuned_both"]),
-        "the paper's recipe": (seconds["both"], residual[paper]),
-        f"fast student ({fast})": (seconds[tried[fast].space], residual[fast]),
-        "diffusion features": (seconds["diffusion"], residual["untuned_diffusion"]),
-        "gradient embedding": (seconds["gradient"], residual["untuned_gradient"]),
-        "output gradient embedding": (seconds["output_gradient"], residual["untuned_output_gradient"]),
-        f"best student ({best})": (seconds[tried[best].space], residual[best]),
-        "exact unlearning": (exact, residual["teacher_exact"]),
+        "bench": document.table(["method", "residual LDS", "plain LDS", "mAP(1%)"], rows),
+        "teachers": document.pairs(results, "bench_teacher", *sorted(name for name in results if name.startswith(starts))),
+        "gap": document.pairs(results, *gaps),
     }
 
 
-def frontier_figure(points: Mapping[str, tuple[float, float]], path: Path) -> None:
-    """Residual LDS against seconds a query."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, (seconds, quality) in points.items():
-        axes.plot(seconds, quality, "o")
-        axes.annotate(name, (seconds, quality), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.set(
-        xscale="log", xlabel="seconds a query (features; the search is negligible here)", ylabel="residual LDS, emoji-bench"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, add the keys to the JSON file, and fill the document."""
+    parser = argparse.ArgumentParser(description="Measure students on emoji-bench's retrained models.")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file that gains the keys (%(default)s)")
+    options = options_of(parser, arguments)
+    sizes, table_sizes = Sizes(), TruthSizes()
+    settings, config = lab.read_settings(options.truth), read_yaml(options.config, RetrainConfig)
+    bench = lab.open_bench(options.truth, options.run, config, options.corpus, settings, table_sizes.cost)
+    learned = learn(bench, table_sizes.train_queries, table_sizes.test_queries)
+    found = measure(learned, students(sizes), resamples=table_sizes.resamples, seed=sizes.seed)
+    earlier = read_json(options.json) if options.json.exists() else {}
+    results = earlier | found | {"seed": sizes.seed, **machine.describe()}
+    machine.report(results, options.json)
+    document.fill(
+        DOCS / "student.md", {name: [*lines, "", document.where(results)] for name, lines in parts_of(results).items()}
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+
+
+if __name__ == "__main__":
+    machine.run(main)

@@ -19,11 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gradients
+import lab
 import machine
 import numpy as np
 import yaml
@@ -36,11 +39,15 @@ from fastattr.core.models import ASSETS
 from fastattr.core.stages import MANIFEST, fingerprint
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.corpus.store import Corpus, write_corpus
-from fastattr.features.candidates import write_candidates
-from fastattr.generators.queries import Queries, QueriesConfig, run as draw_queries
+from fastattr.features.candidates import CandidatesConfig, read_candidates, write_candidates
+from fastattr.generators.families import CROSS_ATTENTION_KV
+from fastattr.generators.queries import SPLITS, Queries, QueriesConfig, run as draw_queries
+from fastattr.pipeline.config import BuildConfig
+from fastattr.pipeline.costs import stage_costs
+from fastattr.pipeline.networks import count, shape_of
 from fastattr.teachers import teach
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.cost import Probe, Sizes as PlanSizes, run as plan, teacher_plan
+from fastattr.teachers.cost import Probe, Sizes as PlanSizes, teacher_plan
 from fastattr.teachers.scores import read_scores
 
 GENERATOR = ASSETS / "emoji" / "generator"
@@ -69,6 +76,8 @@ class Sizes:
     loss_draws: int = 2
     query_draws: int = 256
     factor_examples: int = 2048
+    pattern: str = CROSS_ATTENTION_KV
+    """Weights that are unlearned: those of the figures in docs/teacher.md."""
     reference_draws: int = PAPER_QUERY_DRAWS
     """Draws of the query gradients with which those of fewer draws are compared."""
     reference_queries: int = 3
@@ -115,7 +124,7 @@ class Bench:
 
     def config(self, **changed: Any) -> TeacherConfig:
         """The teacher's settings, some of them changed."""
-        names = ("factor_examples", "query_draws", "loss_draws")
+        names = ("factor_examples", "query_draws", "loss_draws", "pattern")
         common = TeacherConfig(seed=self.seed, **{name: getattr(self.sizes, name) for name in names})
         return replace(common, **changed)
 
@@ -236,6 +245,20 @@ def enough_draws(bench: Bench) -> dict[str, float | int]:
     return {**results, "draws_for_spearman_099": enough, "reference_draws": sizes.reference_draws}
 
 
+def planned_memory(config: TeacherConfig, corpus: Corpus, run_dir: Path) -> int:
+    """Peak bytes of a process of the teacher, as `fastattr plan` says."""
+    counts = Counter(Queries(run_dir / "queries").splits)
+    candidates = len(next(iter(read_candidates(run_dir / "candidates").values()))[0])
+    build = BuildConfig(
+        name=run_dir.name,
+        queries=QueriesConfig(**{split: counts[split] for split in SPLITS}),
+        candidates=CandidatesConfig(per_query=candidates),
+        teacher=config,
+    )
+    network = count("emoji", shape_of(GENERATOR), config.pattern)
+    return next(stage.memory for stage in stage_costs(build, len(corpus), network) if stage.name == "teach")
+
+
 def memory(bench: Bench) -> dict[str, float | int]:
     """Peak memory of a process over what `fastattr plan` says, exact and to first order.
 
@@ -250,7 +273,7 @@ def memory(bench: Bench) -> dict[str, float | int]:
     for name, run_dir, config in (("exact", exact_dir, exact_config), ("linearised", many_dir, many_config)):
         peak = bench.teach(run_dir, config, processes=1, alone=True).manifest["peak_memory"]
         results |= {
-            f"peak_memory_over_plan_{name}": peak / plan(config, run_dir)["peak_memory"],
+            f"peak_memory_over_plan_{name}": peak / planned_memory(config, bench.corpus, run_dir),
             f"peak_memory_mb_{name}": peak / 1e6,
         }
     return results
@@ -341,11 +364,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         together_dir = bench.folder("together", queries=sizes.together, candidates=sizes.candidates, steps=2)
         together = bench.teach(together_dir, bench.config(linearised=("test",), gradients="contracted", query_draws=4))
         results |= enough_draws(bench)
-        parameters = plan(bench.config(), bench.folder("queries", queries=sizes.queries, candidates=sizes.candidates))[
-            "parameters"
-        ]
+        parameters = count("emoji", shape_of(GENERATOR), sizes.pattern).unlearned
         draws = int(results["draws_for_spearman_099"]) or max(sizes.fewer_draws)
         results |= costs(bench, exact, linearised, together, images=len(corpus), parameters=parameters, draws=draws)
+        gradient_sizes = gradients.QUICK if options.quick else gradients.Sizes()
+        results |= gradients.measure(corpus, gradient_sizes, options.seed)
+        results |= gradients.measure_curve(lab.OUT, work / "bench", options.run / "corpus", gradient_sizes, options.seed)
     settings = {**vars(sizes), "fewer_draws": str(sizes.fewer_draws), "corpus_images": len(corpus), "processes": processes}
     settings |= {"seed": options.seed, "quick": options.quick, "parameters": parameters, **machine.describe()}
     machine.report({**results, **settings, "benchmark_seconds": round(time.perf_counter() - start, 1)}, options.json)

@@ -27,7 +27,8 @@ from fastattr.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastattr.attributor.attribution import Attribution
-    from fastattr.attributor.attributor import FastAttributor, read_info
+    from fastattr.attributor.attributor import FastAttributor
+    from fastattr.attributor.load import read_info
     from fastattr.evaluation.showcase import read_counterfactuals, read_generated
     from fastattr.generators.generator import Generator
     from fastattr.pipeline.build import run_stage
@@ -69,7 +70,7 @@ LAZY = {
     "push_all": "fastattr.publishing.publish",
     "read_counterfactuals": "fastattr.evaluation.showcase",
     "read_generated": "fastattr.evaluation.showcase",
-    "read_info": "fastattr.attributor.attributor",
+    "read_info": "fastattr.attributor.load",
     "run_stage": "fastattr.pipeline.build",
 }
 """Names whose modules load heavy libraries (torch, diffusers), and the modules."""

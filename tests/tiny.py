@@ -50,7 +50,7 @@ encoder:
   training: {{steps: 3, batch_size: 8, checkpoint_every: 2}}
 queries: {{train: 6, validation: 2, test: 4, steps: 2, batch_size: 5}}
 candidates: {{per_query: 12}}
-teacher: {{factor_examples: 16, query_draws: 8, loss_draws: 2, batch_size: 7, linearised: [train]}}
+teacher: {{pattern: 'attn2\\.to_[kv]$', factor_examples: 16, query_draws: 8, loss_draws: 2, batch_size: 7, linearised: [train]}}
 distill:
   student: {{embed_dim: 8, hidden: [16]}}
   images_per_step: 8

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +20,7 @@ import pyarrow as pa
 from PIL import Image
 
 from fastattr.core.errors import InputError
+from fastattr.core.files import atomic_path
 from fastattr.corpus.images import load_rgb
 from fastattr.students.calibration import Calibration
 from fastattr.students.shares import dominant, families_of, listed_table, share_table
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 RECEIPT = "fastattr-receipt-1"
 """Format of `Attribution.to_dict`."""
+FORMULA = re.compile(r"[=+\-@\t\r]")
+"""How a cell begins that spreadsheets take for a formula."""
 REACH = 20_000
 """Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
 
@@ -59,8 +66,8 @@ class Influence:
 class Reach:
     """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
 
-    catalog: pa.Table
-    """Of the whole corpus, or of these images alone."""
+    table: Callable[[], pa.Table]
+    """Gives the catalogue of the whole corpus, or of these images alone."""
     find: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
     weights: np.ndarray | None
@@ -70,8 +77,11 @@ class Reach:
     """N, images that could have been found; those beyond the M count as unrelated."""
     own: bool = True
     """Whether the picture looks like the generator's own; of others nobody is named."""
-    copies: np.ndarray | None = None
-    """(M,) bool, images that the picture is a copy of; None: nobody has looked."""
+
+    @cached_property
+    def catalog(self) -> pa.Table:
+        """The catalogue whose rows `rows` are."""
+        return self.table()
 
     @cached_property
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +109,7 @@ class Reach:
         return np.array(["" if value is None else str(value) for value in values])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """The training images that influenced one image most, most influential first."""
 
@@ -112,10 +122,17 @@ class Attribution:
     warnings: list[str] = field(default_factory=list)
     query: dict[str, Any] = field(default_factory=dict)
     """What was asked: 'sha256' of image and prompt (or features), 'embedding' (base64 float32), k, and the restriction."""
+    near_copies: list[str] | None = None
+    """Training images that the query's picture is a copy of, or nearly so, the likest first; None if that is unknown."""
     versions: dict[str, Any] = field(default_factory=dict)
     """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
     _reach: Reach | None = field(default=None, repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def near_copy_of(self) -> str | None:
+        """The training image that the query's picture is a copy of, or nearly so; None if there is none, or it is unknown."""
+        return self.near_copies[0] if self.near_copies else None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a training image, most influential first."""
@@ -134,11 +151,17 @@ class Attribution:
             "seconds": self.seconds,
             "model": self.model,
             "warnings": self.warnings,
+            "near_copies": self.near_copies,
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON, the receipt."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        """`to_dict` as JSON, the receipt, with the creators' shares of at least 0.1%."""
+        values = self.to_dict()
+        if self._reach is not None:
+            table = self.shares()
+            kept = table[(table["share"] >= 0.001) | ~table["named"]]
+            values["shares"] = json.loads(kept.to_json(orient="records"))
+        return json.dumps(values, ensure_ascii=False)
 
     def first(self, k: int) -> Attribution:
         """The same answer as if only k images had been asked for."""
@@ -185,7 +208,7 @@ class Attribution:
             by=by,
             families=every[reach.rows],
             family_sizes=np.bincount(every)[every[reach.rows]],
-            copies=reach.copies,
+            copies=None if self.near_copies is None else np.isin(reach.names("image_id"), self.near_copies),
             own=reach.own,
         )
 
@@ -214,15 +237,75 @@ class Attribution:
         """The results as a matplotlib figure: thumbnails with rank, similarity, caption and creator."""
         from matplotlib.figure import Figure
 
-        columns = min(5, len(self.results))
-        rows = -(-len(self.results) // columns)
+        columns = max(1, min(5, len(self.results)))
+        rows = max(1, -(-len(self.results) // columns))
         figure = Figure(figsize=(2.4 * columns, 2.7 * rows), layout="constrained")
-        for axes, result in zip(figure.subplots(rows, columns, squeeze=False).flat, self.results, strict=False):
+        every = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, result in zip(every, self.results, strict=False):
             axes.imshow(self.thumbnail(result.image_id))
-            axes.set_title(f"{result.rank + 1}. {result.caption[:34]}\n{result.creator}, {result.similarity:.3f}", fontsize=7)
+            title = f"{result.rank + 1}. {_short(result.caption, 34)}\n{_short(result.creator, 24)}, {result.similarity:.3f}"
+            axes.set_title(title, fontsize=7, parse_math=False)  # '$' in a name is no formula
+        if not self.results:
+            every[0].set_title("no training image", fontsize=7)
         for axes in figure.axes:
             axes.axis("off")
         return figure
+
+    def save(self, path: str | Path) -> None:
+        """Write the answer in the format that the file's suffix names: .json (the receipt), .csv, .parquet, or a picture.
+
+        Raises:
+            InputError: there is no such format.
+        """
+        path = Path(path)
+        kind = path.suffix.lower()
+        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".webp"}:
+            raise InputError(f"{path} needs a suffix that says what to write: .json, .csv, .parquet, .png, .svg or .pdf.")
+        with atomic_path(path) as temporary:
+            if kind == ".json":
+                temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+            elif kind == ".csv":
+                temporary.write_text(to_csv(self.to_pandas()), encoding="utf-8")
+            elif kind == ".parquet":
+                self.to_pandas().to_parquet(temporary, index=False)
+            else:
+                self.figure().savefig(temporary)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self) -> Iterator[Influence]:
+        return iter(self.results)
+
+    def __repr__(self) -> str:
+        first = ", ".join(_short(result.image_id, 40) for result in self.results[:3])
+        return f"Attribution({len(self.results)} training images: {first}{', ...' if len(self.results) > 3 else ''})"
+
+    def _repr_html_(self) -> str:
+        """A table with pictures, for notebooks."""
+        head = "".join(f"<th>{name}</th>" for name in ("", "", "caption", "creator", "licence", "similarity"))
+        lines = []
+        for result in self.results:
+            data = base64.b64encode(self._thumbnails.get(result.image_id, b"")).decode()
+            picture = f'<img src="data:image/webp;base64,{data}" width="48">' if data else ""
+            texts = (_short(result.caption, 80), _short(result.creator, 40), _short(result.license, 40))
+            cells = [str(result.rank + 1), picture, *map(html.escape, texts), f"{result.similarity:.3f}"]
+            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        copy = f"<p>near-copy of {html.escape(_short(self.near_copy_of, 80))}</p>" if self.near_copy_of else ""
+        return f"{copy}<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """A table as CSV in which no cell is a formula to a spreadsheet: texts that begin like one get an apostrophe."""
+    texts = table.select_dtypes(include=["object", "string"]).columns
+    safe = {name: [f"'{value}" if FORMULA.match(str(value)) else value for value in table[name]] for name in texts}
+    return str(table.assign(**safe).to_csv(index=False))
+
+
+def _short(text: str, length: int) -> str:
+    """The text on one line, cut to a length."""
+    line = " ".join(text[: 4 * length].split())
+    return line if len(line) <= length else line[: length - 1] + "\u2026"
 
 
 def found(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

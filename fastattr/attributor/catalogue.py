@@ -5,8 +5,7 @@ Removed rows are left out in one place, `Catalogue.search`, whichever path found
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastattr.core.errors import ArtifactDamagedError, InputError
+from fastattr.attributor.changes import Image
+from fastattr.attributor.restrictions import DAY, FILTERS, Where, restriction_of
 from fastattr.index.search import Ranked
 
 COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
-FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")
-"""Columns that a search can be restricted by."""
-Where = Mapping[str, "str | Sequence[str]"]
-"""Values by column (one of `FILTERS`); 'since' and 'until' bound the column 'date', both included."""
+FEW = 1000
+"""Image ids that are looked up without a table of all ids."""
+FOLD = 1000
+"""Changed rows of the base that are kept apart; more are written into the columns in memory."""
 
 
 class Catalogue:
@@ -30,106 +30,87 @@ class Catalogue:
     Row i is the i-th image that has not been removed: first those of the base, then those added, in order.
     """
 
-    def __init__(self, table: pa.Table, base: Ranked) -> None:
+    def __init__(self, table: pa.Table, base: Ranked, removed: Sequence[str] = ()) -> None:
         """A base without changes.
 
         Args:
             table: (N rows) with the columns `COLUMNS`, 'date' if known and 'thumbnail' if loaded.
             base: the index of its rows; may lack shards, whose images are then not found.
+            removed: ids that had left before the base was made.
         """
-        self._table, self.base = table, base
+        self._table, self.base, self._rows = table, base, len(table)
+        self._first = table  # as the base has it
         self._gone = np.zeros(len(table), dtype=bool)
         self._found = np.zeros(len(table), dtype=bool)
         for first, rows in base.index.ranges:
             self._found[first : first + rows] = True
         self._added: list[dict[str, Any]] = []
         self._embeddings: list[np.ndarray] = []
-        self._changed: dict[int, dict[str, Any]] = {}
-        self._slots: dict[str, int] | None = None
-        self.removed: dict[str, None] = {}
+        self._own: dict[str, tuple[int, int]] = {}  # place and slot of the images added and not removed
+        self._changed: dict[int, dict[str, str]] = {}  # of the base, by slot, until there are enough to fold them in
+        self._extra: dict[str, None] = {}  # columns that changes have brought
+        self.removed: dict[str, None] = dict.fromkeys(removed)
         """Ids that have left, in order."""
-
-    # ---- changes: each returns the next version and leaves this one as it is
-
-    def _next(self) -> Catalogue:
-        other = object.__new__(Catalogue)
-        hidden = ("alive", "ntotal", "table", "_stacked", "_searchable")
-        other.__dict__.update({name: value for name, value in self.__dict__.items() if name not in hidden})
-        return other
 
     def slots(self, image_ids: Sequence[str]) -> list[int]:
         """Where images are kept, base first; -1 for those that are not there."""
-        if self._slots is None:
-            if len(image_ids) < len(self._table) // 100:  # a few ids of a large base: no table of all of them
-                known = pc.index_in(pa.array(image_ids, pa.string()), value_set=self._table["image_id"]).to_pylist()
-                added = {record["image_id"]: len(self._table) + i for i, record in enumerate(self._added)}
-                found = [
-                    added.get(image_id, -1 if slot is None else slot) for image_id, slot in zip(image_ids, known, strict=True)
-                ]
-                return [-1 if slot >= 0 and self._gone[slot] else slot for slot in found]
-            ids = [*self._table["image_id"].to_pylist(), *(record["image_id"] for record in self._added)]
-            self._slots = {image_id: slot for slot, image_id in enumerate(ids) if not self._gone[slot]}
-        return [self._slots.get(image_id, -1) for image_id in image_ids]
+        column = self._table["image_id"]
+        if len(image_ids) < FEW:  # no table of all ids for a few of them
+            rows = np.flatnonzero(pc.is_in(column, value_set=pa.array(image_ids, pa.string())).to_numpy())
+            base = dict(zip(column.take(numbers(rows)).to_pylist(), rows.tolist(), strict=True))
+            found = [base.get(image_id, -1) for image_id in image_ids]
+        else:
+            known = pc.index_in(pa.array(image_ids, pa.string()), value_set=column).to_pylist()
+            found = [-1 if slot is None else slot for slot in known]
+        slots = [self._own[name][1] if name in self._own else slot for name, slot in zip(image_ids, found, strict=True)]
+        return [-1 if slot >= 0 and self._gone[slot] else slot for slot in slots]
 
-    def with_added(self, records: Sequence[dict[str, Any]], embeddings: np.ndarray) -> Catalogue:
-        """With more images: records with the columns of the catalogue, (n, D) float32 embeddings."""
-        other = self._next()
-        other._added = [*self._added, *records]
-        other._embeddings = [*self._embeddings, np.asarray(embeddings, dtype=np.float32)]
-        other._gone = np.concatenate([self._gone, np.zeros(len(records), dtype=bool)])
-        other._slots = None if self._slots is None else dict(self._slots)
-        for offset, record in enumerate(records):
-            if other._slots is not None:
-                other._slots[record["image_id"]] = len(self._gone) + offset
-        back = {record["image_id"] for record in records} & self.removed.keys()
-        if back:
-            other.removed = dict.fromkeys(image_id for image_id in self.removed if image_id not in back)
-        return other
-
-    def with_removed(self, image_ids: Sequence[str]) -> Catalogue:
-        """Without these images; unknown ids are only remembered."""
-        other = self._next()
-        slots = [slot for slot in self.slots(image_ids) if slot >= 0]
-        other._gone = self._gone.copy()
-        other._gone[slots] = True
-        other._slots = None if self._slots is None else {**self._slots}
-        for image_id in image_ids:
-            if other._slots is not None:
-                other._slots.pop(image_id, None)
-        other.removed = self.removed | dict.fromkeys(image_ids)
-        return other
-
-    def with_updated(self, changes: Mapping[str, Mapping[str, Any]]) -> Catalogue:
-        """With new metadata: columns by image id."""
-        other = self._next()
-        other._changed = dict(self._changed)
-        for slot, fields in zip(self.slots(list(changes)), changes.values(), strict=True):
+    def applied(self, images: Sequence[Image]) -> Catalogue:
+        """The catalogue with what changes say of images, in the order of their places; this one stays as it is."""
+        other = object.__new__(Catalogue)
+        hidden = ("alive", "ntotal", "table", "_stacked", "_searchable")
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name not in hidden})
+        other._gone, other._added, other._own = self._gone.copy(), list(self._added), dict(self._own)
+        other._changed, other.removed = dict(self._changed), dict(self.removed)
+        other._extra = self._extra | dict.fromkeys(name for image in images for name in image.fields)
+        fresh = []
+        for image, slot in zip(images, self.slots([image.image_id for image in images]), strict=True):
+            name, record = image.image_id, {"image_id": image.image_id, **image.fields}
+            if image.vector is not None and image.thumbnail is not None:
+                record["thumbnail"] = image.thumbnail  # type: ignore[assignment]
+            if image.vector is not None and self._own.get(name, (0, 0))[0] == image.place and image.place:
+                other._added[slot - self._rows] = record
+                continue
+            if image.vector is None and not image.has_left:
+                if slot >= 0:
+                    other._changed[slot] = dict(image.fields)
+                continue
             if slot >= 0:
-                other._changed[slot] = {**other._changed.get(slot, {}), **fields}
+                other._gone[slot] = True
+            other._own.pop(name, None)
+            other.removed.pop(name, None)
+            if image.has_left:
+                other.removed[name] = None
+            else:
+                other._own[name] = (image.place, self._rows + len(other._added))
+                other._added.append(record)
+                fresh.append(image.embedding)
+        if fresh:
+            other._gone = np.concatenate([other._gone, np.zeros(len(fresh), dtype=bool)])
+            other._embeddings = [*self._embeddings, np.stack(fresh)]
+        if len(other._changed) > FOLD:
+            other._table, other._changed = other._merged, {}
         return other
-
-    def applied(self, entry: Mapping[str, Any]) -> Catalogue:
-        """With one line of the journal."""
-        operation = entry["operation"]
-        if operation == "add":
-            records = [_record(image) for image in entry["images"]]
-            return self.with_added(records, np.stack([decode_vector(image["embedding"]) for image in entry["images"]]))
-        if operation == "remove":
-            return self.with_removed(entry["image_ids"])
-        if operation == "update":
-            return self.with_updated(
-                {each["image_id"]: {k: v for k, v in each.items() if k != "image_id"} for each in entry["images"]}
-            )
-        if operation == "compact":  # the first line after a base: who left before it was made
-            other = self._next()
-            other.removed = dict.fromkeys(entry["removed"])
-            return other
-        raise ArtifactDamagedError(f"the journal has an operation {operation!r}, which this fastattr does not know.")
 
     # ---- contents
 
     def __len__(self) -> int:
         return len(self.alive)
+
+    @property
+    def changed(self) -> bool:
+        """Whether it says anything else than its base."""
+        return bool(self._gone.any() or self._added or self._changed or self._table is not self._first)
 
     @cached_property
     def alive(self) -> np.ndarray:
@@ -157,38 +138,49 @@ class Catalogue:
         """All images that have not been removed, one row each."""
         if not self._added and not self._changed and not self._gone.any():
             return self._table
-        rows = len(self._table)
+        base = self._merged.filter(pa.array(~self._gone[: self._rows]))
+        added = self.fetch(np.arange(len(base), len(self)))
+        return pa.concat_tables([base, pa.Table.from_pylist(added, schema=self._schema)])
+
+    def as_table(self) -> pa.Table:
+        """`table`, for those who may never need it."""
+        return self.table
+
+    @property
+    def has_thumbnails(self) -> bool:
+        """Whether thumbnails are loaded."""
+        return "thumbnail" in self._table.column_names
+
+    @property
+    def _merged(self) -> pa.Table:
+        """The rows of the base, removed ones too, with what has changed of them."""
         columns = []
         for field in self._schema:
             known = field.name in self._table.column_names
-            column = self._table[field.name] if known else pa.chunked_array([pa.array([""] * rows, field.type)])
-            slots = sorted(slot for slot, fields in self._changed.items() if slot < rows and field.name in fields)
+            column = self._table[field.name] if known else pa.chunked_array([pa.repeat(pa.scalar("", field.type), self._rows)])
+            slots = sorted(slot for slot, fields in self._changed.items() if field.name in fields)
             if slots:
-                mask = np.zeros(rows, dtype=bool)
+                mask = np.zeros(self._rows, dtype=bool)
                 mask[slots] = True
                 values = pa.array([self._changed[slot][field.name] for slot in slots], field.type)
                 column = pc.replace_with_mask(column.combine_chunks(), pa.array(mask), values)
             columns.append(column)
-        base = pa.table(columns, schema=self._schema).filter(pa.array(~self._gone[:rows]))
-        added = self.fetch(np.arange(len(base), len(self)))
-        return pa.concat_tables([base, pa.Table.from_pylist(added, schema=self._schema)])
+        return pa.table(columns, schema=self._schema)
 
     @property
     def _schema(self) -> pa.Schema:
         schema = self._table.schema
-        fields = ((record, name) for record in [*self._added, *self._changed.values()] for name in record)
-        for name in dict.fromkeys(name for _, name in fields if name not in schema.names and name != "thumbnail"):
-            schema = schema.append(pa.field(name, pa.string()))
+        for name in self._extra:
+            if name not in schema.names and name != "thumbnail":
+                schema = schema.append(pa.field(name, pa.string()))
         return schema
 
     def fetch(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The records of (n,) rows: what the catalogue says of each image."""
         slots = self.alive[np.asarray(rows, dtype=np.int64)]
-        base = slots < len(self._table)
-        known = iter(self._table.take(_numbers(slots[base])).to_pylist())
-        found = [
-            next(known) if slot < len(self._table) else dict(self._added[slot - len(self._table)]) for slot in slots.tolist()
-        ]
+        base = slots < self._rows
+        known = iter(self._table.take(numbers(slots[base])).to_pylist())
+        found = [next(known) if slot < self._rows else dict(self._added[slot - self._rows]) for slot in slots.tolist()]
         names = self._schema.names
         for slot, record in zip(slots.tolist(), found, strict=True):
             record.update(self._changed.get(slot, {}))
@@ -197,40 +189,31 @@ class Catalogue:
         return found
 
     def _matching(self, where: Where) -> np.ndarray:
-        """Which slots meet a restriction."""
-        allowed = dict(where)
-        bounds = allowed.pop("since", ""), allowed.pop("until", "\U0010ffff")
-        unknown = set(allowed) - set(FILTERS)
-        if unknown:
-            raise InputError(
-                f"a search can be restricted by {', '.join(FILTERS)}, since and until, not by {sorted(unknown)[0]!r}."
-            )
-        wanted = {name: {value} if isinstance(value, str) else set(value) for name, value in allowed.items()}
-        dated = "since" in where or "until" in where
-
-        def meets(record: Mapping[str, Any]) -> bool:
-            date = record.get("date") or ""
-            return all(record.get(name, "") in values for name, values in wanted.items()) and (
-                not dated or (date != "" and str(bounds[0]) <= date[:10] <= str(bounds[1]))
-            )
-
-        base = np.ones(len(self._table), dtype=bool)
-        for name, values in wanted.items():
+        """(slots,) whether an image meets a restriction."""
+        wanted = restriction_of(where)
+        base = np.ones(self._rows, dtype=bool)
+        for name, values in wanted.values.items():
             if name in self._table.column_names:
                 base &= pc.is_in(self._table[name], value_set=pa.array(sorted(values), pa.string())).to_numpy()
             else:
                 base &= "" in values
-        if dated and "date" in self._table.column_names:
-            days = pc.utf8_slice_codeunits(self._table["date"], 0, 10)
-            inside = pc.and_(pc.greater_equal(days, str(bounds[0])), pc.less_equal(days, str(bounds[1])))
-            base &= pc.and_(inside, pc.not_equal(days, "")).to_numpy()
-        elif dated:
+        if wanted.dated and "date" in self._table.column_names:
+            column = pc.fill_null(self._table["date"], "")
+            days = pc.utf8_slice_codeunits(column, 0, 10)
+            inside = pc.and_(pc.greater_equal(days, wanted.since), pc.less_equal(days, wanted.until or "9999-12-31"))
+            base &= pc.and_(inside, pc.match_substring_regex(column, "^" + DAY.pattern)).to_numpy()
+        elif wanted.dated:
             base[:] = False
-        mask = np.concatenate([base, np.array([meets(record) for record in self._added], dtype=bool)])
-        for slot, fields in self._changed.items():
-            old = self._table.slice(slot, 1).to_pylist()[0] if slot < len(self._table) else self._added[slot - len(self._table)]
-            mask[slot] = meets({**old, **fields})
+        mask = np.concatenate([base, np.array([wanted.allows(record) for record in self._added], dtype=bool)])
+        slots = np.array(list(self._changed), dtype=np.int64)
+        plain = self._table.select([name for name in FILTERS if name in self._table.column_names])
+        for slot, old in zip(slots.tolist(), plain.take(numbers(slots)).to_pylist() if len(slots) else [], strict=True):
+            mask[slot] = wanted.allows({**old, **self._changed[slot]})
         return mask
+
+    def count(self, where: Where | None) -> int:
+        """How many images a search with this restriction can find."""
+        return int((self._searchable & self._matching(where)).sum()) if where else self.ntotal
 
     # ---- search
 
@@ -249,7 +232,7 @@ class Catalogue:
             InputError: the restriction names another column.
         """
         allowed = self._searchable & self._matching(where) if where else self._searchable
-        base_rows = len(self._table)
+        base_rows = self._rows
         similarities, slots = self.base.search(queries, k, allowed=allowed[:base_rows])
         fresh = np.flatnonzero(allowed[base_rows:])
         if len(fresh):
@@ -258,6 +241,11 @@ class Catalogue:
             best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
             similarities, slots = np.take_along_axis(similarities, best, axis=1), np.take_along_axis(slots, best, axis=1)
         return similarities, np.searchsorted(self.alive, slots)
+
+    @property
+    def first_added(self) -> int:
+        """The first row of an image that was added since the base; the number of rows if there is none."""
+        return int(np.searchsorted(self.alive, self._rows))
 
     def rows_of(self, slots: np.ndarray) -> np.ndarray:
         """(n,) rows of the images in (n,) slots; -1 for those that have been removed."""
@@ -271,47 +259,34 @@ class Catalogue:
         if not self.base.reads_rows:
             return None
         slots = self.alive[rows]
-        base = slots < len(self._table)
+        base = slots < self._rows
         found = np.empty((len(rows), self.base.dim), dtype=np.float32)
         found[base] = self.base.take(slots[base])
         if not base.all():
-            found[~base] = self._stacked[slots[~base] - len(self._table)]
+            found[~base] = self._stacked[slots[~base] - self._rows]
+        return found
+
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """As `vectors`, from any index: an inverted file without vectors gives ranges only."""
+        found = self.vectors(rows)
+        if found is None:
+            low = int(rows.min())
+            found = self.read(low, int(rows.max()) + 1)[rows - low]
         return found
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The embeddings of rows start to stop, as well as they are kept, (stop - start, D) float32."""
         slots = self.alive[start:stop]
-        base = slots[slots < len(self._table)]
+        base = slots[slots < self._rows]
         parts = []
         if len(base):
             low = int(base[0])
             parts.append(self.base.read(low, int(base[-1]) + 1)[base - low])
         if len(base) < len(slots):
-            parts.append(self._stacked[slots[len(base) :] - len(self._table)])
+            parts.append(self._stacked[slots[len(base) :] - self._rows])
         return np.concatenate(parts)
 
 
-def _numbers(values: np.ndarray) -> pa.Array:
+def numbers(values: np.ndarray) -> pa.Array:
     """(n,) int64 as Arrow; `pa.array` would import pandas, which takes longer than an answer."""
     return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, dtype=np.int64))])
-
-
-# ---- records and vectors in the journal
-
-
-def encode_vector(vector: np.ndarray) -> str:
-    """(D,) floats as text: float16, little-endian, base64."""
-    return base64.b64encode(np.asarray(vector, dtype="<f2").tobytes()).decode()
-
-
-def decode_vector(text: str) -> np.ndarray:
-    """(D,) float32 of `encode_vector`'s text."""
-    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float32)
-
-
-def _record(image: Mapping[str, Any]) -> dict[str, Any]:
-    """A journal's image as a record."""
-    record = {name: value for name, value in image.items() if name != "embedding"}
-    if "thumbnail" in record:
-        record["thumbnail"] = base64.b64decode(record["thumbnail"])
-    return record

@@ -9,18 +9,18 @@ The limits of a Milvus server are kept on this side (Milvus Lite has none): 16,3
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fastattr.attributor.catalogue import COLUMNS, FILTERS, Where
+from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import versions
-from fastattr.attributor.journal import read_journal
+from fastattr.attributor.restrictions import Where, restriction_of
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, MissingExtraError
 
 try:
@@ -94,17 +94,13 @@ def filter_of(where: Where) -> str:
     Raises:
         InputError: it names another column.
     """
-    terms = []
-    for name, value in where.items():
-        if name in {"since", "until"}:
-            sign, bound = (">=", str(value)) if name == "since" else ("<=", str(value) + "\U0010ffff")
-            terms += [f"date {sign} {json.dumps(bound, ensure_ascii=False)}", 'date != ""']
-        elif name in FILTERS:
-            values = [value] if isinstance(value, str) else list(value)
-            terms.append(f"{name} in {json.dumps(values, ensure_ascii=False)}")
-        else:
-            raise InputError(f"a search can be restricted by {', '.join(FILTERS)}, since and until, not by {name!r}.")
-    return " and ".join(terms)
+    wanted = restriction_of(where)
+    terms = [f"{name} in {json.dumps(values, ensure_ascii=False)}" for name, values in wanted.values.items()]
+    if wanted.since:
+        terms.append(f"date >= {json.dumps(wanted.since)}")
+    if wanted.until:
+        terms.append(f"date <= {json.dumps(wanted.until + chr(0x10FFFF), ensure_ascii=False)}")
+    return " and ".join([*terms, 'date != ""'] if wanted.dated else terms)
 
 
 class MilvusBackend:
@@ -120,7 +116,7 @@ class MilvusBackend:
         self.ntotal = int(client.query(collection, filter="", output_fields=["count(*)"])[0]["count(*)"])
 
     @classmethod
-    def open(cls, uri: str, folder: Path, config: Mapping[str, Any], token: str = "") -> MilvusBackend:
+    def open(cls, uri: str, config: Mapping[str, Any], removed: Sequence[str], token: str = "") -> MilvusBackend:
         """The backend of an attributor.
 
         Raises:
@@ -144,14 +140,17 @@ class MilvusBackend:
                 state["catalog_version"],
                 own["catalog_version"],
             )
-        removed: dict[str, None] = {}
-        for entry in read_journal(folder, config):
-            if entry["operation"] in {"remove", "compact"}:
-                removed |= dict.fromkeys(entry["image_ids"] if "image_ids" in entry else entry["removed"])
-            elif entry["operation"] == "add":
-                for image in entry["images"]:
-                    removed.pop(image["image_id"], None)
-        return cls(client, collection, config, list(removed))
+        return cls(client, collection, config, removed)
+
+    def with_removed(self, removed: Sequence[str] | dict[str, None]) -> MilvusBackend:
+        """The backend when these ids have left."""
+        other = copy.copy(self)
+        other.removed = dict.fromkeys(removed)
+        return other
+
+    def count(self, where: Where | None) -> int:
+        """How many images the collection holds; a restriction is the server's to count."""
+        return self.ntotal
 
     @property
     def table(self) -> pa.Table:

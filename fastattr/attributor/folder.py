@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +14,16 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastattr.attributor.changes import MovedError, lost
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import commit_of, locate, split_revision
 from fastattr.index.files import check_file
 
-FORMAT_VERSION = 3
-"""3 has a journal, vectors for exact re-ranking and a seal on config.json; 1 and 2 are read, too."""
+FORMAT_VERSION = 4
+"""4 keeps changes in changes.sqlite; 3 kept them in a journal; 1 and 2 had no seal on config.json. All are read."""
+PARTS = {"catalog": "parquet", "thumbnails": "parquet", "plain": "faiss", "removed": "json"}
+"""Parts of a base, with their files' endings; 'plain' is the index of the untuned features, 'removed' the ids that had left."""
 ARROW_ROWS = 100_000
 """From here on the catalogue is an Arrow file, larger, but mapped into memory and not read."""
 
@@ -53,14 +57,44 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}; "
             "upgrade fastattr (`pip install -U fastattr`), or take an earlier revision of the attributor."
         )
-    if not isinstance(config.get("sha256"), dict) or not all(isinstance(value, str) for value in config["sha256"].values()):
-        raise damaged
-    for file in config["sha256"]:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise ArtifactDamagedError(f"{path} names {file!r}, outside its folder; do not use it.")
-    if (config["format_version"] >= 3 or "seal" in config) and config != seal(config):
+    sealed = seal(config)
+    if (config["format_version"] >= 3 or "seal" in config) and config != sealed:
         raise ArtifactDamagedError(f"{path} is not what was written (its seal differs); fetch the attributor again.")
-    return config
+    try:
+        _check_names(path, sealed)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise damaged from error
+    return sealed
+
+
+def _check_names(path: Path, config: Mapping[str, Any]) -> None:
+    """Every file that a config names lies in its folder and has a checksum; a link may lead to the Hub client's cache only.
+
+    Raises:
+        ArtifactDamagedError: one does not; the text names it.
+    """
+    sha256 = config["sha256"]
+    for file, checksum in sha256.items():
+        parts = file.split("/")
+        if "\\" in file or "\0" in file or not all(parts) or {".", ".."} & set(parts) or Path(file).is_absolute():
+            raise ArtifactDamagedError(f"{path} names {file!r}, outside its folder; do not use it.")
+        if not isinstance(checksum, str):
+            raise ArtifactDamagedError(f"{path} has no checksum of {file!r}; fetch the attributor again.")
+    stored = config.get("vectors") or {}
+    named = {*index_files(config), *config.get("files", {}).values(), *([stored["file"]] if stored else [])}
+    named |= {"model.safetensors", "metrics.json", file_of(config, "catalog")}
+    own = {specification.partition(":")[2] for specification in config.get("encoders", [])} - {""}
+    missing = sorted(named - sha256.keys()) + sorted(
+        part for part in own if not any(file.startswith(f"{part}/") for file in sha256)
+    )
+    if missing:
+        raise ArtifactDamagedError(f"{path} names {missing[0]!r} without a checksum; do not use it.")
+    roots = [path.parent.resolve()]
+    if commit_of(path.parent):
+        roots.append(path.parents[3].resolve())
+    for file in sha256:
+        if not any((path.parent / file).resolve().is_relative_to(root) for root in roots):
+            raise ArtifactDamagedError(f"{path.parent / file} is a link that leads out of the folder; do not use it.")
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,19 +110,23 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file_of(config: Mapping[str, Any], part: str) -> str:
-    """The file that holds a part: 'catalog', 'thumbnails', 'journal' or 'plain', the index of the untuned features."""
-    endings = {"catalog": "parquet", "thumbnails": "parquet", "journal": "jsonl", "plain": "faiss"}
-    return str(config.get("files", {}).get(part, f"{part}.{endings[part]}"))
+    """The file that holds one of `PARTS`."""
+    return str(config.get("files", {}).get(part, f"{part}.{PARTS[part]}"))
 
 
 def versions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies an attributor: SHA-256 of model, index and catalogue, and the catalogue's version."""
+    """What identifies an attributor: SHA-256 of model, index and catalogue, and the catalogue's version.
+
+    Args:
+        config: config.json, with 'changes' and the present 'catalog_version' where there have been changes since.
+    """
     sha256 = config["sha256"]
-    parts = [file_of(config, "catalog"), *([file_of(config, "journal")] if file_of(config, "journal") in sha256 else [])]
+    journal = config.get("files", {}).get("journal")
+    parts = [sha256[file_of(config, "catalog")], *([sha256[journal]] if journal else []), config.get("changes", "")]
     return {
         "model": sha256["model.safetensors"],
         "index": _together([sha256[file] for file in index_files(config)]),
-        "catalog": _together([sha256[file] for file in parts]),
+        "catalog": _together([part for part in parts if part]),
         "catalog_version": int(config.get("catalog_version", 1)),
     }
 
@@ -115,7 +153,7 @@ def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -
         ArtifactDamagedError: a checksum differs.
     """
     stored = config.get("vectors") or {}
-    later = {*index_files(config), stored.get("file"), file_of(config, "journal"), file_of(config, "plain")}
+    later = {*index_files(config), stored.get("file"), config.get("files", {}).get("journal"), file_of(config, "plain")}
     for file in files:
         if not (folder / file).exists():
             raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
@@ -147,23 +185,26 @@ def write_table(table: pa.Table, folder: Path, stem: str) -> str:
     return file
 
 
-def copy_version(folder: Path, config: Mapping[str, Any], target: Path) -> None:
-    """Copy one version's files, and of the journal what belongs to it; checked on the way.
+def copy_base(folder: Path, config: Mapping[str, Any], target: Path) -> None:
+    """Copy a base's files and config.json; checked on the way.
 
     Raises:
         MissingFileError: a file is missing.
         ArtifactDamagedError: a checksum differs.
     """
-    for file, expected in config["sha256"].items():
-        if not (folder / file).exists():
-            raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, target / file)
-        if file == file_of(config, "journal"):
-            os.truncate(target / file, int(config["journal_bytes"]))
-        if sha256_file(target / file) != expected:
-            raise ArtifactDamagedError(f"{folder / file} is not the file of config.json (SHA-256 differs); it is not pushed.")
+    for file in config["sha256"]:
+        copy_file(folder, config, file, target)
     write_json(target / "config.json", config)
+
+
+def copy_file(folder: Path, config: Mapping[str, Any], file: str, target: Path) -> None:
+    """Copy one of a base's files; errors as `copy_base`."""
+    if not (folder / file).exists():
+        raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
+    (target / file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / file, target / file)
+    if sha256_file(target / file) != config["sha256"][file]:
+        raise ArtifactDamagedError(f"{folder / file} is not the file of config.json (SHA-256 differs); it is not copied.")
 
 
 def open_folder(
@@ -213,15 +254,22 @@ def needed_files(
 
 
 def settled(folder: Path, load: Callable[[], Result]) -> Result:
-    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away."""
-    for _ in range(20):
+    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away.
+
+    Raises:
+        ArtifactDamagedError: changes.sqlite belongs to another base than config.json, and stays so.
+    """
+    for _ in range(50):
         before = stamp_of(folder)
         try:
             return load()
         except (MissingFileError, ArtifactDamagedError, FileNotFoundError):
             if stamp_of(folder) == before:
                 raise
-    return load()
+        except MovedError as error:
+            moved = error
+            time.sleep(0.02)
+    raise ArtifactDamagedError(lost(folder, str(moved))) from moved
 
 
 def stamp_of(folder: Path) -> tuple[int, ...]:

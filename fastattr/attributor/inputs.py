@@ -3,41 +3,78 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.restrictions import checked_day
 from fastattr.core.errors import InputError
 from fastattr.corpus.images import load_rgb, to_rgb
 
-ImageLike = Image.Image | np.ndarray | str | Path
+ImageLike = Image.Image | np.ndarray | bytes | str | Path
+"""A picture: Pillow image, array, encoded bytes or a file; tensors and open files are taken as well."""
 
 
 def open_image(image: ImageLike | Any) -> Image.Image:
-    """An RGB image from a Pillow image, an (H, W, 3) uint8 array or a file.
+    """An RGB image, upright, from a Pillow image, an array or tensor, encoded bytes, an open file, or a file's name.
+
+    Arrays and tensors are (H, W, 3) or (3, H, W), of uint8, or of floats from 0 to 1.
 
     Raises:
         InputError: it is none of these, or can't be read.
     """
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return _read(lambda: to_rgb(ImageOps.exif_transpose(image)), "the image")
+    if hasattr(image, "detach"):
+        image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}.")
-        return Image.fromarray(image)
+        return _from_array(image)
+    if hasattr(image, "read"):
+        image = image.read()
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _read(lambda: load_rgb(bytes(image)), f"{len(image)} bytes")
+    if not isinstance(image, str | os.PathLike):
+        raise InputError(f"a {type(image).__name__} is no image; give a Pillow image, an array, bytes or a file.")
+    if re.match(r"(?i)[a-z]+://", str(image)):
+        raise InputError(f"{image!s:.100} is an address; fetch the picture, and give its bytes or a file.")
     path = Path(image)
-    if not path.is_file():
-        raise InputError(f"there is no image file {str(path)!r}.")
     try:
-        return load_rgb(path)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
+        raise InputError(f"there is no image file {str(path)[:300]!r}.")
+    return _read(lambda: load_rgb(path), repr(str(path)))
+
+
+def _read(load: Callable[[], Image.Image], what: str) -> Image.Image:
+    try:
+        return load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = f"{what} can't be read as an image ({type(error).__name__}); give a PNG, JPEG or WebP file."
+        raise InputError(reason) from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """An RGB image from an array."""
+    values = array[0] if array.ndim == 4 and len(array) == 1 else array
+    if values.ndim == 3 and values.shape[2] != 3 and values.shape[0] == 3:
+        values = values.transpose(1, 2, 0)
+    whole = values.ndim == 3 and values.shape[2] == 3 and values.size > 0
+    if whole and np.issubdtype(values.dtype, np.floating) and values.min() >= 0 and values.max() <= 1:
+        values = (values * 255).round().astype(np.uint8)
+    if not whole or values.dtype != np.uint8:
         raise InputError(
-            f"{str(path)!r} can't be read as an image ({type(error).__name__}); give a PNG, JPEG or WebP file."
-        ) from error
+            "an image array must be (H, W, 3) or (3, H, W), of uint8 or of floats from 0 to 1, "
+            f"got {array.shape} {array.dtype}."
+        )
+    return Image.fromarray(np.ascontiguousarray(values))
 
 
 def image_sha256(image: Image.Image, prompt: str) -> str:
@@ -45,19 +82,45 @@ def image_sha256(image: Image.Image, prompt: str) -> str:
     rgb = to_rgb(image)
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}\n".encode())
     digest.update(rgb.tobytes())
-    digest.update(prompt.encode())
+    digest.update(prompt.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def features_sha256(features: np.ndarray, prompt: str) -> str:
     """Hex SHA-256 of (F,) features in float32 and the prompt."""
-    return hashlib.sha256(np.asarray(features, dtype="<f4").tobytes() + prompt.encode()).hexdigest()
+    return hashlib.sha256(np.asarray(features, dtype="<f4").tobytes() + prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def checked_metadata(fields: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of an image, once its columns and values have been looked at."""
+    """Metadata of an image, once its columns and values have been looked at.
+
+    Raises:
+        InputError: there is no such column, a value is no text, or a date is no date.
+    """
     known = {*COLUMNS, "date"}
     for name, value in fields.items():
         if name not in known or not isinstance(value, str):
-            raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r}.")
+            raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r:.100}.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"metadata are texts that UTF-8 can hold; {name!r} is {value!r:.100}.") from error
+        if name == "date":
+            checked_day(value)
     return dict(fields)
+
+
+def checked_features(features: np.ndarray, count: int, width: int) -> np.ndarray:
+    """(count, width) features, finite and as an array.
+
+    Raises:
+        InputError: they have another shape, or are not finite.
+    """
+    if hasattr(features, "detach"):
+        features = features.detach().cpu().numpy()
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] != width or len(features) != count:
+        raise InputError(f"features must be ({count}, {width}), one row a prompt, got {features.shape}.")
+    if not np.issubdtype(features.dtype, np.number) or not np.isfinite(features).all():
+        raise InputError("features must be finite numbers; some are NaN or infinite.")
+    return features

@@ -2,11 +2,13 @@
 
 Reads a table (.parquet, .jsonl) with the columns 'query_id', 'prompt' and either 'image' (a file, relative to the table) or
 'features' (numbers); writes OUT/part-*.parquet, one row a query: 'query_id', 'prompt', 'image_ids', 'similarities',
-'catalog_version'. Parts that are there are not done again, so a killed run goes on; a table's part is always the same rows.
+'catalog_version'. A killed run goes on with the parts that are there, if they are of the same table, settings and catalogue
+version: their names say so. Parts of others are deleted at the end.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from tqdm import tqdm
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
-from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, sha256_file
-from fastattr.core.stages import MANIFEST, finished, write_manifest
+from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
 
 PART_ROWS = 1024
 """Queries in one part, which is what a killed process loses at most."""
 BATCH = 64
 """Queries that are encoded at once."""
+PART = re.compile(r"part-([0-9a-f]{16}-)?\d{6}\.parquet")
+"""Files of this stage."""
 
 
 def read_queries(path: Path) -> pa.Table:
@@ -67,16 +71,24 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
     if finished(out, stage="attributions", config=config, inputs=inputs):
         return {"queries": len(table), "out": str(out)}
     out.mkdir(parents=True, exist_ok=True)
-    starts = list(range(0, len(table), PART_ROWS))
-    mine = starts[state.process_index :: state.num_processes]
-    for start in tqdm(mine, desc="attribute", unit="part", disable=not state.is_main_process):
-        file = out / f"part-{start // PART_ROWS:06d}.parquet"
-        if not file.exists():
-            answers = _attribute(attributor, table.slice(start, PART_ROWS), queries.parent, k)
-            with atomic_path(file) as temporary:
+    key = fingerprint([config, inputs])
+    files = [out / f"part-{key}-{number:06d}.parquet" for number in range(-(-len(table) // PART_ROWS))]
+    mine = range(state.process_index, len(files), state.num_processes)
+    for number in tqdm(mine, desc="attribute", unit="part", disable=not state.is_main_process):
+        if not files[number].exists():
+            answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k)
+            if set(answers["catalog_version"].to_pylist()) - {int(inputs["catalog_version"])}:
+                raise ArtifactMismatchError(f"the catalogue of {model} changed meanwhile; run again, to ask all anew.")
+            with atomic_path(files[number]) as temporary:
                 pq.write_table(answers, temporary, compression="zstd")
     state.wait_for_everyone()
     if state.is_main_process:
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise ArtifactMismatchError(f"another process has not written {missing[0]}; run again, it goes on.")
+        for path in out.glob("part-*.parquet"):
+            if path not in files and PART.fullmatch(path.name):
+                path.unlink()
         write_manifest(
             out, stage="attributions", config=config, inputs=inputs, queries=len(table), processes=state.num_processes
         )

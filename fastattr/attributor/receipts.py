@@ -92,7 +92,9 @@ def verify(
         opened = open_image(image)
         if image_sha256(opened, query["prompt"]) != query["sha256"]:
             return [*differences, "the image and prompt are not those of the receipt (their SHA-256 differs)."]
-        answer = attributor.attribute(opened, query["prompt"], k=min(query["k"], len(attributor)), where=query.get("where"))
+        answer = attributor.attribute(
+            opened, query["prompt"] or None, k=min(query["k"], len(attributor)), where=query.get("where")
+        )
         assert isinstance(answer, Attribution)
         again = decode_embedding(answer.to_dict())
         if abs(float(again @ embedding) - 1) > tolerance:

@@ -54,6 +54,9 @@ def _run_stage(name: str, config: Path, run_dir: Path | None, as_json: bool) -> 
 def build(
     config: ConfigFile,
     run_dir: RunFolder = None,
+    again_from: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="Build this stage and all later ones again, as the config is now.")
+    ] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Go on without asking, however long it will take.")] = False,
     no_plan: Annotated[bool, typer.Option("--no-plan", help="Make no plan, measure nothing, ask nothing.")] = False,
     assets: Annotated[
@@ -80,14 +83,17 @@ def build(
             return
         raise InputError(f"nothing was built: it takes {takes}, and plan.confirm_hours is {limit}. Add --yes to build it.")
 
-    seconds = line.run(loaded, folder, confirm=None if no_plan else confirm)
+    seconds = line.run(loaded, folder, confirm=None if no_plan else confirm, again_from=again_from)
     report = folder / "report" / "index.html"
-    result: dict[str, Any] = {"run": str(folder), "seconds": seconds, "report": str(report)}
+    warning = line.warning_of(folder)
+    result: dict[str, Any] = {"run": str(folder), "seconds": seconds, "report": str(report), "warning": warning}
     if assets:
         result["bytes"] = line.embed_assets(loaded, folder, assets)["bytes"]
     if as_json:
         say_json(result)
         return
+    if result["warning"]:
+        warn(f"warning: {result['warning']}")
     say(f"done, in {folder}: {folder / 'attributor'} is ready for FastAttributor.from_pretrained")
     say(f"report: {report}")
 
@@ -130,12 +136,12 @@ def corpus(
     as_json: AsJson = False,
 ) -> None:
     """Read training images into a corpus folder."""
-    from fastattr.corpus import store
+    from fastattr.corpus import stage
 
     if len(places) > 2:
         raise InputError(f"corpus takes one source and one folder to write, got {', '.join(places)}.")
     *path, out = places
-    config = store.CorpusConfig(
+    config = stage.CorpusConfig(
         kind=kind,
         path="".join(path),
         split=split,
@@ -145,7 +151,7 @@ def corpus(
         shards=shards,
         duplicates=duplicates,
     )
-    manifest = store.run(config, Path(out))
+    manifest = stage.run(config, Path(out))
     if as_json:
         say_json(manifest)
         return

@@ -85,7 +85,7 @@ def locate(
 
     Args:
         name_or_path: an embedded model's name ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
-        part: which folder of an embedded model: 'generator' or 'attributor'.
+        part: which folder of an embedded model or a run folder: 'generator' or 'attributor'.
         files: patterns of the files to fetch from the Hub; others are not downloaded.
         revision: branch, tag or commit on the Hub.
         cache_dir: where the Hub client keeps downloads.
@@ -100,10 +100,12 @@ def locate(
         HubError: the Hub refuses, or can't be reached.
     """
     name, revision = split_revision(name_or_path, revision)
-    if name in embedded_models():
+    own = Path(name) / {"attributor": "config.json"}.get(part, "model_index.json")
+    if name in embedded_models() and not own.is_file():  # a folder of that name that holds one is itself
         return ASSETS / name / part
     if Path(name).is_dir():
-        return Path(name)
+        of_run = Path(name) / part / own.name
+        return of_run.parent if of_run.is_file() and not own.is_file() else Path(name)
     if not REPO_ID.fullmatch(name):
         raise ArtifactNotFoundError(
             f"there is no model {name!r}: it is no embedded model ({', '.join(embedded_models()) or 'none'}), "
@@ -155,7 +157,8 @@ def fetch(
 
 def commit_of(folder: Path) -> str | None:
     """The commit whose cached snapshot `folder` is; None for any other folder."""
-    return folder.name if folder.parent.name == "snapshots" else None
+    cached = folder.parent.name == "snapshots" and folder.parents[1].name.startswith(("models--", "datasets--", "spaces--"))
+    return folder.name if cached else None
 
 
 def library() -> dict[str, Any]:

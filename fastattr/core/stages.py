@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 def fingerprint(value: Any) -> str:
     """16 hex digits that identify a JSON-able value (a config, a list of ids with their hashes)."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=plain)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str], **facts: Any) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def make(
 def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
     """Whether `folder` already holds this stage's complete result for this config and these inputs.
 
-    A setting that came after the folder was made, and has its default value now, is no difference.
+    A setting that came after the folder was made, and has its default value now, is no difference; nor is one that has gone
+    since, and had the value that remains (`RETIRED` of the config's class: name -> value).
 
     Raises:
         ArtifactMismatchError: it holds a complete result of something else, which must not be overwritten.
@@ -143,6 +144,9 @@ def _without_newer_defaults(wanted: dict[str, Any], config: Any, found: Mapping[
                 kept.pop(item.name, None)
         elif dataclasses.is_dataclass(value) and isinstance(found[item.name], dict):
             kept[item.name] = _without_newer_defaults(wanted[item.name], value, found[item.name])
+    for name, remains in getattr(config, "RETIRED", {}).items():
+        if name in found and found[name] == remains:
+            kept[name] = remains
     return kept
 
 

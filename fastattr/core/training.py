@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path
+from fastattr.core.settings import at_least
 from fastattr.core.stages import fingerprint
 
 
@@ -44,12 +45,13 @@ class TrainingConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; a killed run loses at most these."""
     seed: int = 0
-    mixed_precision: str = "no"
-    """'no', 'bf16' or 'fp16'; bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.checkpoint_every) < 1:
-            raise InputError("steps, batch_size and checkpoint_every must be at least 1")
+        at_least(self, 1, "steps", "batch_size", "checkpoint_every")
+        if not (self.learning_rate > 0 and self.max_grad_norm > 0 and 0 <= self.ema_decay < 1):
+            raise InputError("learning_rate and max_grad_norm must be positive, and ema_decay in [0, 1)")
 
 
 def batch_rows(step: int, *, examples: int, batch_size: int, seed: int) -> np.ndarray:

@@ -1,91 +1,271 @@
-"""Folders: read images with captions from metadata.jsonl or from a text file beside each image."""
+r"""Folders: read images whose captions stand in tables or in a text file beside each image.
+
+- metadata.jsonl, metadata.csv or metadata.parquet in any folder: rows of file_name, text or caption, creator, ...
+- NAME.txt, NAME.caption: a caption a line; NAME.json: a row for that image.
+- kohya's folders, `10_ink style`: the name is the caption of images that have no other.
+
+Every file below the folder is an image, belongs to one, is such a table, or is listed as skipped with the reason. Links are
+followed. File names match in any case of letters, with / or \, and in either Unicode form, if only one file fits.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import os
+import posixpath
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.stages import fingerprint
-from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
-from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_captions, as_training_image
+from fastattr.corpus.images import IMAGE_SUFFIXES, looks_like_an_image, read_bytes
+from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of, take_captions
+from fastattr.corpus.text import as_captions, as_text, decode_text
+
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECARS = (".txt", ".caption", ".json")
+FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
+REPEATED = re.compile(r"(\d+)_(.+)")
+"""A kohya folder: how often its images were shown to the trainer, and what they show."""
 
 
-def read_folder(folder: Path) -> Iterator[TrainingImage | Skipped]:
-    """Read a captioned image folder: `metadata.jsonl` (file_name, text or caption, creator, ...) or `NAME.txt` sidecars.
+@dataclass
+class Listing:
+    """What a folder holds."""
 
-    The image id is the path below `folder` without its suffix.
+    files: dict[str, Path] = field(default_factory=dict)
+    """Every readable file by its path below the folder."""
+    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Image file -> its rows in tables."""
+    sidecars: dict[str, list[str]] = field(default_factory=dict)
+    """Image file -> the files beside it that describe it."""
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[TrainingImage | Skipped]:
+    """Read a captioned image folder.
+
+    The image id is the path below `folder` without its suffix, or with it where two files would share an id.
+
+    Args:
+        folder: the folder.
+        creator_from_folder: the first folder below `folder` names the creator of images that have none.
 
     Raises:
         ArtifactNotFoundError: no such folder.
-        InputError: metadata.jsonl is not UTF-8.
+        InputError: a table is in no known encoding.
     """
-    for part in folder_parts(folder):
+    for part in folder_parts(folder, creator_from_folder=creator_from_folder):
         yield from part.read()
 
 
-def folder_parts(folder: Path) -> list[Part]:
-    """The parts of a captioned image folder, `ROWS_AT_ONCE` files each; see `read_folder`."""
+def folder_parts(
+    folder: Path, *, creator_from_folder: bool = False, leave_out: Collection[Path] = (), listing: Listing | None = None
+) -> list[Part]:
+    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each; see `read_folder` and `list_folder`."""
+    listing = listing or list_folder(folder, leave_out)
+    ids = _ids(listing.images)
+    parts = [Part(fingerprint([vars(skipped) for skipped in listing.skipped]), partial(iter, listing.skipped))]
+    names = list(listing.images)
+    for start in range(0, len(names), ROWS_AT_ONCE):
+        block = {
+            name: (ids[name], listing.images[name], listing.sidecars.get(name, [])) for name in names[start:][:ROWS_AT_ONCE]
+        }
+        used = [name for image, (_, _, beside) in block.items() for name in (image, *beside)]
+        state = [(name, state_of(listing.files[name])) for name in used]
+        read = partial(_read_images, listing.files, block, creator_from_folder)
+        parts.append(Part(fingerprint([state, block, creator_from_folder]), read))
+    return parts
+
+
+def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
+    """What lies below a folder: every file has its place in the result.
+
+    Args:
+        folder: the folder.
+        leave_out: folders below it that are not looked into, such as the one that the corpus is written to.
+
+    Raises:
+        ArtifactNotFoundError: no such folder.
+        InputError: a table is in no known encoding.
+    """
     if not folder.is_dir():
         raise ArtifactNotFoundError(f"{folder} is not a folder. Give the folder that holds the images.")
-    described, bad = _described(folder / "metadata.jsonl")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-    ids = Counter(path.relative_to(folder).with_suffix("").as_posix() for path in files)
-    names = {path.relative_to(folder).as_posix() for path in files}
-    absent = [
-        Skipped(name=name, reason="named in metadata.jsonl, but there is no such image") for name in described.keys() - names
-    ]
-    blocks = [files[start : start + ROWS_AT_ONCE] for start in range(0, len(files), ROWS_AT_ONCE)]
-    parts = [
-        Part(fingerprint([_stamp(path) for path in block]), partial(_read_files, folder, block, described, ids))
-        for block in blocks
-    ]
-    listed = [*bad, *sorted(absent, key=lambda skipped: skipped.name)]
-    return [Part(fingerprint([vars(skipped) for skipped in listed]), partial(iter, listed)), *parts]
+    listing = Listing()
+    away = {path.resolve() for path in leave_out}
+    for path in _walk(folder, folder, {folder.resolve()}, away, listing.skipped):
+        listing.files[path.relative_to(folder).as_posix()] = path
+    tables = [name for name in listing.files if posixpath.basename(name).lower() in TABLES]
+    others = [name for name in listing.files if name not in tables]
+    images = [name for name in others if _is_image(listing.files[name])]
+    rows = _rows_by_file(listing, tables, images)
+    listing.images = {name: rows.get(name, []) for name in others if name in rows or name in set(images)}
+    _find_sidecars(listing, others)
+    return listing
 
 
-def _described(path: Path) -> tuple[dict[str, dict[str, Any]], list[Skipped]]:
-    """The rows of a metadata.jsonl by file name, and its bad lines."""
-    described: dict[str, dict[str, Any]] = {}
-    bad: list[Skipped] = []
-    if not path.exists():
-        return described, bad
+def _walk(folder: Path, root: Path, above: set[Path], away: Collection[Path], skipped: list[Skipped]) -> Iterator[Path]:
+    """The files below a folder, in order; what is no file is added to `skipped`."""
+
+    def skip(path: Path, reason: str) -> None:
+        skipped.append(Skipped(name=as_id(path.relative_to(root).as_posix()), reason=reason))
+
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # captions may hold U+2028
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        skip(folder, f"the folder cannot be read ({error.strerror})")
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_dir():
+            real = path.resolve()
+            if real in above:
+                skip(path, "a link to a folder that holds it")
+            elif real not in away:
+                yield from _walk(path, root, above | {real}, away, skipped)
+        elif entry.is_file():
+            yield path
+        else:
+            skip(path, "a link to a file that does not exist" if entry.is_symlink() else "not a regular file")
+
+
+def _is_image(path: Path) -> bool:
+    """By its name, or else by its first bytes; a file that describes an image is none."""
+    suffix = path.suffix.lower()
+    return suffix in IMAGE_SUFFIXES or (suffix not in SIDECARS and looks_like_an_image(path))
+
+
+def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Image file -> its rows in all tables; bad lines and rows without an image are added to `listing.skipped`."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    folded: dict[str, list[str]] = {}
+    for name in images:
+        folded.setdefault(_folded(name), []).append(name)
+    broken = {skipped.name for skipped in listing.skipped}
+    for table in tables:
+        absent = set[str]()
+        for place, row in _read_table(listing.files[table]):
+            column = next((name for name in FILE_COLUMNS if isinstance(row.get(name), str)), None) if row else None
+            if row is None or column is None:
+                problem = f"bad line ({place[1]})" if row is None else "bad line (it names no file; expected file_name)"
+                listing.skipped.append(Skipped(name=f"{table}:{place[0]}", reason=problem))
+                continue
+            given = posixpath.normpath(row[column].replace("\\", "/"))
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(table), given))
+            fits = [name] if name in listing.files else folded.get(_folded(name), [])
+            if len(fits) == 1:
+                found.setdefault(fits[0], []).append({key: value for key, value in row.items() if key != column})
+            elif name not in broken and name not in absent:
+                absent.add(name)
+                reason = f"named in {table}, but " + ("several images have that name" if fits else "there is no such image")
+                listing.skipped.append(Skipped(name=as_id(name), reason=reason))
+    return found
+
+
+def _read_table(path: Path) -> Iterator[tuple[tuple[int, str], dict[str, Any] | None]]:
+    """((line number, what is wrong with it), row or None) of each line of a metadata table."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from (((number, ""), row) for number, row in enumerate(pq.read_table(path).to_pylist(), start=1))
+            return
+        text = decode_text(path.read_bytes())
+    except (InputError, OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if path.suffix.lower() == ".csv":
+        head = text.split("\n", 1)[0]
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+        for row in reader:
+            yield (reader.line_num, "more values than columns"), None if None in row else row
+        return
+    for number, line in enumerate(text.split("\n"), start=1):  # captions may hold U+2028
+        if line.strip():
+            try:
+                row = json.loads(line)
+                yield (number, "not a JSON object"), row if isinstance(row, dict) else None
+            except ValueError as error:
+                yield (number, f"{type(error).__name__}: {error}"), None
+
+
+def _find_sidecars(listing: Listing, names: Sequence[str]) -> None:
+    """Give each text to the images of its name; list the texts and other files that belong to none."""
+    stems: dict[str, list[str]] = {}
+    for image in listing.images:
+        for stem in (image, posixpath.splitext(image)[0]):
+            stems.setdefault(stem, []).append(image)
+    folded: dict[str, set[str]] = {}
+    for stem in stems:
+        folded.setdefault(_folded(stem), set()).add(stem)
+    for name in (name for name in names if name not in listing.images):
+        stem, suffix = posixpath.splitext(name)
+        fits = {stem} if stem in stems else folded.get(_folded(stem), set())
+        if suffix.lower() in SIDECARS and len(fits) == 1:
+            for image in stems[next(iter(fits))]:
+                listing.sidecars.setdefault(image, []).append(name)
             continue
-        try:
-            row = json.loads(line)
-            described[str(row["file_name"])] = row
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            bad.append(Skipped(name=f"metadata.jsonl:{number}", reason=f"bad line ({type(error).__name__}: {error})"))
-    return described, bad
+        reason = "a text that belongs to no image" if suffix.lower() in SIDECARS else "not an image"
+        listing.skipped.append(Skipped(name=as_id(name), reason=reason))
 
 
-def _read_files(
-    folder: Path, files: Sequence[Path], described: dict[str, dict[str, Any]], ids: Counter[str]
+def _read_images(
+    files: Mapping[str, Path], block: Mapping[str, tuple[str, list[dict[str, Any]], list[str]]], creator_from_folder: bool
 ) -> Iterator[TrainingImage | Skipped]:
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        row = described.get(name, {})
-        sidecar = path.with_suffix(".txt")
-        captions = as_captions(row.get("captions") or row.get("caption") or row.get("text"))
-        if not captions and sidecar.exists():
-            captions = as_captions(sidecar.read_text(encoding="utf-8", errors="replace").splitlines())
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        yield as_training_image(
-            image_id=stem if ids[stem] == 1 else name, image=read_bytes(path), captions=captions, metadata=row
-        )
+    for name, (image_id, rows, sidecars) in block.items():
+        captions: list[str] = []
+        try:
+            for beside in sorted(sidecars, key=lambda each: SIDECARS.index(posixpath.splitext(each)[1].lower())):
+                text = decode_text(files[beside].read_bytes())
+                if beside.lower().endswith(".json"):
+                    row = json.loads(text)
+                    rows = [*rows, row if isinstance(row, dict) else {"caption": row}]
+                else:
+                    captions += text.splitlines()
+        except (InputError, OSError, ValueError) as error:
+            yield Skipped(name=image_id, reason=f"its description cannot be read ({posixpath.basename(beside)}: {error})")
+            continue
+        rows = [dict(row) for row in rows]
+        described = [caption for row in rows for caption in take_captions(row)]
+        row = _merged(rows)
+        repeated = REPEATED.fullmatch(posixpath.basename(posixpath.dirname(name)))
+        captions = as_captions([*described, *captions]) or ([repeated[2]] if repeated else [])
+        if repeated:
+            row["repeats"] = repeated[1]
+        if creator_from_folder and "/" in name and not as_text(row.get("creator")):
+            first = name.split("/")[0]
+            row["creator"] = match[2] if (match := REPEATED.fullmatch(first)) else first
+        yield as_training_image(image_id=image_id, image=read_bytes(files[name]), captions=captions, metadata=row)
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
-    """Identifies a file as it is now, without reading it."""
-    status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns
+def _merged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several rows of one image as one: all captions, and of other columns every distinct value."""
+    if len(rows) <= 1:
+        return dict(rows[0]) if rows else {}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [text for row in rows for text in as_captions(row.get(name))] for name in names}
+
+
+def _ids(names: Collection[str]) -> dict[str, str]:
+    """File -> image id: its path without suffix, in Unicode's composed form, if no other file could claim it."""
+    stems = {name: unicodedata.normalize("NFC", as_id(posixpath.splitext(name)[0])) for name in names}
+    claims, whole = Counter(stems.values()), {as_id(name) for name in names}
+    alone = {name: claims[stem] == 1 and (stem not in whole or stem == as_id(name)) for name, stem in stems.items()}
+    return {name: stem if alone[name] else as_id(name) for name, stem in stems.items()}
+
+
+def as_id(name: str) -> str:
+    """A file name as an image id; bytes that are no UTF-8 are spelt out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

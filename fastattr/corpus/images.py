@@ -1,4 +1,8 @@
-"""Images: read any image file as 8-bit RGB, one way for files, bytes and Pillow images."""
+"""Images: any picture as 8-bit RGB, upright. `to_rgb` is the one way for files, bytes, uploads and Pillow images.
+
+The EXIF orientation is applied, transparency is laid on white, deeper pixels (16-bit, 32-bit, float) are scaled to 8 bits, and
+CMYK, Lab and palette pictures are converted. Only pixels of a picture's first frame count.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,81 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from fastattr.core.errors import InputError
+
+FORMATS = (
+    *("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000"),
+    *("TGA", "DIB", "ICO", "ICNS", "DDS", "QOI", "PCX", "PSD", "SGI"),
+)
+"""Pillow's names of the formats that are read. Formats that run a program (EPS) or a network request are not among them."""
+IMAGE_SUFFIXES = {
+    *(".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".heic", ".heif", ".icns", ".ico", ".j2c", ".j2k", ".jfif"),
+    *(".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"),
+    *(".qoi", ".sgi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
+}
+"""File names that promise a picture; one that cannot be read is reported as such."""
+ORIENTATION = 0x0112
+
+
+def load_rgb(data: bytes | str | Path) -> Image.Image:
+    """Decode an image file, given as bytes or by its path, as `to_rgb` does.
+
+    Raises:
+        UnidentifiedImageError: the file is in none of `FORMATS`.
+        InputError: see `to_rgb`.
+        OSError, SyntaxError, ValueError: the file is damaged.
+    """
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB, upright, transparency laid on white.
+
+    Integers of 32 bits and floats do not say what their white is. A float picture with no value above 1 has its white at 1;
+    otherwise white is 255 if no value is above that, or else 65535.
+
+    Raises:
+        InputError: the pixels are negative, not finite or above 65535.
+    """
+    image = _upright(image)
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _scaled(image)
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; as it is stored if it has none or its EXIF block is damaged."""
+    try:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return image
+    except Exception:  # Pillow raises many types on a damaged block, which other programs ignore
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits as RGB; the one grey value that a file may declare transparent becomes white."""
+    deep = image.mode.startswith("I;16")
+    values = np.asarray(image, dtype=np.float64)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (low >= 0 and high <= 65535):  # also false for NaN
+        raise InputError(f"the pixels go from {low:g} to {high:g}; save the image with 8 or 16 bits.")
+    white = 65535 if deep or high > 255 else 1 if image.mode == "F" and high <= 1 else 255
+    grey = (values * (255 / white)).round()
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def check_image(data: bytes) -> str:
@@ -16,8 +94,7 @@ def check_image(data: bytes) -> str:
     if not data:
         return "not a readable image (no bytes: the file is missing, empty or may not be read)"
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
+        load_rgb(data)
     except UnidentifiedImageError:  # its text holds a memory address, and the report must be the same every time
         return "not a readable image (unknown format)"
     except Exception as error:  # Pillow raises many types on damaged files; each means the same to us
@@ -25,21 +102,13 @@ def check_image(data: bytes) -> str:
     return ""
 
 
-def load_rgb(data: bytes | Path) -> Image.Image:
-    """Decode an image file as RGB; transparency is laid on white, EXIF rotation applied."""
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, transparency laid on white."""
-    if image.mode in {"I;16", "I;16B", "I"}:
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+def looks_like_an_image(path: Path) -> bool:
+    """Whether the file's first bytes are those of an image, whatever its name."""
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name not in {"TGA", "PCX", "PPM"}]):
+            return True
+    except Exception:  # whatever Pillow says, it is no image
+        return False
 
 
 def read_bytes(path: Path) -> bytes:

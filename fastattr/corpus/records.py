@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastattr.corpus.images import check_image
+from fastattr.corpus.text import as_captions, as_text
 
 ROWS_AT_ONCE = 1000
 """Images that are held in memory at once while a part is written, and rows of a parquet row group."""
-TEXT_COLUMNS = ("creator", "license", "source", "url", "group", "subgroup", "family", "nsfw", "similarity")
+TEXT_COLUMNS = ("creator", "license", "source", "url", "group", "subgroup", "family", "nsfw", "similarity", "metadata")
+CAPTION_COLUMNS = ("captions", "caption", "text", "alt", "prompt")
+SYNONYMS = {
+    "creator": ("artist", "author", "photographer", "illustrator", "painter", "creators", "artists", "authors"),
+    "license": ("licence",),
+}
+"""Names that sources give our columns, in any case of letters; the first that has a value counts."""
+USED = frozenset({"image_id", "image", "bytes", "path", "file_name", "filename", "file", "key", "status", "error_message"})
+"""Columns that say which image a row is of; they are read, but not kept."""
+LONGEST = 4000
+"""Characters of a value in `metadata`; longer ones (embeddings, whole EXIF blocks) are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +54,10 @@ class TrainingImage:
     """LAION's word for it: UNLIKELY, UNSURE, NSFW, or empty."""
     similarity: str = ""
     """LAION's cosine of image and caption, as it was given."""
+    metadata: str = ""
+    """JSON object of the source's other columns, or empty."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(column of the source, what became of it): one of our columns, 'metadata' or 'left out'. Reported, not stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +78,67 @@ class Part:
     read: partial[Iterator[TrainingImage | Skipped]]
 
 
-def as_text(value: Any) -> str:
-    """A metadata value as text; '' only for a missing one, as 0 may be a class or an id."""
-    return "" if value is None else str(value)
+def state_of(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in nanoseconds of a file; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
-def as_captions(value: Any) -> list[str]:
-    """The non-empty captions in a string or a list of strings."""
-    values = [value] if isinstance(value, str) else list(value or [])
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+def as_training_image(
+    *, image_id: str, image: bytes, captions: Sequence[str], metadata: Mapping[str, Any]
+) -> TrainingImage | Skipped:
+    """A training image, or why there is none.
 
-
-def as_training_image(*, image_id: str, image: bytes, captions: list[str], metadata: dict[str, Any]) -> TrainingImage | Skipped:
-    """A training image, or why there is none; of the metadata, what `TEXT_COLUMNS` names is kept."""
+    Args:
+        image_id: its name.
+        image: the encoded file.
+        captions: the first is the main one.
+        metadata: the source's row. Columns of `TEXT_COLUMNS` and `SYNONYMS` go to their place, other texts and numbers to
+            `TrainingImage.metadata`.
+    """
+    fields, columns = _sort_columns(metadata)
     problem = check_image(image) if captions else "no caption"
     if problem:
-        return Skipped(name=image_id, reason=problem, url=as_text(metadata.get("url")))
-    text = {column: as_text(metadata.get(column)) for column in TEXT_COLUMNS}
-    return TrainingImage(image_id=image_id, image=image, captions=captions, **text)
+        return Skipped(name=image_id, reason=problem, url=fields.get("url", ""))
+    return TrainingImage(image_id=image_id, image=image, captions=list(captions), columns=columns, **fields)
+
+
+def take_captions(row: dict[str, Any]) -> list[str]:
+    """The captions in the first of `CAPTION_COLUMNS` that has one; the column is taken out of the row."""
+    lower = {name.lower(): name for name in row}
+    for name in CAPTION_COLUMNS:
+        if name in lower and (captions := as_captions(row[lower[name]])):
+            del row[lower[name]]
+            return captions
+    return []
+
+
+def _sort_columns(row: Mapping[str, Any]) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """The row's values by our column names, and (column of the row, what became of it) for each column with a value."""
+    texts = {name: as_text(value) for name, value in row.items() if name.lower() not in USED and _is_plain(value)}
+    texts = {name: text for name, text in texts.items() if text}
+    lower = {name.lower(): name for name in texts}
+    places = {name: "left out" for name, value in row.items() if name.lower() not in USED and not _is_plain(value)}
+    fields: dict[str, str] = {}
+    for ours in TEXT_COLUMNS[:-1]:
+        for name in (ours, *SYNONYMS.get(ours, ())):
+            if name in lower and ours not in fields:
+                fields[ours] = texts[lower[name]]
+                places[lower[name]] = ours
+    more = {name: text for name, text in texts.items() if name not in places and len(text) <= LONGEST}
+    if more:
+        fields["metadata"] = json.dumps(more, ensure_ascii=False, sort_keys=True)
+    places |= {name: "metadata" if name in more else "left out" for name in texts if name not in places}
+    return fields, tuple(sorted(places.items()))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text, a number, a date, or made of such: no bytes, no picture."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | Decimal | date)

@@ -18,21 +18,24 @@ import pyarrow.parquet as pq
 
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json
+from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
-from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image
+from fastattr.corpus.records import (
+    CAPTION_COLUMNS,
+    ROWS_AT_ONCE,
+    SYNONYMS,
+    TEXT_COLUMNS,
+    Part,
+    Skipped,
+    TrainingImage,
+    as_training_image,
+    state_of,
+    take_captions,
+)
+from fastattr.corpus.text import as_captions, as_text, decode_text
 
-NAMES = {
-    "caption": ("caption", "text", "alt"),
-    "url": ("url",),
-    "license": ("license", "licence"),
-    "creator": ("creator", "author", "artist", "photographer"),
-    "nsfw": ("nsfw",),
-    "similarity": ("similarity",),
-}
-"""Our names, and theirs in any case of letters, of which the first that has a value counts."""
 
-
-def files_of(path: Path, suffix: str) -> list[Path]:
+def files_in(path: Path, suffix: str) -> list[Path]:
     """A file, or all files of a kind in a folder, sorted.
 
     Raises:
@@ -53,38 +56,42 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
     annotations = read_json(folder / "annotations" / f"captions_{split}.json")
     captions: dict[int, list[str]] = {}
     for annotation in annotations["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
     images = sorted(annotations["images"], key=lambda image: image["id"])
-    blocks = [images[start : start + ROWS_AT_ONCE] for start in range(0, len(images), ROWS_AT_ONCE)]
+    parts = []
+    for start in range(0, len(images), ROWS_AT_ONCE):
+        block = [
+            (
+                folder / split / image["file_name"],
+                captions.get(image["id"], []),
+                {
+                    "license": licenses.get(image.get("license", -1)),
+                    "source": f"coco-{split}",
+                    "url": image.get("flickr_url") or image.get("coco_url"),
+                },
+            )
+            for image in images[start : start + ROWS_AT_ONCE]
+        ]
+        state = [(path.name, state_of(path), texts, row) for path, texts, row in block]
+        parts.append(Part(fingerprint(state), partial(_read_coco, block)))
+    return parts
+
+
+def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[TrainingImage | Skipped]:
+    for path, texts, row in block:
+        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=as_captions(texts), metadata=row)
+
+
+def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | None = None, made_of: str = "") -> list[Part]:
+    """A part a tar shard; arguments as `read_shard`, and `made_of` identifies `rows`."""
     return [
-        Part(f"{split} from {block[0]['id']}", partial(_read_coco, folder / split, block, captions, licenses, f"coco-{split}"))
-        for block in blocks
-    ]
-
-
-def _read_coco(
-    folder: Path,
-    images: Sequence[Mapping[str, Any]],
-    captions: Mapping[int, list[str]],
-    licenses: Mapping[int, str],
-    source: str,
-) -> Iterator[TrainingImage | Skipped]:
-    for image in images:
-        metadata = {"license": licenses.get(image.get("license", -1)), "source": source}
-        metadata["url"] = image.get("flickr_url") or image.get("coco_url")
-        yield as_training_image(
-            image_id=Path(image["file_name"]).stem,
-            image=read_bytes(folder / image["file_name"]),
-            captions=[text for text in captions.get(image["id"], []) if text],
-            metadata=metadata,
+        Part(
+            fingerprint([shard.name, state_of(shard), state_of(shard.with_suffix(".parquet")), made_of]),
+            partial(read_shard, shard, rows),
         )
-
-
-def shard_part(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None) -> Part:
-    """One tar shard as a part; arguments as `read_shard`."""
-    status = shard.stat()
-    return Part(f"{shard.name} {status.st_size} {status.st_mtime_ns}", partial(read_shard, shard, rows))
+        for shard in shards
+    ]
 
 
 def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
@@ -102,23 +109,28 @@ def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None)
         if isinstance(files, Skipped):
             yield files
             continue
-        try:
-            own = json.loads(files.get(".json", b"{}"))
-        except ValueError:
-            own = {}
-        metadata = _renamed(listed.pop(key, {})) | _renamed(own)
-        if rows is not None:
-            metadata |= _renamed(rows.get(metadata.get("url", ""), {}))
-        caption = files.get(".txt", b"").decode("utf-8", errors="replace").strip() or metadata.get("caption", "")
-        if rows is not None:
-            caption = metadata.get("caption", "") or caption
-        metadata["source"] = urlsplit(metadata.get("url", "")).hostname or ""
-        image = next((data for suffix, data in files.items() if suffix in IMAGE_SUFFIXES), b"")
         image_id = key if key.startswith(shard.stem) else f"{shard.stem}/{key}"
-        yield as_training_image(image_id=image_id, image=image, captions=[caption] if caption else [], metadata=metadata)
+        try:
+            own = json.loads(decode_text(files.get(".json", b"{}")))
+            written = as_captions(decode_text(files.get(".txt", b"")))
+        except ValueError as error:  # InputError is one
+            yield Skipped(name=image_id, reason=f"its description cannot be read ({error})")
+            continue
+        metadata = _lowered(listed.pop(key, {})) | _lowered(own)
+        given = _lowered(rows.get(str(metadata.get("url", "")), {})) if rows is not None else {}
+        captions = take_captions(given) or written or take_captions(metadata)
+        metadata |= given
+        metadata["source"] = urlsplit(str(metadata.get("url", ""))).hostname or ""
+        image = next((data for suffix, data in files.items() if suffix in IMAGE_SUFFIXES), None)
+        if image is None:
+            yield Skipped(
+                name=image_id, reason=f"no image in the sample (it has {', '.join(files)})", url=metadata.get("url", "")
+            )
+            continue
+        yield as_training_image(image_id=image_id, image=image, captions=captions, metadata=metadata)
     for key, row in listed.items():
         problem = row.get("error_message") or row.get("status") or "no reason given"
-        yield Skipped(name=key, reason=f"not in its shard ({problem})", url=_renamed(row).get("url", ""))
+        yield Skipped(name=key, reason=f"not in its shard ({problem})", url=as_text(row.get("url")))
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes] | Skipped]]:
@@ -155,13 +167,9 @@ def _listed(path: Path) -> dict[str, dict[str, Any]]:
     return {str(row["key"]): row for row in rows if row.get("key") is not None}
 
 
-def _renamed(row: Mapping[str, Any]) -> dict[str, str]:
-    """The values that we keep, by our names; empty ones are left out."""
-    lower = {str(name).lower(): value for name, value in row.items() if value is not None}
-    found = {
-        ours: next((lower[name] for name in theirs if str(lower.get(name, "")).strip()), "") for ours, theirs in NAMES.items()
-    }
-    return {name: str(value).strip() for name, value in found.items() if str(value).strip()}
+def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not missing, by names in small letters."""
+    return {str(name).lower(): value for name, value in row.items() if value not in (None, "")}
 
 
 def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
@@ -171,12 +179,13 @@ def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
         InputError: they have no column of URLs.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for file in files_of(path, ".parquet"):
+    for file in files_in(path, ".parquet"):
         names = pq.read_schema(file).names
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
             raise InputError(f"{file} has no column 'url'; it has {names}.")
-        wanted = [name for name in names if name.lower() in {theirs for each in NAMES.values() for theirs in each}]
+        known = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *(name for names in SYNONYMS.values() for name in names)}
+        wanted = [name for name in names if name.lower() in known]
         rows |= {row[column]: row for row in pq.read_table(file, columns=wanted).to_pylist() if row[column]}
     return rows
 

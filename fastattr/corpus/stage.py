@@ -7,22 +7,32 @@ numbers), never on the order in which processes come to them. Parts are kept unt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from fastattr.core.errors import InputError
-from fastattr.core.stages import fingerprint, make
-from fastattr.corpus.folders import folder_parts
-from fastattr.corpus.records import Part, Skipped
-from fastattr.corpus.shards import coco_parts, files_of, not_fetched, rows_by_url, shard_part
+from fastattr.core.errors import ArtifactMismatchError, InputError
+from fastattr.core.files import atomic_path, sha256_file
+from fastattr.core.stages import fingerprint, finished, make
+from fastattr.corpus.folders import as_id, folder_parts, list_folder
+from fastattr.corpus.records import Part, Skipped, state_of
+from fastattr.corpus.shards import coco_parts, files_in, not_fetched, rows_by_url, shard_parts
 from fastattr.corpus.store import join_parts, write_part
 from fastattr.corpus.tables import dataset_parts
 
+logger = logging.getLogger(__name__)
+SOURCE = "source.parquet"
+"""In a corpus folder: the local files that it was read from."""
+HASHED = 65_536
+"""Bytes up to which a file's contents are compared, and not only its size and time: captions and tables, small pictures."""
 KINDS = ("emoji", "folder", "dataset", "coco", "webdataset", "urls")
 
 
@@ -46,6 +56,8 @@ class CorpusConfig:
     'skip'. Near-copy: fastattr/corpus/near_copies.py."""
     image_column: str = "image"
     caption_column: str = "caption"
+    creator_from_folder: bool = False
+    """Of 'folder': the first folder below `path` names the creator of images that have none."""
     resolution: int = 64
     """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
 
@@ -71,12 +83,14 @@ class Source:
     """What a corpus is read from."""
 
     parts: list[Part]
+    files: Sequence[Path] = ()
+    """The local files that it is made of."""
     missing: Callable[[Sequence[Path]], list[Skipped]] = _nothing
     """From all written parts, what the source promised and no part brought."""
 
 
-def open_source(config: CorpusConfig) -> Source:
-    """The source that a config names.
+def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Source:
+    """The source that a config names; `leave_out` as `list_folder`.
 
     Raises:
         ArtifactNotFoundError: there is no such folder or file.
@@ -87,24 +101,43 @@ def open_source(config: CorpusConfig) -> Source:
 
         return Source([Part("emoji", partial(read_emoji, config.resolution))])
     path = Path(config.path)
+    files = files_of_source(config, leave_out)
     if config.kind == "folder":
-        return Source(folder_parts(path))
+        return Source(folder_parts(path, creator_from_folder=config.creator_from_folder, leave_out=leave_out), files)
     if config.kind == "coco":
-        return Source(coco_parts(path, config.split))
+        return Source(coco_parts(path, config.split), files)
     if config.kind == "webdataset":
-        return Source([shard_part(shard, None) for shard in files_of(path, ".tar")])
+        return Source(shard_parts(files_in(path, ".tar")), files)
     if config.kind == "urls":
         rows = rows_by_url(path)
-        return Source([shard_part(shard, rows) for shard in files_of(Path(config.shards), ".tar")], partial(not_fetched, rows))
-    return Source(
-        dataset_parts(config.path, config.split, image_column=config.image_column, caption_column=config.caption_column)
-    )
+        made_of = fingerprint([state_of(table) for table in files_in(path, ".parquet")])
+        parts = shard_parts(files_in(Path(config.shards), ".tar"), rows, made_of)
+        return Source(parts, files, partial(not_fetched, rows))
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    return Source(dataset_parts(config.path, config.split, **columns), files)
+
+
+def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> list[Path]:
+    """The local files that a source is made of, in order; none of the emoji packages and of the Hub's datasets."""
+    path = Path(config.path)
+    if config.kind == "emoji" or not path.exists():
+        return []
+    if config.kind == "folder":
+        return list(list_folder(path, leave_out).files.values())
+    roots = [path / "annotations" / f"captions_{config.split}.json", path / config.split] if config.kind == "coco" else [path]
+    roots += [Path(config.shards)] if config.shards else []
+    found = [[root] if root.is_file() else sorted(root.rglob("*")) for root in roots]
+    return [file for files in found for file in files if file.is_file()]
 
 
 def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest.
 
-    A finished folder is kept. The parts lie beside it until all are there: another run does what is missing.
+    A finished folder is kept. The parts lie beside it until all are there: another run does what is missing, and what was
+    read from files that have changed since.
+
+    Raises:
+        ArtifactMismatchError: `folder` is finished, and the source's files have changed since.
     """
     from accelerate import Accelerator
 
@@ -112,17 +145,68 @@ def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
 
     accelerator = Accelerator()
     scratch = folder.with_name(f"{folder.name}-parts")
+    source_dir, run_dir = Path(config.path or ".").resolve(), folder.parent.resolve()
+    leave_out = [run_dir] if source_dir in run_dir.parents else [folder, scratch]
+    if finished(folder, stage="corpus", config=config, inputs={}):
+        _check_unchanged(config, folder, leave_out)
 
     def work() -> dict[str, Any]:
-        source = open_source(config)
-        parts = scratch / fingerprint([vars(config), [part.name for part in source.parts]])
-        files = [parts / f"{number:06d}.parquet" for number in range(len(source.parts))]
+        source = open_source(config, leave_out)
+        snapshot = _snapshot(config, source.files) if accelerator.is_main_process else None
+        parts = scratch / fingerprint(vars(config))
+        files = [parts / f"{part.name}.parquet" for part in source.parts]
         with split_between(accelerator, [number for number, file in enumerate(files) if not file.exists()]) as mine:
             for number in tqdm(mine, desc="corpus", unit="part", disable=not accelerator.is_main_process):
                 write_part(source.parts[number].read(), files[number])
         if not accelerator.is_main_process:
             return {}
         duplicates = config.duplicates or ("keep" if config.kind == "emoji" else "skip")
-        return join_parts(files, folder, duplicates=duplicates, more=source.missing(files))
+        facts = join_parts(files, folder, duplicates=duplicates, more=source.missing(files))
+        with atomic_path(folder / SOURCE) as temporary:
+            pq.write_table(snapshot, temporary)
+        return facts
 
     return make(folder, work, stage="corpus", config=config, inputs={}, accelerator=accelerator, temporary=[scratch])
+
+
+def _snapshot(config: CorpusConfig, files: Sequence[Path]) -> pa.Table:
+    """(name, size, mtime_ns, sha256) of the source's files; small files are hashed, the others' contents are not read."""
+    names = [os.path.relpath(path, config.path) for path in files]
+    states = [state_of(path) or (0, 0) for path in files]
+    hashes = [sha256_file(path) if size <= HASHED else "" for path, (size, _) in zip(files, states, strict=True)]
+    columns = {"name": [as_id(name) for name in names], "size": [size for size, _ in states]}
+    return pa.table(columns | {"mtime_ns": [time for _, time in states], "sha256": pa.array(hashes, pa.string())})
+
+
+def _check_unchanged(config: CorpusConfig, folder: Path, leave_out: Collection[Path]) -> None:
+    """Compare the source's files with what the corpus in `folder` was made of.
+
+    Raises:
+        ArtifactMismatchError: files came, went, or have other contents.
+    """
+    if not (folder / SOURCE).exists():
+        return
+    before = {row["name"]: row for row in pq.read_table(folder / SOURCE).to_pylist()}
+    files = files_of_source(config, leave_out)
+    if before and not files:
+        logger.warning("%s, which %s was read from, is gone; the corpus stays as it was read", config.path, folder)
+        return
+    now = {as_id(os.path.relpath(path, config.path)): path for path in files}
+    changed, touched = [], []
+    for name in sorted(before.keys() & now.keys()):
+        known, (size, time) = before[name], state_of(now[name]) or (0, 0)
+        if size != known["size"] or (
+            known["sha256"] and time != known["mtime_ns"] and sha256_file(now[name]) != known["sha256"]
+        ):
+            changed.append(name)
+        elif time != known["mtime_ns"] and not known["sha256"]:
+            touched.append(name)
+    found = {"new": now.keys() - before.keys(), "gone": before.keys() - now.keys(), "changed": changed}
+    if any(found.values()):
+        told = "; ".join(f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in found.items() if names)
+        raise ArtifactMismatchError(
+            f"{config.path} is not what {folder} was read from: {told}. Use another run folder, or delete that folder "
+            "and those of the later stages to read it again."
+        )
+    if touched:
+        logger.warning("%d files of %s have a new date and their old size, e.g. %s", len(touched), config.path, touched[0])

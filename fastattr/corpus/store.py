@@ -7,9 +7,10 @@ corpus/skipped.parquet, which lists images that cannot be read, images without a
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, descrip
     """
     schema = corpus_schema().append(pa.field("look", pa.binary()))
     skipped: list[Skipped] = []
+    columns: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     with atomic_path(path) as temporary:
         with pq.ParquetWriter(temporary, schema) as writer:
@@ -72,12 +74,13 @@ def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, descrip
                 if isinstance(image, Skipped):
                     skipped.append(image)
                     continue
+                columns |= image.columns
                 rows.append(_row(image))
                 if len(rows) >= ROWS_AT_ONCE:
                     flush()
             flush()
         with atomic_path(_skipped_of(path)) as report:
-            _write_skipped(skipped, report)
+            _write_skipped(skipped, report, columns)
 
 
 def _row(image: TrainingImage) -> dict[str, Any]:
@@ -95,13 +98,17 @@ def _skipped_of(part: Path) -> Path:
     return part.with_suffix(".skipped")
 
 
-def _write_skipped(skipped: Sequence[Skipped], path: Path) -> None:
-    columns = {name: [getattr(item, name) for item in skipped] for name in ("name", "reason", "url")}
-    pq.write_table(pa.table(columns, schema=pa.schema([(name, pa.string()) for name in columns])), path)
+def _write_skipped(skipped: Sequence[Skipped], path: Path, columns: Mapping[str, str]) -> None:
+    values = {name: [getattr(item, name) for item in skipped] for name in ("name", "reason", "url")}
+    schema = pa.schema(
+        [(name, pa.string()) for name in values], metadata={"columns": json.dumps(dict(sorted(columns.items())))}
+    )
+    pq.write_table(pa.table(values, schema=schema), path)
 
 
-def _read_skipped(path: Path) -> list[Skipped]:
-    return [Skipped(**row) for row in pq.read_table(path).to_pylist()]
+def _read_skipped(path: Path) -> tuple[list[Skipped], dict[str, str]]:
+    table = pq.read_table(path)
+    return [Skipped(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"columns"])
 
 
 def join_parts(
@@ -117,6 +124,7 @@ def join_parts(
 
     Returns:
         Facts for the manifest: 'images', 'skipped' (count by reason), 'near_copies' (how many were kept as family),
+        'columns' (of the source, and what became of each),
         'corpus_fingerprint' (over ids, image bytes, captions).
 
     Raises:
@@ -128,7 +136,9 @@ def join_parts(
     twice = next((image_id for image_id, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise InputError(f"image id {twice!r} occurs twice; ids must be unique in a corpus.")
-    skipped = [*(item for path in parts for item in _read_skipped(_skipped_of(path))), *more]
+    reports = [_read_skipped(_skipped_of(path)) for path in parts]
+    skipped = [*(item for items, _ in reports for item in items), *more]
+    columns = {name: place for _, places in reports for name, place in places.items()}
     if not ids:
         reasons = Counter(item.reason.split(" (")[0] for item in skipped)
         raise InputError(f"no usable training image was found; skipped: {dict(reasons) or 'nothing'}.")
@@ -153,13 +163,16 @@ def join_parts(
         _write_shards(parts, temporary, kept, families)
         looks = table.select(["image_id", "look"]).filter(pa.array(kept))
         pq.write_table(looks, temporary / "looks.parquet")
-        _write_skipped(skipped, temporary / "skipped.parquet")
+        _write_skipped(skipped, temporary / "skipped.parquet", columns)
+    if columns:
+        logger.info("columns: %s", ", ".join(f"{name} -> {place}" for name, place in sorted(columns.items())))
     if skipped:
         logger.warning("%d of %d skipped; see %s", len(skipped), len(skipped) + kept.sum(), folder / "skipped.parquet")
     return {
         "images": int(kept.sum()),
         "skipped": dict(Counter(item.reason.split(" (")[0] for item in skipped)),
         "near_copies": len(copies) if duplicates == "family" else 0,
+        "columns": dict(sorted(columns.items())),
         "corpus_fingerprint": fingerprint(identity),
     }
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, write_json
+from fastattr.core.settings import at_least
 from fastattr.core.stages import finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features, slug
 from fastattr.students.distill import open_student
 from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
-from fastattr.students.student import embed_both
+from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
 
@@ -29,13 +30,18 @@ from fastattr.teachers.scores import ScoredQuery, read_scores
 class EvaluateConfig:
     """Settings of the evaluation."""
 
-    split: str = "test"
+    split: Literal["test", "validation", "train"] = "test"
     positives_percent: float = 1.0
     """L of mAP(L), in percent of the corpus."""
     overlap_k: int = 20
     """k of the top-k overlap."""
     seed: int = 0
     """Of the random baseline and the bootstrap."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "overlap_k")
+        if not 0 < self.positives_percent <= 100:
+            raise InputError(f"positives_percent must be above 0 and at most 100, got {self.positives_percent}")
 
 
 def compare(
@@ -131,7 +137,8 @@ def _student_scores(
 ) -> list[np.ndarray]:
     """Q arrays of the student's similarities to each query's candidates."""
     features = read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids)
-    ours, theirs = embed_both(open_student(run_dir), *features)
+    student = open_student(run_dir)
+    ours, theirs = (embed(student, part) for part in features)
     return [theirs[part] @ query for part, query in zip(rows, ours, strict=True)]
 
 

@@ -75,7 +75,8 @@ def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
         ArtifactMismatchError: it was built from another corpus than the ground truth.
     """
     from fastattr.attributor.attribution import Attribution
-    from fastattr.attributor.attributor import FastAttributor, read_info
+    from fastattr.attributor.attributor import FastAttributor
+    from fastattr.attributor.load import read_info
 
     require_same(
         f"the corpus of attributor {name_or_path!r}",
@@ -198,25 +199,16 @@ def compare_with_truth(
             row |= {metric: means[metric][name], f"{metric}_low": low, f"{metric}_high": high}
         row["map_1pct"] = None if teacher is None else _mean_average_precision(scores, methods[teacher])
         row |= leave_k_out(truth, name, query_ids) | {"group_spearman_residual": _group_agreement(truth, scores, query_ids)}
-        row["seconds_per_query"] = (seconds or {}).get(name)
-        table[name] = row
-    gains = {}
+        table[name] = row | {"seconds_per_query": (seconds or {}).get(name)}
+    gains: dict[str, dict[str, Any]] = {f"{first} - {second}": {} for first, second in pairs}
     for first, second in pairs:
-        gains[f"{first} - {second}"] = {
-            metric: dict(
-                zip(
-                    ("mean", "low", "high"),
-                    (means[metric][first] - means[metric][second], *interval(drawn[metric][first] - drawn[metric][second])),
-                    strict=True,
-                )
-            )
-            for metric in targets
-        }
+        for metric in targets:
+            ends = interval(drawn[metric][first] - drawn[metric][second])
+            gains[f"{first} - {second}"][metric] = _ends(means[metric][first] - means[metric][second], *ends)
     ceilings = {}
-    rows = halves.seed_pairs()
     for metric, key in (("lds_residual", ""), ("lds", "_plain"), ("lds_residual_all_timesteps", "_all_timesteps")):
-        first, second = (targets[metric][part] for part in rows)
-        ceilings[f"noise_ceiling{key}"] = noise_ceiling(first, second) if len(first) > 1 else None
+        one, other = (targets[metric][part] for part in halves.seed_pairs())
+        ceilings[f"noise_ceiling{key}"] = noise_ceiling(one, other) if len(one) > 1 else None
     return {
         "n_models": len(halves.kept),
         "n_subsets": len(set(halves.subsets)),
@@ -225,6 +217,10 @@ def compare_with_truth(
         "methods": table,
         "gains": gains,
     }
+
+
+def _ends(mean: float, low: float, high: float) -> dict[str, float]:
+    return {"mean": mean, "low": low, "high": high}
 
 
 def _mean_average_precision(scores: np.ndarray, teacher: np.ndarray) -> float:
@@ -254,8 +250,7 @@ def left_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> pd.Da
         for model_id, query_id in pairs
     ]
     judged = [float((truth.losses([one], [two]) - truth.losses(["full"], [two]))[0, 0]) for one, two in pairs]
-    by_query: pd.DataFrame = rows.assign(dloss=rises, dloss_judged=judged).groupby("query_id")[list(LEAVE_K_OUT)].mean()
-    return by_query
+    return rows.assign(dloss=rises, dloss_judged=judged).groupby("query_id")[list(LEAVE_K_OUT)].mean()
 
 
 def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> dict[str, float | None]:
@@ -266,12 +261,10 @@ def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> di
     by_query = left_out(truth, method, query_ids)
     found: dict[str, float | None] = {}
     for column in LEAVE_K_OUT:
-        values = by_query[column].to_numpy()
-        key = f"leave_k_out_{column}"
-        found |= {
-            key: float(values.mean()) if len(values) else None,
-            f"{key}_se": standard_error(values) if len(values) else None,
-        }
+        values, key = by_query[column].to_numpy(), f"leave_k_out_{column}"
+        found |= (
+            {key: float(values.mean()), f"{key}_se": standard_error(values)} if len(values) else {key: None, f"{key}_se": None}
+        )
     return found
 
 
@@ -289,13 +282,7 @@ def leave_k_out_gains(
         if shared.empty:
             continue
         found[f"{first} - {second}"] = {
-            column: dict(
-                zip(
-                    ("mean", "low", "high"),
-                    paired_bootstrap(ours.loc[shared, column].to_numpy(), theirs.loc[shared, column].to_numpy(), seed=seed),
-                    strict=True,
-                )
-            )
+            column: _ends(*paired_bootstrap(*(part.loc[shared, column].to_numpy() for part in (ours, theirs)), seed=seed))
             for column in LEAVE_K_OUT
         }
     return found

@@ -30,8 +30,7 @@ def outputs_of(losses: np.ndarray) -> np.ndarray:
     """(M, Q) positive losses -> (M, Q) outputs, -log(loss): higher = the model knows the query better."""
     if not (losses > 0).all():
         raise InputError("losses must be positive and finite.")
-    outputs: np.ndarray = -np.log(losses)
-    return outputs
+    return -np.log(losses)
 
 
 def predictions_of(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -51,15 +50,13 @@ def predictions_of(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
         raise InputError(f"scores (Q, N) and kept (M, N) must agree in N, got {scores.shape} and {kept.shape}")
     if not np.isfinite(scores).all():
         raise InputError(f"{int((~np.isfinite(scores)).sum())} scores are not finite.")
-    predictions: np.ndarray = kept.astype(np.float64) @ scores.astype(np.float64).T
-    return predictions
+    return kept.astype(np.float64) @ scores.astype(np.float64).T
 
 
 def residual_outputs(outputs: np.ndarray) -> np.ndarray:
     """(M, Q) outputs less each query's mean over the models and each model's mean over the queries."""
     centred = outputs - outputs.mean(axis=0)
-    residual: np.ndarray = centred - centred.mean(axis=1, keepdims=True)
-    return residual
+    return centred - centred.mean(axis=1, keepdims=True)
 
 
 def residual_scores(scores: np.ndarray) -> np.ndarray:
@@ -89,14 +86,12 @@ def popularity(scores: np.ndarray) -> np.ndarray:
     """
     values = scores.astype(np.float64)
     standard = (values - values.mean(axis=1, keepdims=True)) / values.std(axis=1, keepdims=True)
-    mean: np.ndarray = (standard.sum(axis=0) - standard) / (len(scores) - 1)
-    return mean
+    return (standard.sum(axis=0) - standard) / (len(scores) - 1)
 
 
 def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(Q,) Spearman's correlation of each column of two (M, Q) arrays; equal values share their mean rank, constants give 0."""
-    correlations: np.ndarray = (_unit_ranks(first) * _unit_ranks(second)).sum(axis=0)
-    return correlations
+    return (_unit_ranks(first) * _unit_ranks(second)).sum(axis=0)
 
 
 def _unit_ranks(values: np.ndarray) -> np.ndarray:
@@ -104,8 +99,7 @@ def _unit_ranks(values: np.ndarray) -> np.ndarray:
     ranks = rankdata(values, axis=0)
     ranks = ranks - ranks.mean(axis=0)
     length = np.sqrt((ranks**2).sum(axis=0))
-    unit: np.ndarray = ranks / np.where(length > 0, length, 1.0)
-    return unit
+    return ranks / np.where(length > 0, length, 1.0)
 
 
 def lds_residual(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -181,5 +175,4 @@ def group_shares(scores: np.ndarray, members: np.ndarray) -> np.ndarray:
     """
     positive = np.maximum(scores.astype(np.float64), 0.0)
     total = positive.sum(axis=1, keepdims=True)
-    shares: np.ndarray = (positive @ members.T.astype(np.float64)) / np.where(total > 0, total, 1.0)
-    return shares
+    return (positive @ members.T.astype(np.float64)) / np.where(total > 0, total, 1.0)

@@ -56,18 +56,9 @@ def read_measured(run: Retraining, model: Model) -> dict[str, Any] | None:
 def query_losses(
     generator: Generator, queries: Queries, rows: Sequence[int], *, timesteps: int, batch_size: int, seed: int
 ) -> np.ndarray:
-    """Denoising losses of queries, at noise that depends on the query's id and the seed alone.
+    """(Q, T) denoising losses of queries at T evenly spaced timesteps, mean squared error per latent element.
 
-    Args:
-        generator: the model to measure.
-        queries: with their images.
-        rows: (Q,) which of them.
-        timesteps: T, evenly spaced; at each, one noise and its negative (antithetic draws).
-        batch_size: network evaluations at once.
-        seed: of the noise.
-
-    Returns:
-        (Q, T) float64 mean squared errors per latent element, each the mean of its two draws.
+    Each is the mean over one noise, which depends on the query's id and the seed alone, and its negative.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -92,16 +83,9 @@ def query_losses(
 def regenerations(
     generator: Generator, queries: Queries, query_ids: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """How near a model comes to queries that another model drew, starting from the same noise.
+    """How near a model comes to queries that another model drew, from the same noise; its drawings go to FOLDER/QUERY.png.
 
-    Args:
-        generator: the model.
-        queries: drawn by the other one.
-        query_ids: which of them.
-        folder: where the drawings are written, QUERY.png.
-
-    Returns:
-        For each query 'mse' (mean squared difference of pixels in [0, 1]) and 'similarity' (cosine of image features).
+    By query 'mse' (mean squared difference of pixels in [0, 1]) and 'similarity' (cosine of image features).
     """
     encoder = open_encoder(IMAGE_ENCODER)
     found = {}

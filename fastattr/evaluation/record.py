@@ -39,9 +39,6 @@ def make_ground_truth(
         what: of `WHAT`, the parts whose models are wanted now.
         train_all: trains and measures models (`retrain.run_all`), under a description; raises if one fails.
         facts: kept in the manifest.
-
-    Raises:
-        ArtifactMismatchError: the run's queries were drawn with other settings.
     """
     other = next(model for model in halves(run.corpus.image_ids, run.config) if model.model_id == OTHER)
     drawn = run.run_dir / "queries"

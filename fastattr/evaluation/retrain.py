@@ -221,15 +221,9 @@ def run_all(
 ) -> list[str]:
     """Run one process a model, `processes` at a time; returns the ids of those that failed.
 
+    `command` gives the command line that calls `measure.run_one` for a model's id; what a process says goes to LOGS/ID.txt.
     A process that outlives this one finishes its model and ends; starting anew meanwhile does no harm, as both write
     the same files atomically.
-
-    Args:
-        models: to be trained and measured.
-        command: from a model's id to the command line of its process, which calls `measure.run_one`.
-        logs: folder for what each process says.
-        processes: side by side.
-        description: of the progress bar.
     """
     logs.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -50,8 +50,7 @@ def counterfactuals_schema() -> pa.Schema:
 
     text = {name: Value("string") for name in ("model_id", "method", "query_id")}
     numbers = {name: Value("float64") for name in ("loss", "mse", "similarity")}
-    schema: pa.Schema = Features({**text, **numbers, "image": ImageFeature()}).arrow_schema
-    return schema
+    return Features({**text, **numbers, "image": ImageFeature()}).arrow_schema
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, read_json
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import make, open_stage, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import check_source, features_fingerprint, folders, read_features
 from fastattr.generators.queries import Queries
@@ -79,22 +79,23 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
         check_source(path, queries.fingerprint)
     folder = run_dir / "candidates"
     inputs = {"features": features_fingerprint(corpus_folders), "query_features": features_fingerprint(query_folders)}
-    if finished(folder, stage="candidates", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
-    similarities = []
-    for ours, theirs in zip(query_folders, corpus_folders, strict=True):
-        similarities.append(read_features([ours], queries.query_ids) @ read_features([theirs], corpus.image_ids).T)
-    chosen = [
-        choose_candidates(
-            [values[query] for values in similarities],
-            size=config.per_query,
-            outsiders=round(config.per_query * config.outsider_share),
-            rng=np.random.default_rng([config.seed, query]),
-        )
-        for query in range(len(queries.query_ids))
-    ]
-    return write_candidates(folder, corpus, queries, chosen, config=config, inputs=inputs, encoders=list(encoders))
+
+    def work() -> dict[str, Any]:
+        similarities = []
+        for ours, theirs in zip(query_folders, corpus_folders, strict=True):
+            similarities.append(read_features([ours], queries.query_ids) @ read_features([theirs], corpus.image_ids).T)
+        chosen = [
+            choose_candidates(
+                [values[query] for values in similarities],
+                size=config.per_query,
+                outsiders=round(config.per_query * config.outsider_share),
+                rng=np.random.default_rng([config.seed, query]),
+            )
+            for query in range(len(queries.query_ids))
+        ]
+        return _write_sets(folder, corpus, queries, chosen) | {"encoders": list(encoders)}
+
+    return make(folder, work, stage="candidates", config=config, inputs=inputs)
 
 
 def write_candidates(
@@ -108,21 +109,21 @@ def write_candidates(
     **facts: Any,
 ) -> dict[str, Any]:
     """Write a candidates folder: for each query in turn (C,) rows of the corpus and (C,) is_outsider; returns the manifest."""
+    own = _write_sets(folder, corpus, queries, chosen)
+    return write_manifest(folder, stage="candidates", config=config, inputs=inputs, **own, **facts)
+
+
+def _write_sets(
+    folder: Path, corpus: Corpus, queries: Queries, chosen: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Any]:
+    """Write data.parquet; returns what the manifest says of it."""
     rows = [
         {"query_id": query_id, "image_ids": [corpus.image_ids[row] for row in rows], "is_outsider": is_outsider.tolist()}
         for query_id, (rows, is_outsider) in zip(queries.query_ids, chosen, strict=True)
     ]
     with atomic_path(folder / "data.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary)
-    return write_manifest(
-        folder,
-        stage="candidates",
-        config=config,
-        inputs=inputs,
-        corpus_fingerprint=corpus.fingerprint,
-        queries_fingerprint=queries.fingerprint,
-        **facts,
-    )
+    return {"corpus_fingerprint": corpus.fingerprint, "queries_fingerprint": queries.fingerprint}
 
 
 def read_candidates(folder: Path) -> dict[str, tuple[list[str], np.ndarray]]:

@@ -41,7 +41,7 @@ class DiffusionEncoder:
             captions: 'first' or 'mean': how several captions of one image condition the denoiser.
         """
         self.specification = specification
-        self.fingerprint = fingerprint([generator.fingerprint, TIMESTEPS, PARTS, captions])
+        self.fingerprint = self.former = fingerprint([generator.fingerprint, TIMESTEPS, PARTS, captions])
         self._generator, self._average = generator, captions == "mean"
 
     @torch.no_grad()

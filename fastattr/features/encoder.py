@@ -7,11 +7,23 @@ Source: arXiv:2511.10721, sec. 4 (image and text features, concatenated).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+from fastattr.core.errors import NonFiniteError
+
+PROBES = (
+    "Red heart, openmoji style",
+    "  Caf&eacute;  AU   lait 123,456.7 (50%) \N{THUMBS UP SIGN} don't & can't!",
+    '\N{LATIN SMALL LETTER SHARP S}\N{LATIN CAPITAL LETTER E WITH ACUTE} \N{CJK UNIFIED IDEOGRAPH-732B}_x-y/z\t"quoted"',
+    "the quick brown fox jumps over the lazy dog " * 12,
+)
+"""Texts that show how a tokenizer cleans, splits, cuts and pads."""
 
 
 class Encoder(Protocol):
@@ -19,11 +31,59 @@ class Encoder(Protocol):
 
     specification: str
     fingerprint: str
-    """Identifies weights and preprocessing."""
+    """Identifies what determines the features: weights, preprocessing, vocabulary; see `encoder_fingerprint`."""
+    former: str
+    """The fingerprint that earlier versions gave the same encoder."""
 
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """(B, F) float32 unit vectors; an image encoder ignores the captions, a text encoder the images."""
         ...
+
+
+def encoder_fingerprint(settings: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
+    """16 hex digits of what determines an encoder's features, and of nothing else: no names of classes, files or layers.
+
+    Args:
+        settings: preprocessing and vocabulary, as `image_settings` and `text_settings` give them.
+        weights: those that the features depend on, in any order; as float16, so that a half-precision copy is the same.
+    """
+    digests = [
+        hashlib.sha256(f"{value.shape}".encode() + np.ascontiguousarray(value, dtype=np.float16).tobytes()).hexdigest()
+        for value in weights
+    ]
+    described = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256("\n".join([described, *sorted(digests)]).encode()).hexdigest()[:16]
+
+
+def image_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image's preparation depends on, of open_clip's description of it."""
+    kept = {name: preprocessing[name] for name in ("size", "mode", "mean", "std", "interpolation", "resize_mode")}
+    kept |= {name: [*kept[name]] for name in ("size", "mean", "std")}
+    return kept | ({"fill_color": preprocessing["fill_color"]} if kept["resize_mode"] == "longest" else {})
+
+
+def text_settings(captions: str, vocabulary: Mapping[str, int], tokenize: Callable[[list[str]], Any]) -> dict[str, Any]:
+    """What a caption's preparation depends on.
+
+    Args:
+        captions: 'first' or 'mean'.
+        vocabulary: token -> id.
+        tokenize: texts -> (B, T) ids; how it cleans, splits, cuts and pads is seen from what it makes of `PROBES`.
+    """
+    words = hashlib.sha256(json.dumps(sorted(vocabulary.items()), separators=(",", ":")).encode()).hexdigest()
+    return {"captions": captions, "vocabulary": words, "probes": [[int(token) for token in row] for row in tokenize([*PROBES])]}
+
+
+def require_directions(features: np.ndarray, names: Sequence[str], specification: str) -> None:
+    """Raise NonFiniteError, which names the first such image, if any of (B, F) features is NaN, infinite or all zeros."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(features.astype(np.float64), axis=1)
+    bad = np.flatnonzero(~np.isfinite(lengths) | (lengths < 1e-6))
+    if len(bad):
+        raise NonFiniteError(
+            f"{specification} gives {names[bad[0]]!r} features that are not finite or all zeros ({len(bad)} of {len(names)} in "
+            "this batch). Check the picture and caption; with `features.dtype: float16` take bfloat16 or float32."
+        )
 
 
 def modality(specification: str) -> str:
@@ -61,6 +121,7 @@ def encode_all(
     *,
     batch_size: int,
     rows: range | None = None,
+    ids: Sequence[str] | None = None,
 ) -> np.ndarray:
     """(N, F) float16 features of `rows`, or of all.
 
@@ -70,10 +131,16 @@ def encode_all(
         captions: of all rows.
         batch_size: images at once.
         rows: which; None is all of them.
+        ids: of all rows, to name an image by whose features are not finite; None calls it by its row.
+
+    Raises:
+        NonFiniteError: an image has features that are not finite, or all zeros.
     """
     rows = range(len(captions)) if rows is None else rows
     parts = []
     for start in range(rows.start, rows.stop, batch_size):
         batch = range(start, min(start + batch_size, rows.stop))
-        parts.append(encoder.encode([images(row) for row in batch], [captions[row] for row in batch]).astype(np.float16))
+        features = encoder.encode([images(row) for row in batch], [captions[row] for row in batch])
+        require_directions(features, [ids[row] if ids else f"row {row}" for row in batch], encoder.specification)
+        parts.append(features.astype(np.float16))
     return np.concatenate(parts)

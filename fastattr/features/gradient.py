@@ -11,9 +11,8 @@ one for all images, since queries have no ids.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
-from fastattr.generators.generator import CROSS_ATTENTION_KV, Generator
+from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import Factors, fit_ekfac
@@ -42,8 +41,8 @@ class Recipe:
     """What is differentiated, where, and how it is compared."""
 
     config: GradientConfig
-    pattern: str = CROSS_ATTENTION_KV
-    """Layers whose gradients are taken."""
+    pattern: str = ""
+    """Layers whose gradients are taken; '' as of `Generator.modules_to_unlearn`."""
     ridge: float = 0.0
     """Of the `RidgeKernel` that follows; 0 is none."""
 
@@ -78,10 +77,12 @@ class GradientEncoder:
         """Wrap a generator; its layers that match the recipe's pattern are made to require gradients."""
         config = recipe.config
         self.specification = "gradient"
-        identity: list[Any] = [generator.fingerprint, vars(config), recipe.pattern, coordinates.tolist()]
+        after = [recipe.pattern, coordinates.tolist()]
         if kernel is not None:
-            identity += [recipe.ridge, kernel.factors.tolist()]
-        self.fingerprint = fingerprint(identity)
+            after += [recipe.ridge, kernel.factors.tolist()]
+        settings = {name: value for name, value in config.identity.items() if name != "batch_size"}
+        self.fingerprint = fingerprint([generator.fingerprint, settings, *after])
+        self.former = fingerprint([generator.fingerprint, config.identity, *after])
         self._generator, self._config, self._kernel = generator, config, kernel
         self._layers = _require_gradients(generator, recipe.pattern)
         self._compression = Compression(self._layers, config, factors, coordinates)
@@ -94,8 +95,7 @@ class GradientEncoder:
         )
         if self._kernel is not None:
             rows = self._kernel(rows)
-        unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-        return unit
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
 
 
 def _require_gradients(generator: Generator, pattern: str) -> dict[str, Layer]:
@@ -127,7 +127,7 @@ def fit_gradient_encoder(generator: Generator, corpus: Corpus, folder: Path, rec
             generator, encoded, np.arange(len(rows)), draws=config.draws, batch_size=config.batch_size, seed=config.seed
         )
         for _, losses in found:
-            yield losses * config.draws
+            yield losses.flatten() * config.draws
 
     factors = fit_ekfac(layers, batches)
     coordinates = leading_coordinates(generator, layers, encoded, factors, config)
@@ -167,7 +167,7 @@ def open_gradient_encoder(folder: Path, *, run_dir: Path | None = None, device: 
     generator = Generator.from_pretrained(run_dir / name if name == "generator" and run_dir else name, device=device)
     require_same("the generator", generator.fingerprint, manifest["inputs"]["generator"], "Fit the gradient encoder again.")
     factors = Factors.load(folder, generator.modules_to_unlearn(manifest["pattern"]))
-    config = replace(GradientConfig(), **{key: manifest["config"][key] for key in asdict(GradientConfig())})
+    config = GradientConfig.read(manifest["config"])
     recipe = Recipe(config=config, pattern=manifest["pattern"], ridge=manifest.get("ridge", 0.0))
     coordinates = np.load(folder / "coordinates.npy", allow_pickle=False)
     kernel = RidgeKernel(**load_file(folder / KERNEL)) if recipe.ridge else None

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fastattr.core.files import read_json
-from fastattr.features.encoder import encode_captions, unit_vectors
+from fastattr.features.encoder import encode_captions, encoder_fingerprint, image_settings, text_settings, unit_vectors
 
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -30,7 +30,7 @@ PREPROCESS = (
     "Compose(\n    Resize(size=({side}, {side}), interpolation=bicubic, max_size=None, antialias=True)\n"
     "    MaybeConvertMode()\n    MaybeToTensor()\n    Normalize(mean={mean}, std={std})\n)"
 )
-"""How torchvision prints open_clip's preprocessing; part of an encoder's fingerprint."""
+"""How torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave."""
 
 
 def supports(folder: Path) -> bool:
@@ -65,12 +65,19 @@ class LightClip:
         self._vision, self._text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
         self._preprocessing = config["preprocess_cfg"]
         stored = load_file(folder / WEIGHTS)
-        self.fingerprint = self._fingerprint(stored)
-        own = {name: value for name, value in stored.items() if name.startswith("visual.") == (modality == "image")}
+        visual = {name: value for name, value in stored.items() if name.startswith("visual.")}
+        if modality == "image":
+            side, own = self._vision["image_size"], visual
+            settings = image_settings({**self._preprocessing, "size": (side, side), "mode": "RGB"})
+        else:
+            own = {name: value for name, value in stored.items() if name not in {*visual, "logit_scale", "logit_bias"}}
+            settings = text_settings(captions, self._tokenizer.get_vocab(), self._token_ids)
+        self.fingerprint = encoder_fingerprint(settings, own.values())
+        self.former = self._former_fingerprint(stored)
         self._weights = {name.removeprefix("visual."): value.astype(np.float32) for name, value in own.items()}
 
-    def _fingerprint(self, weights: Mapping[str, np.ndarray]) -> str:
-        """What `OpenClipEncoder` has as the fingerprint of the same encoder."""
+    def _former_fingerprint(self, weights: Mapping[str, np.ndarray]) -> str:
+        """What earlier versions identified this encoder by, see `OpenClipEncoder`."""
         side = self._vision["image_size"]
         mean, std = self._preprocessing["mean"], self._preprocessing["std"]
         printed = f"{self._modality}/{self._captions}/{PREPROCESS.format(side=side, mean=mean, std=std)}"
@@ -104,13 +111,16 @@ class LightClip:
 
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """(B, F) unit vectors."""
-        ids = np.array([encoding.ids for encoding in self._tokenizer.encode_batch([_clean(text) for text in texts])])
+        ids = np.array(self._token_ids(texts))
         weights = self._weights
         hidden = weights["token_embedding.weight"][ids] + weights["positional_embedding"]
         hidden = _transformer(hidden, weights, layers=self._text["layers"], heads=self._text["heads"], causal=True)
         ends = (ids == self._text["eos_id"]).argmax(axis=1)
         last = layer_norm(hidden[np.arange(len(ids)), ends], weights, "ln_final")
         return unit_vectors(last @ weights["text_projection"])
+
+    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([_clean(text) for text in texts])]
 
     @cached_property
     def _tokenizer(self) -> Any:

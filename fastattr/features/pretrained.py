@@ -6,9 +6,11 @@ averages all. docs/encoders.md lists the models that are tested.
 
 from __future__ import annotations
 
+import enum
 import hashlib
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ import torch
 from PIL import Image
 
 from fastattr.core.models import locate, split_revision
-from fastattr.features.encoder import encode_captions
+from fastattr.features.encoder import encode_captions, encoder_fingerprint, image_settings, text_settings
 
+PROCESSING = {
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad", "pad_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
+}
+"""Settings of transformers' image processors that determine what a model sees."""
 OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
 """What open_clip loads a model from: no pickle."""
 
@@ -49,10 +56,18 @@ class OpenClipEncoder:
         self.specification = f"open_clip-{modality}:{reference}"
         name, pretrained = _open_clip_name(reference)
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
-        self.fingerprint = _weights_fingerprint(model, f"{modality}/{captions}/{preprocess}")
+        self._tokenizer = open_clip.get_tokenizer(name)
+        visual = {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
+        if modality == "image":
+            settings, weights = image_settings(model.visual.preprocess_cfg), visual
+        else:
+            settings = text_settings(captions, _vocabulary(self._tokenizer), self._tokenizer)
+            left_out = {*visual, "logit_scale", "logit_bias"}
+            weights = {name: value for name, value in model.state_dict().items() if name not in left_out}
+        self.fingerprint = encoder_fingerprint(settings, _arrays(weights))
+        self.former = _former_fingerprint(model, f"{modality}/{captions}/{preprocess}")
         self._model = model.eval().requires_grad_(False).to(dtype)
         self._preprocess = preprocess
-        self._tokenizer = open_clip.get_tokenizer(name)
         self._modality, self._captions, self._device, self._dtype = modality, captions, device, dtype
 
     @torch.no_grad()
@@ -89,7 +104,9 @@ class TransformersImageEncoder:
         else:
             model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
             self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
-        self.fingerprint = _weights_fingerprint(model, str(self._processor.to_dict()))
+        settings = {name: value for name, value in self._processor.to_dict().items() if name in PROCESSING}
+        self.fingerprint = encoder_fingerprint(json.loads(json.dumps(settings, default=_plainly)), _arrays(model.state_dict()))
+        self.former = _former_fingerprint(model, str(self._processor.to_dict()))
         model.to(device, dtype)
         self._device, self._dtype = device, dtype
 
@@ -118,7 +135,10 @@ class TransformersTextEncoder:
         self._length = int(config.max_position_embeddings)
         # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
         self._masked = not model.config.model_type.startswith("siglip")
-        self.fingerprint = _weights_fingerprint(model, f"text/{captions}/{self._length}/{type(self._tokenizer).__name__}")
+        settings = text_settings(captions, self._tokenizer.get_vocab(), lambda texts: self._tokens(texts)["input_ids"])
+        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("vision_model.")}
+        self.fingerprint = encoder_fingerprint(settings | {"masked": self._masked}, _arrays(weights))
+        self.former = _former_fingerprint(model, f"text/{captions}/{self._length}/{type(self._tokenizer).__name__}")
         model.to(device, dtype)
         self._average, self._device = captions == "mean", device
 
@@ -127,8 +147,11 @@ class TransformersTextEncoder:
         """See `Encoder.encode`."""
         return encode_captions(captions, self._encode_texts, average=self._average)
 
+    def _tokens(self, texts: list[str]) -> Any:
+        return self._tokenizer(texts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt")
+
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
-        tokens = self._tokenizer(texts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt")
+        tokens = self._tokens(texts)
         wanted = ("input_ids", "attention_mask") if self._masked else ("input_ids",)
         return _unit(self._features(**{name: tokens[name].to(self._device) for name in wanted if name in tokens}))
 
@@ -163,8 +186,23 @@ def _open_clip_name(reference: str) -> tuple[str, str | None]:
     return f"hf-hub:{reference}", None
 
 
-def _weights_fingerprint(model: torch.nn.Module, preprocessing: str) -> str:
-    """Identifies an encoder's weights (as float16, so that a half-precision copy is the same) and preprocessing."""
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Token -> id, of open_clip's own tokenizer or of the one of transformers that it wraps."""
+    wrapped = getattr(tokenizer, "tokenizer", None)
+    return dict(tokenizer.encoder if wrapped is None else wrapped.get_vocab())
+
+
+def _arrays(weights: Mapping[str, torch.Tensor]) -> Iterator[np.ndarray]:
+    return (value.detach().cpu().half().numpy() for value in weights.values() if value.is_floating_point())
+
+
+def _plainly(value: Any) -> Any:
+    """JSON for the sizes and enumerations that processors hold."""
+    return value.value if isinstance(value, enum.Enum) else dict(value)
+
+
+def _former_fingerprint(model: torch.nn.Module, preprocessing: str) -> str:
+    """What earlier versions identified an encoder by: all weights by name, and the preprocessing as the library prints it."""
     digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", preprocessing).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -5,7 +5,6 @@ Reads corpus/ and queries/; writes features/<encoder>/ and query_features/<encod
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ import torch
 from PIL import Image
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import read_json
-from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
+from fastattr.core.stages import MANIFEST, fingerprint, make, open_stage
 from fastattr.corpus.store import Corpus
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.gradient import RECIPES, fit_gradient_encoder
@@ -118,41 +116,52 @@ def _encode_set(
     """One feature folder, in parts that are split over the processes and kept if killed; returns its manifest."""
     from fastattr.core.processes import in_parts
 
-    settings = {key: value for key, value in vars(config).items() if (key, value) != ("dtype", "float32")}  # as ever
-    if not finished(folder, stage="features", config=settings, inputs=inputs):
-        parts = folder / f"parts-{fingerprint([settings, inputs, encoder.specification])}"
+    settings = {"captions": config.captions} | ({} if config.dtype == "float32" else {"dtype": config.dtype})
+    settings, inputs = _as_recorded(folder, settings, inputs, encoder)
+    parts = folder / f"parts-{fingerprint([settings, inputs, encoder.specification])}"
+
+    def work() -> dict[str, Any]:
         ready = len(list(parts.glob("*.npy"))) * PART_ROWS
         started = time.monotonic()
         features = in_parts(
             parts,
             len(ids),
             PART_ROWS,
-            lambda rows: encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows),
+            lambda rows: encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows, ids=ids),
             accelerator,
             description=f"{folder.parent.name} {encoder.specification}",
         )
         seconds = time.monotonic() - started
         if accelerator.is_main_process:
             write_features(folder, features, ids)
-            write_manifest(
-                folder,
-                stage="features",
-                config=settings,
-                inputs=inputs,
-                width=features.shape[1],
-                rows=len(ids),
-                encoder=encoder.specification,
-                dtype=config.dtype,
-                device=accelerator.device.type,
-                processes=accelerator.num_processes,
-                seconds=round(seconds, 2),
-                # Reading, preparing and encoding, by all processes together; of what the run that finished encoded itself.
-                images_per_second=round(max(0, len(ids) - ready) / seconds, 1),
-            )
-            shutil.rmtree(parts)
-        accelerator.wait_for_everyone()
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        return {
+            "width": features.shape[1],
+            "rows": len(ids),
+            "encoder": encoder.specification,
+            "dtype": config.dtype,
+            "device": accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "seconds": round(seconds, 2),
+            # Reading, preparing and encoding, by all processes together; of what the run that finished encoded itself.
+            "images_per_second": round(max(0, len(ids) - ready) / seconds, 1),
+        }
+
+    return make(folder, work, stage="features", config=settings, inputs=inputs, accelerator=accelerator, temporary=[parts])
+
+
+def _as_recorded(
+    folder: Path, settings: dict[str, Any], inputs: dict[str, str], encoder: Encoder
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs as a finished folder of an earlier version names them, if they are the same.
+
+    Earlier versions recorded batch size and other encoders, which change no feature, and gave encoders other fingerprints.
+    """
+    if not (folder / MANIFEST).exists():
+        return settings, inputs
+    found = open_stage(folder, "features")
+    settings |= {name: found["config"][name] for name in ("encoders", "batch_size") if name in found["config"]}
+    same = found["inputs"].get("encoder") == encoder.former
+    return settings, inputs | ({"encoder": encoder.former} if same else {})
 
 
 def _fit_gradients(run_dir: Path, corpus: Corpus, name: str) -> None:

@@ -35,7 +35,7 @@ from fastattr.core.models import PIPELINE_FILES, locate
 from fastattr.core.stages import fingerprint
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.families import CROSS_ATTENTION_KV as CROSS_ATTENTION_KV, Options, read_schedule, recognise, vae_factor
-from fastattr.generators.layers import Layer
+from fastattr.generators.layers import Layer, default_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -402,7 +402,7 @@ class Generator:
             timesteps: (B,) integers below `train_timesteps`; higher = noisier.
             noise: (B, L, h, w) standard normal.
         """
-        prediction = self._predict(latents, conditioning, timesteps, noise)
+        prediction = self.predict(latents, conditioning, timesteps, noise)
         target = self._schedule.target(latents, noise, timesteps)
         losses: torch.Tensor = (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
         return losses
@@ -420,7 +420,7 @@ class Generator:
         The variance is half the number of latent elements, so that the Fisher equals the Gauss-Newton matrix of
         `training_loss`; `target_noise` (B, L, h, w) is standard normal, the other arguments are those of `training_loss`.
         """
-        prediction = self._predict(latents, conditioning, timesteps, noise)
+        prediction = self.predict(latents, conditioning, timesteps, noise)
         spread = (prediction[0].numel() / 2) ** 0.5
         target = prediction.detach() + spread * target_noise.to(prediction.dtype)
         losses: torch.Tensor = (prediction - target).square().mean(dim=(1, 2, 3))
@@ -430,10 +430,17 @@ class Generator:
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """(B,) mean square of the network's prediction per latent element; arguments as `training_loss`. For D-TRAK."""
-        squares: torch.Tensor = self._predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
+        squares: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
         return squares
 
-    def _predict(
+    def mean_output(
+        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """(B,) mean of the network's prediction over the latent's elements; arguments as `training_loss`. For DAS."""
+        means: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).mean(dim=(1, 2, 3))
+        return means
+
+    def predict(
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """(B, L, h, w) the denoiser's prediction for noised latents, in float32 or better."""
@@ -445,26 +452,26 @@ class Generator:
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         return self._schedule.scaled(prediction, timesteps)
 
-    def modules_to_unlearn(self, pattern: str = CROSS_ATTENTION_KV) -> dict[str, Layer]:
+    def modules_to_unlearn(self, pattern: str = "") -> dict[str, Layer]:
         """The denoiser's linear layers and convolutions whose name matches `pattern`, by name.
 
         Where the denoiser has less than float32, these layers are put into float32 (and see their inputs so), since a step
         that raises a loss by some percent changes weights by less than half precision resolves.
 
         Args:
-            pattern: regular expression. The default stands for the generator's own choice: the matrices of the LoRA where
-                `unlearn` is 'lora', else the text-side key and value projections of its family (`family.text_projections`).
+            pattern: regular expression. '' is the generator's own choice: the matrices of the LoRA where `unlearn` is
+                'lora', else `fastattr.generators.layers.default_pattern`.
 
         Raises:
             InputError: no layer matches.
         """
-        if pattern == CROSS_ATTENTION_KV:
-            pattern = LORA if self.unlearn == "lora" else self.family.text_projections
+        lora = self.unlearn == "lora"
+        pattern = pattern or (LORA if lora else default_pattern(self.denoiser, self.family.text_projections))
         layers: dict[str, Layer] = {
             name: module
             for name, module in self.denoiser.named_modules()
             if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-            and bool(re.search(LORA, name)) == (self.unlearn == "lora")
+            and bool(re.search(LORA, name)) == lora
         }
         # peft keeps the layer that a LoRA lies on as its `base_layer`.
         found = {name: layer for name, layer in layers.items() if re.search(pattern, name.removesuffix(".base_layer"))}

@@ -13,7 +13,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, read_json, remove
 from fastattr.core.processes import split_between
+from fastattr.core.settings import at_least
 from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, write_manifest
 from fastattr.corpus.images import load_rgb
 from fastattr.corpus.near_copies import look_of, looks_of, near_copies
@@ -65,8 +66,7 @@ class QueriesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.train_drawings < 1:
-            raise InputError(f"train_drawings must be at least 1, got {self.train_drawings}")
+        at_least(self, 1, "train_drawings", "steps", "batch_size")
         if min(self.train, self.validation, self.test) < 0 or self.train + self.validation + self.test == 0:
             raise InputError("the numbers of queries must not be negative, and at least one must be positive")
         if not 0 <= self.caption_share + self.recombined_share <= 1:
@@ -142,8 +142,39 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequenc
         has too few free prompts or recombinations.
 
     Raises:
-        InputError: the corpus has too few distinct subjects.
+        InputError: the corpus has too few distinct subjects; the text proposes numbers that fit.
     """
+    try:
+        return _choose(captions, config, more)
+    except InputError as error:
+        fitting = numbers_that_fit(captions, config, more)
+        if fitting is None:
+            raise
+        numbers = ", ".join(f"{split}: {count}" for split, count in fitting.items())
+        raise InputError(f"{error} These numbers fit: queries: {{{numbers}}}.") from error
+
+
+def numbers_that_fit(captions: Sequence[str], config: QueriesConfig, more: Sequence[str] = ()) -> dict[str, int] | None:
+    """The largest numbers of queries, in the proportion of the config's, that a corpus has prompts for; None if it has none.
+
+    Arguments as `choose_prompts`.
+    """
+    wanted = {split: getattr(config, split) for split in SPLITS}
+    low, high = 0, 1000
+    best = None
+    while low < high:  # a smaller share always fits where a larger one does, but for a few subjects that change splits
+        share = (low + high + 1) // 2
+        numbers = {split: max(1, count * share // 1000) if count else 0 for split, count in wanted.items()}
+        try:
+            _choose(captions, replace(config, **numbers), more)
+        except InputError:
+            high = share - 1
+        else:
+            low, best = share, numbers
+    return best
+
+
+def _choose(captions: Sequence[str], config: QueriesConfig, more: Sequence[str]) -> list[Prompt]:
     rng = np.random.default_rng(config.seed)
     subjects: dict[str, set[str]] = {}
     for caption in captions:
@@ -172,7 +203,8 @@ def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequenc
                 size -= 1
         if size > n_free:
             raise InputError(
-                f"the corpus has {len(own)} subjects for the {split} queries, {size - n_free} too few; ask for fewer."
+                f"the corpus has {len(subjects)} different captions, {len(own)} of them for the {split} queries: "
+                f"{size - n_free} too few."
             )
         prompts += [Prompt(text, "free", split) for text in free[:n_free]]
     training = [prompt for prompt in prompts if prompt.split == "train"]

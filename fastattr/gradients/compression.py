@@ -8,19 +8,21 @@ the corpus. Without whitening, sketched, and with a ridge kernel they are the pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
+from fastattr.generators.layers import Layer, weight_shape
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses, require_finite
-from fastattr.gradients.recording import example_gradients, record_layers
+from fastattr.gradients.losses import OUTPUTS, denoising_losses, require_finite
+from fastattr.gradients.recording import Calls, example_gradients, record_layers, rotated_gradients
 
 SCALE_ROWS = 16
 """Images that set the scale at which features are stored."""
@@ -42,16 +44,66 @@ class GradientConfig:
     """k, numbers an image; 0 keeps every coordinate."""
     draws: int = 4
     """(timestep, noise) pairs an image."""
+    antithetic: bool = False
+    """Take draws in pairs of opposite noise at one timestep."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """The part of the noise schedule, from little noise to much, that timesteps are spread over."""
+    unit_draws: bool = False
+    """Give each draw's gradient unit length before the mean (DAS, ICLR 2025), so that no timestep outweighs the others."""
     batch_size: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.output not in {"loss", "squared_norm"}:
-            raise InputError(f"output must be 'loss' or 'squared_norm', got {self.output!r}")
+        if self.output not in OUTPUTS:
+            raise InputError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise InputError(f"span must be a part of the schedule from 0 to 1, got {self.span}")
         if self.width < 0 or min(self.draws, self.batch_size) < 1:
             raise InputError("width must not be negative; draws and batch_size must be at least 1")
         if self.damping <= 0:
             raise InputError(f"damping must be positive, got {self.damping}")
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> GradientConfig:
+        """From what a manifest says; what an older one does not name has its default."""
+        known = {name: values[name] for name in vars(cls()) if name in values}
+        return cls(**known | ({"span": tuple(known["span"])} if "span" in known else {}))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings for a fingerprint: those that came later count only where they are set, so that old ones stay."""
+        later = {"antithetic": False, "span": (0.0, 1.0), "unit_draws": False}
+        return {name: value for name, value in vars(self).items() if later.get(name, self) != value}
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """The settings that `denoising_losses` takes."""
+        names = ("draws", "batch_size", "seed", "output", "antithetic", "span")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How one layer's gradients get into the eigenbasis, as far as coordinates of it are kept."""
+
+    left: torch.Tensor
+    """(out, o) kept eigenvectors of the output gradients."""
+    right: torch.Tensor
+    """(in, i) kept eigenvectors of the inputs."""
+    scale: torch.Tensor
+    """(o, i) factors that whiten."""
+    places: torch.Tensor | None
+    """(n,) kept coordinates in the flattened (o, i); None keeps all."""
+
+    @property
+    def width(self) -> int:
+        """n, numbers kept of a gradient of this layer."""
+        return self.scale.numel() if self.places is None else len(self.places)
+
+    def picked(self, rotated: torch.Tensor, power: int) -> torch.Tensor:
+        """(B, n) of (B, o, i), multiplied by the factors, or divided by them where `power` is -1."""
+        flat = (rotated * torch.where(self.scale > 0, self.scale**power, 0.0)).flatten(1)
+        return flat if self.places is None else flat[:, self.places]
 
 
 class Compression:
@@ -68,6 +120,8 @@ class Compression:
         config: GradientConfig,
         factors: Factors | None = None,
         coordinates: np.ndarray | None = None,
+        *,
+        turns: Mapping[str, Turn] | None = None,
     ) -> None:
         """Prepare rotation and sketch; the same for the same arguments.
 
@@ -75,55 +129,89 @@ class Compression:
             layers: whose gradients come, in this order.
             config: the settings.
             factors: EKFAC factors of these layers; needed where `config.whiten`.
-            coordinates: (k,) those to keep, as `leading_coordinates` finds them; without them all are sketched.
+            coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as
+                `leading_coordinates` finds them; without them all are sketched, or kept where `config.width` is 0.
+            turns: how each layer is rotated and cut, as an earlier compression has it, instead of factors and coordinates.
 
         Raises:
             InputError: whitening was asked for and there are no factors.
         """
-        if config.whiten and factors is None:
+        if config.whiten and factors is None and turns is None:
             raise InputError("whitened gradient features need EKFAC factors; fit them first, or set whiten to false.")
-        self._rotations = {}
+        self._names = list(layers)
+        self._sizes = [layer.weight.numel() for layer in layers.values()]
+        self._coordinates = coordinates
+        self.turns: Mapping[str, Turn] = turns or {}
         if config.whiten and factors is not None:
-            for name, layer in layers.items():
-                eigenvalues = factors.eigenvalues[name]
-                scale = (eigenvalues + config.damping * eigenvalues.mean()).rsqrt()
-                left, right = factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name]
-                self._rotations[name] = (left.to(layer.weight), right.to(layer.weight), scale.to(layer.weight))
-        size = sum(layer.weight.numel() for layer in layers.values())
-        device = next(iter(layers.values())).weight.device
-        self._coordinates = None if coordinates is None else torch.from_numpy(coordinates).to(device)
-        self.width = size if not config.width else config.width if coordinates is None else len(coordinates)
-        self._sketched = bool(config.width) and coordinates is None
+            self.turns = _turns(layers, config, factors, coordinates)
+        size = sum(self._sizes)
+        kept = sum(turn.width for turn in turns.values()) if turns else None if coordinates is None else len(coordinates)
+        self.width = (config.width or size) if kept is None else kept
+        self._sketched = bool(config.width) and kept is None
         if self._sketched:
+            device = next(iter(layers.values())).weight.device
             rng = np.random.default_rng([config.seed, 11])
             self._buckets = torch.from_numpy(rng.integers(0, self.width, size)).to(device)
             self._signs = torch.from_numpy(rng.choice(np.array([-1, 1], dtype=np.float32), size)).to(device)
 
+    def of_records(self, recorded: Mapping[str, Calls], groups: int) -> torch.Tensor:
+        """(groups, k) from what `record_layers` recorded; each row is of the sum over a group of consecutive examples."""
+        if not self.turns:
+            return self._shortened([example_gradients(recorded[name], groups) for name in self._names])
+        kept = [(turn, recorded[name]) for name, turn in self.turns.items()]
+        return self._joined([turn.picked(rotated_gradients(calls, groups, turn.left, turn.right), 1) for turn, calls in kept])
+
     def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, out, in) gradients by layer -> (B, k)."""
-        return self._shortened({name: self._rotated(name, gradient, 1) for name, gradient in gradients.items()})
+        return self._of_matrices(gradients, 1)
 
     def of_step(self, step: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(k,) from the (out, in) changes by layer: its inner product with a compressed gradient is gradient times change."""
-        rotated = {name: self._rotated(name, change.unsqueeze(0), -1) for name, change in step.items()}
-        return self._shortened(rotated)[0]
+        return self._of_matrices({name: change.unsqueeze(0) for name, change in step.items()}, -1)[0]
 
-    def _shortened(self, rotated: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        flat = torch.cat([values.flatten(1) for values in rotated.values()], dim=1)
-        if self._coordinates is not None:
-            return flat[:, self._coordinates]
+    def _of_matrices(self, matrices: Mapping[str, torch.Tensor], power: int) -> torch.Tensor:
+        if not self.turns:
+            return self._shortened([matrices[name] for name in self._names])
+        kept = [(turn, matrices[name]) for name, turn in self.turns.items()]
+        return self._joined([turn.picked(turn.left.T @ matrix @ turn.right, power) for turn, matrix in kept])
+
+    def _shortened(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Unrotated gradients, cut or sketched."""
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+        return flat[:, torch.from_numpy(self._coordinates)] if self._coordinates is not None else self._sketch(flat)
+
+    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rotated gradients of all layers, which are cut already, side by side and sketched if asked."""
+        return self._sketch(torch.cat(list(parts), dim=1))
+
+    def _sketch(self, flat: torch.Tensor) -> torch.Tensor:
         if not self._sketched:
             return flat
         sketch = flat.new_zeros(len(flat), self.width)
         return sketch.index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
 
-    def _rotated(self, name: str, values: torch.Tensor, power: int) -> torch.Tensor:
-        """Into the EKFAC eigenbasis, where whitening is a factor a coordinate; that factor to `power`."""
-        if name not in self._rotations:
-            return values
-        left, right, scale = self._rotations[name]
-        rotated: torch.Tensor = (left.T @ values @ right) * scale**power
-        return rotated
+
+def _turns(
+    layers: Mapping[str, Layer], config: GradientConfig, factors: Factors, coordinates: np.ndarray | None
+) -> dict[str, Turn]:
+    """The rotation of each layer of which coordinates are kept; eigenvectors that no kept coordinate needs are left out."""
+    turns, start = {}, 0
+    for name, layer in layers.items():
+        outer, inner = weight_shape(layer)
+        scale = factors.damped(name, config.damping).rsqrt()
+        left, right = factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name]
+        places = None
+        if coordinates is not None:
+            first, last = np.searchsorted(coordinates, [start, start + outer * inner])
+            own_left, own_right = np.divmod(coordinates[first:last] - start, inner)
+            kept_left, left_places = np.unique(own_left, return_inverse=True)
+            kept_right, right_places = np.unique(own_right, return_inverse=True)
+            left, right, scale = left[:, kept_left], right[:, kept_right], scale[kept_left][:, kept_right]
+            places = torch.from_numpy(left_places * len(kept_right) + right_places).to(layer.weight.device)
+        start += outer * inner
+        if places is None or len(places):
+            turns[name] = Turn(left.to(layer.weight), right.to(layer.weight), scale.to(layer.weight), places)
+    return turns
 
 
 def gradient_features(
@@ -136,36 +224,62 @@ def gradient_features(
 ) -> np.ndarray:
     """(C, k) float32: the compressed gradient of each image's mean output over its draws.
 
+    All draws of an image are in one batch as far as `config.batch_size` allows, and are summed before anything is rotated.
+
     Args:
         generator: with base weights.
-        layers: whose gradients are taken; their weights must require gradients.
+        layers: whose gradients are taken.
         images: encoded images, of the corpus or queries.
         rows: (C,) which of them.
         compression: of the same layers.
         config: the settings.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite; the image is named.
     """
     features = torch.zeros(len(rows) * images.views, compression.width)
-    batches = denoising_losses(
-        generator,
-        images,
-        rows,
-        draws=config.draws,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        output=config.output,
-    )
+    evaluations = config.draws * (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
+    batches = denoising_losses(generator, images, rows, **config.drawn)
     with record_layers(layers) as recorded:
         for positions, losses in batches:
             losses.sum().backward()
-            compressed = compression({name: example_gradients(recorded[name]) for name in layers})
+            if config.unit_draws:
+                each = compression.of_records(recorded, losses.numel())
+                shares = torch.from_numpy(1 / evaluations[positions]).to(each)
+                compressed = F.normalize(each).view(*losses.shape, -1).sum(dim=1) * shares[:, None]
+            else:
+                compressed = compression.of_records(recorded, len(positions))
             features.index_add_(0, torch.from_numpy(positions), compressed.float().cpu())
             for calls in recorded.values():
                 calls.clear()
-    for layer in layers.values():
-        layer.weight.grad = None
     mean: np.ndarray = features.reshape(len(rows), images.views, -1).mean(dim=1).numpy()
     require_finite(mean, images, rows, "gradient")
     return mean
+
+
+def gradients_of_draws(
+    generator: Generator,
+    layers: Mapping[str, Layer],
+    images: EncodedImages,
+    row: int,
+    compression: Compression,
+    config: GradientConfig,
+) -> np.ndarray:
+    """(L, k) float32: what each draw adds to `gradient_features` of one image, whose mean they have; L draws x captions.
+
+    Their spread says how sure the mean is.
+    """
+    found = []
+    with record_layers(layers) as recorded:
+        for _, losses in denoising_losses(generator, images, np.array([row]), **config.drawn):
+            losses.sum().backward()
+            found.append(compression.of_records(recorded, losses.numel()).float().cpu())
+            for calls in recorded.values():
+                calls.clear()
+    every = torch.cat(found)
+    each: np.ndarray = (every * len(every)).numpy()
+    require_finite(each[None], images, np.array([row]), "gradient")
+    return each
 
 
 def leading_coordinates(

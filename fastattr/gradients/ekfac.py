@@ -27,11 +27,13 @@ from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, N
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.stages import require_same
 from fastattr.generators.layers import Layer, weight_shape
-from fastattr.gradients.recording import example_gradients, record_layers
+from fastattr.gradients.recording import example_gradients, record_layers, rotated_gradients
 
 logger = logging.getLogger(__name__)
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
+ROUNDING = 1e-12
+"""Mean squared gradient, as a part of the largest layer's, below which a layer's gradients are rounding errors of float32."""
 MADE_OF = "made_of.json"
 """Fingerprints of the generator and the corpus that factors belong to; beside kronfluence's own files there is none."""
 
@@ -61,14 +63,23 @@ class Factors:
         """
         natural = {}
         for name, gradient in gradients.items():
-            left, right, eigenvalues = (
-                part[name].to(gradient.device)
-                for part in (self.gradient_eigenvectors, self.activation_eigenvectors, self.eigenvalues)
-            )
+            left = self.gradient_eigenvectors[name].to(gradient.device)
+            right = self.activation_eigenvectors[name].to(gradient.device)
             rotated = left.T @ gradient.to(left.dtype) @ right
-            damped = eigenvalues + damping * eigenvalues.mean()
+            damped = self.damped(name, damping).to(gradient.device)
             natural[name] = (left @ (rotated / damped) @ right.T).to(gradient.dtype)
         return natural
+
+    def damped(self, name: str, damping: float) -> torch.Tensor:
+        """(out, in) eigenvalues of a layer plus `damping` times their mean; infinite for a layer that the loss ignores.
+
+        A layer ahead of a normalisation that takes its whole effect away has rounding errors for gradients. Dividing by their
+        curvature would make them as large as any other layer's gradient.
+        """
+        eigenvalues = self.eigenvalues[name]
+        if eigenvalues.mean() <= ROUNDING * max(float(values.mean()) for values in self.eigenvalues.values()):
+            return torch.full_like(eigenvalues, torch.inf)
+        return eigenvalues + damping * eigenvalues.mean()
 
     @property
     def fingerprint(self) -> str:
@@ -185,19 +196,15 @@ def fit_ekfac(
         left, right = _eigenbasis(layers, shapes, batches, accelerator)
     eigenvalues = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     examples = 0
-    rotations = {name: (right[name].to(layer.weight), left[name].to(layer.weight)) for name, layer in layers.items()}
+    rotations = {name: (left[name].to(layer.weight), right[name].to(layer.weight)) for name, layer in layers.items()}
     with record_layers(layers) as recorded:
         for losses in batches():
             losses.sum().backward()
             examples += len(losses)
             for name, calls in recorded.items():
-                # Rotating inputs and output gradients is cheaper than rotating each example's gradient.
-                inner, outer = rotations[name]
-                rotated = calls if diagonal else [(inputs @ inner, gradients @ outer) for inputs, gradients in calls]
-                eigenvalues[name] += example_gradients(rotated).square().sum(dim=0).double().cpu()
+                gradients = example_gradients(calls) if diagonal else rotated_gradients(calls, len(losses), *rotations[name])
+                eigenvalues[name] += gradients.square().sum(dim=0).double().cpu()
                 calls.clear()
-    for layer in layers.values():
-        layer.weight.grad = None
     total = int(_summed(torch.tensor(float(examples), dtype=torch.float64), accelerator))
     for name in layers:
         eigenvalues[name] = _summed(eigenvalues[name], accelerator) / total

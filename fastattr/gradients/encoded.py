@@ -39,6 +39,12 @@ class EncodedImages:
         """V, 1 or 2."""
         return int(self.latents.shape[1])
 
+    def first(self, count: int) -> EncodedImages:
+        """The first images of these, or all if they are fewer."""
+        kept = self.first_caption[: count + 1]
+        rows = slice(0, int(kept[-1]))
+        return EncodedImages(list(self.image_ids[:count]), self.latents[:count], self.conditioning[rows], kept)
+
 
 def encode_corpus(
     generator: Generator,

@@ -11,6 +11,10 @@ from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator, noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
+OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output", "mean": "mean_output"}
+"""What can be measured, by name, and the generator's method that measures it: the denoising loss, the mean square of the
+network's prediction (D-TRAK), or its mean (DAS)."""
+
 
 def denoising_losses(
     generator: Generator,
@@ -21,47 +25,82 @@ def denoising_losses(
     batch_size: int,
     seed: int,
     output: str = "loss",
+    antithetic: bool = False,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Losses of training images, batch by batch, with their graphs where gradients are on.
+    """Losses of training images or queries, batch by batch, with their graphs where gradients are on.
 
     Args:
         generator: with the weights to measure.
-        images: the encoded corpus.
+        images: encoded images.
         rows: (C,) which of them.
         draws: timesteps spread evenly over the schedule, each with noise of its own, fixed by (image id, draw, seed).
         batch_size: network evaluations at once; does not change the losses.
         seed: of the noise.
-        output: 'loss', or 'squared_norm' of the network's prediction instead.
+        output: one of `OUTPUTS`.
+        antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
+        span: the part of the schedule that timesteps are spread over, from little noise (0) to much (1).
 
     Yields:
-        (B,) positions in the flattened (C, V) images x views, and (B,) losses, means per latent element, each divided by
-        the number of draws and captions: their sum over a position is its mean loss.
+        (P,) positions in the flattened (C, V) images x views, and (P, L) losses of each, L its draws x captions: means per
+        latent element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions;
+        one whose evaluations outnumber `batch_size` comes in several batches.
     """
-    measure = generator.training_loss if output == "loss" else generator.squared_output
-    timesteps = spread_timesteps(draws, train_timesteps=generator.train_timesteps)
-    counts = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
-    position = np.arange(len(rows) * images.views).repeat(counts * draws)
-    within = np.arange(len(position)) - np.repeat(np.cumsum(counts * draws) - counts * draws, counts * draws)
-    caption, draw = np.divmod(within, draws)
-    image, view = np.divmod(position, images.views)
-    for start in range(0, len(position), batch_size):
-        part = slice(start, start + batch_size)
-        picked = rows[image[part]]
+    measure = getattr(generator, OUTPUTS[output])
+    pairs = 2 if antithetic else 1
+    timesteps = _timesteps(draws // pairs, generator.train_timesteps, span).repeat(pairs)
+    captions = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
+    for positions, evaluations in _batches(captions * draws, batch_size):
+        shape = (len(positions), len(evaluations))
+        position = positions.repeat(len(evaluations))
+        caption, draw = np.divmod(np.tile(evaluations, len(positions)), draws)
+        image, view = np.divmod(position, images.views)
+        picked = rows[image]
         ids = [images.image_ids[row] for row in picked]
-        noise = noise_for(ids, draw[part].tolist(), seed=seed, shape=generator.latent_shape)
+        noise = noise_for(ids, (draw // pairs).tolist(), seed=seed, shape=generator.latent_shape)
+        if antithetic:
+            noise = noise * torch.from_numpy(1.0 - 2.0 * (draw % 2)).to(noise.dtype)[:, None, None, None]
         losses = measure(
-            images.latents[picked, view[part]].to(generator.device),
-            images.conditioning[images.first_caption[picked] + caption[part]].to(generator.device),
-            torch.from_numpy(timesteps[draw[part]]).to(generator.device),
+            images.latents[picked, view].to(generator.device),
+            images.conditioning[images.first_caption[picked] + caption].to(generator.device),
+            torch.from_numpy(timesteps[draw]).to(generator.device),
             noise.to(generator.device),
         )
-        share = torch.from_numpy(1.0 / (draws * counts[position[part]]))
-        yield position[part], losses * share.to(losses.device, losses.dtype)
+        share = torch.from_numpy(1.0 / (draws * captions[position]))
+        yield positions, (losses * share.to(losses.device, losses.dtype)).view(shape)
+
+
+def _timesteps(draws: int, train_timesteps: int, span: tuple[float, float]) -> np.ndarray:
+    """(draws,) timesteps in the middles of equal parts of that part of the schedule."""
+    low, high = span
+    if (low, high) == (0.0, 1.0):
+        return spread_timesteps(draws, train_timesteps=train_timesteps)
+    spread: np.ndarray = ((low + (np.arange(draws) + 0.5) / draws * (high - low)) * train_timesteps).astype(np.int64)
+    return spread
+
+
+def _batches(evaluations: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(P,) positions and the L evaluations of each: as many whole positions as `size` holds, of a larger one a part."""
+    start = 0
+    while start < len(evaluations):
+        count, stop = int(evaluations[start]), start + 1
+        while stop < len(evaluations) and evaluations[stop] == count and (stop + 1 - start) * count <= size:
+            stop += 1
+        for first in range(0, count, size):
+            yield np.arange(start, stop), np.arange(first, min(first + size, count))
+        start = stop
 
 
 @torch.no_grad()
 def image_losses(
-    generator: Generator, images: EncodedImages, rows: np.ndarray, *, draws: int, batch_size: int, seed: int
+    generator: Generator,
+    images: EncodedImages,
+    rows: np.ndarray,
+    *,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
     """(C, V) float64 denoising losses of training images, averaged over draws and captions; see `denoising_losses`.
 
@@ -69,11 +108,31 @@ def image_losses(
         NonFiniteError: a loss is NaN or infinite; the image is named.
     """
     losses: np.ndarray = np.zeros(len(rows) * images.views)
-    for positions, part in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
-        np.add.at(losses, positions, part.double().cpu().numpy())
+    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
+    for positions, part in denoising_losses(generator, images, rows, **drawn):
+        np.add.at(losses, positions, part.sum(dim=1, dtype=torch.float64).cpu().numpy())
     losses = losses.reshape(len(rows), images.views)
     require_finite(losses, images, rows, "loss")
     return losses
+
+
+@torch.no_grad()
+def error_factors(
+    generator: Generator, images: EncodedImages, *, draws: int, batch_size: int, seed: int, span: tuple[float, float] = (0, 1)
+) -> np.ndarray:
+    """(N,) how much of the corpus' error is each image's own: DAS multiplies its scores by it.
+
+    The root of an image's loss at each draw, divided by the root of the sum of all images' losses there, averaged over
+    draws. Source: DAS (ICLR 2025), its third refinement of D-TRAK.
+    """
+    count = len(images.image_ids)
+    errors = np.zeros((count, draws))
+    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
+    for row in range(count):
+        parts = [losses.flatten() for _, losses in denoising_losses(generator, images, np.array([row]), **drawn)]
+        errors[row] = torch.cat(parts).double().cpu().numpy().reshape(-1, draws).sum(axis=0)
+    shares: np.ndarray = np.sqrt(errors / errors.sum(axis=0)).mean(axis=1)
+    return shares
 
 
 def require_finite(values: np.ndarray, images: EncodedImages, rows: np.ndarray, what: str) -> None:

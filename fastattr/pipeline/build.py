@@ -18,16 +18,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from fastattr.attributor.load import read_info
 from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.files import atomic_path, read_json, write_json
+from fastattr.core.files import atomic_path, read_json, remove, write_json
 from fastattr.core.processes import alone
+from fastattr.core.settings import did_you_mean
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage
+from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig, save_config
 from fastattr.pipeline.costs import training_images
 from fastattr.pipeline.plan import plan
-from fastattr.pipeline.stages import SHARED, STAGES
+from fastattr.pipeline.stages import FOLDERS, SHARED, STAGES
+from fastattr.students.ranking import no_better_than_untuned
 
 logger = logging.getLogger(__name__)
+FIRST_VERSION = 1
+"""Of a catalogue that nobody has changed."""
 
 
 def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -58,10 +64,7 @@ def planned(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def run(
-    config: BuildConfig,
-    run_dir: Path,
-    *,
-    confirm: Callable[[dict[str, Any]], None] | None = None,
+    config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
     """Run every stage that is not finished yet, on all processes.
 
@@ -69,6 +72,7 @@ def run(
         config: of the whole line.
         run_dir: where the stages' folders are.
         confirm: is given the plan, and raises if nothing shall be built; None makes no plan.
+        again_from: stage from which on everything is built again, as by another config; '' builds what is not there.
 
     Returns:
         The seconds each stage took now; run_dir/spent.json adds up what finished stages took in all runs.
@@ -79,11 +83,15 @@ def run(
     # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     state = PartialState()
+    check(config, run_dir)
+    check_queries(config, run_dir)
     seconds: dict[str, float] = {}
     if state.is_main_process:
         save_config(config, run_dir / "config.yaml")
         if confirm is not None:
             confirm(planned(config, run_dir))
+        if again_from:
+            forget(run_dir, again_from)
     state.wait_for_everyone()
     for name in STAGES:
         if state.num_processes > 1 and name not in SHARED:
@@ -97,20 +105,37 @@ def run(
             spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
             write_json(run_dir / "spent.json", spent | {name: seconds[name]})
     if state.num_processes > 1 and state.is_main_process:
-        command = [
-            sys.executable,
-            "-m",
-            "fastattr",
-            "build",
-            str(run_dir / "config.yaml"),
-            "--run",
-            str(run_dir),
-            "--no-plan",
-        ]
+        command = [sys.executable, "-m", "fastattr", "build", str(run_dir / "config.yaml"), "--run", str(run_dir), "--no-plan"]
         if subprocess.run(command, env=alone(), check=False).returncode:
             raise FastattrError("the stages after the teacher failed; run the same command again to go on there.")
     state.wait_for_everyone()
     return seconds
+
+
+def forget(run_dir: Path, stage: str) -> None:
+    """Remove what a stage and all later ones wrote into a run folder.
+
+    Raises:
+        InputError: there is no such stage, or the run's attributor was changed since it was built (images added, removed or
+            described anew), which another build would undo.
+    """
+    if stage not in FOLDERS:
+        raise InputError(f"there is no stage {stage!r}{did_you_mean(stage, FOLDERS)}; stages are {', '.join(FOLDERS)}.")
+    attributor = run_dir / "attributor"
+    if (attributor / "config.json").exists() and int(read_info(attributor)["versions"]["catalog"]) > FIRST_VERSION:
+        raise InputError(
+            f"{attributor} was changed since it was built, and another build would undo that: "
+            "move it away to keep it, or delete it."
+        )
+    for name in list(FOLDERS)[list(FOLDERS).index(stage) :]:
+        for folder in FOLDERS[name]:
+            remove(run_dir / folder)
+
+
+def warning_of(run_dir: Path) -> str:
+    """What to be told of a finished build's student, or ''; see `no_better_than_untuned`."""
+    file = run_dir / "attributor" / "metrics.json"
+    return no_better_than_untuned(read_json(file)) if file.exists() else ""
 
 
 def _manifests(run_dir: Path) -> set[tuple[str, int]]:

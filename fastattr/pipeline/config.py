@@ -11,7 +11,7 @@ import yaml
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
-from fastattr.core.settings import read_yaml
+from fastattr.core.settings import at_least, read_yaml
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.evaluation.against_teacher import EvaluateConfig
 from fastattr.features.candidates import CandidatesConfig
@@ -56,8 +56,7 @@ class PlanConfig:
             raise InputError(f"accelerator must be one of {', '.join(PEAK_FLOPS)}, got {self.accelerator!r}")
         if self.network and self.network not in SHAPES:
             raise InputError(f"plan.network must be one of {', '.join(SHAPES)}, got {self.network!r}")
-        if min(self.images, self.captions_per_image, self.bytes_per_image, self.rate, self.confirm_hours) < 0:
-            raise InputError("the numbers of a plan must not be negative")
+        at_least(self, 1, "probe_seconds", "captions_per_image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,10 @@ def training_images(config: BuildConfig, run_dir: Path) -> int:
     if config.plan.images:
         return config.plan.images
     if config.corpus.kind == "folder":
-        from fastattr.corpus.folders import folder_parts
+        from fastattr.corpus.folders import list_folder
 
         if Path(config.corpus.path).is_dir():
-            return sum(len(part.read.args[1]) for part in folder_parts(Path(config.corpus.path))[1:])
+            return len(list_folder(Path(config.corpus.path)).images)
     if config.corpus.kind == "emoji":
         return 15_351
     raise InputError(f"nothing says how many training images {config.name} has; set plan.images, or write the corpus first.")
@@ -140,10 +140,7 @@ def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
         autoencoder = build_autoencoder(config.autoencoder)
         side = config.autoencoder.resolution // 2 ** (len(config.autoencoder.channels) - 1)
         unet, _ = build_denoiser(
-            settings,
-            tokenizer=Tokenizer(),
-            latent_channels=config.autoencoder.latent_channels,
-            latent_side=side,
+            settings, tokenizer=Tokenizer(), latent_channels=config.autoencoder.latent_channels, latent_side=side
         )
     return {
         "denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"},
@@ -182,7 +179,8 @@ def teacher_ways(config: BuildConfig, images: int, network: Network) -> dict[str
         the losses before measured once for all queries, as ours does; 'first_order': all of them to first order.
     """
     queries = replace(config.queries, test=0)
-    teacher = replace(config.teacher, linearised=(), method="unlearning")
+    alone = {"method": "unlearning", "models": (), "retrained": "", "similarity_features": ()}
+    teacher = replace(config.teacher, linearised=(), **alone)
     exact = replace(config, queries=queries, teacher=teacher)
     sizes = teacher_sizes(exact, images, network)
     views = 2 if teacher.mirrored else 1
@@ -213,10 +211,7 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     encoders = config.features.encoders
     weights = LIBRARIES + 4 * network.parameters
     side = network.image_side
-    stages = [
-        StageCost(name="corpus", disk=images * config.plan.bytes_per_image),
-        *_training_costs(config, network, weights),
-    ]
+    stages = [StageCost(name="corpus", disk=images * config.plan.bytes_per_image), *_training_costs(config, network, weights)]
     steps = config.queries.steps * (2 if network.guided and config.queries.guidance > 1 else 1)
     stages.append(
         StageCost(
@@ -239,11 +234,7 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
     size = min(config.candidates.per_query, images)
     compared = 4 * queries * images * len(encoders)
     stages.append(
-        StageCost(
-            name="candidates",
-            memory=LIBRARIES + compared + 4 * images * FEATURE_WIDTH,
-            disk=17 * queries * size,
-        )
+        StageCost(name="candidates", memory=LIBRARIES + compared + 4 * images * FEATURE_WIDTH, disk=17 * queries * size)
     )
     stages.append(_teacher_cost(config, images, network, weights))
     student = config.distill.student
@@ -307,10 +298,10 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
 
 
 def _teacher_cost(config: BuildConfig, images: int, network: Network, weights: int) -> StageCost:
-    if config.teacher.method != "unlearning":
-        return StageCost(name="teach")
     probe = Probe(loaded=weights, backward=weights + config.teacher.batch_size * network.activations)
     steps: list[Step] = teacher_plan(config.teacher, teacher_sizes(config, images, network), probe)
+    if not steps:
+        return StageCost(name="teach")
     forward, backward = sum(step.forward for step in steps), sum(step.backward for step in steps)
     return StageCost(
         name="teach",

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json
 from fastattr.generators.families import CROSS_ATTENTION_KV, JOINT_ATTENTION_KV
-from fastattr.generators.layers import Layer
+from fastattr.generators.layers import Layer, default_pattern
 from fastattr.gradients.ekfac import factor_bytes
 
 SD_VAE = {
@@ -123,13 +123,13 @@ def shape_of(source: str | Path) -> dict[str, Any]:
     return shape
 
 
-def count(name: str, shape: Mapping[str, Any], pattern: str = CROSS_ATTENTION_KV) -> Network:
+def count(name: str, shape: Mapping[str, Any], pattern: str = "") -> Network:
     """Count one evaluation of a denoiser.
 
     Args:
         name: of the network.
         shape: see `shape_of`.
-        pattern: of the layers to unlearn; where nothing matches the default, the text-side projections of a joint attention.
+        pattern: of the layers to unlearn; '' is the generator's own choice.
     """
     config = dict(shape["denoiser"])
     with torch.device("meta"):
@@ -230,12 +230,13 @@ def _kept_bytes(denoiser: nn.Module, layers: Mapping[str, Layer], inputs: Mappin
 
 
 def unlearned_layers(denoiser: nn.Module, pattern: str) -> dict[str, Layer]:
-    """The layers to unlearn, by name; the text-side projections of a joint attention where nothing matches the pattern."""
+    """The layers to unlearn, by name; '' is the generator's own choice, as `Generator.modules_to_unlearn` makes it."""
     layers: dict[str, Layer] = {
         name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    for wanted in (pattern, JOINT_ATTENTION_KV):
-        found = {name: layer for name, layer in layers.items() if re.search(wanted, name)}
-        if found:
-            return found
-    raise InputError(f"no layer of {type(denoiser).__name__} matches {pattern!r}.")
+    joint = any(re.search(JOINT_ATTENTION_KV, name) for name in layers)
+    pattern = pattern or default_pattern(denoiser, JOINT_ATTENTION_KV if joint else CROSS_ATTENTION_KV)
+    found = {name: layer for name, layer in layers.items() if re.search(pattern, name)}
+    if not found:
+        raise InputError(f"no layer of {type(denoiser).__name__} matches {pattern!r}.")
+    return found

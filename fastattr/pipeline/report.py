@@ -17,10 +17,11 @@ from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
-from fastattr.core.files import atomic_path, read_json
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import make, open_stage
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import BuildConfig
+from fastattr.students.ranking import no_better_than_untuned
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 SHOWN = 8
@@ -38,14 +39,14 @@ def run(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
         "attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"],
         "queries": open_stage(run_dir / "queries", "queries")["fingerprint"],
     }
-    if not finished(folder, stage="report", config={"name": config.name}, inputs=inputs):
+
+    def work() -> dict[str, Any]:
         page = render(facts(config, run_dir))
-        with atomic_path(folder) as temporary:
-            temporary.mkdir(parents=True)
-            (temporary / "index.html").write_text(page, encoding="utf-8")
-            write_manifest(temporary, stage="report", config={"name": config.name}, inputs=inputs)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.html").write_text(page, encoding="utf-8")
+        return {}
+
+    return make(folder, work, stage="report", config={"name": config.name}, inputs=inputs)
 
 
 def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     copies = queries.table["near_copy_of"].to_pylist()
     skipped = pq.read_table(run_dir / "corpus" / "skipped.parquet").slice(0, SKIPPED_SHOWN).to_pylist()
     corpus = open_stage(run_dir / "corpus", "corpus")
+    metrics = read_json(run_dir / "attributor" / "metrics.json")
     return {
         "name": config.name,
         "version": __version__,
@@ -74,7 +76,8 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
             if copy
         ],
         "shown": [_shown(image, answer, copies[row]) for row, image, answer in zip(rows, images, answers, strict=True)],
-        "metrics": read_json(run_dir / "attributor" / "metrics.json"),
+        "metrics": metrics,
+        "warning": no_better_than_untuned(metrics),
         "teacher": open_stage(run_dir / "scores", "scores"),
         "costs": _costs(run_dir),
         "attributor": str(run_dir / "attributor"),

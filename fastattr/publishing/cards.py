@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from fastattr.publishing.licences import imported_sentence, licence_sentence, license_data, merged, provenance_table
-from fastattr.publishing.tables import measured, metric_name, results_table, settings_table, table
+from fastattr.publishing.tables import LONGEST_NAME, code, measured, metric_name, results_table, settings_table, table, text
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 PAPER = "arxiv:2511.10721"
@@ -94,7 +94,7 @@ def attributor_card(
             snippet=_attributor_snippet(repo_id, config, example, generator),
             images=f"{sum(entry['images'] for entry in entries):,}",
             creators=f"{len({creator for entry in entries for creator in entry['creators']}):,}",
-            generator_sentence=f", those of the generator `{generator}`" if generator else "",
+            generator_sentence=f", those of the generator {code(generator)}" if generator else "",
             provenance=provenance_table(entries),
             method=_attributor_method(config, scores),
             results=results_table(metrics),
@@ -120,7 +120,7 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
             + (", trained from nothing on the images below." if ours else "."),
             snippet="from diffusers import DiffusionPipeline\n\n"
             f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
-            f"image = pipeline({example!r}{settings}).images[0]",
+            f"image = pipeline({example[:LONGEST_NAME]!r}{settings}).images[0]",
             provenance=provenance_table(entries),
             training=settings_table({**manifest.get("config", {}), **_facts(manifest)}),
             licence=licence_sentence(entries),
@@ -158,10 +158,16 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
     first = next(iter(manifests))
     split = next(iter(manifests[first]["queries"]))
     rows = [
-        [f"`{name}`", manifest["teacher"], _counts(manifest["queries"]), f"up to {manifest['candidates']:,}", _cost(manifest)]
+        [
+            code(name),
+            text(manifest["teacher"]),
+            _counts(manifest["queries"]),
+            f"up to {manifest['candidates']:,}",
+            _cost(manifest),
+        ]
         for name, manifest in manifests.items()
     ]
-    methods = "\n\n".join(f"**{name}**\n\n{settings_table(manifest['config'])}" for name, manifest in manifests.items())
+    methods = "\n\n".join(f"**{text(name)}**\n\n{settings_table(manifest['config'])}" for name, manifest in manifests.items())
     return str(
         DatasetCard.from_template(
             data,
@@ -171,7 +177,7 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
             f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
             "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
             configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
-            columns=table(["column", "what it is"], [[f"`{name}`", text] for name, text in COLUMNS.items()]),
+            columns=table(["column", "what it is"], [[code(name), meaning] for name, meaning in COLUMNS.items()]),
             method=methods,
             provenance=provenance_table(entries),
             licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
@@ -191,7 +197,7 @@ def _attributor_snippet(repo_id: str, config: Mapping[str, Any], example: str, g
     image = f'Generator.from_pretrained("{generator}").generate(prompt, seed=0)' if generator else '"generated.png"'
     return (
         f"from fastattr import FastAttributor{', Generator' if generator else ''}\n\n"
-        f"prompt = {example!r}\n"
+        f"prompt = {example[:LONGEST_NAME]!r}\n"
         f"image = {image}  # or an image of your own, made by this generator\n\n"
         f'attributor = FastAttributor.from_pretrained("{repo_id}")\n'
         "result = attributor.attribute(image, prompt, k=10)\n"
@@ -202,21 +208,21 @@ def _attributor_snippet(repo_id: str, config: Mapping[str, Any], example: str, g
 
 def _attributor_method(config: Mapping[str, Any], scores: str | None) -> str:
     widths = " -> ".join(str(width) for width in (*config["student"]["hidden"], config["student"]["embed_dim"]))
-    dataset = f" (dataset `{scores}`)" if scores else ""
+    dataset = f" (dataset {code(scores)})" if scores else ""
     rows = {
-        "features": ", ".join(f"`{name}`" for name in config["encoders"]) or "given by the caller",
+        "features": ", ".join(map(code, config["encoders"])) or "given by the caller",
         "student": f"{config['feature_dim']} features -> {widths}, unit length",
-        "teacher": f"{config['teacher']}{dataset}",
-        "training queries": config.get("training_queries", "not recorded"),
-        "index": f"FAISS `{config['index']}`, inner product",
-        "corpus": f"`{config['corpus_fingerprint']}`",
-        "generator": f"`{config['generator_fingerprint']}`",
-        **{key: value for key, value in config.get("source", {}).items() if isinstance(value, str)},
+        "teacher": f"{text(config['teacher'])}{dataset}",
+        "training queries": text(config.get("training_queries", "not recorded")),
+        "index": f"FAISS {code(config['index'])}, inner product",
+        "corpus": code(config["corpus_fingerprint"]),
+        "generator": code(config["generator_fingerprint"]),
+        **{text(key): text(value) for key, value in config.get("source", {}).items() if isinstance(value, str)},
     }
     return (
         "A teacher unlearns a generated image and measures which training images the generator then draws worse; a small "
         "network learns its ranking on frozen features, and a FAISS index over the network's embeddings answers.\n\n"
-        + table(["what", "which"], [[key, str(value)] for key, value in rows.items()])
+        + table(["what", "which"], [[key, value] for key, value in rows.items()])
     )
 
 
@@ -249,7 +255,7 @@ def _cost(manifest: Mapping[str, Any]) -> str:
     if "seconds" in manifest:
         parts.append(f"{manifest['seconds'] / 3600:.2f} h on {manifest.get('processes', 1)} process(es)")
     evaluations = manifest.get("evaluations", {})
-    parts += [f"{count:,} {kind} evaluations" for kind, count in evaluations.items()]
+    parts += [f"{count:,} {text(kind)} evaluations" for kind, count in evaluations.items()]
     return "; ".join(parts) or "not recorded"
 
 

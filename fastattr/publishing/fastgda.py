@@ -118,10 +118,7 @@ def student_of(weights: dict[str, torch.Tensor]) -> tuple[Student, StudentConfig
     )
     width = weights[f"{linear[0]}.weight"].shape[1]
     student = Student(width, config)
-    state = {
-        "log_scale": torch.tensor(math.log(abs(scale))),
-        "bias": torch.tensor(-bias),
-    }
+    state = {"log_scale": torch.tensor(math.log(abs(scale))), "bias": torch.tensor(-bias)}
     for number, name in enumerate(linear):  # ReLUs lie between the linear layers
         state |= {f"mlp.{2 * number}.{part}": weights[f"{name}.{part}"] for part in ("weight", "bias")}
     if config.input_norm:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastattr.publishing.tables import listed, table
+from fastattr.publishing.tables import listed, table, text
 
 HUB_LICENSES = """
     apache-2.0 mit unlicense cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 cc-by-nc-4.0
@@ -68,7 +68,7 @@ def license_text(entries: Sequence[Mapping[str, Any]], imported: str | None = No
         "Treat what is recognisably derived from an image as under that image's licence, and name its creator.",
     ]
     for entry in entries:
-        parts.append(f"## {entry['source'] or 'unnamed source'}: {entry['license'] or 'no licence recorded'}")
+        parts.append(f"## {text(entry['source'] or 'unnamed source')}: {text(entry['license'] or 'no licence recorded')}")
         parts.append(f"{entry['images']:,} images by {listed(entry['creators'])}.")
     if imported:
         parts.append("## Files imported from the paper's authors")
@@ -84,9 +84,9 @@ def provenance_table(entries: Sequence[Mapping[str, Any]]) -> str:
         return "The training images are not recorded with these files."
     rows = [
         [
-            entry["source"] or "unnamed",
+            text(entry["source"] or "unnamed"),
             f"{entry['images']:,}",
-            entry["license"] or "not recorded",
+            text(entry["license"] or "not recorded"),
             listed(entry["creators"], most=3),
         ]
         for entry in entries
@@ -97,10 +97,11 @@ def provenance_table(entries: Sequence[Mapping[str, Any]]) -> str:
 def licence_sentence(entries: Sequence[Mapping[str, Any]]) -> str:
     """The licences that carry over from the training images."""
     names = sorted({str(entry["license"]) or "not recorded" for entry in entries})
-    text = ", ".join(names) or "not recorded"
-    return f"The training images' licences carry over to what is derived from them: {text}. See [LICENSE.md](LICENSE.md)."
+    named = ", ".join(map(text, names)) or "not recorded"
+    return f"The training images' licences carry over to what is derived from them: {named}. See [LICENSE.md](LICENSE.md)."
 
 
 def imported_sentence(license_name: str) -> str:
     """The licence of the files that the paper's authors released."""
-    return f"Weights and features were released by the paper's authors under {license_name}, which holds for all of this, too."
+    name = text(license_name)
+    return f"Weights and features were released by the paper's authors under {name}, which holds for all of this, too."

@@ -5,21 +5,23 @@ What is pushed is what a run folder or an embedded model holds, plus a card (car
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fastattr.attributor.folder import copy_version, read_config
-from fastattr.attributor.journal import open_catalogue
-from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.attributor.bases import copy_newest
+from fastattr.attributor.folder import read_config
+from fastattr.attributor.version import Parts, open_version
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
 from fastattr.core.files import read_json, write_json
-from fastattr.core.models import ASSETS, check_repo_id, embedded_models
+from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
 from fastattr.publishing.cards import attributor_card, generator_card
 from fastattr.publishing.licences import license_text, provenance
 from fastattr.publishing.push import Push
@@ -63,30 +65,35 @@ def push_attributor(
         generator: Hub id of its generator, for the card.
         scores: Hub id of the score table it was distilled from, for the card.
         message: of the commit.
-        target: private, token, revision, create_pr, tag, dry_run, as `hub.push_folder`; the tag 'auto' names the contents.
+        target: private, token, revision, create_pr, tag, dry_run, as `push.push_folder`; the tag 'auto' names the contents.
 
     Raises:
         MissingFileError: the folder lacks a file that its config.json names.
         ArtifactDamagedError: a file's checksum is not that of config.json.
-        As `hub.push_folder`.
+        As `push.push_folder`.
     """
     check_repo_id(repo_id)
-    config = read_config(folder)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "attributor"
-        copy_version(folder, config, staged)
+        copy_newest(folder, staged)
         card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
-        data = ("*.faiss", "*.f16", "*.sha256", "*.arrow", "*.jsonl")
-        replaces = (*data, "*.parquet", "*.safetensors", "encoder/*")
+        replaces = [glob.escape(name) for name in _files_there(repo_id, target)]
         return send_with_card(
-            staged,
-            repo_id,
-            card,
-            licences,
-            message=message or "Push attributor",
-            replaces=replaces,
-            **target,
+            staged, repo_id, card, licences, message=message or "Push attributor", replaces=replaces, **target
         )
+
+
+def _files_there(repo_id: str, target: Mapping[str, Any]) -> list[str]:
+    """The files of the attributor that a repository holds already, as its config.json names them; nobody else's."""
+    where = {key: target[key] for key in ("token", "revision") if key in target}
+    try:
+        return list(read_config(fetch(repo_id, "model", ["config.json"], **where))["sha256"])
+    except (ArtifactNotFoundError, MissingFileError, ArtifactDamagedError):
+        return []  # the repository or the branch is yet to be made, or its config.json is no attributor's
+    except HubError:
+        if target.get("dry_run"):
+            return []
+        raise
 
 
 def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
@@ -111,16 +118,10 @@ def push_generator(
 ) -> Push:
     """Push a diffusers pipeline with its card to a model repository.
 
-    Args:
+    Args and errors beside those of `push_attributor`:
         folder: as `StableDiffusionPipeline.save_pretrained` writes it; the checkpoints of a training are left out.
-        repo_id: 'org/name'.
         images: its training images, with the columns caption, source, license and creator, for the card.
-        message: of the commit.
-        target: see `push_attributor`.
-
-    Raises:
         ArtifactNotFoundError: the folder holds no pipeline.
-        As `hub.push_folder`.
     """
     check_repo_id(repo_id)
     if not (folder / "model_index.json").exists():
@@ -134,7 +135,8 @@ def push_generator(
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.ckpt", "*.pt", "*.pth"))
         if manifest:
             _load_in_full_precision(staged)
-        replaces = ("*.safetensors", "*/*.json", "*/*.txt")
+        parts = [path.parent.name for path in staged.glob("*/*.safetensors")]
+        replaces = [f"{part}/{name}*.safetensors" for part in parts for name in ("diffusion_pytorch_model", "model")]
         licences = license_text(entries)
         return send_with_card(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
 
@@ -144,16 +146,9 @@ def push_space(
 ) -> Push:
     """Push the page as a Space that shows a generator and an attributor.
 
-    Args:
-        repo_id: 'org/name'.
+    Args and errors beside those of `push_attributor`:
         generator: its Hub id; may end in '@revision', to show that one for good.
         attributor: the same.
-        scores: Hub id of the score table, named on the Space's page.
-        message: of the commit.
-        target: see `push_attributor`.
-
-    Raises:
-        As `hub.push_folder`.
     """
     from huggingface_hub import SpaceCard, constants
 
@@ -177,7 +172,6 @@ def push_space(
             repo_id,
             message=message or "Push Space",
             repo_type="space",
-            replaces=("*.py", "*.css", "*.png"),
             variables={"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor},
             **target,
         )
@@ -190,15 +184,11 @@ def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str]
         source: run folder, or an embedded model's name, which has no score table.
         name: first part of the repositories' names.
         namespace: user or organisation.
-        kinds: some of `KINDS`.
-        target: see `push_attributor`.
-
-    Returns:
-        What each push did, in the order of `KINDS`.
+        kinds: some of `KINDS`, pushed in its order.
+        target: see `push_attributor`, also for errors.
 
     Raises:
         ArtifactNotFoundError: the source lacks one of them.
-        As `hub.push_folder`.
     """
     ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
     scores = ids["scores"] if str(source) not in embedded_models() else None
@@ -247,7 +237,7 @@ def training_images(source: str | Path) -> pa.Table | None:
 
 def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
     """Caption, source, licence and creator of the images that an attributor names."""
-    table = open_catalogue(folder, config, thumbnails=False).table
+    table = open_version(folder, config, Parts(thumbnails=False), stamp=()).catalogue.table
     return table.select(["caption", "source", "license", "creator"])
 
 

@@ -1,15 +1,18 @@
-"""Push: send a folder's files to a Hub repository as one commit; unchanged files are not sent."""
+"""Push: send a folder's files to a Hub repository as one commit; unchanged files are not sent.
+
+By `create_commit` and not `upload_folder`: with hf-xet installed, the latter splits what it sends into several commits.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastattr.core.errors import InputError
+from fastattr.core.errors import HubError, InputError
 from fastattr.core.files import sha256_file
 from fastattr.core.models import REFUSED, TRANSIENT, check_repo_id, errors_in_words, library, with_retries
 
@@ -37,6 +40,8 @@ class Push:
     """Files of an earlier push that the artifacts no longer have."""
     tag: str | None
     dry_run: bool
+    unasked: str = ""
+    """Of a dry run: why the Hub could not be asked what it has; then every file counts as new."""
 
     def in_words(self) -> str:
         """A few lines for the command line."""
@@ -45,6 +50,8 @@ class Push:
         lines += [f"  {'would delete' if self.dry_run else 'deleted'}  {path}" for path in self.deleted]
         total = f"{len(self.sent)} files, {sum(self.sent.values()):,} bytes; {len(self.unchanged)} unchanged"
         tag = f", tag {self.tag}" if self.tag else ""
+        if self.unasked:
+            lines.append(f"Not compared with what is there: {self.unasked}")
         return "\n".join([f"{self.repo_type} {self.repo_id}: {total}{tag}", *lines, self.url])
 
 
@@ -77,7 +84,7 @@ def push_folder(
         create_pr: open a pull request instead of committing.
         tag: name for the commit.
         variables: of a Space, which reads them as environment variables.
-        dry_run: only compare.
+        dry_run: only compare; where the Hub can't be asked, say what would be sent to an empty repository.
 
     Raises:
         InputError: there are too many files, or `tag` already names other contents.
@@ -89,74 +96,61 @@ def push_folder(
         raise InputError(f"{folder} has {len(files)} files, a push takes at most {MAX_FILES}; write fewer, larger shards.")
     if create_pr and (tag or revision not in {None, "main"}):
         raise InputError("a pull request is opened against 'main' and gets no tag; leave revision and tag out, or create_pr.")
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token, **library())
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
 
-    def send() -> Push:
-        head, remote = _listing(api, where, revision)
+    def compared(remote: Mapping[str, RepoFile], unasked: str = "") -> Push:
         changed = [path for path, local in files.items() if not _same(local, remote.get(path))]
-        stale = [path for path in remote if path not in files and any(fnmatch.fnmatch(path, each) for each in replaces)]
-        tagged = _has_tag(api, where, tag, files) if tag and head else False
-        url = f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}"
-        if not dry_run:
-            url, head = _commit(api, where, files, changed, stale, message, revision, create_pr, head, url)
-            if tag and not tagged:
-                api.create_tag(**where, tag=tag, revision=head)
         return Push(
             repo_id=repo_id,
             repo_type=repo_type,
-            url=url,
+            url=f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}",
             sent={path: files[path].stat().st_size for path in changed},
             unchanged=[path for path in files if path not in changed],
-            deleted=stale,
+            deleted=[path for path in remote if path not in files and any(fnmatch.fnmatch(path, each) for each in replaces)],
             tag=tag,
             dry_run=dry_run,
+            unasked=unasked,
         )
 
-    with errors_in_words(repo_id, repo_type, revision, token):
-        if not dry_run:
+    def send() -> Push:
+        head, remote = _listing(api, where, revision)
+        push = compared(remote)
+        tagged = _has_tag(api, where, tag, files) if tag and head else False
+        if dry_run:
+            return push
+        if not push.sent and not push.deleted:
+            url = f"{push.url}/commit/{head}"
+        else:
+            operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
+            operations += [CommitOperationDelete(path) for path in push.deleted]
+            options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": head}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes, we are
+                commit = api.create_commit(**where, operations=operations, **options)
+            url, head = commit.pr_url or commit.commit_url, commit.oid
+        if tag and not tagged:
+            api.create_tag(**where, tag=tag, revision=head)
+        return replace(push, url=url)
+
+    try:
+        with errors_in_words(repo_id, repo_type, revision, token):
+            if dry_run:
+                return send()
             sdk = "gradio" if repo_type == "space" else None
             with_retries(lambda: api.create_repo(**where, private=private, exist_ok=True, space_sdk=sdk))
             if revision not in {None, "main"} and not str(revision).startswith("refs/"):
                 with_retries(lambda: api.create_branch(**where, branch=str(revision), exist_ok=True))
             if variables:
                 with_retries(lambda: _set_variables(api, repo_id, variables))
-        # A second try compares anew: if the first did arrive, it finds nothing left to send.
-        return with_retries(send, retry_on=REFUSED if create_pr else TRANSIENT)
-
-
-def _commit(
-    api: HfApi,
-    where: Mapping[str, Any],
-    files: Mapping[str, Path],
-    changed: Sequence[str],
-    stale: Sequence[str],
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-    head: str | None,
-    url: str,
-) -> tuple[str, str | None]:
-    """Commit the changes onto `head`, if there are any; (URL of the commit or pull request, its id)."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    if not changed and not stale:
-        return f"{url}/commit/{head}", head
-    operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in changed]
-    operations += [CommitOperationDelete(path) for path in stale]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes: the catalogue
-        commit = api.create_commit(
-            **where,
-            operations=operations,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )
-    return commit.pr_url or commit.commit_url, commit.oid
+            # A second try compares anew: if the first did arrive, it finds nothing left to send.
+            return with_retries(send, retry_on=REFUSED if create_pr else TRANSIENT)
+    except HubError as error:
+        if not dry_run:
+            raise
+        return compared({}, unasked=str(error))
 
 
 def _listing(api: HfApi, where: Mapping[str, Any], revision: str | None) -> tuple[str | None, dict[str, RepoFile]]:

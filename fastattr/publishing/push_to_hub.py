@@ -20,6 +20,7 @@ def push_to_hub(
     tag: str | None = None,
     generator: str | None = None,
     scores: str | None = None,
+    dry_run: bool = False,
 ) -> str:
     """Push the attributor with a card made from its metrics to a model repository, which is created if need be.
 
@@ -34,9 +35,11 @@ def push_to_hub(
         tag: name for the commit.
         generator: Hub id of the generator that it belongs to, for the card.
         scores: Hub id of the score table that it was distilled from, for the card.
+        dry_run: send nothing; the Hub need not be reachable.
 
     Returns:
-        URL of the commit (or pull request); of the commit that is there, if nothing has changed.
+        URL of the commit (or pull request); of the commit that is there, if nothing has changed. Of a dry run, what would be
+        sent, in words.
 
     Raises:
         HubError: the Hub refuses, or can't be reached.
@@ -46,8 +49,8 @@ def push_to_hub(
     from fastattr.publishing.publish import push_attributor
 
     attributor.require_whole()
-    return push_attributor(
-        attributor._folder,
+    push = push_attributor(
+        attributor.folder,
         repo_id,
         generator=generator,
         scores=scores,
@@ -57,4 +60,6 @@ def push_to_hub(
         create_pr=create_pr,
         message=commit_message,
         tag=tag,
-    ).url
+        dry_run=dry_run,
+    )
+    return push.in_words() if dry_run else push.url

@@ -1,11 +1,41 @@
-"""Tables: Markdown tables of a card, and the metrics of an attributor as tables."""
+"""Tables: Markdown of a card, and the metrics of an attributor as tables.
+
+Names, captions and licences come from strangers: `text` and `code` print them so that a reader sees the characters, and
+neither Markdown nor HTML takes them for its own.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
+from fastattr.core.errors import harmless
+
 METRIC_NAMES = {"map": "mAP", "spearman": "Spearman correlation", "top_k_overlap": "top-k overlap", "lds": "LDS"}
+LONGEST_NAME = 200
+"""Characters of a name or caption that a card prints."""
+MARKDOWN = re.compile(r"([\\`*_\[\]|~]|:(?=//)|(?<=www)\.)")
+"""Signs that may begin a link, an emphasis, code or a table's column, and those that make a link of an address."""
+BAR = re.compile(r"(?<!\\)((?:\\\\)*)\|")
+"""A bar that nothing escapes."""
+
+
+def shortened(value: object) -> str:
+    """A stranger's text as one line of harmless characters, of `LONGEST_NAME` at most."""
+    line = harmless(" ".join(str(value).split()))
+    return line if len(line) <= LONGEST_NAME else f"{line[: LONGEST_NAME - 1]}…"
+
+
+def text(value: object) -> str:
+    """A stranger's text for a card's prose or a table's cell."""
+    return MARKDOWN.sub(r"\\\1", escape(shortened(value), quote=False))
+
+
+def code(value: object) -> str:
+    """A value in the font of code; a backtick in it, which would end that, becomes a quote."""
+    return f"`{shortened(value).replace('`', chr(39))}`"
 
 
 def measured(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -30,7 +60,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
         return "\n\n".join(["Not evaluated against its teacher.", *benchmark_tables(metrics)])
     rows = []
     for method in metrics["methods"]:
-        cells = [f"`{method}`"]
+        cells = [code(method)]
         for key, methods in found:
             values = methods.get(method)
             if values is None:
@@ -45,11 +75,11 @@ def results_table(metrics: Mapping[str, Any]) -> str:
         for key, value in metrics.items()
         if key.endswith("_gain") and isinstance(value, Mapping) and {"mean", "low", "high"} <= set(value)
     ]
-    teacher, queries = metrics.get("teacher", "unknown"), metrics.get("queries", "?")
+    teacher, queries = code(metrics.get("teacher", "unknown")), metrics.get("queries", "?")
     candidates = f", {metrics['candidates_per_query']:,} training images each" if "candidates_per_query" in metrics else ""
     return "\n\n".join(
         [
-            f"Agreement with the teacher (`{teacher}`) on {queries} held-out queries{candidates}. Means over queries with 95% "
+            f"Agreement with the teacher ({teacher}) on {queries} held-out queries{candidates}. Means over queries with 95% "
             "intervals; `random` is chance, `untuned` the features before training.",
             table(["method", *(metric_name(key, metrics) for key, _ in found)], rows),
             *gains,
@@ -62,26 +92,27 @@ def benchmark_tables(metrics: Mapping[str, Any]) -> list[str]:
     """What benchmarks wrote into metrics.json: a paragraph and a table for each command."""
     found = []
     for run in metrics.get("benchmarks", []):
-        rows = [[f"`{row['key']}`", f"{row['value']:.4g}", row["meaning"]] for row in run["rows"]]
-        found += [f"`{run['command']}`, seed {run['seed']}, {run['date'][:10]}:", table(["key", "value", "what it is"], rows)]
+        rows = [[code(row["key"]), f"{row['value']:.4g}", text(row["meaning"])] for row in run["rows"]]
+        made = f"{code(run['command'])}, seed {run['seed']}, {text(run['date'][:10])}:"
+        found += [made, table(["key", "value", "what it is"], rows)]
     return found
 
 
 def settings_table(settings: Mapping[str, Any]) -> str:
     """A table of settings."""
-    rows = [[key, "not set" if value is None else f"`{value}`"] for key, value in settings.items()]
+    rows = [[text(key), "not set" if value is None else code(value)] for key, value in settings.items()]
     return table(["setting", "value"], rows) if rows else "Not recorded."
 
 
 def listed(names: Sequence[str], *, most: int = 1000) -> str:
-    """The first `most` names, and how many more there are."""
+    """The first `most` names, for a card's prose, and how many more there are."""
     if not names:
         return "creators who are not recorded"
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return ", ".join(map(text, names[:most])) + rest
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell would start a column."""
-    lines = [list(header), ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    """A Markdown table of cells that `text` and `code` made; a bar in one would start a column."""
+    lines = [list(header), ["---"] * len(header), *([BAR.sub(r"\1\\|", cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

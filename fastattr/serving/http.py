@@ -32,6 +32,7 @@ from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
+from fastattr.attributor.inputs import checked_features
 from fastattr.core.errors import InputError, MissingExtraError
 
 try:
@@ -292,7 +293,7 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     @app.post("/attribute/features")
     async def attribute_features(query: FeaturesRequest) -> Response:
         features = np.array(query.features, dtype=np.float32)
-        attributor._check_features(features[None], 1)
+        checked_features(features[None], 1, attributor.config["feature_dim"])
         return _receipt(await batcher.ask(features, query.prompt, query.k, query.where))
 
     @app.get("/health")

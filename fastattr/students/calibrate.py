@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import read_json
-from fastattr.core.stages import MANIFEST, finished, open_stage, require_same, write_manifest
+from fastattr.core.stages import make, open_stage, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import Density, fit_density
 from fastattr.students.shares import divide, families_of, teacher_shares
-from fastattr.students.student import embed_both
+from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
 FOLDS = 5
@@ -151,18 +150,17 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
         "features": features_fingerprint(corpus_folders),
         "query_features": features_fingerprint(query_folders),
     }
-    if finished(folder, stage="calibration", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
-    scored = read_scores(run_dir / "scores", split="validation")
-    facts: dict[str, Any] = {"queries": len(scored)}
-    if scored:
+
+    def work() -> dict[str, Any]:
+        scored = read_scores(run_dir / "scores", split="validation")
+        if not scored:
+            return {"queries": 0}
         features = read_features(corpus_folders, corpus.image_ids)
         own = read_features(query_folders, [query.query_id for query in scored])
-        queries, images = embed_both(open_student(run_dir), own, features)
+        student = open_student(run_dir)
+        queries, images = embed(student, own), embed(student, features)
         rows = [corpus.rows(query.image_ids) for query in scored]
         trained = read_features(query_folders, [query.query_id for query in read_scores(run_dir / "scores", split="train")])
-        density = fit_density(trained, own, false_alarms=config.false_alarms) if len(trained) >= 8 else None
         creators, families = np.array(corpus.column("creator")), families_of(corpus.column("family"))
         calibration = fit_calibration(
             [images[part] @ query for part, query in zip(rows, queries, strict=True)],
@@ -171,15 +169,17 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
             [families[part] for part in rows],
             corpus_size=len(corpus),
             feature_mean=features.mean(axis=0),
-            density=density,
+            density=fit_density(trained, own, false_alarms=config.false_alarms) if len(trained) >= 8 else None,
             resamples=config.resamples,
             seed=config.seed,
         )
         save_calibration(calibration, folder / FILE)
-        facts |= {
+        return {
+            "queries": len(scored),
             "widening": round(calibration.widening, 4),
             "unrelated": round(float(calibration.unrelated[0]), 4),
             "level": round(float(calibration.level[0]), 4),
             "highest_influence": round(float(calibration.influence[-1]), 4),
         }
-    return write_manifest(folder, stage="calibration", config=config, inputs=inputs, **facts)
+
+    return make(folder, work, stage="calibration", config=config, inputs=inputs)

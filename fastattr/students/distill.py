@@ -9,10 +9,10 @@ Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,18 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, read_json, remove
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.files import atomic_path
+from fastattr.core.stages import make, open_stage
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.students.losses import LOSSES
 from fastattr.students.pairs import (
-    TARGETS,
     FeatureRows,
     MappedFeatures,
     PairTable,
-    labels_of,
     make_table,
     open_table,
     split_query_ids,
@@ -40,7 +38,7 @@ from fastattr.students.pairs import (
 )
 from fastattr.students.ranking import teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
-from fastattr.teachers.scores import ScoredQuery, read_scores
+from fastattr.teachers.scores import read_scores
 
 START_ROWS = 20_000
 """Training images, spread over the corpus, from which the student's linear path starts."""
@@ -50,11 +48,11 @@ START_ROWS = 20_000
 class DistillConfig:
     """Settings of the student and its training; `training.batch_size` counts queries."""
 
+    RETIRED: ClassVar[Mapping[str, Any]] = {"targets": "ranks"}
+    """Settings of earlier versions, by the value that remains."""
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: str = "listwise"
-    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores', 'listwise', 'margin' or 'lambdarank' (losses.py)."""
-    targets: str = "ranks"
-    """'ranks' of the teacher's scores, or 'residual_ranks', of what is about the query alone; see `pairs.make_table`."""
+    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise' (losses.py)."""
     images_per_step: int = 1024
     """Training images drawn at each step, of those that the step's queries have as candidates."""
     outsider_share: float = 0.1
@@ -77,18 +75,15 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES or self.targets not in set(TARGETS) - {"scores"}:
-            raise InputError(
-                f"loss must be one of {', '.join(LOSSES)} and targets 'ranks' or 'residual_ranks', "
-                f"got {self.loss!r} and {self.targets!r}"
-            )
+        if self.loss not in LOSSES:
+            raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if min(self.images_per_step, self.judge_every, self.patience) < 1 or not 0 <= self.outsider_share < 1:
             raise InputError("images_per_step, judge_every and patience must be at least 1 and outsider_share in [0, 1)")
 
     @property
     def target_kind(self) -> str:
         """What `pairs.make_table` makes of the scores."""
-        return "scores" if self.loss == "mse_scores" else self.targets
+        return "scores" if self.loss == "mse_scores" else "ranks"
 
 
 class DistillLoss(nn.Module):
@@ -103,9 +98,8 @@ class DistillLoss(nn.Module):
         self, queries: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Args: queries (Q, F); images (N, F); targets and weights (Q, N)."""
-        cosine = (self.student(queries, query=True) @ self.student(images).T).float()
-        logits = self.student.logits(cosine) + self.student.popularity(images).float()
-        return self._loss(logits, targets, weights)
+        cosine = (self.student(queries) @ self.student(images).T).float()
+        return self._loss(self.student.logits(cosine), targets, weights)
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Validation:
         """mAP(L), L in percent of the corpus, within the queries' candidate sets."""
         union, inverse = np.unique(np.concatenate(self.rows), return_inverse=True)
         embedded = np.concatenate([embed(student, images[part]) for part in np.array_split(union, -(-len(union) // 8192))])
-        queries = embed(student, self.features, query=True)
+        queries = embed(student, self.features)
         positives = max(1, round(len(images) * percent / 100))
         places = np.split(inverse, np.cumsum([len(part) for part in self.rows])[:-1])
         found = [
@@ -180,14 +174,9 @@ def distill(
         arrays = (queries[picked], images[drawn], targets.astype(np.float32))
         return (*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), weights)
 
-    def judge(module: nn.Module) -> float:
-        assert isinstance(module, DistillLoss)
-        assert validation is not None
-        value = validation.mean_average_precision(module.student, images)
-        if on_judgement is not None:
-            on_judgement(value)
-        return value
-
+    stopping = None
+    if validation is not None:
+        stopping = EarlyStopping(_judge(validation, images, on_judgement), config.judge_every, config.patience)
     average = fit(
         DistillLoss(student, config.loss),
         batch_of,
@@ -196,12 +185,24 @@ def distill(
         checkpoint=checkpoint,
         made_from=made_from,
         accelerator=accelerator,
-        stopping=EarlyStopping(judge, config.judge_every, config.patience) if validation else None,
+        stopping=stopping,
         description="student",
     )
-    trained = average.student
-    assert isinstance(trained, Student)
-    return trained
+    return cast(DistillLoss, average).student
+
+
+def _judge(
+    validation: Validation, images: FeatureRows, on_judgement: Callable[[float], None] | None
+) -> Callable[[nn.Module], float]:
+    """What tells how good a `DistillLoss`'s student is, and tells `on_judgement`."""
+
+    def judge(module: nn.Module) -> float:
+        value = validation.mean_average_precision(cast(DistillLoss, module).student, images)
+        if on_judgement is not None:
+            on_judgement(value)
+        return value
+
+    return judge
 
 
 def _outsider_chance(table: PairTable, share: float, known: float) -> float:
@@ -216,37 +217,6 @@ def _outsider_chance(table: PairTable, share: float, known: float) -> float:
         return 0.0
     wanted = known * max(0.0, share - table.outsiders) / (1 - share)
     return min(1.0, wanted / (1 - known))
-
-
-def train_student(
-    scored: Sequence[ScoredQuery],
-    query_features: np.ndarray,
-    corpus_features: np.ndarray,
-    rows: Sequence[np.ndarray],
-    config: DistillConfig,
-    *,
-    checkpoint: Path,
-    made_from: object = None,
-    accelerator: Accelerator | None = None,
-) -> Student:
-    """Train a student on queries in memory, for all steps.
-
-    Args:
-        scored: the Q training queries with their candidates' scores.
-        query_features: (Q, F) in the same order.
-        corpus_features: (N, F).
-        rows: for each query the (C,) rows of its candidates in `corpus_features`.
-        config: shape and training.
-        checkpoint: see `training.fit`.
-        made_from: see `training.fit`.
-        accelerator: see `training.fit`.
-
-    Returns:
-        The student with averaged weights.
-    """
-    table = make_table(labels_of(scored, rows), corpus_size=len(corpus_features), kind=config.target_kind)
-    options: dict[str, Any] = {"checkpoint": checkpoint, "made_from": made_from, "accelerator": accelerator}
-    return distill(table, query_features, corpus_features, config, **options)
 
 
 def read_validation(run_dir: Path, corpus: Corpus, query_folders: Sequence[Path]) -> Validation | None:
@@ -272,47 +242,39 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
         "features": features_fingerprint(corpus_folders),
         "query_features": features_fingerprint(query_folders),
     }
-    if finished(folder, stage="student", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     checkpoint, mapped = folder / "checkpoint.safetensors", folder / "table"
-    labels = stream_labels(run_dir / "scores", corpus.image_ids)
-    if accelerator.is_main_process:
-        make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
-    accelerator.wait_for_everyone()
-    query_ids = split_query_ids(run_dir / "scores", "train")
-    features = MappedFeatures(corpus_folders, corpus.image_ids)
-    student = distill(
-        open_table(mapped),
-        MappedFeatures(query_folders, query_ids),
-        features,
-        config,
-        checkpoint=checkpoint,
-        validation=read_validation(run_dir, corpus, query_folders),
-        made_from=[config, inputs],
-        accelerator=accelerator,
-    )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_student(student, folder / "model.safetensors")
-        write_manifest(
-            folder,
-            stage="student",
-            config=config,
-            inputs=inputs,
-            encoders=list(encoders),
-            feature_dim=features.shape[1],
-            corpus_fingerprint=corpus.fingerprint,
-            generator_fingerprint=scores_manifest["generator_fingerprint"],
-            teacher=scores_manifest["teacher"],
-            training_queries=len(query_ids),
+
+    def work() -> dict[str, Any]:
+        labels = stream_labels(run_dir / "scores", corpus.image_ids)
+        if accelerator.is_main_process:
+            make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
+        accelerator.wait_for_everyone()
+        query_ids = split_query_ids(run_dir / "scores", "train")
+        features = MappedFeatures(corpus_folders, corpus.image_ids)
+        student = distill(
+            open_table(mapped),
+            MappedFeatures(query_folders, query_ids),
+            features,
+            config,
+            checkpoint=checkpoint,
+            validation=read_validation(run_dir, corpus, query_folders),
+            made_from=[config, inputs],
+            accelerator=accelerator,
         )
-        checkpoint.unlink(missing_ok=True)
-        remove(mapped)
-    accelerator.wait_for_everyone()
-    manifest = read_json(folder / MANIFEST)
-    return manifest
+        if accelerator.is_main_process:
+            save_student(student, folder / "model.safetensors")
+        return {
+            "encoders": list(encoders),
+            "feature_dim": features.shape[1],
+            "corpus_fingerprint": corpus.fingerprint,
+            "generator_fingerprint": scores_manifest["generator_fingerprint"],
+            "teacher": scores_manifest["teacher"],
+            "training_queries": len(query_ids),
+        }
+
+    temporary = [checkpoint, mapped]
+    return make(folder, work, stage="student", config=config, inputs=inputs, accelerator=accelerator, temporary=temporary)
 
 
 def save_student(student: Student, path: Path) -> None:

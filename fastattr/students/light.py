@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from fastattr.core.errors import ArtifactDamagedError
-from fastattr.features.encoder import unit_vectors
+from fastattr.core.errors import ArtifactDamagedError, NonFiniteError
 from fastattr.features.light_clip import layer_norm, linear
 
 
@@ -43,37 +42,39 @@ class LightStudent:
         shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()}
         if config["input_norm"]:
             shapes["input_norm.weight"] = shapes["input_norm.bias"] = (feature_dim,)
-        self._head = "query_head." if config.get("separate_heads") else ""
-        if self._head:
-            shapes |= {self._head + name: shape for name, shape in shapes.items()}
         shapes["log_scale"] = shapes["bias"] = ()
-        stored = {
-            name: value for name, value in load_file(path).items() if not name.startswith("popularity_head.")
-        }  # no query's
+        stored = load_file(path)
         found = {name: value.shape for name, value in stored.items()}
         if found != shapes:
             wrong = sorted(set(found.items()) ^ set(shapes.items()))
             raise ArtifactDamagedError(f"{path} is not the student that config.json describes: {wrong[:3]} differ.")
         self._weights = {name: value.astype(np.float32) for name, value in stored.items()}
 
-    def embed_queries(self, features: np.ndarray) -> np.ndarray:
-        """(Q, F) features -> (Q, D) float32 unit embeddings."""
-        return self._embed(features, self._head)
+    def embed(self, features: np.ndarray) -> np.ndarray:
+        """(B, F) features of queries or training images -> (B, D) float32 unit embeddings.
 
-    def embed_images(self, features: np.ndarray) -> np.ndarray:
-        """(N, F) features of training images -> (N, D) float32 unit embeddings."""
-        return self._embed(features, "")
-
-    def _embed(self, features: np.ndarray, prefix: str) -> np.ndarray:
-        head = {name.removeprefix(prefix): value for name, value in self._weights.items() if name.startswith(prefix)}
-        values = features.astype(np.float32)
-        if "input_norm.weight" in head:
-            values = layer_norm(values, head, "input_norm")
-        hidden = values
-        for name in self._names[:-1]:
-            hidden = np.maximum(linear(hidden, head, name), 0)
-        projected = linear(hidden, head, self._names[-1])
-        return unit_vectors(projected + linear(values, head, "linear") if "linear.weight" in head else projected)
+        Raises:
+            NonFiniteError: features that are not finite, or so large or small that an embedding is not.
+        """
+        head, values = self._weights, features.astype(np.float32)
+        with np.errstate(all="ignore"):  # what comes of it is looked at below
+            if "input_norm.weight" in head:
+                values = layer_norm(values, head, "input_norm")
+            hidden = values
+            for name in self._names[:-1]:
+                hidden = np.maximum(linear(hidden, head, name), 0)
+            embedded = linear(hidden, head, self._names[-1])
+            if "linear.weight" in head:
+                embedded = embedded + linear(values, head, "linear")
+            lengths = np.linalg.norm(embedded.astype(np.float64), axis=1, keepdims=True)
+        bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
+        if len(bad):
+            largest = np.abs(features[bad[0]]).max()
+            raise NonFiniteError(
+                f"features of row {bad[0]} (largest {largest:.3g}) give no finite embedding, nor do {len(bad) - 1} other rows; "
+                "give features as the encoders make them: finite, of length about 1."
+            )
+        return (embedded / lengths).astype(np.float32)
 
     def closeness(self, similarity: np.ndarray) -> np.ndarray:
         """The student's estimate, 0 to 1, of how near similarities of any shape are to the top of the teacher's ranking."""

@@ -23,9 +23,7 @@ from fastattr.core.stages import open_stage
 from fastattr.features.store import require_rows
 from fastattr.teachers.scores import ScoredQuery, ranks_of
 
-TARGETS = ("ranks", "scores", "residual_ranks")
-SHRINKAGE = 5.0
-"""An image's mean score over n queries counts n / (n + SHRINKAGE): of few queries it is mostly noise."""
+TARGETS = ("ranks", "scores")
 
 Labels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Of one query: (C,) rows of the corpus, (C,) influence, (C,) is_outsider."""
@@ -51,8 +49,7 @@ def standardised(influence: np.ndarray) -> np.ndarray:
         raise NonFiniteError(f"{int((~np.isfinite(influence)).sum())} of {len(influence)} influence scores are not finite.")
     values = influence.astype(np.float64)
     spread = values.std()
-    scores: np.ndarray = (values - values.mean()) / (spread if spread > 0 else 1.0)
-    return scores
+    return (values - values.mean()) / (spread if spread > 0 else 1.0)
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ class PairTable:
         An image is the likelier to be drawn the more of them have it as a candidate, so that blocks are well filled.
         """
         if self.rows is None:
-            chosen: np.ndarray = torch.randperm(self.corpus_size, generator=generator)[:count].sort().values.numpy()
-            return chosen
+            return torch.randperm(self.corpus_size, generator=generator)[:count].sort().values.numpy()
         width = self.rows.shape[1]
         total = len(queries) * width
         if total > 8 * count:
@@ -123,8 +119,7 @@ def make_table(
     Args:
         labels: gives the queries in order, as often as it is called.
         corpus_size: N.
-        kind: 'ranks' (1 for the first, outsiders 0), 'scores' (standardised), or 'residual_ranks': ranks of what is left of
-            the standardised scores without each image's mean over the other queries, its popularity.
+        kind: 'ranks' (1 for the first, outsiders 0) or 'scores' (standardised).
         folder: where rows.npy, targets.npy and table.json are written, to be mapped into memory; None keeps them there.
 
     Raises:
@@ -133,14 +128,10 @@ def make_table(
     """
     if kind not in TARGETS:
         raise InputError(f"targets must be one of {', '.join(TARGETS)}, got {kind!r}")
-    sums, counts = np.zeros(corpus_size), np.zeros(corpus_size)
     lengths, outsiders = [], 0
-    for rows, influence, is_outsider in labels():
+    for rows, _, is_outsider in labels():
         lengths.append(len(rows))
         outsiders += int(is_outsider.sum())
-        if kind == "residual_ranks":
-            np.add.at(sums, rows, standardised(influence))
-            np.add.at(counts, rows, 1)
     if not lengths:
         raise InputError("there is no training query to distill from; score some with `fastattr teach`.")
     shape = (len(lengths), max(lengths))
@@ -148,15 +139,7 @@ def make_table(
         _array(folder, name, shape, dtype) for name, dtype in (("rows", np.int32), ("targets", np.float32))
     )
     for query, (rows, influence, is_outsider) in enumerate(labels()):
-        if kind == "ranks":
-            targets = targets_of(influence, is_outsider)
-        elif kind == "scores":
-            targets = standardised(influence)
-        else:
-            own = standardised(influence)
-            others = counts[rows] - 1
-            mean = (sums[rows] - own) / np.maximum(others, 1)
-            targets = targets_of(own - mean * others / (others + SHRINKAGE), is_outsider)
+        targets = targets_of(influence, is_outsider) if kind == "ranks" else standardised(influence)
         all_rows[query, : len(rows)], all_rows[query, len(rows) :] = rows, -1
         all_targets[query, : len(rows)], all_targets[query, len(rows) :] = targets, 0.0
     share = outsiders / sum(lengths)
@@ -176,8 +159,7 @@ def _array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: type) 
     if folder is None:
         return np.empty(shape, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    mapped: np.ndarray = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-    return mapped
+    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
 
 def labels_of(scored: Sequence[ScoredQuery], rows: Sequence[np.ndarray]) -> Callable[[], Iterator[Labels]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 
-POPULARITY_WIDTH = 64
-"""Hidden width of the network that foretells an image's popularity."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """Shape of the network."""
 
+    RETIRED: ClassVar[Mapping[str, Any]] = {"separate_heads": False, "popularity": False}
+    """Switches of earlier students, measured and given up (docs/student.md); students without them are read."""
     embed_dim: int = 128
     """D, width of the embedding."""
     hidden: tuple[int, ...] = (512, 512)
@@ -34,11 +33,6 @@ class StudentConfig:
     """Normalise each feature vector (layer norm, learned) before the network."""
     linear_path: bool = True
     """Add a linear projection, first the features' principal components, to the MLP; the paper has the MLP alone."""
-    separate_heads: bool = False
-    """Queries pass through a network of their own, which starts as a copy of the training images'."""
-    popularity: bool = False
-    """While training, give each training image a part of its own in the logits, the same for every query; similarities are
-    of the remainder, what is about the query."""
     dropout: float = 0.0
     """After each hidden layer."""
 
@@ -50,12 +44,23 @@ class StudentConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StudentConfig:
-        """From a manifest or config.json; what an older one lacks keeps its default."""
-        return cls(**{**values, "hidden": tuple(values["hidden"])})
+        """From a manifest or config.json; what an older one lacks keeps its default.
+
+        Raises:
+            InputError: it is of a student with a part that this version has no more.
+        """
+        used = [name for name in cls.RETIRED if values.get(name)]
+        if used:
+            raise InputError(f"this student was trained with {' and '.join(used)}, which this version lacks; distill it again.")
+        kept = {name: value for name, value in values.items() if name not in cls.RETIRED}
+        return cls(**{**kept, "hidden": tuple(values["hidden"])})
 
 
-class Head(nn.Module):
-    """Features (B, F) -> (B, D): an MLP, beside it a linear path where the config says so."""
+class Student(nn.Module):
+    """Features (B, F) -> unit embeddings (B, D), of queries and training images alike.
+
+    An MLP, beside it a linear path where the config says so, and the scale and bias of the training loss.
+    """
 
     def __init__(self, feature_dim: int, config: StudentConfig) -> None:
         super().__init__()
@@ -73,67 +78,33 @@ class Head(nn.Module):
             nn.init.zeros_(last.bias)
         self.mlp = nn.Sequential(*layers, last)
         self.linear = nn.Linear(feature_dim, config.embed_dim) if config.linear_path else None
-
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) -> (B, D), not normalised."""
-        features = self.input_norm(features)
-        projected: torch.Tensor = self.mlp(features)
-        return projected if self.linear is None else projected + self.linear(features)
-
-
-class Student(Head):
-    """Features (B, F) -> unit embeddings (B, D), with the scale and bias of the training loss.
-
-    The head that it is itself is the training images'; queries share it unless they have their own.
-    """
-
-    def __init__(self, feature_dim: int, config: StudentConfig) -> None:
-        super().__init__(feature_dim, config)
-        self.query_head = Head(feature_dim, config) if config.separate_heads else None
-        self.popularity_head = (
-            nn.Sequential(nn.Linear(feature_dim, POPULARITY_WIDTH), nn.ReLU(), nn.Linear(POPULARITY_WIDTH, 1))
-            if config.popularity
-            else None
-        )
         self.log_scale = nn.Parameter(torch.tensor(1.5))
         """Logarithm of the factor on the cosine: the factor is positive by construction."""
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
-    def forward(self, features: torch.Tensor, *, query: bool = False) -> torch.Tensor:
-        """(B, F) -> (B, D) unit vectors of training images, or of queries."""
-        head = self if self.query_head is None or not query else self.query_head
-        return F.normalize(head.project(features), dim=-1)
-
-    def popularity(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) of training images -> (B,) the part of their logits that is the same for every query; 0 without a head."""
-        if self.popularity_head is None:
-            return features.new_zeros(len(features))
-        scores: torch.Tensor = self.popularity_head(features * self.feature_dim**0.5)[:, 0]  # of unit vectors: near 1
-        return scores
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, F) -> (B, D) unit vectors."""
+        features = self.input_norm(features)
+        projected = self.mlp(features)
+        return F.normalize(projected if self.linear is None else projected + self.linear(features), dim=-1)
 
     @torch.no_grad()
     def start_from(self, features: np.ndarray) -> None:
         """Start the linear path as the leading principal components of (N, F) features, without centring.
 
-        Uncentred, so that cosines between projected features stay as near as possible to those between the features. A
-        query head starts as a copy of the training images', a popularity head at zero.
+        Uncentred, so that cosines between projected features stay as near as possible to those between the features.
         """
-        if self.linear is not None:
-            values = features.astype(np.float64)
-            if len(values) < values.shape[1]:  # wide features, such as gradients
-                rows = np.linalg.svd(values, full_matrices=False)[2]
-            else:
-                rows = np.linalg.eigh(values.T @ values)[1][:, ::-1].T
-            leading = np.ascontiguousarray(rows[: self.linear.out_features])
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
-            self.linear.weight[: len(leading)] = torch.from_numpy(leading).float()
-        if self.query_head is not None:
-            own = self.state_dict()
-            self.query_head.load_state_dict({name: own[name] for name in self.query_head.state_dict()})
-        if self.popularity_head is not None:
-            for parameter in self.popularity_head[-1].parameters():
-                nn.init.zeros_(parameter)
+        if self.linear is None:
+            return
+        values = features.astype(np.float64)
+        if len(values) < values.shape[1]:  # wide features, such as gradients
+            rows = np.linalg.svd(values, full_matrices=False)[2]
+        else:
+            rows = np.linalg.eigh(values.T @ values)[1][:, ::-1].T
+        leading = np.ascontiguousarray(rows[: self.linear.out_features])
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.linear.weight[: len(leading)] = torch.from_numpy(leading).float()
 
     def logits(self, cosine: torch.Tensor) -> torch.Tensor:
         """The training loss's logit of a cosine; rises with it."""
@@ -141,15 +112,10 @@ class Student(Head):
 
 
 @torch.no_grad()
-def embed(student: Student, features: np.ndarray, *, query: bool = False, batch_size: int = 8192) -> np.ndarray:
-    """(N, D) float32 unit embeddings of (N, F) features of training images, or of queries."""
+def embed(student: Student, features: np.ndarray, *, batch_size: int = 8192) -> np.ndarray:
+    """(N, D) float32 unit embeddings of (N, F) features of queries or training images."""
     parts = [
-        student(torch.from_numpy(np.ascontiguousarray(features[start : start + batch_size])).float(), query=query).cpu().numpy()
+        student(torch.from_numpy(np.ascontiguousarray(features[start : start + batch_size])).float()).cpu().numpy()
         for start in range(0, len(features), batch_size)
     ]
     return np.concatenate(parts)
-
-
-def embed_both(student: Student, queries: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, D) and (N, D) embeddings of (Q, F) queries and (N, F) training images; cosines are their inner products."""
-    return embed(student, queries, query=True), embed(student, images)

@@ -5,10 +5,14 @@ Every teacher answers one question, `score(query, candidates)`, higher = more in
 config       `TeacherConfig`: the settings, which say which teacher
 unlearning   `query_step`, `exact_scores`: AbU+ exactly, one unlearning step a query, every candidate's loss again
 first_order  `linearised_scores`: AbU+ to first order, one backward pass for all queries
-kernels      `kernel_scores`: TRAK and D-TRAK
+inverse      `refined_inverse`: conjugate gradients beyond EKFAC's inverse
+kernels      `kernel_scores`: TRAK, D-TRAK, and D-TRAK in EKFAC's eigenbasis
 similarity   `similarity_scores`: the cosine of any features
+ensembles    `averaged`: the mean of several teachers, or of one on several models
+retraining   `retraining_scores`: a teacher corrected by models that were trained without some images
+fitted       `FittedTeacher`: what all queries share, kept; `score(image, prompt)` scores a new one over the corpus
 store        `write_gradient_features`: compressed gradients on disk, which serve later queries
-teach, methods, task   the stage `fastattr teach`: `teach.run(config, run_dir)`
+teach        `run(config, run_dir)`: the stage `fastattr teach`; methods and task are its parts
 scores       `read_scores`, `write_shard`: the score table
 cost         `teacher_plan`: what the stage needs, from the settings alone
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastattr.core.errors import InputError
-from fastattr.generators.generator import CROSS_ATTENTION_KV
 from fastattr.generators.queries import SPLITS
 from fastattr.gradients.compression import GradientConfig
 
-METHODS = ("unlearning", "trak", "d-trak", "similarity")
+KERNELS = {"trak": ("loss", False), "d-trak": ("squared_norm", False), "d-trak-ekfac": ("squared_norm", True)}
+"""Of each kernel method: what is differentiated, and whether gradients are compared in EKFAC's eigenbasis."""
+METHODS = ("unlearning", "first-order", *KERNELS, "similarity", "averaged", "retraining")
+MEMBERS = ("unlearning", "first-order", *KERNELS)
+"""What 'averaged' can take the mean of, and 'retraining' starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +22,21 @@ class TeacherConfig:
     """Settings of the teacher: AbU+ unless `method` or `curvature` say otherwise."""
 
     method: str = "unlearning"
-    """'unlearning', or a baseline: 'trak' (arXiv:2303.14186), 'd-trak' (arXiv:2311.00500), 'similarity'."""
-    pattern: str = CROSS_ATTENTION_KV
-    """Layers of the denoiser to unlearn, as a regular expression on their names; the default stands for what suits the
-    generator: see `Generator.modules_to_unlearn`."""
+    """'unlearning' (AbU+, exactly, but for the splits in `linearised`), 'first-order' (AbU+, all splits to first order),
+    'trak' (arXiv:2303.14186), 'd-trak' (arXiv:2311.00500), 'd-trak-ekfac' (D-TRAK in EKFAC's eigenbasis, ours),
+    'similarity', 'averaged', or 'retraining', which corrects the mean by models that were trained without some images. How
+    true each is: docs/truth.md."""
+    members: tuple[str, ...] = ("first-order", "d-trak-ekfac")
+    """Methods whose scores, standardised for each query, 'averaged' takes the mean of; the default is the truest pair."""
+    models: tuple[str, ...] = ()
+    """Other generators, trained on the same corpus with other seeds, over whose scores, standardised for each query, the
+    mean is taken too: a teacher of several models foretells retraining better than a teacher of one."""
+    retrained: str = ""
+    """For 'retraining': a folder with models.parquet and losses.parquet, as ground truths have them: models trained on random
+    halves, and the losses of the run's queries under them."""
+    pattern: str = ""
+    """Layers of the denoiser to unlearn, as a regular expression on their names; '' is what suits the generator: all that
+    EKFAC covers in a small U-Net, the text-side projections of a large one, the matrices of a LoRA."""
     query_loss_rise: float = 0.02
     """The step is as long as raises the query's loss by this part of itself, to first order."""
     step_size: float | None = None
@@ -48,6 +63,14 @@ class TeacherConfig:
     """Take the query's draws in pairs of opposite noise at one timestep."""
     unlearning_steps: int = 1
     """Steps that share the rise (or are `step_size` long each); the gradient is taken anew before each."""
+    inverse_steps: int = 0
+    """Steps of conjugate gradients on the Gauss-Newton matrix by which the query's natural gradient goes beyond EKFAC's."""
+    inverse_examples: int = 512
+    """(image, timestep, noise) triples over which that matrix is taken."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """The part of the noise schedule, from little noise to much, at which losses and gradients are taken."""
+    ratio: bool = False
+    """Divide the rise of an image's loss by the sum of the losses before and after (arXiv:2605.17938)."""
     symmetric: bool = False
     """Score by half the difference between the losses after the step and after the opposite one: even orders cancel."""
     linearised: tuple[str, ...] = ()
@@ -62,7 +85,13 @@ class TeacherConfig:
     memory_gb: float = 4.0
     """Memory for the steps of the queries that share one pass."""
     ridge: float = 0.1
-    """Of TRAK and D-TRAK, as a fraction of the kernel's mean eigenvalue."""
+    """Of TRAK and D-TRAK, as a fraction of the kernel's mean eigenvalue; emoji-bench's sweep chose 1."""
+    kernel_output: str = "squared_norm"
+    """What D-TRAK differentiates: 'squared_norm' of the network's output, or its 'mean' (DAS, ICLR 2025)."""
+    unit_draws: bool = False
+    """Give each draw's gradient unit length before the mean over draws, in kernel methods and stored gradients (DAS)."""
+    error_factor: bool = False
+    """Multiply kernel scores by each training image's own part of the corpus' error (DAS)."""
     similarity_features: tuple[str, ...] = ()
     """Encoders of the features stage whose features, side by side, 'similarity' compares."""
     allow_failures: int = 0
@@ -92,6 +121,18 @@ class TeacherConfig:
                 f"method must be one of {', '.join(METHODS)}, and 'similarity' alone needs similarity_features; "
                 f"got {self.method!r} with {list(self.similarity_features)}"
             )
+        if self.kernel_output not in {"squared_norm", "mean"} or not 0 <= self.span[0] < self.span[1] <= 1:
+            raise InputError(
+                "kernel_output must be 'squared_norm' or 'mean', and span a part of the schedule from 0 to 1, "
+                f"got {self.kernel_output!r} and {self.span}"
+            )
+        if (self.method == "retraining") != bool(self.retrained) or self.inverse_steps < 0 or self.inverse_examples < 1:
+            raise InputError(
+                "'retraining' alone needs retrained; inverse_steps must not be negative, inverse_examples at least 1; "
+                f"got {self.method!r} with {self.retrained!r}, {self.inverse_steps} and {self.inverse_examples}"
+            )
+        if not self.members or set(self.members) - set(MEMBERS):
+            raise InputError(f"members must be some of {', '.join(MEMBERS)}, got {list(self.members)}")
         if self.gradients not in {"auto", "contracted", "stored"} or self.memory_gb <= 0 or self.ridge <= 0:
             raise InputError("gradients must be 'auto', 'contracted' or 'stored'; memory_gb and ridge must be positive")
         if self.gradients == "stored" and self.mirrored:
@@ -99,13 +140,42 @@ class TeacherConfig:
         if unknown := set(self.linearised) - set(SPLITS):
             raise InputError(f"linearised names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
 
+    def members_of(self) -> tuple[TeacherConfig, ...]:
+        """The settings of each teacher whose scores this one is the mean of; this one alone where it is no mean."""
+        methods = self.members if self.method in {"averaged", "retraining"} else (self.method,)
+        return tuple(replace(self, method=method, models=(), retrained="") for method in methods)
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The settings with which losses of training images are taken."""
+        return {"draws": self.loss_draws, "batch_size": self.batch_size, "seed": self.seed, "span": self.span}
+
+    def gradients_of(self, method: str) -> GradientConfig:
+        """The gradient features of training images that a first-order or kernel method compares."""
+        output, whiten = KERNELS.get(method, ("loss", True))
+        return GradientConfig(
+            output=self.kernel_output if output == "squared_norm" else output,
+            whiten=whiten,
+            damping=self.damping,
+            width=self.gradient_width,
+            draws=self.loss_draws,
+            span=self.span,
+            unit_draws=self.unit_draws,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def is_linearised(self, split: str) -> bool:
+        """Whether the queries of a split are unlearned to first order."""
+        return self.method == "first-order" or split in self.linearised
+
 
 def teacher_name(config: TeacherConfig, splits: Sequence[str]) -> str:
     """'abu_plus_exact' (EKFAC), 'abu_linearised' (diagonal) and so on; both, with a +, where the splits differ."""
-    if config.method != "unlearning":
+    if config.method not in {"unlearning", "first-order"}:
         return config.method.replace("-", "_")
     method = "abu_plus" if config.curvature == "ekfac" else "abu"
-    return "+".join(sorted({f"{method}_{'linearised' if split in config.linearised else 'exact'}" for split in splits}))
+    return "+".join(sorted({f"{method}_{'linearised' if config.is_linearised(split) else 'exact'}" for split in splits}))
 
 
 def stores_gradients(config: TeacherConfig, *, queries: int, parameters: int) -> bool:
@@ -118,16 +188,3 @@ def stores_gradients(config: TeacherConfig, *, queries: int, parameters: int) ->
 def queries_a_pass(config: TeacherConfig, parameters: int) -> int:
     """Queries whose steps, float32, fit into `config.memory_gb` together."""
     return max(1, int(config.memory_gb * 1e9 / (4 * parameters)))
-
-
-def gradient_config(config: TeacherConfig, *, output: str, whiten: bool) -> GradientConfig:
-    """The gradient features that these settings of the teacher ask for."""
-    return GradientConfig(
-        output=output,
-        whiten=whiten,
-        damping=config.damping,
-        width=config.gradient_width,
-        draws=config.loss_draws,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )

@@ -36,6 +36,7 @@ def linearised_scores(
     draws: int,
     batch_size: int,
     seed: int,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
     """First-order loss change of training images under each query's step.
 
@@ -48,6 +49,7 @@ def linearised_scores(
         draws: (timestep, noise) pairs an image, the same as of the exact teacher.
         batch_size: network evaluations at once; does not change the result.
         seed: of the noise.
+        span: the part of the schedule that timesteps are spread over.
 
     Returns:
         (Q, C) float64 scores, higher = more influential, in the unit of the losses; the larger of two views'.
@@ -57,15 +59,14 @@ def linearised_scores(
     """
     scores = torch.zeros(len(rows) * images.views, len(steps), dtype=torch.float64)
     steps = steps.to(generator.device)
+    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
     with record_layers(layers) as recorded:
-        for positions, losses in denoising_losses(generator, images, rows, draws=draws, batch_size=batch_size, seed=seed):
+        for positions, losses in denoising_losses(generator, images, rows, **drawn):
             losses.sum().backward()
-            gradients = torch.cat([example_gradients(recorded[name]).flatten(1) for name in layers], dim=1)
+            gradients = torch.cat([example_gradients(recorded[name], len(positions)).flatten(1) for name in layers], dim=1)
             scores.index_add_(0, torch.from_numpy(positions), (gradients @ steps.T).double().cpu())
             for calls in recorded.values():
                 calls.clear()
-    for layer in layers.values():
-        layer.weight.grad = None
     largest: np.ndarray = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).numpy()
     require_finite(largest, images, rows, "first-order score")
     return largest.T

@@ -11,17 +11,20 @@ import numpy as np
 from fastattr.core.errors import InputError
 from fastattr.teachers.similarity import require_same_width
 
+COLUMNS = 65_536
+"""Numbers of each gradient that are in float64 at once."""
+
 
 def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
-    """TRAK's score with projected gradients as features: phi(query) (Phi^T Phi + ridge I)^-1 Phi^T.
+    """TRAK's score with gradients as features: phi(query) (Phi^T Phi + ridge I)^-1 Phi^T.
 
     Args:
-        query_features: (Q, k) projected gradients of the queries.
-        corpus_features: (N, k) projected gradients of the training images.
+        query_features: (Q, k) gradients of the queries, perhaps projected.
+        corpus_features: (N, k) those of the training images.
         ridge: as a fraction of the mean eigenvalue of Phi^T Phi; where k > N, of those that can be other than 0.
 
     Returns:
-        (Q, N) float64; storage k numbers an image. D-TRAK is the same with gradients of the output's squared norm.
+        (Q, N); storage k numbers an image. D-TRAK is the same with gradients of the output's squared norm.
 
     Raises:
         InputError: the widths differ, or the ridge is not positive.
@@ -29,15 +32,38 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
     Source: arXiv:2303.14186, sec. 3.2; the ridge is that of arXiv:2311.00500.
     """
     require_same_width(query_features, corpus_features)
-    corpus, queries = corpus_features.astype(np.float64), query_features.astype(np.float64)
-    images, width = corpus.shape
-    if width > images:  # the same numbers from the smaller kernel
-        return kernel_scores_of_products(queries @ corpus.T, corpus @ corpus.T, ridge=ridge)
-    _positive(ridge)
-    kernel = corpus.T @ corpus
-    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / width
-    scores: np.ndarray = np.linalg.solve(kernel, queries.T).T @ corpus.T
+    scores: np.ndarray = query_features @ kernel_rows(corpus_features, ridge=ridge).T
     return scores
+
+
+def kernel_rows(corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
+    """(N, k) rows whose inner product with a query's gradient is its kernel score, in the precision of the features.
+
+    Args:
+        corpus_features: (N, k), as of `kernel_scores`.
+        ridge: the same.
+
+    Raises:
+        InputError: the ridge is not positive.
+    """
+    _positive(ridge)
+    images, width = corpus_features.shape
+    if width <= images:
+        corpus = corpus_features.astype(np.float64)
+        kernel = corpus.T @ corpus
+        kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / width
+        rows: np.ndarray = np.linalg.solve(kernel, corpus.T).T
+        return rows.astype(corpus_features.dtype)
+    parts = [slice(start, start + COLUMNS) for start in range(0, width, COLUMNS)]
+    kernel = np.zeros((images, images))  # the smaller one, which gives the same numbers
+    for part in parts:
+        columns = corpus_features[:, part].astype(np.float64)
+        kernel += columns @ columns.T
+    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / images
+    inverse, rows = np.linalg.inv(kernel), np.empty_like(corpus_features)
+    for part in parts:
+        rows[:, part] = inverse @ corpus_features[:, part].astype(np.float64)
+    return rows
 
 
 def kernel_scores_of_products(query_products: np.ndarray, corpus_products: np.ndarray, *, ridge: float) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from fastattr.core.errors import QueriesFailedError
 from fastattr.core.files import atomic_path
 from fastattr.core.processes import in_parts
 from fastattr.core.stages import fingerprint
@@ -17,9 +19,13 @@ from fastattr.generators.conditioning import Conditioning
 from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.teachers.config import gradient_config, queries_a_pass, stores_gradients
+from fastattr.gradients.losses import error_factors
+from fastattr.teachers.config import KERNELS, queries_a_pass, stores_gradients
+from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.first_order import flat_step, linearised_scores
 from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.retraining import read_retrained, retraining_scores
+from fastattr.teachers.scores import read_shard
 from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.store import PART_ROWS
 from fastattr.teachers.task import Task
@@ -27,14 +33,14 @@ from fastattr.teachers.unlearning import exact_scores
 
 
 def score_by_unlearning(task: Task) -> None:
-    """AbU+ or AbU: the splits in `linearised` to first order, the others exactly."""
+    """AbU+ or AbU: some splits to first order, the others exactly."""
     config, splits = task.config, task.queries.splits
     images = task.encode_corpus()
     # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
     with task.timed("factors"):
         factors = task.factors(images)
-    by_first_order = [row for row, split in enumerate(splits) if split in config.linearised]
-    if exact := [row for row, split in enumerate(splits) if split not in config.linearised]:
+    by_first_order = [row for row, split in enumerate(splits) if config.is_linearised(split)]
+    if exact := [row for row, split in enumerate(splits) if not config.is_linearised(split)]:
         _score_exactly(task, images, factors, exact)
     parameters = sum(layer.weight.numel() for layer in task.layers.values())
     if by_first_order and stores_gradients(config, queries=len(by_first_order), parameters=parameters):
@@ -50,8 +56,10 @@ def _score_exactly(task: Task, images: EncodedImages, factors: Factors, rows: Se
     with task.timed("base loss"):
         base_loss = task.base_loss(images)
 
+    matrix = task.curved(images)
+
     def score(row: int) -> None:
-        step, rise = task.step(row, factors)
+        step, rise = task.step(row, factors, matrix)
         influence = exact_scores(
             task.generator, task.layers, images, base_loss, step, candidate_rows=task.rows_of(row), config=task.config
         )
@@ -71,8 +79,10 @@ def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows:
     scratch = task.shards / f"linearised-{fingerprint([task.queries.query_ids[row] for row in rows])}"
     step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
 
+    matrix = task.curved(images)
+
     def keep_step(row: int) -> None:
-        step, rise = task.step(row, factors)
+        step, rise = task.step(row, factors, matrix)
         flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
         with atomic_path(step_files[row]) as temporary:
             save_file(flat, temporary)
@@ -93,9 +103,7 @@ def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows:
             images,
             union[positions.start : positions.stop],
             steps,
-            draws=config.loss_draws,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            **config.measured,
         )
         return scores.T.astype(np.float32)
 
@@ -116,11 +124,11 @@ def _score_from_store(task: Task, images: EncodedImages, factors: Factors, rows:
     if all(task.shard(row).exists() for row in rows):
         return
     config = task.config
-    settings = gradient_config(config, output="loss", whiten=True)
-    store, scale, compression = task.stored_gradients(images, settings, factors)
+    store, scale, compression = task.stored_gradients(images, config.gradients_of("first-order"), factors)
+    matrix = task.curved(images)
 
     def score(row: int) -> None:
-        step, rise = task.step(row, factors)
+        step, rise = task.step(row, factors, matrix)
         influence = store[task.rows_of(row)].astype(np.float32) @ (compression.of_step(step).cpu().numpy() / scale)
         task.write(row, influence, rise)
 
@@ -128,11 +136,14 @@ def _score_from_store(task: Task, images: EncodedImages, factors: Factors, rows:
 
 
 def score_by_kernel(task: Task) -> None:
-    """TRAK and D-TRAK: projected gradients of training images and queries, and a ridge-regularised kernel."""
+    """TRAK and D-TRAK: gradients of training images and queries, and a ridge-regularised kernel."""
     config = task.config
     images = task.encode_corpus()
-    settings = gradient_config(config, output="loss" if config.method == "trak" else "squared_norm", whiten=False)
-    store, scale, compression = task.stored_gradients(images, settings, None)
+    settings, factors = config.gradients_of(config.method), None
+    if settings.whiten:
+        with task.timed("factors"):
+            factors = task.factors(images)
+    store, scale, compression = task.stored_gradients(images, settings, factors)
     ids = task.queries.query_ids
     encoded = [task.query(row) for row in range(len(ids))]
     queries = EncodedImages(
@@ -143,12 +154,14 @@ def score_by_kernel(task: Task) -> None:
     )
 
     def features_of(rows: range) -> np.ndarray:
-        drawn = replace(settings, draws=config.query_draws)
+        drawn = replace(settings, draws=config.query_draws, antithetic=config.antithetic)
         return gradient_features(task.generator, task.layers, queries, np.array(rows), compression, drawn)
 
     features = in_parts(task.shards / "features", len(ids), 1, features_of, task.accelerator, description="query gradients")
     if task.accelerator.is_main_process:
         scores = kernel_scores(features, store.astype(np.float32) / scale, ridge=config.ridge)
+        if config.error_factor:
+            scores = scores * error_factors(task.generator, images, **config.measured)
         for row in range(len(ids)):
             task.write(row, scores[row, task.rows_of(row)], 0.0)
     task.accelerator.wait_for_everyone()
@@ -169,3 +182,52 @@ def score_by_similarity(task: Task) -> None:
         for row in range(len(queries)):
             task.write(row, similarity_scores(queries[[row]], corpus[task.rows_of(row)])[0], 0.0)
     task.accelerator.wait_for_everyone()
+
+
+SCORED_BY: dict[str, Callable[[Task], None]] = {
+    "unlearning": score_by_unlearning,
+    "first-order": score_by_unlearning,
+    **dict.fromkeys(KERNELS, score_by_kernel),
+    "similarity": score_by_similarity,
+}
+"""What scores a run's queries, by method; 'averaged' is the mean of some."""
+
+
+def score(task: Task) -> None:
+    """Score all queries of a task; where it is a mean, every member on every model, then the mean, then what corrects it."""
+    members = task.members()
+    if len(members) == 1 and task.config.method != "retraining":
+        SCORED_BY[task.config.method](task)
+        return
+    for member in members:
+        SCORED_BY[member.config.method](member)
+    task.accelerator.wait_for_everyone()
+    correct = _corrections(task, members) if task.config.retrained else lambda _, mean: mean
+
+    def write(row: int) -> None:
+        mean, rise = _mean(task, members, row)
+        task.write(row, correct(row, mean), rise)
+
+    task.attempt_all(range(len(task.queries.query_ids)), write, description="mean of teachers")
+
+
+def _mean(task: Task, members: Sequence[Task], row: int) -> tuple[np.ndarray, float]:
+    """(C,) mean of the members' scores of query `row`, each standardised, and of the rises of its loss."""
+    missing = [member for member in members if not member.shard(row).exists()]
+    if missing:
+        raise QueriesFailedError(f"{missing[0].config.method}: {missing[0].failures()[task.queries.query_ids[row]]}")
+    tables = [read_shard(member.shard(row)) for member in members]
+    mean = averaged(*(table.influence[None] for table in tables))[0]
+    return mean, float(np.mean([table.query_loss_rise for table in tables]))
+
+
+def _corrections(task: Task, members: Sequence[Task]) -> Callable[[int, np.ndarray], np.ndarray]:
+    """What retraining makes of a mean: (row, (C,) scores) -> (C,) scores. An image that is no candidate has the prior 0."""
+    ids = task.queries.query_ids
+    rows = [row for row in range(len(ids)) if all(member.shard(row).exists() for member in members)]
+    prior = np.zeros((len(rows), len(task.corpus)))
+    for place, row in enumerate(rows):
+        prior[place, task.rows_of(row)] = _mean(task, members, row)[0]
+    retrained = read_retrained(Path(task.config.retrained), task.corpus.image_ids, [ids[row] for row in rows])
+    corrected = retraining_scores(prior, retrained).scores
+    return lambda row, _: corrected[rows.index(row), task.rows_of(row)]

@@ -83,21 +83,29 @@ def write_shard(path: Path, rows: Iterable[ScoredQuery], *, teacher: str, config
         pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), temporary)
 
 
+def read_shard(path: Path) -> ScoredQuery:
+    """Read what `write_shard` wrote of one query."""
+    (row,) = _rows(path)
+    return row
+
+
 def read_scores(folder: Path, *, split: str | None = None) -> list[ScoredQuery]:
     """Read a finished score table, or one split of it, in query order."""
     open_stage(folder, "scores")
-    rows = []
-    for path in [path for name in SPLITS if split in {None, name} for path in sorted(folder.glob(f"{name}-*.parquet"))]:
-        for record in pq.read_table(path).to_pylist():
-            rows.append(
-                ScoredQuery(
-                    query_id=record["query_id"],
-                    prompt=record["prompt"],
-                    split=record["split"],
-                    image_ids=record["image_ids"],
-                    influence=np.array(record["influence"], dtype=np.float32),
-                    is_outsider=np.array(record["is_outsider"], dtype=bool),
-                    query_loss_rise=record["query_loss_rise"],
-                )
-            )
-    return rows
+    paths = [path for name in SPLITS if split in {None, name} for path in sorted(folder.glob(f"{name}-*.parquet"))]
+    return [row for path in paths for row in _rows(path)]
+
+
+def _rows(path: Path) -> list[ScoredQuery]:
+    return [
+        ScoredQuery(
+            query_id=record["query_id"],
+            prompt=record["prompt"],
+            split=record["split"],
+            image_ids=record["image_ids"],
+            influence=np.array(record["influence"], dtype=np.float32),
+            is_outsider=np.array(record["is_outsider"], dtype=bool),
+            query_loss_rise=record["query_loss_rise"],
+        )
+        for record in pq.read_table(path).to_pylist()
+    ]

@@ -5,7 +5,6 @@ Writes features.npy (half precision), ids.parquet and manifest.json, as every fe
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from fastattr.core.files import read_json
 from fastattr.core.processes import in_parts
-from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
+from fastattr.core.stages import fingerprint, make
 from fastattr.features.store import write_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
@@ -53,32 +51,21 @@ def write_gradient_features(
         The manifest. Its 'scale' is the factor on the stored numbers, since half precision needs them near 1: true
         features = stored / scale. 'bytes_per_image' is what the store keeps of each.
     """
-    inputs = {"generator": generator.fingerprint, **inputs}
-    if finished(folder, stage="features", config=config, inputs=inputs):
-        done: dict[str, Any] = read_json(folder / MANIFEST)
-        return done
-    sample = gradient_features(
-        generator, layers, images, np.arange(min(SCALE_ROWS, len(images.image_ids))), compression, config
-    )
-    scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
-    parts = folder / f"parts-{fingerprint([vars(config), generator.fingerprint, list(images.image_ids), sorted(layers)])}"
+    parts = folder / f"parts-{fingerprint([config.identity, generator.fingerprint, list(images.image_ids), sorted(layers)])}"
 
-    def part(rows: range) -> np.ndarray:
-        return (gradient_features(generator, layers, images, np.array(rows), compression, config) * scale).astype(np.float16)
+    def work() -> dict[str, Any]:
+        sample = np.arange(min(SCALE_ROWS, len(images.image_ids)))
+        features = gradient_features(generator, layers, images, sample, compression, config)
+        scale = float(1 / np.sqrt(np.mean(features.astype(np.float64) ** 2)))
 
-    stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
-    if accelerator.is_main_process:
-        write_features(folder, stored, images.image_ids)
-        write_manifest(
-            folder,
-            stage="features",
-            config=config,
-            inputs=inputs,
-            layers=sorted(layers),
-            scale=scale,
-            bytes_per_image=stored[0].nbytes,
-        )
-        shutil.rmtree(parts)
-    accelerator.wait_for_everyone()
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        def part(rows: range) -> np.ndarray:
+            features = gradient_features(generator, layers, images, np.array(rows), compression, config)
+            return (features * scale).astype(np.float16)
+
+        stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
+        if accelerator.is_main_process:
+            write_features(folder, stored, images.image_ids)
+        return {"layers": sorted(layers), "scale": scale, "bytes_per_image": stored[0].nbytes}
+
+    stage = {"stage": "features", "config": config, "inputs": {"generator": generator.fingerprint, **inputs}}
+    return make(folder, work, **stage, accelerator=accelerator, temporary=[parts])

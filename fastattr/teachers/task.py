@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.losses import image_losses
 from fastattr.teachers.config import TeacherConfig, teacher_name
 from fastattr.teachers.curvature import factor_batches
+from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.scores import ScoredQuery, write_shard
 from fastattr.teachers.store import PART_ROWS, write_gradient_features
 from fastattr.teachers.unlearning import query_step
@@ -39,6 +40,14 @@ ENCODED_ROWS = 128
 """Training images that are encoded at once, whatever the settings, so that every run finds what another one kept."""
 TRIES = 3
 """How often a failing query is tried before it is passed over."""
+
+
+def layers_to_unlearn(generator: Generator, pattern: str) -> dict[str, Layer]:
+    """The layers whose gradients a teacher takes, ready for that."""
+    layers = generator.modules_to_unlearn(pattern)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    return layers
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,22 @@ class Task:
     accelerator: Accelerator
     run_dir: Path
     shards: Path
+    models: tuple[Generator, ...] = ()
+    """Other generators over which the mean is taken too."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of the parts of the work, of the run that finished."""
+
+    def members(self) -> list[Task]:
+        """The tasks whose scores this one is the mean of: every method on every model; their shards lie beside the mean's."""
+        found = []
+        for number, generator in enumerate((self.generator, *self.models)):
+            layers = layers_to_unlearn(generator, self.config.pattern) if number else self.layers
+            generator.evaluations = self.generator.evaluations  # one account of what is spent
+            for config in self.config.members_of():
+                task = replace(self, generator=generator, layers=layers, config=config, models=())
+                own = self.shards / f"{config.method}-{number}"
+                found.append(replace(task, shards=own, given_factors=None if number else self.given_factors))
+        return found
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -132,9 +155,17 @@ class Task:
             "query_id": self.queries.query_ids[row],
         }
 
-    def step(self, row: int, factors: Factors) -> tuple[dict[str, torch.Tensor], float]:
+    def curved(self, images: EncodedImages) -> GaussNewton | None:
+        """The Gauss-Newton matrix, where the settings ask for a better inverse than EKFAC's."""
+        config = self.config
+        if not config.inverse_steps:
+            return None
+        sizes = {"examples": config.inverse_examples, "batch_size": config.batch_size, "seed": config.seed}
+        return GaussNewton(self.generator, self.layers, images, **sizes)
+
+    def step(self, row: int, factors: Factors, matrix: GaussNewton | None) -> tuple[dict[str, torch.Tensor], float]:
         """The change of weights that unlearns query `row`, and the rise of its loss that it gives to first order."""
-        return query_step(self.generator, self.layers, factors, **self.query(row), config=self.config)
+        return query_step(self.generator, self.layers, factors, **self.query(row), config=self.config, matrix=matrix)
 
     def factors(self, images: EncodedImages) -> Factors:
         """Curvature: the user's, one fitted earlier, or one fitted now by all processes together."""
@@ -162,12 +193,11 @@ class Task:
         """(N, V) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
         config = self.config
         settings = [config.loss_draws, config.captions, config.mirrored, config.seed]
+        settings += [list(config.span)] if config.span != (0.0, 1.0) else []
         folder = self.run_dir / "base_loss" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint, *settings])
 
         def losses(rows: range) -> np.ndarray:
-            return image_losses(
-                self.generator, images, np.array(rows), draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
-            )
+            return image_losses(self.generator, images, np.array(rows), **config.measured)
 
         return in_parts(folder, len(images.image_ids), PART_ROWS, losses, self.accelerator, description="base loss")
 
@@ -179,7 +209,7 @@ class Task:
         inputs |= {"views": str(images.views), "captions": self.config.captions}
         if factors is not None:
             inputs["factors"] = factors.fingerprint
-        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, vars(settings)])
+        folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, settings.identity])
         coordinates, kept = None, folder / "coordinates.npy"
         with self.timed("gradient store"):
             if factors is not None and settings.width:

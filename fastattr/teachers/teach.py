@@ -8,7 +8,6 @@ it runs, so a killed run resumes). The methods are in fastattr/teachers/methods.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,17 @@ import torch
 from accelerate import Accelerator
 
 from fastattr.core.errors import InputError, QueriesFailedError
-from fastattr.core.files import atomic_path, read_json
+from fastattr.core.files import atomic_path
 from fastattr.core.processes import peak_memory
-from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, require_same, write_manifest
+from fastattr.core.stages import fingerprint, make, open_stage, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import read_candidates
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import SPLITS, Queries
 from fastattr.gradients.ekfac import Factors
 from fastattr.teachers.config import TeacherConfig, teacher_name
-from fastattr.teachers.methods import score_by_kernel, score_by_similarity, score_by_unlearning
-from fastattr.teachers.task import TRIES, Task
-
-SCORED_BY = {
-    "unlearning": score_by_unlearning,
-    "trak": score_by_kernel,
-    "d-trak": score_by_kernel,
-    "similarity": score_by_similarity,
-}
-"""What scores a run's queries, by `TeacherConfig.method`."""
+from fastattr.teachers.methods import score
+from fastattr.teachers.task import TRIES, Task, layers_to_unlearn
 
 
 def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
@@ -57,23 +48,29 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     candidates, candidates_fingerprint = _candidates(run_dir, corpus, queries)
     candidate_rows = {query_id: corpus.rows(ids) for query_id, (ids, _) in candidates.items()}  # refuses unknown ids
     generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
-    layers = generator.modules_to_unlearn(config.pattern)
+    layers = layers_to_unlearn(generator, config.pattern)
+    models = tuple(Generator.from_pretrained(name, device=accelerator.device) for name in config.models)
     folder = run_dir / "scores"
     inputs = {"candidates": candidates_fingerprint, "generator": generator.fingerprint}
     made_of = {"generator": generator.fingerprint, "corpus": corpus.fingerprint}
     given = Factors.load(Path(config.factors), layers, made_of=made_of) if config.factors else None
     if given:
         inputs["factors"] = given.fingerprint
-    if not finished(folder, stage="scores", config=config, inputs=inputs):
+    if models:
+        inputs["models"] = fingerprint([model.fingerprint for model in models])
+    shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
+    task = Task(
+        generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards, models
+    )
+
+    def work() -> dict[str, Any]:
         started = time.monotonic()
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
-        task = Task(generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards)
-        SCORED_BY[config.method](task)
-        _write_table(task, folder, inputs, started)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        score(task)
+        facts = _write_table(task, folder)
+        return {**facts, "seconds": round(time.monotonic() - started, 1)}
+
+    stage = {"stage": "scores", "config": config, "inputs": inputs}
+    return make(folder, work, **stage, accelerator=accelerator, temporary=[shards])
 
 
 def _joined_processes() -> Accelerator:
@@ -100,15 +97,14 @@ def _candidates(run_dir: Path, corpus: Corpus, queries: Queries) -> tuple[dict[s
     return candidates, manifest["fingerprint"]
 
 
-def _write_table(task: Task, folder: Path, inputs: dict[str, str], started: float) -> None:
-    """Join the shards of all processes into the score table, once it is known which queries failed."""
+def _write_table(task: Task, folder: Path) -> dict[str, Any]:
+    """Join the shards of all processes into the score table, unless too many queries failed; returns the manifest's facts."""
     accelerator, config, queries, generator = task.accelerator, task.config, task.queries, task.generator
     accelerator.wait_for_everyone()
     spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
     evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
     peaks = accelerator.gather(torch.tensor([peak_memory()], device=accelerator.device))
     failures = task.failures()
-    accelerator.wait_for_everyone()  # all have looked before the first process removes the shards
     if len(failures) > config.allow_failures:
         table = "\n".join(f"  {query_id}  {error}" for query_id, error in failures.items())
         raise QueriesFailedError(
@@ -121,22 +117,15 @@ def _write_table(task: Task, folder: Path, inputs: dict[str, str], started: floa
             if tables:
                 with atomic_path(folder / f"{split}-00000.parquet") as temporary:
                     pq.write_table(pa.concat_tables(tables), temporary)
-        write_manifest(
-            folder,
-            stage="scores",
-            config=config,
-            inputs=inputs,
-            teacher=teacher_name(config, sorted(set(queries.splits))),
-            corpus_fingerprint=task.corpus.fingerprint,
-            queries_fingerprint=queries.fingerprint,
-            generator_fingerprint=generator.fingerprint,
-            processes=accelerator.num_processes,
-            seconds=round(time.monotonic() - started, 1),
-            seconds_by_part=task.seconds,
-            queries=len(queries.query_ids) - len(failures),
-            failures=failures,
-            evaluations=evaluations,
-            peak_memory=int(peaks.max()),
-        )
-        shutil.rmtree(task.shards)
-    accelerator.wait_for_everyone()
+    return {
+        "teacher": teacher_name(config, sorted(set(queries.splits))),
+        "corpus_fingerprint": task.corpus.fingerprint,
+        "queries_fingerprint": queries.fingerprint,
+        "generator_fingerprint": generator.fingerprint,
+        "processes": accelerator.num_processes,
+        "seconds_by_part": task.seconds,
+        "queries": len(queries.query_ids) - len(failures),
+        "failures": failures,
+        "evaluations": evaluations,
+        "peak_memory": int(peaks.max()),
+    }

@@ -13,12 +13,16 @@ import torch
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.generator import Generator, noise_for, spread_timesteps
+from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import denoising_losses, image_losses
 from fastattr.teachers.config import TeacherConfig
+from fastattr.teachers.inverse import GaussNewton, refined_inverse
+
+RATIO_FLOOR = 1e-3
+"""Added to the sum of two losses that a ratio score divides by."""
 
 
 def query_gradient(
@@ -32,6 +36,7 @@ def query_gradient(
     batch_size: int,
     seed: int,
     antithetic: bool = False,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Mean gradient of the query's denoising loss.
 
@@ -41,33 +46,25 @@ def query_gradient(
         latent: (1, L, h, w).
         conditioning: of one prompt.
         query_id: fixes the noise, together with draw number and seed.
-        draws: timesteps spread evenly over the schedule, one noise each.
+        draws: timesteps spread evenly over the span, one noise each.
         batch_size: draws at once.
         seed: of the noise.
         antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
+        span: the part of the schedule that timesteps are spread over.
 
     Returns:
-        (out, in) gradient by layer (a convolution's as `ekfac.weight_shape`), and the mean loss.
+        (out, in) gradient by layer (a convolution's as `weight_shape`), and the mean loss.
+
+    Raises:
+        NonFiniteError: a gradient is missing or not finite; the layer is named.
     """
-    pairs = 2 if antithetic else 1
-    timesteps = spread_timesteps(draws // pairs, train_timesteps=generator.train_timesteps).repeat(pairs)
-    total = 0.0
+    query, total = EncodedImages([query_id], latent[None], conditioning, np.arange(2)), 0.0
+    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "antithetic": antithetic, "span": span}
     for layer in layers.values():
         layer.weight.grad = None
-    for start in range(0, draws, batch_size):
-        drawn = list(range(start, min(start + batch_size, draws)))
-        noise = noise_for([query_id] * len(drawn), [draw // pairs for draw in drawn], seed=seed, shape=generator.latent_shape)
-        if antithetic:
-            noise = noise * torch.tensor([1.0 - 2 * (draw % 2) for draw in drawn])[:, None, None, None]
-        noise = noise.to(generator.device)
-        loss = generator.training_loss(
-            latent.to(generator.device).expand_as(noise),
-            conditioning.to(generator.device).repeated(len(drawn)),
-            torch.from_numpy(timesteps[drawn]).to(generator.device),
-            noise,
-        )
-        (loss.sum() / draws).backward()
-        total += float(loss.detach().double().sum())
+    for _, losses in denoising_losses(generator, query, np.array([0]), **drawn):
+        losses.sum().backward()
+        total += float(losses.detach().double().sum())
     gradients = {}
     for name, layer in layers.items():
         gradient = layer.weight.grad
@@ -75,14 +72,13 @@ def query_gradient(
             raise NonFiniteError(f"the gradient of layer {name} for query {query_id} is missing or not finite.")
         gradients[name] = gradient.flatten(1).clone()
         layer.weight.grad = None
-    return gradients, total / draws
+    return gradients, total
 
 
 def unlearning_step(
     gradients: Mapping[str, torch.Tensor],
-    factors: Factors,
+    natural: Mapping[str, torch.Tensor],
     *,
-    damping: float,
     loss: float,
     rise: float,
     step_size: float | None,
@@ -91,8 +87,7 @@ def unlearning_step(
 
     Args:
         gradients: (out, in) gradient of the query's loss, by layer.
-        factors: EKFAC factors of the same layers.
-        damping: as a fraction of each layer's mean eigenvalue.
+        natural: the same, preconditioned by the curvature.
         loss: the query's loss.
         rise: the relative rise of that loss that the step should give, to first order.
         step_size: a fixed factor instead, or None.
@@ -103,7 +98,6 @@ def unlearning_step(
     Raises:
         NonFiniteError: there is no way up: the gradient is zero or not finite.
     """
-    natural = factors.precondition(gradients, damping=damping)
     slope = sum(float((gradients[name].double() * natural[name].double()).sum()) for name in gradients)
     if not slope > 0:
         raise NonFiniteError(f"the query's loss {loss:.4g} has the slope {slope:.4g} along its natural gradient, not above 0.")
@@ -129,12 +123,13 @@ class unlearned:  # noqa: N801  (a context manager, named as it reads: `with unl
             layer.weight.copy_(self._kept[name])
 
 
-def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.ndarray:
+def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray, *, ratio: bool = False) -> np.ndarray:
     """Score each candidate by how much unlearning the query hurt it.
 
     Args:
         base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
         unlearned_loss: (C, V) the same after unlearning, with the same noise draws.
+        ratio: divide by the sum of the two losses, so that images that are hard to learn count no more than others.
 
     Returns:
         (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
@@ -143,11 +138,14 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
     Raises:
         InputError: the shapes differ.
 
-    Source: arXiv:2511.10721, sec. 3.
+    Source: arXiv:2511.10721, sec. 3; the ratio is that of arXiv:2605.17938.
     """
     if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
         raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
-    rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
+    rises = unlearned_loss - base_loss  # positive where unlearning the query hurt
+    if ratio:
+        rises = rises / (unlearned_loss + base_loss + RATIO_FLOOR)
+    rise: np.ndarray = rises.max(axis=1)
     return rise
 
 
@@ -177,16 +175,15 @@ def exact_scores(
     """
 
     def losses() -> np.ndarray:
-        return image_losses(
-            generator, images, candidate_rows, draws=config.loss_draws, batch_size=config.batch_size, seed=config.seed
-        )
+        return image_losses(generator, images, candidate_rows, **config.measured)
 
+    base = base_loss[candidate_rows]
     with unlearned(layers, step):
         after = losses()
-    if not config.symmetric:
-        return influence_scores(base_loss[candidate_rows], after)
-    with unlearned(layers, {name: -change for name, change in step.items()}):
-        return influence_scores(losses() / 2, after / 2)
+    if config.symmetric:  # half the difference between the two sides, around the loss before
+        with unlearned(layers, {name: -change for name, change in step.items()}):
+            after = base + (after - losses()) / 2
+    return influence_scores(base, after, ratio=config.ratio)
 
 
 def query_step(
@@ -198,31 +195,25 @@ def query_step(
     prompt: str,
     query_id: str,
     config: TeacherConfig,
+    matrix: GaussNewton | None = None,
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The change of weights that unlearns a query, by layer, and how much it raises the query's loss to first order."""
+    """The change of weights that unlearns a query, by layer, and how much it raises the query's loss to first order.
+
+    `matrix` is needed where `config.inverse_steps` is not 0; the other arguments are those of `query_gradient`.
+    """
     conditioning = generator.encode_prompt([prompt])
     total = {name: torch.zeros_like(layer.weight).flatten(1) for name, layer in layers.items()}
     total_rise = 0.0
+    drawn = {**config.measured, "draws": config.query_draws, "antithetic": config.antithetic}
     for _ in range(config.unlearning_steps):
         with unlearned(layers, total):
-            gradients, loss = query_gradient(
-                generator,
-                layers,
-                latent,
-                conditioning,
-                query_id=query_id,
-                draws=config.query_draws,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                antithetic=config.antithetic,
-            )
+            gradients, loss = query_gradient(generator, layers, latent, conditioning, query_id=query_id, **drawn)
+            if matrix is None:
+                natural = factors.precondition(gradients, damping=config.damping)
+            else:
+                natural = refined_inverse(gradients, factors, matrix, damping=config.damping, steps=config.inverse_steps)
         step, rise = unlearning_step(
-            gradients,
-            factors,
-            damping=config.damping,
-            loss=loss,
-            rise=config.query_loss_rise / config.unlearning_steps,
-            step_size=config.step_size,
+            gradients, natural, loss=loss, rise=config.query_loss_rise / config.unlearning_steps, step_size=config.step_size
         )
         total = {name: total[name] + change for name, change in step.items()}
         total_rise += rise

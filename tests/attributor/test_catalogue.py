@@ -17,6 +17,7 @@ import pytest
 
 from fastattr import ArtifactDamagedError, FastattrError, FastAttributor, InputError
 from fastattr.attributor.catalogue import Catalogue
+from fastattr.attributor.changes import FILE, Image
 from fastattr.attributor.folder import read_config, seal
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.models import ASSETS
@@ -104,10 +105,11 @@ def test_compaction_changes_no_answer_and_erases_what_left(folder):
     assert reopened.catalog.to_pylist() == table.to_pylist()
     assert {record["image_id"]: record for record in reopened.catalog.to_pylist()}["base-8"]["creator"] == "Cyd"
     config = read_json(folder / "config.json")
-    assert {path.name for path in folder.iterdir()} - {".lock"} == {"config.json", *config["sha256"]}
-    (line,) = (folder / config["files"]["journal"]).read_text().splitlines()
-    assert json.loads(line)["removed"] == ["new-3", "base-7"]  # their ids, and nothing else of them
-    assert set(json.loads(line)) == {"version", "time", "operation", "removed"}
+    kept = {path.name for path in folder.iterdir() if not path.name.startswith(FILE)}
+    assert kept - {".lock"} == {"config.json", *config["sha256"]}
+    (line,) = reopened.history()
+    assert line["removed"] == ["new-3", "base-7"]  # their ids, and nothing else of them
+    assert set(line) == {"version", "time", "operation", "removed"}
     assert not {"new-3", "base-7"} & set(reopened.catalog["image_id"].to_pylist())
     attributor.remove(["new-3"])  # a removal asked for twice is no error, even after compaction
 
@@ -167,8 +169,8 @@ def test_what_is_not_ours_is_changed_in_a_copy(tmp_path):
     """Writing into the package or the Hub's cache would change every other program's answers."""
     attributor = FastAttributor.from_pretrained("emoji")
     gone = attributor.catalog["image_id"][0].as_py()
-    before = sha256_file(Path(attributor._folder) / "config.json")
-    original = attributor._folder
+    original = attributor.folder
+    before = sha256_file(original / "config.json")
     attributor.remove([gone])
     assert sha256_file(original / "config.json") == before
     assert gone not in attributor.catalog["image_id"].to_pylist()
@@ -208,7 +210,7 @@ def test_two_writers_lose_nothing(folder):
             one.compact()
     for attributor in (one, two, FastAttributor.from_pretrained(folder)):
         assert {f"new-{step}" for step in range(6)} <= set(names(attributor, QUERY, 66))
-    assert read_json(folder / "config.json")["catalog_version"] == 8
+    assert one.versions()["catalog_version"] == 8
 
 
 def _write_until_killed(folder: str, acknowledged: str, seed: int) -> None:
@@ -277,7 +279,7 @@ def test_readers_see_one_version_while_a_writer_publishes(folder, tmp_path):
     process = start_writer(folder, tmp_path / "log", 1)
     try:
         kept = FastAttributor.from_pretrained(folder)
-        while kept.config["catalog_version"] <= 25:
+        while kept.versions()["catalog_version"] <= 25:
             assert process.is_alive()
             for attributor in (kept, FastAttributor.from_pretrained(folder)):
                 answer = attributor.attribute_features(QUERY[None], ["x"], 5)[0]
@@ -381,7 +383,7 @@ def test_older_formats_still_answer(tmp_path):
     attributor.save_pretrained(tmp_path / "own")
     own = FastAttributor.from_pretrained(tmp_path / "own")
     own.remove(before[:5])
-    assert own.config["format_version"] == 3
+    assert own.config["format_version"] == 4
     assert names(FastAttributor.from_pretrained(tmp_path / "own"), feature, 45) == before[5:]
 
 
@@ -390,13 +392,15 @@ def test_catalogue_versions_leave_earlier_ones_alone():
     vectors = base_features(10)
     table = pa.table({"image_id": [str(row) for row in range(10)], "caption": ["c"] * 10})
     first = Catalogue(table, Fixed(vectors))
-    second = first.with_removed(["3"])
-    third = second.with_added([{"image_id": "new"}], QUERY[None]).with_updated({"4": {"caption": "told"}})
+    second = first.applied([Image("3", True, {})])
+    new, told = Image("new", False, {}, QUERY.astype("<f2").tobytes(), place=1), Image("4", False, {"caption": "told"})
+    third = second.applied([new, told])
     assert [len(each) for each in (first, second, third)] == [10, 9, 10]
     assert first.table.to_pylist() == table.to_pylist()
     assert "3" in [record["image_id"] for record in first.fetch(np.arange(10))]
     assert [record["caption"] for record in second.fetch(np.arange(9))] == ["c"] * 9
-    assert third.with_updated({"5": {"date": "2026-01-01"}}).table.to_pylist()[4]["date"] == "2026-01-01"
+    dated = third.applied([Image("5", False, {"date": "2026-01-01"})])
+    assert dated.table.to_pylist()[4]["date"] == "2026-01-01"
     assert third.table.to_pylist() == third.fetch(np.arange(10))
     assert third.fetch(third.search(QUERY[None], 1)[1][0])[0]["image_id"] == "new"
 

@@ -52,5 +52,3 @@ def test_planted_copies_are_looked_for_in_the_whole_corpus(tiny_run: Path):
     found = benchmark.planted_copies(tiny_run, seed=0, copies=6)
     assert 0 <= found["planted_copy_rank"] <= found["planted_copy_worst_rank"] < 48
     assert found["planted_copies_first_n"] == 6
-    same = benchmark.same_answers(tiny_run / "attributor", tiny_run / "attributor", tiny_run)
-    assert same == 1.0

@@ -119,11 +119,13 @@ def test_broken_images_and_missing_captions_are_listed_with_the_reason(tmp_path,
     }
 
 
-def test_metadata_in_another_encoding_is_refused(tmp_path):
-    """Captions read with replacement characters would be trained on."""
+def test_metadata_in_an_unknown_encoding_are_refused(tmp_path):
+    """Captions read with replacement characters, or in another alphabet, would be trained on."""
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "grün"}'.encode("latin-1"))
-    with pytest.raises(InputError, match="not UTF-8"):
+    assert [image.captions for image in read_folder(tmp_path) if isinstance(image, TrainingImage)] == [["grün"]]
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "зелёный"}'.encode("cp1251"))
+    with pytest.raises(InputError, match="save it as UTF-8"):
         list(read_folder(tmp_path))
 
 

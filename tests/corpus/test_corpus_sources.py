@@ -236,6 +236,7 @@ def test_a_killed_corpus_goes_on_with_the_part_that_is_missing(laion: Path, tmp_
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "killed" / "corpus")
     run(config, tmp_path / "killed" / "corpus")
-    assert read == ["000000.parquet", "000001.parquet", "000001.parquet"]
+    assert len(read) == 3
+    assert read[0] != read[1] == read[2]
     assert digests(tmp_path / "killed" / "corpus") == digests(tmp_path / "whole" / "corpus")
     assert list((tmp_path / "killed").iterdir()) == [tmp_path / "killed" / "corpus"]

@@ -33,14 +33,16 @@ from fastattr.generators.generator import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
-from fastattr.teachers.first_order import flat_step, linearised_scores
 from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import document
 import ground_truth as jobs
+import lab
 import student_truth
 import truth as benchmark
+import truth_sweep as sweeping
 
 CONFIG = """
 part: {main_set: plain, second_set: framed, second_share: 0.5}
@@ -62,10 +64,7 @@ loss_timesteps: 2
 """
 
 SIZES = benchmark.Sizes(
-    factor_examples=16,
-    exact_draws=1,
-    exact_query_draws=8,
-    swept_exact_queries=2,
+    cost=lab.Cost(factor_examples=16, exact_draws=1, exact_query_draws=8),
     resamples=20,
     student=DistillConfig(
         student=StudentConfig(embed_dim=8, hidden=(8,)),
@@ -73,6 +72,29 @@ SIZES = benchmark.Sizes(
         training=TrainingConfig(steps=2, batch_size=2, checkpoint_every=10),
     ),
 )
+STEPS = (
+    ("abu_plus_linearised", {"pattern": (r"attn2\.", "."), "damping": (0.1, 1.0)}),
+    ("abu_plus_linearised", sweeping.DRAWS),
+    ("abu_plus_exact", {"rise": (0.02, 0.1)}),
+    ("d_trak", {"d_trak_ridge": (0.1, 1.0)}),
+)
+"""Of the sweep, fewer than there are."""
+
+
+def quick_sweep(patch: pytest.MonkeyPatch) -> None:
+    """Let the sweep try little, with few draws."""
+    draws = {"query_draws": (4, 8), "loss_draws": (1, 2)}
+    patch.setattr(sweeping, "DRAWS", draws)
+    patch.setattr(sweeping, "STEPS", [(name, draws if values is STEPS[1][1] else values) for name, values in STEPS])
+    patch.setattr(sweeping, "MOST_DRAWS", {"query_draws": 8, "loss_draws": 2})
+    patch.setattr(sweeping, "EXACT_QUERIES", 2)
+    patch.setattr(sweeping, "Cost", lambda: SIZES.cost)
+
+
+def open_bench(made: Path, arguments: list[str], settings: lab.Settings, cost: lab.Cost = SIZES.cost) -> lab.Bench:
+    """The tiny ground truth with its generator."""
+    _, run_dir, _, config, *_ = arguments
+    return lab.open_bench(made, Path(run_dir), read_yaml(config, RetrainConfig), None, settings, cost)
 
 
 def in_this_process(models, command, logs, *, processes, description) -> list[str]:
@@ -127,7 +149,7 @@ def made(folder, arguments) -> Path:
 
 @pytest.fixture(scope="module")
 def reported(folder, arguments, made) -> Path:
-    """The same after --sweep, --exact, --rankings, leave-K-out and the table; returns the folder of its results."""
+    """The same after the sweep, --exact, --rankings, leave-K-out and the table; returns the folder of its results."""
     docs = folder / "results" / "truth.md"
     docs.parent.mkdir()
     names = ("measured", "table", "gains", "removals", "ceilings", "sweep")
@@ -136,9 +158,9 @@ def reported(folder, arguments, made) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "run_all", in_this_process)
         patch.setattr(benchmark, "Sizes", lambda: SIZES)
-        patch.setattr(benchmark, "SWEPT_QUERY_DRAWS", (4, 8))
-        patch.setattr(benchmark, "SWEPT_LOSS_DRAWS", (1, 2))
-        for step in ("--sweep", "--exact", "--rankings"):
+        quick_sweep(patch)
+        sweeping.main([*arguments, "--truth", str(made)])
+        for step in ("--exact", "--rankings"):
             benchmark.main([*of_table, step])
         jobs.main([*arguments, "--out", str(made), "--only", "leave-k-out"])
         benchmark.main(of_table)
@@ -347,7 +369,7 @@ def test_the_shipped_benchmark_shares_no_prompt_between_splits():
     assert {prompt.kind for prompt in test} == {"caption", "recombined", "free"}
 
 
-def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made, arguments, reported, monkeypatch):
+def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made, arguments, reported, monkeypatch, tmp_path):
     """No test query, nor its prompt, may fit, select or calibrate anything."""
     truth = GroundTruth(made)
     forbidden = set(truth.of_split("test"))
@@ -357,24 +379,22 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
         monkeypatch.setattr(GroundTruth, name, lambda self, one, real=real: (asked.append(one), real(self, one))[1])
     losses = GroundTruth.losses
     monkeypatch.setattr(GroundTruth, "losses", lambda self, models, ids: (asked.extend(ids), losses(self, models, ids))[1])
-    _, run_dir, _, config, *_ = arguments
-    data = benchmark.open_data(made, Path(run_dir), read_yaml(config, RetrainConfig), SIZES, None)
-    benchmark.sweep(data, SIZES)
+    quick_sweep(monkeypatch)
+    bench = open_bench(made, arguments, lab.Settings())
+    sweeping.sweep(replace(bench, run_dir=tmp_path), resamples=2)
     assert asked
     assert not set(asked) & forbidden
     asked.clear()
     taught: list[str] = []
-    train_student = benchmark.train_student
+    labels_of = benchmark.labels_of
 
-    def watching(scored, *others, **named_others):
+    def watching(scored, rows):
         taught.extend(query.query_id for query in scored)
-        return train_student(scored, *others, **named_others)
+        return labels_of(scored, rows)
 
-    monkeypatch.setattr(benchmark, "train_student", watching)
-    width = 256 + data.lab.diffusion_features(data.lab.corpus).shape[1]
-    features = np.random.default_rng(0).standard_normal((len(truth.image_ids), width)).astype(np.float32)
-    settings = benchmark.Settings(query_draws=8, loss_draws=1)
-    benchmark._students(data, features[:4], features, SIZES, settings, benchmark.Timed(), nulls=True)
+    monkeypatch.setattr(benchmark, "labels_of", watching)
+    bench = open_bench(made, arguments, lab.Settings(query_draws=8, loss_draws=1))
+    benchmark.all_scores(bench, truth.of_split("validation"), SIZES, benchmark.Timed())
     assert set(taught) == set(truth.of_split("train"))
     assert not set(asked) & forbidden
 
@@ -404,66 +424,52 @@ def test_the_report_has_every_method_and_every_null(reported):
 
 
 @pytest.fixture(scope="module")
-def student_bench(made, reported, arguments, config) -> student_truth.Bench:
+def learned(made, reported, arguments) -> student_truth.Learned:
     """Of the tiny ground truth, gradient spaces with every coordinate."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_truth, "WIDTHS", {"gradient": 10**9, "output_gradient": 10**9})
-        return student_truth.open_bench(made, Path(arguments[1]), None, config, SIZES, queries=100)
+        everything = {"gradient": ("loss", 10**9), "output_gradient": ("squared_norm", 10**9)}
+        patch.setattr(student_truth, "GRADIENTS", everything)
+        return student_truth.learn(open_bench(made, arguments, lab.read_settings(made)), 320, 100)
 
 
-def test_the_output_gradient_space_orders_as_the_teacher_it_comes_from(student_bench):
+def test_the_output_gradient_space_orders_as_the_teacher_it_comes_from(learned):
     """Its cosine is the teacher's score over both lengths; coordinates in another order, or a kernel on one side, are not."""
-    cosines = student_bench.spaces["output_gradient"]["test"] @ student_bench.spaces["output_gradient"]["images"].T
-    lengths = cosines / student_bench.teachers["d_trak_ekfac"]["test"]  # 1 / (length of the query x length of the image)
+    cosines = learned.spaces["output_gradient"]["test"] @ learned.spaces["output_gradient"]["images"].T
+    lengths = cosines / learned.teachers["d_trak_ekfac"]["test"]  # 1 / (length of the query x length of the image)
     assert (lengths > 0).all()
     factors = np.log(lengths)
     np.testing.assert_allclose(factors - factors.mean(axis=1, keepdims=True) - factors.mean(axis=0), -factors.mean(), atol=0.02)
 
 
-def test_students_of_the_bench_are_chosen_without_the_test_queries(student_bench, tmp_path):
+def test_students_of_the_bench_are_chosen_without_the_test_queries(learned):
     """The best of many on the test queries would look better than it is."""
     config = SIZES.student
-    tried = {"paper": student_truth.Setting("both", config), "one": student_truth.Setting("all", config, judged=False)}
+    tried = {student_truth.PAPER_RECIPE: student_truth.Setting("both", config), "one": student_truth.Setting("all", config)}
     tried["two"] = student_truth.Setting("output_gradient", config)
     results = []
     for turned in (False, True):
         teachers = {
             name: {**scores, "test": scores["test"][::-1] if turned else scores["test"]}
-            for name, scores in student_bench.teachers.items()
+            for name, scores in learned.teachers.items()
         }
-        bench = replace(student_bench, teachers=teachers)
-        results.append(student_truth.measure(bench, tried, "paper", tmp_path, resamples=5, seed=0))
+        results.append(student_truth.measure(replace(learned, teachers=teachers), tried, resamples=5, seed=0))
     chosen = ("bench_teacher", "bench_best_student", "bench_fast_student")
     assert [results[0][name] for name in chosen] == [results[1][name] for name in chosen]
     assert results[0]["bench_fast_student"] == "one"
     promised = {"gap_closed_lds", "gap_closed_lds_paper_recipe", "gain_over_paper_recipe_low"}
     assert promised <= set(results[0])
     assert not [name for name, value in results[0].items() if not isinstance(value, str | int | float)]
-    assert (tmp_path / "student-frontier.png").exists()
+    facts = {"command": "x", "seed": 0, "cpu": "x", "cores": 2, "date": "2026-01-01T00:00:00"}
+    assert all(len(lines) > 3 for lines in student_truth.parts_of(results[0] | facts).values())
 
 
 def test_first_order_and_exact_scores_agree(made, arguments):
     """Rows matched by position, or a sign lost between step and loss, would break this first."""
-    _, run_dir, _, config, *_ = arguments
-    sizes = replace(SIZES, exact_draws=2, exact_query_draws=32)
-    data = benchmark.open_data(made, Path(run_dir), read_yaml(config, RetrainConfig), sizes, None)
-    settings = benchmark.Settings(query_draws=32, loss_draws=2, rise=0.001)  # 0.02 is a long way for an untrained network
-    queries = data.lab.queries(data.truth, data.truth.of_split("validation")[:2])
-    lab = data.lab
-    own, theirs = lab.query_gradients(queries, settings.query_draws), lab.image_gradients(lab.corpus, settings.loss_draws)
-    first_order = lab.first_order(own, theirs, settings.pattern, lab.factors(), settings.damping)
-    # the same scores as by the library's own pass over a corpus that does not fit into memory
-    chosen, steps = lab.matching(settings.pattern), []
-    for gradients, _ in lab.gradients(queries, settings.query_draws):
-        natural = lab.factors().precondition({name: gradients[name] for name in chosen}, damping=settings.damping)
-        steps.append(torch.from_numpy(flat_step(natural, list(chosen))))
-    rows = np.arange(len(lab.corpus.image_ids))
-    of_library = linearised_scores(
-        lab.generator, chosen, lab.corpus, rows, torch.stack(steps), draws=settings.loss_draws, batch_size=64, seed=0
-    )
-    np.testing.assert_allclose(first_order, of_library, rtol=1e-3, atol=1e-3 * np.abs(of_library).max())
-    exact = data.lab.exact(queries, settings)
-    assert (rank_correlations(first_order.T, exact.T) > 0.9).all()
+    settings = lab.Settings(query_draws=32, loss_draws=2, rise=0.001)  # 0.02 is a long way for an untrained network
+    bench = open_bench(made, arguments, settings, lab.Cost(factor_examples=16, exact_draws=2, exact_query_draws=32))
+    query_ids = bench.truth.of_split("validation")[:2]
+    first_order = bench.lab.scores(bench.lab.fit("abu_plus_linearised"), query_ids)
+    assert (rank_correlations(first_order.T, bench.lab.exact(query_ids).T) > 0.9).all()
 
 
 def test_leave_k_out_removes_what_the_rankings_say(folder, made, reported, config):
@@ -583,4 +589,4 @@ def test_a_document_without_marks_is_refused(tmp_path):
     """The table would silently stay the old one."""
     (tmp_path / "doc.md").write_text("<!-- table -->\nold\n")
     with pytest.raises(FastattrError, match="end table"):
-        benchmark.fill(tmp_path / "doc.md", {"table": ["new"]})
+        document.fill(tmp_path / "doc.md", {"table": ["new"]})

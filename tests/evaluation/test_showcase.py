@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fastattr import ArtifactDamagedError, FastAttributor, Generator, MissingFileError
-from fastattr.attributor.attributor import read_info
+from fastattr.attributor.load import read_info
 from fastattr.core.stages import write_manifest
 from fastattr.evaluation.showcase import (
     COUNTERFACTUALS,

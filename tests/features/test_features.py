@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
 from fastattr.core.files import read_json
 from fastattr.core.stages import write_manifest
 from fastattr.features import stage
-from fastattr.features.encoder import encode_captions
-from fastattr.features.kinds import open_encoder
+from fastattr.features.encoder import encode_all, encode_captions, modality, text_settings, unit_vectors
+from fastattr.features.kinds import KINDS, open_encoder
 from fastattr.features.pretrained import OpenClipEncoder
 from fastattr.features.store import read_features, write_features
 from fastattr.pipeline.config import load_config
@@ -239,6 +241,135 @@ def test_a_stopped_features_stage_goes_on_where_it_stood(tiny_run: Path, tiny_co
         assert manifest["images_per_second"] > 0
         assert (manifest["dtype"], manifest["rows"]) == ("float32", 48)
         assert not list((run_dir / "features" / folder.name).glob("parts-*"))
+
+
+def test_finished_features_are_kept_by_what_changes_no_feature(tiny_run: Path, tiny_config: Path, tmp_path: Path):
+    """Refused for another batch size, an encoder beside or an older fingerprint, days of encoding would be done again."""
+    run_dir, settings = tmp_path / "run", load_config(tiny_config).features
+    shutil.copytree(tiny_run, run_dir)
+    folder = run_dir / "features" / "open_clip-image_encoder"
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["config"] == {"captions": "first"}
+    stage.run(replace(settings, batch_size=3, encoders=(*settings.encoders, "diffusion:generator")), run_dir)
+    assert read_json(folder / "manifest.json") == manifest
+    older = {**manifest["config"], "encoders": ["open_clip-image:encoder"], "batch_size": 256}
+    former = open_encoder("open_clip-image:encoder", folder=run_dir, backend="torch").former
+    write_manifest(folder, stage="features", config=older, inputs={**manifest["inputs"], "encoder": former})
+    recorded = read_json(folder / "manifest.json")
+    stage.run(settings, run_dir)
+    assert read_json(folder / "manifest.json") == recorded
+    with pytest.raises(ArtifactMismatchError, match="captions: found 'first', wanted 'mean'"):
+        stage.run(replace(settings, captions="mean"), run_dir)
+    weights = load_file(run_dir / "encoder" / "open_clip_model.safetensors")
+    save_file({**weights, "visual.proj": weights["visual.proj"] * 1.1}, run_dir / "encoder" / "open_clip_model.safetensors")
+    with pytest.raises(ArtifactMismatchError, match="encoder: found"):
+        stage.run(settings, run_dir)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_fingerprints_say_what_determines_features_and_nothing_else(tiny_run: Path, tmp_path: Path, modality: str):
+    """One that misses the mean joins what does not belong together; one with a library's class name refuses finished work."""
+    specification = f"open_clip-{modality}:encoder"
+
+    def fingerprint(**changed: object) -> str:
+        shutil.rmtree(tmp_path / "encoder", ignore_errors=True)
+        shutil.copytree(tiny_run / "encoder", tmp_path / "encoder")
+        path = tmp_path / "encoder" / "open_clip_config.json"
+        config = read_json(path)
+        config["preprocess_cfg"] |= changed.get("preprocess", {})
+        path.write_text(json.dumps(config))
+        weights = load_file(tmp_path / "encoder" / "open_clip_model.safetensors")
+        for name, factor in changed.get("weights", {}).items():
+            weights[name] = np.asarray(weights[name] * factor)
+        save_file(weights, tmp_path / "encoder" / "open_clip_model.safetensors")
+        return open_encoder(specification, folder=tmp_path, backend="torch").fingerprint
+
+    own, other = ("visual.proj", "text_projection") if modality == "image" else ("text_projection", "visual.proj")
+    plain = fingerprint()
+    assert plain == fingerprint() == open_encoder(specification, folder=tmp_path, backend="numpy").fingerprint
+    assert plain == fingerprint(weights={other: 2.0, "logit_scale": 3.0})
+    assert plain != fingerprint(weights={own: 1.1})
+    for preprocess in ({"mean": [0.4, 0.5, 0.5]}, {"std": [0.4, 0.5, 0.5]}, {"interpolation": "bilinear"}):
+        assert (plain != fingerprint(preprocess=preprocess)) == (modality == "image")
+
+
+def test_a_tokenizer_with_another_vocabulary_is_another_encoder():
+    """Two words exchanged move every caption that holds one of them."""
+    words = {"red": 1, "blue": 2, "other": 0}
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        return [[words.get(word, 0) for word in text.split()] for text in texts]
+
+    plain = text_settings("first", words, tokenize)
+    assert plain == text_settings("first", dict(reversed(words.items())), tokenize)
+    assert plain != text_settings("first", {**words, "red": 2, "blue": 1}, tokenize)
+    assert plain != text_settings("mean", words, tokenize)
+    assert plain != text_settings("first", words, lambda texts: [row[:5] for row in tokenize(texts)])  # another length
+
+
+def test_image_processors_are_told_apart_by_what_they_do(tmp_path: Path):
+    """The class of a processor changes with transformers' versions; its mean does not change by itself."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(0)
+    shape = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
+    ViTModel(shape, add_pooling_layer=False).save_pretrained(tmp_path)
+    found = []
+    for mean, name in ((0.5, "ViTImageProcessor"), (0.5, "ViTImageProcessorFast"), (0.4, "ViTImageProcessor")):
+        ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[mean] * 3).save_pretrained(tmp_path)
+        path = tmp_path / "preprocessor_config.json"
+        path.write_text(json.dumps({**read_json(path), "image_processor_type": name}))
+        found.append(open_encoder(f"transformers-image:{tmp_path}").fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_features_that_are_no_direction_are_refused_by_the_images_name(value: float):
+    """One NaN goes through student and index, and every query that meets it has no ranking; nothing says where it came from."""
+
+    class Broken:
+        specification, fingerprint, former = "broken", "", ""
+
+        def encode(self, images: list, captions: list) -> np.ndarray:
+            return np.stack([np.full(4, value if caption == ["bad"] else 0.5, dtype=np.float32) for caption in captions])
+
+    captions = [["good"], ["good"], ["good"], ["bad"], ["good"]]
+    ids = ["a", "b", "c", "d", "e"]
+    with pytest.raises(NonFiniteError, match=r"'d'.*1 of 2"):
+        encode_all(Broken(), lambda row: IMAGES[0], captions, batch_size=2, ids=ids)
+    assert encode_all(Broken(), lambda row: IMAGES[0], captions[:3], batch_size=2).shape == (3, 4)
+
+
+def test_half_precision_that_overflows_is_refused_where_it_arises(tiny_run: Path, tiny_config: Path, tmp_path: Path):
+    """Found in the attributor, after hours of teaching, it could no longer be told which picture it was."""
+    run_dir, settings = tmp_path / "run", load_config(tiny_config).features
+    shutil.copytree(tiny_run, run_dir, ignore=shutil.ignore_patterns("features", "query_features"))
+    path = run_dir / "encoder" / "open_clip_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "visual.proj": weights["visual.proj"] * 6e4}, path)
+    with pytest.raises(NonFiniteError, match=r"open_clip-image:encoder gives '.*-.*-.*' features"):
+        stage.run(replace(settings, dtype="float16", encoders=("open_clip-image:encoder",)), run_dir)
+
+
+def test_a_new_feature_space_is_one_function(tmp_path: Path, monkeypatch):
+    """A kind that only its author's copy of the library knows could not be named in a config."""
+
+    class MeanColour:
+        fingerprint = former = "mean colour 1"
+
+        def __init__(self, reference: str) -> None:
+            self.specification, self._space = "colour-image", reference
+
+        def encode(self, images: list, captions: list) -> np.ndarray:
+            return unit_vectors(np.stack([np.asarray(image.convert(self._space)).mean(axis=(0, 1)) for image in images]))
+
+    monkeypatch.setitem(KINDS, "colour-image", lambda reference, options: MeanColour(reference))
+    encoder = open_encoder("colour-image:RGB")
+    assert encoder.specification == "colour-image:RGB"
+    assert modality(encoder.specification) == "image"
+    red, blue, green = encoder.encode(IMAGES, [["x"]] * 3)
+    assert red @ blue < min(red @ red, blue @ blue)
+    assert green[1] == max(green)
 
 
 def test_mean_of_captions_is_the_normalised_mean_and_first_is_the_first():

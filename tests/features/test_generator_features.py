@@ -153,7 +153,7 @@ def test_concatenation_is_a_config_line_and_attribution_brings_the_generator_alo
     shutil.move(again / "attributor", moved)
     shutil.rmtree(again)
     attributor = FastAttributor.from_pretrained(moved)
-    own = np.concatenate([encoder.encode([IMAGES[0]], [CAPTIONS[0]]) for encoder in attributor._encoders], axis=1)
+    own = np.concatenate([encoder.encode([IMAGES[0]], [CAPTIONS[0]]) for encoder in attributor._model.encoders], axis=1)
     assert own.shape[1] == features.shape[1]
     answer = attributor.attribute(IMAGES[0], CAPTIONS[0][0], k=3)
     assert len(answer.results) == 3

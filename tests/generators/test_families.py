@@ -34,6 +34,7 @@ from fastattr.teachers import teach
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.scores import read_scores
+from fastattr.teachers.task import layers_to_unlearn
 from fastattr.teachers.unlearning import query_gradient, unlearned, unlearning_step
 from tests.generators.test_pretrained import save_lora
 from tests.tiny import draw, write_folder
@@ -228,7 +229,7 @@ def test_guidance_that_a_distilled_model_is_told_is_a_setting():
 
 def test_layers_are_those_that_read_the_text(generator: Generator):
     """SD 3.5 has an `attn2` between image patches; unlearning that instead of the text's projections would crash nothing."""
-    layers = generator.modules_to_unlearn()
+    layers = generator.modules_to_unlearn(generator.family.text_projections)
     assert {name.split("transformer_blocks.")[1].split(".", 1)[1] for name in layers} == set(
         LAYERS[generator.family.name].split()
     )
@@ -255,10 +256,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gradients_wanted(generator: Generator) -> dict:
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
-    return layers
+    return layers_to_unlearn(generator, "" if generator.unlearn == "lora" else generator.family.text_projections)
 
 
 def unlearn_one(generator: Generator, corpus: Path, scratch: Path) -> EncodedImages:
@@ -273,7 +271,7 @@ def unlearn_one(generator: Generator, corpus: Path, scratch: Path) -> EncodedIma
         return query_gradient(generator, layers, **query, draws=12, batch_size=12, seed=0)
 
     gradients, loss = gradient()
-    step, rise = unlearning_step(gradients, factors, damping=0.1, loss=loss, rise=0.002, step_size=None)
+    step, rise = unlearning_step(gradients, factors.precondition(gradients, damping=0.1), loss=loss, rise=0.002, step_size=None)
     with unlearned(layers, step):
         after = gradient()[1]
     assert rise == pytest.approx(0.002)
@@ -300,9 +298,10 @@ def test_a_lora_is_unlearned_through_peft(kind: str, corpus: Path, tmp_path: Pat
     assert layers
     assert all(LORA.strip("\\.").split("_")[0] in name for name in layers)
     latents, conditioning = generator.encode_image(IMAGES), generator.encode_prompt(PROMPTS)
+    arguments = (latents, conditioning, torch.tensor([200, 600]), latents.flip(0))
+    generator.training_loss(*arguments).sum().backward()
     with record_layers(layers) as recorded:
-        losses = generator.training_loss(latents, conditioning, torch.tensor([200, 600]), latents.flip(0))
-        losses.sum().backward()
+        generator.training_loss(*arguments).sum().backward()
         for name, layer in layers.items():  # what the hooks see is the gradient that autograd gives, the LoRA's factor included
             torch.testing.assert_close(
                 example_gradients(recorded[name]).sum(dim=0), layer.weight.grad.flatten(1), rtol=1e-3, atol=1e-7

@@ -130,7 +130,7 @@ class Line(Generator):
         self.weight = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
         self.design = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def _predict(self, latents, conditioning, timesteps, noise):
+    def predict(self, latents, conditioning, timesteps, noise):
         return (self.design @ self.weight).reshape(1, 6, 1, 1).expand(len(latents), -1, -1, -1)
 
 

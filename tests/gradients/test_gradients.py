@@ -12,10 +12,19 @@ from accelerate import Accelerator
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.store import Corpus
+from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator
-from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
+from fastattr.generators.layers import weight_shape
+from fastattr.gradients.compression import (
+    Compression,
+    GradientConfig,
+    gradient_features,
+    gradients_of_draws,
+    leading_coordinates,
+)
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import encode_corpus
+from fastattr.gradients.losses import denoising_losses
 from fastattr.teachers import store as module
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
@@ -23,6 +32,7 @@ from fastattr.teachers.first_order import flat_step, linearised_scores
 from fastattr.teachers.kernels import kernel_scores
 from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.store import write_gradient_features
+from fastattr.teachers.task import layers_to_unlearn
 
 CONFIG = GradientConfig(width=0, draws=3, batch_size=16)
 
@@ -33,9 +43,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
     encoded = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
     images = replace(encoded, latents=encoded.latents.double(), conditioning=encoded.conditioning.to(torch.float64))
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, CROSS_ATTENTION_KV)
     factors = fit_ekfac(layers, factor_batches(generator, images, TeacherConfig(factor_examples=48, batch_size=16)))
     return generator, images, layers, factors
 
@@ -74,7 +82,7 @@ def test_sketches_keep_inner_products_on_average(setting):
         sizes = [layer.weight.shape for layer in layers.values()]
         assert compression.width == 64
         # The sketch is linear, so it may be taken of what is whitened already.
-        compression._rotations = {}
+        compression.turns = {}
         parts = torch.from_numpy(exact).split([shape.numel() for shape in sizes], dim=1)
         sketch = compression({name: part.reshape(-1, *shape) for name, part, shape in zip(layers, parts, sizes, strict=True)})
         products.append((sketch @ sketch.T).numpy())
@@ -173,3 +181,78 @@ def test_similarity_is_the_cosine():
 def test_whitening_without_factors_is_refused(setting):
     with pytest.raises(InputError, match="need EKFAC factors"):
         Compression(setting[2], CONFIG)
+
+
+def rotated_draw_by_draw(setting, rows, config: GradientConfig) -> np.ndarray:
+    """The slow loop: every draw's gradient by its own backward pass, rotated and scaled on its own, then averaged."""
+    generator, images, layers, factors = setting
+    found = []
+    for row in rows:
+        total = 0
+        batches = denoising_losses(generator, images, np.array([row]), **replace(config, batch_size=1).drawn)
+        for _, loss in batches:
+            gradients = torch.autograd.grad(loss.sum(), [layer.weight for layer in layers.values()])
+            parts = []
+            for name, gradient in zip(layers, gradients, strict=True):
+                left, right = factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name]
+                scale = factors.damped(name, config.damping).rsqrt()
+                parts.append(((left.T @ gradient.flatten(1) @ right) * scale).flatten())
+            total = total + torch.cat(parts)
+        found.append(total.numpy())
+    return np.stack(found)
+
+
+@pytest.fixture(scope="module")
+def whole_network(setting):
+    """The same generator with all layers, convolutions included."""
+    generator, images, _, _ = setting
+    layers = layers_to_unlearn(generator, "")
+    config = TeacherConfig(factor_examples=12, batch_size=12)
+    return generator, images, layers, fit_ekfac(layers, factor_batches(generator, images, config))
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 64])
+def test_rotating_the_sum_of_draws_gives_what_rotating_each_draw_gives(whole_network, batch_size: int):
+    """Draws of two images that fall into one group, or a rotation in another order, would keep the shape."""
+    config = replace(CONFIG, batch_size=batch_size, span=(0.2, 0.9), antithetic=True, draws=4)
+    expected = rotated_draw_by_draw(whole_network, [3, 20, 41], config)
+    found = features_of(whole_network, [3, 20, 41], config)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_kept_coordinates_alone_are_computed_and_unchanged(whole_network):
+    """Eigenvectors left out with their coordinates must take no other's place, in whatever layer they are."""
+    whole = features_of(whole_network, [3, 20], CONFIG)
+    kept = np.sort(np.random.default_rng(0).choice(whole.shape[1], 40, replace=False))
+    generator, images, layers, factors = whole_network
+    config = replace(CONFIG, width=40)
+    cut = Compression(layers, config, factors, kept)
+    found = gradient_features(generator, layers, images, np.array([3, 20]), cut, config)
+    np.testing.assert_allclose(found, whole[:, kept], rtol=1e-4, atol=1e-6 * np.abs(whole).max())
+
+
+def test_draws_have_the_features_as_their_mean_and_opposite_noise_in_pairs(setting):
+    """The spread over draws is only the mean's uncertainty if the mean is theirs."""
+    generator, images, layers, factors = setting
+    config = replace(CONFIG, draws=4, antithetic=True, batch_size=3)
+    compression = Compression(layers, config, factors)
+    each = gradients_of_draws(generator, layers, images, 7, compression, config)
+    assert len(each) == 4
+    np.testing.assert_allclose(each.mean(axis=0), features_of(setting, [7], config)[0], rtol=1e-4, atol=1e-9)
+    unit = features_of(setting, [7], replace(config, unit_draws=True))[0]
+    expected = (each / np.linalg.norm(each, axis=1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(unit, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_that_the_loss_ignores_score_nothing(whole_network):
+    """One channel a group: the normalisation takes the time's shift away, and whitening would blow rounding errors up."""
+    _, _, layers, factors = whole_network
+    ignored = [name for name in layers if "time_emb" in name]
+    assert ignored
+    assert all(torch.isinf(factors.damped(name, 0.1)).all() for name in ignored)
+    seen = [name for name in layers if name not in ignored]
+    assert all(torch.isfinite(factors.damped(name, 0.1)).all() for name in seen)
+    ones = {name: torch.ones(weight_shape(layer), dtype=torch.float64) for name, layer in layers.items()}
+    natural = factors.precondition(ones, damping=0.1)
+    assert all(not natural[name].any() for name in ignored)
+    assert all(natural[name].any() for name in seen)

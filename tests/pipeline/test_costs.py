@@ -13,7 +13,8 @@ from fastattr.cli.main import main
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.costs import UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
-from fastattr.teachers.cost import Probe, run_sizes, teacher_plan
+from fastattr.teachers.cost import Probe, teacher_plan
+from tests.sizes import sizes_of_run
 
 CONFIGS = Path(__file__).parents[2] / "hub_scripts" / "configs"
 PUBLISHED = {"coco": 1250, "sd15-laion": 15_150}
@@ -66,9 +67,7 @@ def test_evaluations_from_the_config_alone_are_those_of_the_run_folder(tiny_run:
     generator = Generator.from_pretrained(tiny_run / "generator")
     network = denoiser_of(config, tiny_run)
     nothing = Probe(loaded=0, backward=0)
-    expected = teacher_plan(
-        config.teacher, run_sizes(config.teacher, tiny_run, generator, generator.modules_to_unlearn()), nothing
-    )
+    expected = teacher_plan(config.teacher, sizes_of_run(config.teacher, tiny_run, generator), nothing)
     images = training_images(config, tiny_run)
     assert teacher_plan(config.teacher, teacher_sizes(config, images, network), nothing) == expected
     teach = next(stage for stage in stage_costs(config, images, network) if stage.name == "teach")

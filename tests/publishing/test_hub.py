@@ -23,8 +23,8 @@ from fastattr import (
     MissingFileError,
     RevisionNotFoundError,
 )
-from fastattr.attributor.attributor import read_info
 from fastattr.attributor.folder import seal
+from fastattr.attributor.load import read_info
 from fastattr.attributor.make import build_attributor
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.models import TRIES, split_revision
@@ -163,11 +163,33 @@ def test_branch_pull_request_and_private(hub, folder):
 def test_files_of_others_are_left_alone(hub, folder, sharded):
     """Deleting what fastattr did not write would lose a user's own pictures of the card."""
     push(folder)
-    files = hub.repo(ID).files() | {"figures/own.png": regular(b"mine")}
-    hub.repo(ID).branches["main"] = hub.repo(ID).commit(files, "by hand")
+    names = ["figures/own.png", "lora/mine.safetensors", "data/train.parquet", "notes.jsonl", "own.faiss", "encoder/mine.json"]
+    own = {name: regular(b"mine") for name in names}
+    hub.repo(ID).branches["main"] = hub.repo(ID).commit(hub.repo(ID).files() | own, "by hand")
     push(sharded)
-    assert "figures/own.png" in hub.repo(ID).files()
+    assert set(names) <= set(hub.repo(ID).files())
     assert "index.faiss" not in hub.repo(ID).files()
+
+
+def test_a_config_of_something_else_lists_nothing_to_delete(hub, folder):
+    """A repository that held another model first: its files are that model's."""
+    push(folder)
+    other = {"config.json": regular(b'{"sha256": {"weights.bin": "x"}}'), "weights.bin": regular(b"theirs")}
+    hub.repo(ID).branches["main"] = hub.repo(ID).commit(other, "another model")
+    push(folder)
+    assert "weights.bin" in hub.repo(ID).files()
+
+
+def test_a_dry_run_needs_no_network(folder, monkeypatch):
+    """What would be published is looked at before anyone may log in."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = FastAttributor.from_pretrained(folder).push_to_hub(ID, dry_run=True)
+    assert "would send  index.faiss" in words
+    assert "Not compared with what is there" in words
+    with pytest.raises(HubError):
+        FastAttributor.from_pretrained(folder).push_to_hub(ID)
 
 
 def test_too_many_files_are_refused_before_anything_is_sent(hub, tmp_path):
@@ -325,7 +347,7 @@ def test_damaged_folder_is_not_pushed(hub, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "damaged")
     with (tmp_path / "damaged" / "index.faiss").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ArtifactDamagedError, match="it is not pushed"):
+    with pytest.raises(ArtifactDamagedError, match="SHA-256"):
         push_attributor(tmp_path / "damaged", ID)
     assert hub.repos == {}
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -100,7 +101,9 @@ class _Attribution:
 
     def to_json(self) -> str:
         rows = [dataclasses.asdict(row) for row in self.results]
-        return json.dumps({"results": rows, "seconds": self.seconds, "versions": {"model": "0f" * 32}})
+        return json.dumps(
+            {"results": rows, "seconds": self.seconds, "versions": {"model": "0f" * 32}, "model": {"name": "/srv/runs/studio"}}
+        )
 
 
 urls = ["https://openmoji.org/", "javascript:alert(1)"]
@@ -236,7 +239,7 @@ def test_attribute_gets_the_uploaded_pixels(client, attributor, upload):
     """An upload that Gradio has scaled or recompressed would get another attribution."""
     image = _drawing("own", 0, 1, 1.0)
     result = client.predict(upload(image), "own", api_name="/attribute")
-    assert set(result) == {"results", "seconds", "versions"}
+    assert set(result) == {"results", "seconds", "versions", "model"}
     np.testing.assert_array_equal(np.asarray(attributor.images[-1].convert("RGB")), np.asarray(image))
 
 
@@ -344,13 +347,71 @@ def test_attribute_refuses_missing_image_in_words(client):
         client.predict(None, "own", api_name="/attribute")
 
 
-def test_attribute_refuses_to_read_files_of_the_server(client, tmp_path):
-    """Without Gradio's preprocessing, a path sent by a program must still be one that it uploaded."""
+@pytest.fixture
+def inside() -> Iterator[Path]:
+    """A folder inside the one that uploads lie in."""
+    from gradio.utils import get_upload_folder
+
+    Path(get_upload_folder()).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=get_upload_folder()) as name:
+        yield Path(name)
+
+
+HOSTILE = {
+    "a file elsewhere": lambda secret, inside: {"path": str(secret)},
+    "a file elsewhere, as Gradio's own": lambda secret, inside: {"path": str(secret), "meta": {"_type": "gradio.FileData"}},
+    "a way out": lambda secret, inside: {"path": os.path.relpath(secret, Path.cwd())},
+    "a way out of the folder": lambda secret, inside: {"path": f"{inside}/../../..{secret}"},
+    "a link": lambda secret, inside: (inside / "x.png").symlink_to(secret) or {"path": str(inside / "x.png")},
+    "a pipe": lambda secret, inside: os.mkfifo(inside / "p.png") or {"path": str(inside / "p.png")},
+    "a folder": lambda secret, inside: {"path": str(inside)},
+    "a device": lambda secret, inside: {"path": "/dev/stdin"},
+    "endless": lambda secret, inside: {"path": "/dev/zero"},
+    "nothing there": lambda secret, inside: {"path": str(inside / "nothing.png")},
+    "a null byte": lambda secret, inside: {"path": "x\0.png"},
+    "a long name": lambda secret, inside: {"path": "x" * 5000},
+    "an address": lambda secret, inside: {"path": "http://127.0.0.1:1/x.png", "url": "http://127.0.0.1:1/x.png"},
+    "a number": lambda secret, inside: {"path": 3},
+    "a list": lambda secret, inside: [str(secret)],
+    "a word": lambda secret, inside: str(secret),
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_attribute_opens_uploads_and_nothing_else(client, attributor, tmp_path, inside, make):
+    """Any picture on the server's disk could be looked at, and a pipe stopped the page for everyone, for ever."""
     path = tmp_path / "secret.png"
     _drawing("secret", 0, 1, 1.0).save(path)
+    before = len(attributor.images)
     endpoint = f"{client.src}gradio_api/call/attribute"
-    call = httpx.post(endpoint, json={"data": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}, "own"]})
-    assert "event: error" in httpx.get(f"{endpoint}/{call.json()['event_id']}").text
+    call = httpx.post(endpoint, json={"data": [make(path, inside), "own"]}, timeout=60)
+    answer = httpx.get(f"{endpoint}/{call.json()['event_id']}", timeout=60).text
+    assert "event: error" in answer
+    assert str(path) not in answer
+    assert len(attributor.images) == before
+
+
+def test_an_upload_is_measured_before_it_is_decoded(inside):
+    """A picture of one row of 25 million pixels took seven seconds and a gigabyte; a large file takes as long as it likes."""
+    from fastattr.space import inputs
+
+    Image.new("1", (20_000, 1)).save(inside / "wide.png")
+    with pytest.raises(InputError, match="16,384 pixels"):
+        inputs.read_upload({"path": str(inside / "wide.png")})
+    with (inside / "heavy.png").open("wb") as file:
+        file.truncate(inputs.MAX_BYTES + 1)
+    with pytest.raises(InputError, match="10 MB"):
+        inputs.read_upload({"path": str(inside / "heavy.png")})
+
+
+def test_a_page_and_its_receipts_do_not_tell_the_servers_folders(tmp_path):
+    """A path names the server's users and what else lies there."""
+    from fastattr.space import answers
+
+    assert answers.public_name(str(tmp_path / "runs" / "studio")) == "studio"
+    assert answers.public_name("org/emoji-attributor@v1") == "org/emoji-attributor@v1"
+    assert answers.public_name("emoji") == "emoji"
+    assert answers.receipt_of(_Attribution(3))["model"]["name"] == "studio"
 
 
 def test_visitors_are_served_one_at_a_time(client):
@@ -523,11 +584,11 @@ def test_catalogue_texts_are_escaped():
 
 def test_link_reproduces_the_settings():
     """A prompt with '&' or '#' cut short, or a rounded guidance, would draw another image."""
-    from fastattr.space import app
+    from fastattr.space import inputs
 
     generation = {"prompt": "a & b #1 = 100% ü", "seed": 7, "steps": 3, "guidance": 5.5, "revision": "0123456789ab"}
-    request = types.SimpleNamespace(query_params=dict(parse_qsl(app.link_to(generation).removeprefix("?"))))
-    *settings, (_, query) = app.read_link(request)
+    request = types.SimpleNamespace(query_params=dict(parse_qsl(inputs.link_to(generation).removeprefix("?"))))
+    *settings, (_, query) = inputs.read_link(request)
     assert settings == ["a & b #1 = 100% ü", 7, 3, 5.5]
     assert query["revision"] == "0123456789ab"
 
@@ -538,20 +599,20 @@ def test_link_reproduces_the_settings():
 def test_damaged_link_is_refused_in_words(name, value):
     """Out-of-range settings from an address must not reach the generator."""
     import gradio as gr
-    from fastattr.space import app
+    from fastattr.space import inputs
 
     query = {"prompt": "cat", "seed": "0", "steps": "3", "guidance": "4", name: value}
     with pytest.raises(gr.Error, match="empty" if name == "prompt" else f"{name} is &?'{value}"):
-        app.read_link(types.SimpleNamespace(query_params=query))
+        inputs.read_link(types.SimpleNamespace(query_params=query))
 
 
 def test_link_of_other_models_is_marked():
     """A link that silently shows another model's answer would look as if the method had changed its mind."""
-    from fastattr.space import app
+    from fastattr.space import answers, tabs
 
-    view = app._ResultView.__new__(app._ResultView)
+    view = tabs.ResultView.__new__(tabs.ResultView)
     view.attributor, view.name = _Attributor(), "x"
-    answer = app.ask(view.attributor, _drawing("cat", 0, 1, 1.0), "cat")
+    answer = answers.ask(view.attributor, _drawing("cat", 0, 1, 1.0), "cat")
     generation = {"prompt": "cat", "seed": 0, "steps": 3, "guidance": 4.0, "revision": "new", "seconds": {}}
     receipt = {"seconds": {}, "generation": generation}
     for revision, marked in (("old", True), ("new", False)):
@@ -562,25 +623,25 @@ def test_link_of_other_models_is_marked():
 
 def test_revision_names_every_part():
     """A link must not pass for that of other models, whichever part of them has changed."""
-    from fastattr.space import app
+    from fastattr.space import answers
 
     versions = {"model": "a", "index": "b", "catalog": "c", "catalog_version": 1}
     changed = [{**versions, name: 2} for name in versions]
     revisions = [
-        app.revision_of("g", versions),
-        app.revision_of("h", versions),
-        *(app.revision_of("g", one) for one in changed),
+        answers.revision_of("g", versions),
+        answers.revision_of("h", versions),
+        *(answers.revision_of("g", one) for one in changed),
     ]
     assert len(set(revisions)) == 6
-    assert app.revision_of("g", dict(reversed(versions.items()))) == revisions[0]
+    assert answers.revision_of("g", dict(reversed(versions.items()))) == revisions[0]
 
 
 def test_figure_is_a_png():
     """The button saves what the address holds."""
-    from fastattr.space import app
+    from fastattr.space import answers
 
-    answer = app.ask(_Attributor(), _drawing("cat", 0, 1, 1.0), "cat")
-    kind, _, data = app.figure_as_url(answer).partition(";base64,")
+    answer = answers.ask(_Attributor(), _drawing("cat", 0, 1, 1.0), "cat")
+    kind, _, data = answers.figure_as_url(answer).partition(";base64,")
     assert kind == "data:image/png"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (120, 120)
 
@@ -676,11 +737,11 @@ def test_benchmark_gives_every_visitor_their_own_answer(client):
 
 def test_words_about_emoji_are_for_the_emoji_models_only():
     """'Trained on emoji' above a photograph would be false."""
-    from fastattr.space import app, strings
+    from fastattr.space import strings, tabs
 
     info = {"sources": ["fluent", "noto", "openmoji", "twemoji"], "examples": ["a photo"]}
-    assert app.examples_of(info) == strings.EXAMPLES_EMOJI
-    assert app.examples_of({**info, "sources": ["openmoji", "photos"]}) == ["a photo"]
+    assert tabs.examples_of(info) == strings.EXAMPLES_EMOJI
+    assert tabs.examples_of({**info, "sources": ["openmoji", "photos"]}) == ["a photo"]
 
 
 def test_space_folder_runs_as_a_script():

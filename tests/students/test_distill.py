@@ -17,8 +17,8 @@ from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.stages import STAGES
-from fastattr.students.distill import DistillConfig, Validation, distill, train_student
-from fastattr.students.losses import LOSSES, POSITIVE, TOP
+from fastattr.students.distill import DistillConfig, Validation, distill
+from fastattr.students.losses import LOSSES, TOP
 from fastattr.students.pairs import (
     MappedFeatures,
     PairTable,
@@ -30,7 +30,7 @@ from fastattr.students.pairs import (
     targets_of,
 )
 from fastattr.students.ranking import spearman
-from fastattr.students.student import StudentConfig, embed, embed_both
+from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 from tests.launch import on_two_processes
 from tests.tiny import unit
@@ -59,9 +59,15 @@ def planted(
     return scored, rows, query_features, corpus_features
 
 
+def taught(scored: list, rows: list, queries: np.ndarray, images: np.ndarray, config: DistillConfig, folder: Path) -> Student:
+    """A student of the first hundred queries."""
+    table = make_table(labels_of(scored[:100], rows[:100]), corpus_size=len(images), kind=config.target_kind)
+    return distill(table, queries[:100], images, config, checkpoint=folder / "c.safetensors")
+
+
 def gain(student, query_features: np.ndarray, corpus_features: np.ndarray) -> float:
     """Mean rise of the Spearman correlation with the planted teacher, over untuned features, on the last 20 queries."""
-    own, theirs = embed_both(student, query_features[100:], corpus_features)
+    own, theirs = embed(student, query_features[100:]), embed(student, corpus_features)
     teacher = query_features[100:, -4:] @ corpus_features[:, -4:].T
     untuned = query_features[100:] @ corpus_features.T
     pairs = zip(own @ theirs.T, untuned, teacher, strict=True)
@@ -98,7 +104,7 @@ def test_streamed_and_mapped_table_equals_the_one_in_memory(tiny_run: Path, tmp_
     corpus = Corpus(tiny_run / "corpus")
     scored = read_scores(tiny_run / "scores", split="train")
     rows = [corpus.rows(query.image_ids) for query in scored]
-    for kind in ("ranks", "scores", "residual_ranks"):
+    for kind in ("ranks", "scores"):
         memory = make_table(labels_of(scored, rows), corpus_size=len(corpus), kind=kind)
         make_table(stream_labels(tiny_run / "scores", corpus.image_ids), corpus_size=len(corpus), kind=kind, folder=tmp_path)
         mapped = open_table(tmp_path)
@@ -110,25 +116,6 @@ def test_streamed_and_mapped_table_equals_the_one_in_memory(tiny_run: Path, tmp_
     mapped_features = MappedFeatures(paths, corpus.image_ids)
     picked = np.array([5, 0, 47])
     np.testing.assert_array_equal(mapped_features[picked], read_features(paths, corpus.image_ids)[picked])
-
-
-def test_residual_targets_are_ranks_without_popularity():
-    """An image that is high for every query says nothing about this one."""
-    rng = np.random.default_rng(0)
-    own, popular = rng.standard_normal((200, 30)), 5 * rng.standard_normal(30)
-    scored = [
-        ScoredQuery("", "", "train", [""] * 30, (row + popular).astype(np.float32), np.zeros(30, dtype=bool), 0.0)
-        for row in own
-    ]
-    rows = [np.arange(30)] * 200
-    plain, residual = (
-        make_table(labels_of(scored, rows), corpus_size=30, kind=kind).targets for kind in ("ranks", "residual_ranks")
-    )
-    follows = [
-        np.mean([spearman(targets, real) for targets, real in zip(table, own, strict=True)]) for table in (plain, residual)
-    ]
-    assert follows[0] < 0.4
-    assert follows[1] > 0.95
 
 
 def slow_loss(name: str, logits: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
@@ -147,30 +134,13 @@ def slow_loss(name: str, logits: np.ndarray, targets: np.ndarray, weights: np.nd
         return float(np.mean([entropy(logits[p] - np.log(t / (1 - t)), float(targets[p] > t)) for p in pairs for t in levels]))
     if name.startswith("mse"):
         return float(np.mean([(logits[p] - targets[p]) ** 2 for p in pairs]))
-    terms, norms = [], []
+    terms = []
     for q in range(queries):
         own = [i for i in range(images) if weights[q, i]]
-        if name == "listwise":
-            wanted = np.array([np.exp((targets[q, i] - 1) / TOP) for i in own])
-            log_sum = np.log(sum(np.exp(logits[q, i]) for i in own))
-            terms.append(-sum(w / wanted.sum() * (logits[q, i] - log_sum) for w, i in zip(wanted, own, strict=True)))
-            norms.append(1.0)
-        elif name == "margin":
-            for i in own:
-                for j in own:
-                    if targets[q, i] > POSITIVE and targets[q, j] < 0.5:
-                        terms.append(np.log1p(np.exp(1 + logits[q, j] - logits[q, i])))
-                        norms.append(1.0)
-        else:
-            place = {i: sum(logits[q, k] > logits[q, i] for k in own) for i in own}
-            for i in own * 2:  # the student's nearest and the teacher's best are the same images here
-                for j in own * 2:
-                    if targets[q, i] > targets[q, j]:
-                        gains = [np.exp((targets[q, k] - 1) / TOP) for k in (i, j)]
-                        change = abs(gains[0] - gains[1]) * abs(1 / np.log2(place[i] + 2) - 1 / np.log2(place[j] + 2))
-                        terms.append(change * np.log1p(np.exp(logits[q, j] - logits[q, i])))
-                        norms.append(change)
-    return float(sum(terms) / sum(norms))
+        wanted = np.array([np.exp((targets[q, i] - 1) / TOP) for i in own])
+        log_sum = np.log(sum(np.exp(logits[q, i]) for i in own))
+        terms.append(-sum(w / wanted.sum() * (logits[q, i] - log_sum) for w, i in zip(wanted, own, strict=True)))
+    return float(np.mean(terms))
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -191,39 +161,24 @@ def test_every_loss_teaches_what_untuned_features_do_not_show(name: str, tmp_pat
     """A flipped sign or a detached term falls as well, and ranks backwards or not at all."""
     scored, rows, query_features, corpus_features = planted()
     config = replace(SMALL, loss=name)
-    data = (scored[:100], query_features[:100], corpus_features, rows[:100])
-    student = train_student(*data, config, checkpoint=tmp_path / "c.safetensors")
+    student = taught(scored, rows, query_features, corpus_features, config, tmp_path)
     assert gain(student, query_features, corpus_features) > 0.05
 
 
-@pytest.mark.parametrize("options", [{"separate_heads": True}, {"popularity": True}, {"linear_path": False, "dropout": 0.1}])
-def test_every_shape_of_student_learns(options: dict, tmp_path: Path):
-    """A head that no gradient reaches would stay where it started."""
+def test_the_papers_shape_of_student_learns(tmp_path: Path):
+    """Without a linear path nothing but the gradient orders images."""
     scored, rows, query_features, corpus_features = planted()
-    config = replace(SMALL, student=replace(SMALL.student, **options))
-    data = (scored[:100], query_features[:100], corpus_features, rows[:100])
-    student = train_student(*data, config, checkpoint=tmp_path / "c.safetensors")
+    config = replace(SMALL, student=replace(SMALL.student, linear_path=False, dropout=0.1))
+    student = taught(scored, rows, query_features, corpus_features, config, tmp_path)
     assert gain(student, query_features, corpus_features) > 0.05
-    if "separate_heads" in options:
-        assert not np.allclose(embed(student, corpus_features, query=True), embed(student, corpus_features), atol=1e-3)
 
 
-def test_popularity_head_takes_what_is_the_same_for_every_query(tmp_path: Path):
-    """Learned apart, the popular part must not pull every query towards the same images."""
-    scored, rows, query_features, corpus_features = planted()
-    popular = 3 * corpus_features[:, 0]
-    pulled = [replace(query, influence=query.influence + popular[own]) for query, own in zip(scored, rows, strict=True)]
-    data = (pulled[:100], query_features[:100], corpus_features, rows[:100])
-    gains = []
-    for popularity, targets in ((False, "ranks"), (False, "residual_ranks"), (True, "ranks")):
-        config = replace(SMALL, targets=targets, student=replace(SMALL.student, popularity=popularity))
-        student = train_student(*data, config, checkpoint=tmp_path / f"{popularity}-{targets}.safetensors")
-        gains.append(gain(student, query_features, corpus_features))
-    with torch.no_grad():
-        learned = student.popularity(torch.from_numpy(corpus_features)).numpy()
-    assert spearman(learned, popular) > 0.9
-    assert gains[2] > gains[0]
-    assert gains[1] > gains[0] + 0.1  # without popularity among the targets there is nothing to be taken
+def test_a_student_with_parts_that_are_gone_is_refused_and_one_without_is_read():
+    """Read as if it had shared heads, its queries would go through the wrong network."""
+    old = {"embed_dim": 4, "hidden": [8], "input_norm": False, "separate_heads": False, "popularity": False}
+    assert StudentConfig.from_json(old) == StudentConfig(embed_dim=4, hidden=(8,))
+    with pytest.raises(InputError, match="separate_heads"):
+        StudentConfig.from_json({**old, "separate_heads": True})
 
 
 def validation_of(scored: list, rows: list, query_features: np.ndarray) -> Validation:
@@ -331,7 +286,7 @@ def test_test_queries_play_no_part_in_the_student(tiny_run: Path, tiny_config: P
 
 def test_unknown_losses_and_targets_are_refused():
     """A misspelt loss must not train something else for an hour."""
-    for options in ({"loss": "bcee"}, {"targets": "scores"}, {"outsider_share": 1.0}, {"patience": 0}):
+    for options in ({"loss": "bcee"}, {"outsider_share": 1.0}, {"patience": 0}):
         with pytest.raises(InputError):
             DistillConfig(**options)
     with pytest.raises(InputError, match="no training query"):

@@ -21,11 +21,11 @@ from fastattr.students.student import Student, StudentConfig, embed
     [
         StudentConfig(embed_dim=6, hidden=(10, 9)),
         StudentConfig(embed_dim=6, hidden=(), linear_path=False, input_norm=True),
-        StudentConfig(embed_dim=6, hidden=(10,), separate_heads=True, popularity=True, dropout=0.3),
+        StudentConfig(embed_dim=6, hidden=(10,), dropout=0.3),
     ],
 )
 def test_light_student_is_the_student_that_torch_trains(shape: StudentConfig, tmp_path: Path):
-    """The index holds torch's embeddings; the query head alone must be used for queries, and every path of the network."""
+    """The index holds torch's embeddings; every path of the network must be used."""
     torch.manual_seed(0)
     student = Student(7, shape)
     for parameter in student.parameters():
@@ -34,8 +34,7 @@ def test_light_student_is_the_student_that_torch_trains(shape: StudentConfig, tm
     light = LightStudent(tmp_path / "model.safetensors", feature_dim=7, config=json.loads(json.dumps(asdict(shape))))
     original = load_student(tmp_path / "model.safetensors", feature_dim=7, config=shape)
     features = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
-    np.testing.assert_allclose(light.embed_queries(features), embed(original, features, query=True), atol=1e-6)
-    np.testing.assert_allclose(light.embed_images(features), embed(original, features), atol=1e-6)
+    np.testing.assert_allclose(light.embed(features), embed(original, features), atol=1e-6)
     similarity = np.linspace(-1, 1, 5)
     expected = torch.sigmoid(original.logits(torch.from_numpy(similarity))).detach().numpy()
     np.testing.assert_allclose(light.closeness(similarity), expected, atol=1e-6)

@@ -15,8 +15,8 @@ from fastattr.features.candidates import choose_candidates
 from fastattr.index.build import build_index
 from fastattr.index.files import load_index, save_index
 from fastattr.index.search import search
-from fastattr.students.distill import DistillConfig, load_student, save_student, train_student
-from fastattr.students.pairs import targets_of
+from fastattr.students.distill import DistillConfig, distill, load_student, save_student
+from fastattr.students.pairs import labels_of, make_table, targets_of
 from fastattr.students.ranking import (
     average_precision,
     ndcg,
@@ -178,14 +178,8 @@ def test_student_learns_what_untuned_features_do_not_show(tmp_path: Path):
         images_per_step=100,
         training=TrainingConfig(steps=150, batch_size=16, learning_rate=3e-3, warmup_steps=5, ema_decay=0.95),
     )
-    student = train_student(
-        scored[:100],
-        query_features[:100],
-        corpus_features,
-        [np.arange(300)] * 100,
-        config,
-        checkpoint=tmp_path / "c.safetensors",
-    )
+    table = make_table(labels_of(scored[:100], [np.arange(300)] * 100), corpus_size=300)
+    student = distill(table, query_features[:100], corpus_features, config, checkpoint=tmp_path / "c.safetensors")
     learned = embed(student, query_features[100:]) @ embed(student, corpus_features).T
     untuned = query_features[100:] @ corpus_features.T
     teacher = np.stack([query.influence for query in scored[100:]])

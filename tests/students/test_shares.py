@@ -185,7 +185,7 @@ def attribution(calibration: Calibration | None, names: list[str], similarity: l
     """An answer about as many images as names, each a family of its own."""
     catalog = pa.table({"image_id": [str(row) for row in range(len(names))], "creator": names})
     weights = None if calibration else np.array(similarity)
-    reach = Reach(catalog, lambda: (np.arange(len(names)), np.array(similarity)), weights, calibration, len(catalog))
+    reach = Reach(lambda: catalog, lambda: (np.arange(len(names)), np.array(similarity)), weights, calibration, len(catalog))
     return Attribution([], "", {}, {}, _reach=reach)
 
 

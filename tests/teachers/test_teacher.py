@@ -12,6 +12,7 @@ from PIL import ImageOps
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.corpus.store import Corpus
+from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator, noise_for
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus
@@ -19,6 +20,7 @@ from fastattr.gradients.losses import image_losses
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.first_order import flat_step, linearised_scores
+from fastattr.teachers.task import layers_to_unlearn
 from fastattr.teachers.unlearning import exact_scores, influence_scores, query_gradient, query_step, unlearned, unlearning_step
 
 CONFIG = TeacherConfig(factor_examples=48, query_draws=16, loss_draws=8, batch_size=16)
@@ -28,9 +30,7 @@ CONFIG = TeacherConfig(factor_examples=48, query_draws=16, loss_draws=8, batch_s
 def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
     generator = Generator.from_pretrained(tiny_run / "generator")
     images = encode_corpus(generator, Corpus(tiny_run / "corpus"), batch_size=16, folder=tmp_path_factory.mktemp("encoded"))
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, CROSS_ATTENTION_KV)
     factors = fit_ekfac(layers, factor_batches(generator, images, CONFIG))
     return generator, images, layers, factors
 
@@ -38,9 +38,7 @@ def setting(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory):
 def in_double_precision(setting, tiny_run: Path):
     """The same setting for tests of small differences, which float32 rounds away."""
     generator = Generator.from_pretrained(tiny_run / "generator", dtype=torch.float64)
-    layers = generator.modules_to_unlearn()
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
+    layers = layers_to_unlearn(generator, CROSS_ATTENTION_KV)
     _, single, _, factors = setting
     images = replace(single, latents=single.latents.double(), conditioning=single.conditioning.to(torch.float64))
     return generator, images, layers, factors
@@ -51,9 +49,8 @@ def step_of(setting, row: int, **changed):
     gradients, loss = query_gradient(
         generator, layers, images.latents[row], images.conditioning[[row]], query_id="q", draws=16, batch_size=16, seed=0
     )
-    return unlearning_step(
-        gradients, factors, **{"damping": 0.1, "loss": loss, "rise": 0.02, "step_size": None} | changed
-    ), loss
+    natural = factors.precondition(gradients, damping=0.1)
+    return unlearning_step(gradients, natural, **{"loss": loss, "rise": 0.02, "step_size": None} | changed), loss
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -230,6 +227,7 @@ def test_scores_are_positive_where_the_loss_rose():
     """Higher is more influential, everywhere."""
     base, after = np.array([[1.0, 4.0], [2.0, 4.0]]), np.array([[1.5, 3.0], [1.0, 4.0]])
     np.testing.assert_allclose(influence_scores(base, after), [0.5, 0.0])  # the larger rise of two views
+    np.testing.assert_allclose(influence_scores(base, after, ratio=True), [0.5 / 2.501, 0.0])
     with pytest.raises(InputError, match="one \\(C, V\\) shape"):
         influence_scores(np.zeros((2, 1)), np.zeros((3, 1)))
 

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fastattr import ArtifactMismatchError, FastattrError, InputError
+from fastattr import ArtifactMismatchError, FastattrError, InputError, NonFiniteError, QueriesFailedError
 from fastattr.core.files import read_json
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
@@ -19,7 +20,9 @@ from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import BuildConfig, load_config
 from fastattr.pipeline.stages import STAGES
+from fastattr.teachers import task
 from fastattr.teachers.config import TeacherConfig, queries_a_pass, stores_gradients
+from fastattr.teachers.ensembles import standardised
 from fastattr.teachers.scores import read_scores
 from fastattr.teachers.similarity import similarity_scores
 
@@ -55,7 +58,7 @@ def test_stored_gradients_score_as_contracted_ones(tiny_config: Path, tiny_run: 
 
 def test_several_passes_score_as_one(tiny_config: Path, tiny_run: Path, fresh: Path):
     """Memory for two queries' steps must not change the six queries' scores."""
-    layers = Generator.from_pretrained(fresh / "generator").modules_to_unlearn()
+    layers = Generator.from_pretrained(fresh / "generator").modules_to_unlearn(load_config(tiny_config).teacher.pattern)
     memory = 2.5 * 4 * sum(layer.weight.numel() for layer in layers.values()) / 1e9
     _, scores = teach(tiny_config, fresh, gradients="contracted", memory_gb=memory)
     for row in read_scores(tiny_run / "scores", split="train"):
@@ -86,7 +89,7 @@ def test_similarity_scores_are_those_of_its_features(tiny_config: Path, fresh: P
         np.testing.assert_allclose(scores[row.query_id], expected[query, corpus.rows(row.image_ids)], atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["trak", "d-trak"])
+@pytest.mark.parametrize("method", ["trak", "d-trak", "d-trak-ekfac", "averaged"])
 def test_kernel_baselines_name_a_planted_training_image(tiny_config: Path, fresh: Path, method: str):
     """The image whose copy is the query must come out near the top: direction, ids and features at once."""
     queries, corpus = Queries(fresh / "queries"), Corpus(fresh / "corpus")
@@ -108,9 +111,60 @@ def test_kernel_baselines_name_a_planted_training_image(tiny_config: Path, fresh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastattr.teachers.teach.Queries", Planted)
         patch.setattr("fastattr.teachers.teach.read_candidates", lambda folder: candidates)
-        _, scores = teach(tiny_config, fresh, method=method, query_draws=64, loss_draws=8, gradient_width=0, ridge=0.1)
+        _, scores = teach(
+            tiny_config, fresh, method=method, query_draws=64, loss_draws=8, gradient_width=0, ridge=0.1, pattern="attn2"
+        )
     ranks = [int((scores[query_id] > scores[query_id][row]).sum()) for query_id, row in planted.items()]
     assert np.mean(ranks) <= 12, ranks  # chance: 23.5, with a standard deviation of 4
+
+
+def test_a_mean_is_that_of_its_members_standardised_for_each_query(tiny_config: Path, fresh: Path):
+    """Members of other units must count alike."""
+    settings = {"gradient_width": 64, "query_draws": 8, "loss_draws": 2}
+    alone = {}
+    for method in ("first-order", "d-trak-ekfac"):
+        manifest, alone[method] = teach(tiny_config, fresh, method=method, **settings)
+        shutil.rmtree(fresh / "scores")
+    assert manifest["teacher"] == "d_trak_ekfac"
+    manifest, mean = teach(tiny_config, fresh, method="averaged", **settings)
+    assert manifest["teacher"] == "averaged"
+    for query_id, scores in mean.items():
+        members = [(rows[query_id] - rows[query_id].mean()) / rows[query_id].std() for rows in alone.values()]
+        np.testing.assert_allclose(scores, np.mean(members, axis=0), atol=1e-4)
+
+
+def test_a_mean_over_models_is_that_of_each_model_alone(tiny_config: Path, fresh: Path, tmp_path: Path):
+    """The first model counted twice, or gradients of one in the curvature of the other, would look like a mean too."""
+    settings = {"method": "first-order", "query_draws": 8, "loss_draws": 2}
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(fresh, elsewhere)
+    weights = next((elsewhere / "generator").glob("unet/*.safetensors"))
+    changed = {name: value + 0.1 * torch.randn_like(value) for name, value in load_file(weights).items()}
+    save_file(changed, weights)
+    (elsewhere / "generator" / "manifest.json").unlink(missing_ok=True)
+    alone = [teach(tiny_config, run_dir, **settings)[1] for run_dir in (fresh, elsewhere)]
+    shutil.rmtree(fresh / "scores")
+    _, both = teach(tiny_config, fresh, models=(str(elsewhere / "generator"),), **settings)
+    for query_id, scores in both.items():
+        members = [standardised(rows[query_id][None])[0] for rows in alone]
+        assert np.corrcoef(members)[0, 1] < 0.999
+        np.testing.assert_allclose(scores, np.mean(members, axis=0), atol=1e-4)
+    assert not list((fresh / "scores").glob("shards*"))  # nothing of the members is left
+
+
+def test_a_query_that_fails_in_a_member_fails_in_the_mean(tiny_config: Path, fresh: Path, monkeypatch):
+    """A mean over the members that did not fail would be another teacher's score in the same column."""
+    bad, real = Queries(fresh / "queries").query_ids[1], task.query_step
+
+    def fails_for_one(*args, **kwargs):
+        if kwargs["query_id"] == bad:
+            raise NonFiniteError("the loss is nan")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(task, "query_step", fails_for_one)
+    settings = {"gradient_width": 64, "query_draws": 8, "loss_draws": 2}
+    with pytest.raises(QueriesFailedError, match=f"{bad}  QueriesFailedError: first-order: NonFiniteError: the loss is nan"):
+        teach(tiny_config, fresh, method="averaged", **settings)
 
 
 def test_factors_of_another_corpus_are_refused_before_anything_is_scored(tiny_config: Path, fresh: Path, tmp_path: Path):
@@ -162,6 +216,8 @@ def test_a_nan_loss_names_the_image_before_any_query_is_scored(tiny_config: Path
     [
         {"method": "tarot"},
         {"method": "similarity"},
+        {"members": ()},
+        {"members": ("similarity",)},
         {"similarity_features": ("x",)},
         {"gradients": "kept"},
         {"gradients": "stored", "mirrored": True},

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json
+from fastattr.core.settings import at_least
 from fastattr.core.stages import MANIFEST, finished, write_manifest
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
@@ -53,6 +54,11 @@ class AutoencoderConfig:
             steps=4500, batch_size=8, learning_rate=2e-3, warmup_steps=100, max_grad_norm=0.5
         )
     )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "channels", "latent_channels", "layers_per_block", "resolution")
+        if not 0 < self.held_out_share < 1:
+            raise InputError(f"held_out_share must be between 0 and 1, got {self.held_out_share}")
 
 
 def held_out(families: list[str], share: float) -> np.ndarray:

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
+from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path, read_json, temporary_folder, write_json
+from fastattr.core.settings import at_least
 from fastattr.core.stages import MANIFEST, finished, write_manifest
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
@@ -43,6 +45,12 @@ class EncoderConfig:
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=700, batch_size=128, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
     )
+
+    def __post_init__(self) -> None:
+        widths = ("embed_dim", "image_size", "patch_size", "image_width", "text_width", "head_width")
+        at_least(self, 1, *widths, "image_layers", "text_layers", "vocabulary", "max_tokens")
+        if self.image_size % self.patch_size or self.image_width % self.head_width or self.text_width % self.head_width:
+            raise InputError("image_size must be a multiple of patch_size, image_width and text_width of head_width")
 
 
 def model_config(config: EncoderConfig, *, eos_id: int, pad_id: int, vocab_size: int) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fastattr.core.captions import split_caption
+from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, sha256_file, temporary_folder, write_json
+from fastattr.core.settings import at_least
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.core.training import TrainingConfig, fit, trapezoid
 from fastattr.corpus.store import Corpus
@@ -70,6 +72,15 @@ class GeneratorConfig:
             steps=6500, batch_size=128, learning_rate=1.3e-3, warmup_steps=150, ema_decay=0.999, checkpoint_every=250
         )
     )
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "channels", "layers_per_block", "head_width", "vocabulary", "text_width", "text_layers", "steps")
+        at_least(self, 3, "max_tokens")  # begin, a word, end
+        shares = (self.caption_dropout, self.subject_dropout, self.style_dropout, self.decay_share)
+        if max(shares) > 1 or sum(shares[:3]) >= 1:
+            raise InputError("the dropouts must add up to less than 1, and decay_share be at most 1")
+        if any(level >= len(self.channels) for level in self.attention_levels):
+            raise InputError(f"attention_levels are positions in channels, 0 to {len(self.channels) - 1}")
 
 
 def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int, scratch: Path) -> CLIPTokenizer:

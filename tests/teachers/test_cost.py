@@ -1,4 +1,4 @@
-"""The plan: what it counts is what the teacher then spends."""
+"""The teacher's costs: what they count is what it then spends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fastattr import InputError
 from fastattr.generators.generator import Generator
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.stages import STAGES
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.cost import Probe, Sizes, Step, run_sizes, teacher_plan
+from fastattr.teachers.cost import Probe, Sizes, Step, teacher_plan
+from tests.sizes import sizes_of_run
 
 NOTHING = Probe(loaded=0, backward=0)
 
@@ -26,6 +26,8 @@ NOTHING = Probe(loaded=0, backward=0)
         {"linearised": ("train", "validation", "test"), "gradients": "stored", "gradient_width": 8},
         {"curvature": "diagonal", "symmetric": True, "mirrored": True, "captions": "all"},
         {"unlearning_steps": 2, "memory_gb": 1e-4},
+        {"method": "d-trak", "gradient_width": 8},
+        {"method": "averaged", "memory_gb": 1e-9, "gradient_width": 8},
     ],
 )
 def test_planned_evaluations_are_those_spent(tiny_run: Path, tiny_config: Path, tmp_path: Path, changed: dict[str, object]):
@@ -37,7 +39,7 @@ def test_planned_evaluations_are_those_spent(tiny_run: Path, tiny_config: Path, 
     config = load_config(tiny_config)
     teacher = replace(config.teacher, **changed)
     generator = Generator.from_pretrained(run_dir / "generator")
-    steps = teacher_plan(teacher, run_sizes(teacher, run_dir, generator, generator.modules_to_unlearn()), NOTHING)
+    steps = teacher_plan(teacher, sizes_of_run(teacher, run_dir, generator), NOTHING)
     spent = STAGES["teach"](replace(config, teacher=teacher), run_dir)["evaluations"]
     planned = {name: sum(getattr(step, name) for step in steps) for name in ("forward", "backward")}
     assert spent == planned
@@ -67,19 +69,3 @@ def test_memory_grows_with_what_is_held():
     one_at_a_time = last(replace(config, memory_gb=1e-6), sizes)
     assert held - one_at_a_time.memory == 79 * (10_000 * 4 + 900 * 4 + 8 * 512)
     assert one_at_a_time.forward == 80 * (config.query_draws + 900 * config.loss_draws)
-
-
-def test_the_teachers_plan_measures_memory_in_a_process_of_its_own(tiny_run: Path, tiny_config: Path):
-    """The probe's peak is that of the libraries and one batch, not that of the tests before it."""
-    from fastattr.teachers.cost import run
-
-    result = run(load_config(tiny_config).teacher, tiny_run)
-    assert result["peak_memory"] > 100e6  # torch alone
-    assert [step["name"] for step in result["steps"]] == ["encode", "factors", "base loss", "exact", "first order"]
-
-
-def test_plan_of_a_baseline_is_refused(tiny_run: Path):
-    from fastattr.teachers.cost import run
-
-    with pytest.raises(InputError, match="plan knows what unlearning costs"):
-        run(TeacherConfig(method="trak"), tiny_run)

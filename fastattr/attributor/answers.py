@@ -1,0 +1,321 @@
+"""Answers: what a version of an attributor says of queries, by the student or by the untuned features.
+
+Every function takes one `Version` and asks nothing else, so that an answer is of one state of the catalogue throughout.
+"""
+
+from __future__ import annotations
+
+import base64
+import operator
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fastattr.attributor.attribution import REACH, Attribution, Influence, Reach, found as known
+from fastattr.attributor.catalogue import Catalogue
+from fastattr.attributor.make import plain_vectors
+from fastattr.attributor.restrictions import Where
+from fastattr.attributor.version import Version
+from fastattr.core.errors import InputError
+from fastattr.core.models import commit_of
+from fastattr.corpus.images import load_rgb
+from fastattr.corpus.near_copies import look_of, looks_of, near_copies
+from fastattr.index.search import search, stored_vectors
+from fastattr.students.calibration import Calibration
+from fastattr.students.light import LightStudent
+
+if TYPE_CHECKING:
+    from fastattr.features.encoder import Encoder
+
+RESULT_COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "family")
+LOOKED_AT = 12
+"""Most similar images, by the picture alone and by picture and prompt, that are compared with the query's look."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an attributor answers with, whichever the version."""
+
+    name: str
+    encoders: Sequence[Encoder]
+    student: LightStudent
+    calibration: Calibration | None
+    embed_dim: int
+    feature_blocks: Sequence[dict[str, Any]]
+
+    def columns_of(self, kinds: set[str]) -> np.ndarray | None:
+        """(F,) bool: which features are of images, if all are of one of these kinds; None otherwise or if it isn't known."""
+        blocks = self.feature_blocks
+        if not blocks or not {block["modality"] for block in blocks} <= kinds:
+            return None
+        return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in blocks])
+
+    def without_prompt(self, features: np.ndarray, alone: Sequence[bool]) -> np.ndarray:
+        """(Q, F) features of queries; where a prompt is unknown, the corpus' mean stands in its features' place.
+
+        Raises:
+            InputError: a prompt is unknown, and the attributor has no mean, or encoders that read image and prompt together.
+        """
+        if not any(alone):
+            return features
+        images = self.columns_of({"image", "text"})
+        if images is None or (self.calibration is None and not images.all()):
+            raise InputError(
+                f"{self.name} can't attribute an image without its prompt: it has no calibration; give the prompt."
+            )
+        if self.calibration is None:
+            return features
+        unknown = np.array(alone)[:, None] & ~images
+        return np.where(unknown, self.calibration.feature_mean, features).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Queries, as far as an answer depends on them."""
+
+    features: np.ndarray
+    """(Q, F); (0, F) where only embeddings are known."""
+    prompts: list[str]
+    hashes: list[str]
+    """SHA-256 of each query."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Spent on the features."""
+    looks: list[bytes] | None = None
+    """Of each query's picture, see corpus/near_copies.py; None where there is none."""
+
+
+def checked_k(k: Any, version: Version) -> int:
+    """How many images are asked for.
+
+    Raises:
+        InputError: it is no whole number, or out of range.
+    """
+    size = version.catalogue.ntotal
+    if size == 0:
+        raise InputError("every image has left this attributor; add some before asking it.")
+    try:
+        number = operator.index(k)
+    except TypeError as error:
+        raise InputError(f"top-k must be a whole number, got {k!r}.") from error
+    if isinstance(k, bool) or not 1 <= number <= size:
+        raise InputError(f"top-k must be between 1 and {size} (the images in the corpus), got {k}.")
+    return number
+
+
+def by_student(model: Model, version: Version, asked: Asked, k: int, where: Where | None = None) -> list[Attribution]:
+    """The answers of the student to queries with features."""
+    return by_embedding(model, version, asked, model.student.embed(asked.features), k, where)
+
+
+def by_embedding(
+    model: Model, version: Version, asked: Asked, embeddings: np.ndarray, k: int, where: Where | None = None
+) -> list[Attribution]:
+    """The answers to queries whose (Q, D) embeddings are known; their features may be missing."""
+    started = time.perf_counter()
+    k, catalogue, calibration = checked_k(k, version), version.catalogue, model.calibration
+    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    similarities, rows = catalogue.search(embeddings, k, where=where)
+    nearest = list(zip(rows, similarities, strict=True))
+    with_features = len(asked.features) > 0
+    parts = _parts(model, asked.features, catalogue, nearest) if with_features else [None] * len(nearest)
+    warnings = _warnings(calibration, asked.features) if with_features else [[] for _ in nearest]
+    seconds = {**asked.seconds, "search": time.perf_counter() - started}
+    size = catalogue.count(where)
+    answers = []
+    for query, (rows, similarities) in enumerate(nearest):
+        records = catalogue.fetch(rows)
+        if not isinstance(catalogue, Catalogue):  # a server's catalogue stays there: shares are of what was found
+            table, find = partial(pa.Table.from_pylist, records), partial(known, np.arange(len(records)), similarities)
+        elif calibration:  # shares are of everything that may be named
+            table, find = catalogue.as_table, partial(_reached, catalogue, embeddings[query], min(max(k, REACH), size), where)
+        else:
+            table, find = catalogue.as_table, partial(known, rows, similarities)
+        weights = None if calibration else model.student.closeness(similarities)
+        described = {"sha256": asked.hashes[query], "embedding": encode(embeddings[query]), "k": k}
+        described |= {"where": dict(where)} if where else {}
+        answer = _attribution(model, version, asked.prompts[query], records, similarities, parts[query], described)
+        reach = Reach(table, find, weights, calibration, size, own=not warnings[query])
+        answers.append(replace(answer, seconds=dict(seconds), warnings=warnings[query], _reach=reach))
+    return _with_copies(model, version, asked, answers)
+
+
+def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[Attribution]:
+    """The images that are most similar by the untuned features."""
+    started = time.perf_counter()
+    k, catalogue, plain = checked_k(k, version), version.catalogue, version.plain
+    if plain is None or not isinstance(catalogue, Catalogue):
+        raise InputError(
+            f"{model.name} holds no index of untuned features, or was loaded in part; build it with index.plain set."
+        )
+    queries = plain_vectors(asked.features)
+    present = catalogue.rows_of(np.arange(plain.ntotal))  # its rows are those of the base
+    wanted = min(k, int((present >= 0).sum()))
+    images = model.columns_of({"image", "text"})
+    answers = []
+    for query, (own, values) in enumerate(_nearest_present(plain, queries, present, wanted)):
+        vectors = stored_vectors(plain, own)
+        parts = None
+        if vectors is not None and images is not None:
+            products = vectors * queries[query]
+            parts = products[:, images].sum(axis=1), products[:, ~images].sum(axis=1)
+        rows = present[own]
+        described = {"sha256": asked.hashes[query], "k": k}
+        answer = _attribution(model, version, asked.prompts[query], catalogue.fetch(rows), values, parts, described, plain=True)
+        reach = Reach(catalogue.as_table, partial(known, rows, values), np.maximum(values, 1e-6), None, catalogue.ntotal)
+        answers.append(replace(answer, _reach=reach, seconds=dict(asked.seconds)))
+    spent = time.perf_counter() - started
+    for answer in answers:
+        answer.seconds["search"] = spent
+        answer.model["method"] = "plain similarity"
+    return _with_copies(model, version, asked, answers)
+
+
+def encode(embedding: np.ndarray) -> str:
+    """A (D,) embedding as receipts hold it."""
+    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+
+
+def _nearest_present(plain: Any, queries: np.ndarray, present: np.ndarray, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each query the rows of `plain` that are nearest and have not been removed, and their similarities."""
+    if not wanted:
+        return [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)) for _ in queries]
+    slots, similarities = search(plain, queries, min(wanted + int((present < 0).sum()), plain.ntotal))
+    kept = [np.flatnonzero(present[own] >= 0)[:wanted] for own in slots]
+    return [(own[rows], values[rows]) for own, values, rows in zip(slots, similarities, kept, strict=True)]
+
+
+def _reached(catalogue: Catalogue, embedding: np.ndarray, count: int, where: Where | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and similarities of the images that shares of one query are taken of."""
+    similarities, rows = catalogue.search(embedding[None], count, where=where)
+    return rows[0], similarities[0]
+
+
+def _parts(
+    model: Model, features: np.ndarray, catalogue: Any, nearest: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """For each query what image and prompt contribute to its (k,) similarities: Shapley values of two players.
+
+    With v(S) the similarity when all but S is replaced by the corpus' mean, and v of nothing 0, the image's is
+    (v(image) + v(both) - v(text)) / 2; what remains without either is halved between them.
+    """
+    images = model.columns_of({"image", "text"})
+    if model.calibration is None or images is None or not isinstance(catalogue, Catalogue):
+        return [None] * len(nearest)
+    if images.all() or not images.any():
+        both = [(values, np.zeros_like(values)) for _, values in nearest]
+        return [pair if images.all() else pair[::-1] for pair in both]
+    mean = model.calibration.feature_mean
+    alone = [model.student.embed(np.where(kept, features, mean)) for kept in (images, ~images)]
+    parts: list[tuple[np.ndarray, np.ndarray] | None] = []
+    for query, (rows, similarities) in enumerate(nearest):
+        vectors = catalogue.vectors(rows)
+        if vectors is None:
+            parts.append(None)
+            continue
+        of_image, of_text = (vectors @ embedded[query] for embedded in alone)
+        parts.append(((similarities + of_image - of_text) / 2, (similarities + of_text - of_image) / 2))
+    return parts
+
+
+def _warnings(calibration: Calibration | None, features: np.ndarray) -> list[list[str]]:
+    """For each query what its reader should know."""
+    density = calibration.density if calibration else None
+    if density is None:
+        return [[] for _ in features]
+    return [
+        [
+            f"Image and prompt do not look like this generator's output (distance {distance:.2f}; its own stay below "
+            f"{density.threshold:.2f}). For an image that it did not make, these are the training images that resemble it."
+        ]
+        if distance > density.threshold
+        else []
+        for distance in density.distance(features)
+    ]
+
+
+def _attribution(
+    model: Model,
+    version: Version,
+    prompt: str,
+    records: list[dict[str, Any]],
+    similarities: np.ndarray,
+    parts: tuple[np.ndarray, np.ndarray] | None,
+    query: dict[str, Any],
+    *,
+    plain: bool = False,
+) -> Attribution:
+    """An answer without shares, seconds and warnings."""
+    calibration = None if plain else model.calibration
+    percentiles = calibration.percentile_of(similarities).tolist() if calibration else [None] * len(records)
+    image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(records)] * 2
+    results = [
+        Influence(
+            rank=rank,
+            similarity=float(similarities[rank]),
+            **{column: record.get(column) or "" for column in RESULT_COLUMNS},
+            percentile=percentiles[rank],
+            image_part=image_parts[rank],
+            text_part=text_parts[rank],
+        )
+        for rank, record in enumerate(records)
+    ]
+    config, versions = version.config, version.versions()
+    described = {
+        "name": model.name,
+        "fastattr_version": config["fastattr_version"],
+        "corpus_fingerprint": config["corpus_fingerprint"],
+        "generator_fingerprint": config["generator_fingerprint"],
+        "model_sha256": versions["model"],
+        "index_sha256": versions["index"],
+        "revision": commit_of(version.folder) or "",
+    }
+    thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
+    return Attribution(results, prompt, {}, described, query=query, versions=versions, _thumbnails=thumbnails)
+
+
+# ---- near-copies
+
+
+def _with_copies(model: Model, version: Version, asked: Asked, answers: list[Attribution]) -> list[Attribution]:
+    """The answers, each with the training image that the query's picture is a near-copy of, if there is one.
+
+    The training images that resemble a picture most, by the picture alone and by picture and prompt, are compared with its
+    look. Without thumbnails, or pictures, nothing is known of copies.
+    """
+    catalogue = version.catalogue
+    if asked.looks is None or not isinstance(catalogue, Catalogue) or not catalogue.has_thumbnails:
+        return answers
+    resembling = _by_picture(model, version, asked.features)
+    checked = []
+    for look, rows, answer in zip(asked.looks, resembling, answers, strict=True):
+        pictures = {result.image_id: answer._thumbnails.get(result.image_id) for result in answer.results[:LOOKED_AT]}
+        pictures |= {record["image_id"]: record["thumbnail"] for record in catalogue.fetch(rows)}
+        named = [(name, load_rgb(data)) for name, data in pictures.items() if data]
+        copies = near_copies(looks_of([look]), looks_of([look_of(picture) for _, picture in named]))[0] if named else []
+        checked.append(replace(answer, near_copies=[named[copy][0] for copy in copies.tolist()]))
+    return checked
+
+
+def _by_picture(model: Model, version: Version, features: np.ndarray) -> list[np.ndarray]:
+    """For each query the rows of the images that resemble it most by the picture alone, whatever the prompt."""
+    catalogue, images = version.catalogue, model.columns_of({"image", "text"})
+    assert isinstance(catalogue, Catalogue)
+    if images is None or not images.any():
+        return [np.zeros(0, dtype=np.int64) for _ in features]
+    count = min(LOOKED_AT, catalogue.ntotal)
+    found = []
+    if model.calibration is not None:
+        alone = model.student.embed(np.where(images, features, model.calibration.feature_mean))
+        found.append(catalogue.search(alone, count)[1])
+    if version.plain is not None:
+        present = catalogue.rows_of(np.arange(version.plain.ntotal))
+        queries = plain_vectors(np.where(images, features, 0.0))
+        nearest = _nearest_present(version.plain, queries, present, min(count, int((present >= 0).sum())))
+        found.append(np.array([present[own] for own, _ in nearest]))
+    none = np.zeros(0, dtype=np.int64)
+    return [np.unique(np.concatenate([none, *(rows[query] for rows in found)])) for query in range(len(features))]

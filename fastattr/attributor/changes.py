@@ -1,0 +1,394 @@
+"""Changes: what has happened to an attributor since its base was made, in changes.sqlite beside the base's files.
+
+A base (config.json and the files that it names) never changes. The first `add`, `remove` or `update` makes changes.sqlite:
+for every image that a change has touched, one row with what holds of it now (fields, embedding as float16, thumbnail, or that
+it has left), a log of the changes, and the version, which each change raises by one. A change is one transaction, so that a
+process killed anywhere leaves the version before or after; a reader takes the rows that are newer than what it knows in one
+transaction, so that it sees one version. What leaves is overwritten with zeros (SQLite's secure_delete).
+
+Every row has a digest, and the state has the sum of all digests: a flipped bit or a lost row is found when it is read.
+No connection outlives a call, so nothing is shared between threads, or with a forked child.
+
+The database names the base that it belongs to. A new base (`compact`) is published by renaming its config.json, which says
+whose changes it has folded in, before the database is emptied: killed in between, the old rows are known to be folded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError
+
+logger = logging.getLogger(__name__)
+
+FILE = "changes.sqlite"
+SCHEMA = 1
+"""Format of the database."""
+WAIT = 60.0
+"""Seconds that SQLite waits for another process's transaction."""
+AT_ONCE = 500
+"""Image ids in one statement."""
+NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs")
+"""File systems whose machines share no memory, as SQLite's write-ahead log needs it."""
+TABLES = """
+CREATE TABLE state (schema INTEGER, base TEXT, was TEXT, version INTEGER, total TEXT, digest TEXT);
+CREATE TABLE images (place INTEGER PRIMARY KEY AUTOINCREMENT, image_id TEXT UNIQUE, version INTEGER, has_left INTEGER,
+                     fields TEXT, vector BLOB, thumbnail BLOB, digest BLOB);
+CREATE INDEX images_version ON images (version);
+CREATE TABLE log (version INTEGER, time TEXT, operation TEXT, reason TEXT, image_ids TEXT);
+"""
+
+
+class MovedError(Exception):
+    """The database and config.json are of two versions: another process is publishing a new base; look again."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What holds of one image that a change has touched."""
+
+    image_id: str
+    has_left: bool
+    fields: dict[str, str]
+    """All metadata of an added image; of one of the base, what differs."""
+    vector: bytes | None = None
+    """(D,) float16, little-endian, of an added image; None for one of the base."""
+    thumbnail: bytes | None = None
+    place: int = 0
+    """Rises with every addition, so that an image that comes back is known to be another."""
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """(D,) float32 of an added image."""
+        return np.frombuffer(self.vector or b"", dtype="<f2").astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Images in the order of their places, as they stand in one version."""
+
+    version: int
+    total: str
+    """Identifies everything that has changed since the base."""
+    images: list[Image]
+
+
+# ---- reading
+
+
+def read(folder: Path, config: Mapping[str, Any], *, after: int = -1) -> Changes | None:
+    """What has changed since a version of the same base; None if nothing has changed since the base.
+
+    Args:
+        folder: of the attributor.
+        config: its config.json.
+        after: the version that is known already; -1 reads everything, and checks that no row is missing.
+
+    Raises:
+        MovedError: config.json is not, or no longer, that of the database's base.
+        ArtifactDamagedError: the database is damaged.
+    """
+    if not (folder / FILE).exists():
+        return None
+    with _connection(folder) as connection:
+        connection.execute("BEGIN")
+        state = _state(connection)
+        if state is None or _folded(state, config):
+            return None
+        if config["seal"] not in (state["base"], state["was"]):
+            raise MovedError(f"{folder / FILE} belongs to the base {state['base'][:12]}, not to {config['seal'][:12]}")
+        rows = [] if state["version"] <= after else _rows(connection, "WHERE version > ? ORDER BY place", [after])
+        if after < 0 and _total(row["digest"] for row in rows) != state["total"]:
+            raise ArtifactDamagedError(lost(folder, "rows are missing"))
+    return Changes(state["version"], state["total"], [_image(row) for row in rows])
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The log, oldest change first: 'version', 'time', 'operation', 'image_ids' ('removed' of a compaction), 'reason'."""
+    if not (folder / FILE).exists():
+        return []
+    with _connection(folder) as connection:
+        if _state(connection) is None:
+            return []
+        found = connection.execute("SELECT version, time, operation, reason, image_ids FROM log ORDER BY rowid").fetchall()
+    return [
+        {
+            "version": version,
+            "time": time,
+            "operation": operation,
+            "removed" if operation == "compact" else "image_ids": json.loads(image_ids),
+            **({"reason": reason} if reason else {}),
+        }
+        for version, time, operation, reason, image_ids in found
+    ]
+
+
+# ---- writing
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Be the only writer of a folder, waiting for another one; a killed process lets go by itself.
+
+    Raises:
+        InputError: the folder can't be written to.
+    """
+    try:
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"{folder} can't be changed ({error.strerror}); nothing was changed.") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Writer:
+    """One transaction on a folder's changes; the caller holds the lock. Nothing holds until the block ends."""
+
+    def __init__(self, connection: sqlite3.Connection, state: dict[str, Any]) -> None:
+        self._connection, self._state, self.version = connection, state, int(state["version"]) + 1
+        self._sum = int(state["total"], 16)
+
+    def put(self, images: Iterable[Image]) -> None:
+        """Set what holds of images from this version on."""
+        for batch in _batches(list(images)):
+            old = {row["image_id"]: row for row in self._found([image.image_id for image in batch])}
+            keep = [image for image in batch if image.place and image.image_id in old]  # an update leaves its place
+            self._forget([row for name, row in old.items() if name not in {image.image_id for image in keep}])
+            for image in keep:
+                self._write(image, image.place)
+                self._sum -= int.from_bytes(old[image.image_id]["digest"], "big")
+            for image in batch:
+                if image.place == 0 or image.image_id not in old:
+                    self._write(image, None)
+
+    def images(self, image_ids: Sequence[str]) -> dict[str, Image]:
+        """What holds of these images before this change, as far as changes have touched them."""
+        rows = (row for batch in _batches(list(image_ids)) for row in self._found(batch))
+        return {row["image_id"]: _image(row) for row in rows}
+
+    def note(self, operation: str, image_ids: Sequence[str], reason: str = "", *, time: str = "", version: int = 0) -> None:
+        """Write a line of the log."""
+        time = time or datetime.now(UTC).isoformat(timespec="seconds")
+        values = (version or self.version, time, operation, reason, json.dumps(list(image_ids), ensure_ascii=False))
+        self._connection.execute("INSERT INTO log VALUES (?, ?, ?, ?, ?)", values)
+
+    def fold(self, base: str, version: int) -> None:
+        """Begin anew upon another base: only the ids of what has left, in their order, are kept."""
+        left = [row["image_id"] for row in _rows(self._connection, "WHERE has_left ORDER BY place", [])]
+        self._connection.execute("DELETE FROM images")
+        self._connection.execute("DELETE FROM log")
+        self._sum, self.version = 0, version
+        self._state |= {"base": base, "was": ""}
+        self.put([Image(image_id, True, {}) for image_id in left])
+
+    def finish(self) -> None:
+        """Write the state."""
+        state = self._state | {"version": self.version, "total": f"{self._sum % (1 << 128):032x}"}
+        _write_state(self._connection, state)
+
+    def _write(self, image: Image, place: int | None) -> None:
+        fields = json.dumps(image.fields, ensure_ascii=False) if image.fields else ""
+        row = (image.image_id, self.version, int(image.has_left), fields, image.vector, image.thumbnail)
+        digest = _digest(*row)
+        self._connection.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (place, *row, digest))
+        self._sum += int.from_bytes(digest, "big")
+
+    def _found(self, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+        marks = ", ".join("?" * len(image_ids))
+        return _rows(self._connection, f"WHERE image_id IN ({marks})", list(image_ids))
+
+    def _forget(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self._connection.execute("DELETE FROM images WHERE place = ?", (row["place"],))
+            self._sum -= int.from_bytes(row["digest"], "big")
+
+
+@contextlib.contextmanager
+def writing(folder: Path, config: Mapping[str, Any], *, base: str, first: Sequence[Image] = ()) -> Iterator[Writer]:
+    """One change; the caller holds the lock. When the block has ended the change is on the disk.
+
+    Args:
+        folder: of the attributor.
+        config: its config.json.
+        base: seal of the base that the changes belong to: the config's, or that of the config which is to take its place.
+        first: what held before the first change: images that had left before the base was made.
+
+    Raises:
+        InputError: the folder can't be written to, or the disk is full; nothing was changed.
+        ArtifactDamagedError: the database is damaged.
+    """
+    with _connection(folder, write=True) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            state = _state(connection)
+            version = int(config.get("catalog_version", 1))
+            if state is None:
+                for statement in filter(str.strip, TABLES.split(";")):
+                    connection.execute(statement)
+                known = {"schema": SCHEMA, "base": base, "was": "" if base == config["seal"] else config["seal"]}
+                writer = Writer(connection, known | {"version": version, "total": "0"})
+                writer.put(first)
+            else:
+                writer = Writer(connection, state)
+                if _folded(state, config):
+                    writer.fold(config["seal"], version + 1)
+                elif config["seal"] not in (state["base"], state["was"]):
+                    raise ArtifactDamagedError(lost(folder, "it belongs to another base"))
+            yield writer
+            writer.finish()
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+
+def erase_traces(folder: Path) -> None:
+    """Give free pages back and empty the write-ahead log, so that nothing deleted is left in any file."""
+    with _connection(folder, write=True) as connection:
+        connection.execute("VACUUM")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+# ---- SQLite
+
+
+@contextlib.contextmanager
+def _connection(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection for one call; SQLite's errors in words."""
+    path = folder / FILE
+    connection = None
+    try:
+        connection = _open(path, write=write)
+        yield connection
+    except sqlite3.OperationalError as error:
+        if "malformed" in str(error) or "no such" in str(error):
+            raise ArtifactDamagedError(lost(folder, str(error))) from error
+        done = "nothing was changed" if write else "nothing was read"
+        raise InputError(
+            f"{path} can't be {'written' if write else 'read'} ({error}); {done}. Look whether the disk is full, the folder "
+            "may be written to, and no other program holds the file."
+        ) from error
+    except (sqlite3.DatabaseError, OverflowError) as error:
+        raise ArtifactDamagedError(lost(folder, str(error))) from error
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _open(path: Path, *, write: bool) -> sqlite3.Connection:
+    address = f"file:{quote(str(path.absolute()))}"
+    if write:
+        connection = sqlite3.connect(f"{address}?mode=rwc", uri=True, timeout=WAIT, isolation_level=None)
+        wanted = "wal" if shares_memory(path.parent) else "delete"
+        (found,) = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+        if found != "wal":
+            logger.info("%s is on a file system without shared memory: SQLite keeps a rollback journal there", path)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA secure_delete = ON")
+        return connection
+    connection = sqlite3.connect(f"{address}?mode=ro", uri=True, timeout=WAIT, isolation_level=None)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    except sqlite3.OperationalError:
+        # SQLite makes a file beside the database even to read it; where no one can write, it need not.
+        connection.close()
+        log = path.with_name(f"{FILE}-wal")
+        if log.exists() and log.stat().st_size:
+            raise
+        connection = sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    return connection
+
+
+def shares_memory(folder: Path) -> bool:
+    """Whether all processes that see a folder run on one machine, as far as the system tells."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return True
+    at = str(folder.resolve())
+    under = [(fields[4], fields[fields.index("-") + 1]) for fields in mounts if "-" in fields]
+    kinds = [kind for point, kind in sorted(under) if point == "/" or at == point or at.startswith(point + "/")]
+    return not kinds or not kinds[-1].startswith(NETWORK)
+
+
+def _rows(connection: sqlite3.Connection, condition: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows of `images`, each compared with its digest."""
+    names = ("place", "image_id", "version", "has_left", "fields", "vector", "thumbnail", "digest")
+    found = connection.execute(f"SELECT {', '.join(names)} FROM images {condition}", values).fetchall()
+    for row in found:
+        if _digest(*row[1:7]) != row[7]:
+            raise sqlite3.DatabaseError(f"the row of {row[1]!r} is not what was written")
+    return [dict(zip(names, row, strict=True)) for row in found]
+
+
+def _digest(image_id: str, version: int, has_left: int, fields: str, vector: bytes | None, thumbnail: bytes | None) -> bytes:
+    text = json.dumps([image_id, version, has_left, fields, vector is None, thumbnail is None]).encode()
+    return hashlib.sha256(text + (vector or b"") + (thumbnail or b"")).digest()[:16]
+
+
+def _total(digests: Iterable[bytes]) -> str:
+    return f"{sum(int.from_bytes(digest, 'big') for digest in digests) % (1 << 128):032x}"
+
+
+def _image(row: Mapping[str, Any]) -> Image:
+    fields = json.loads(row["fields"]) if row["fields"] else {}
+    return Image(row["image_id"], bool(row["has_left"]), fields, row["vector"], row["thumbnail"], row["place"])
+
+
+def _state(connection: sqlite3.Connection) -> dict[str, Any] | None:
+    """The database's state; None for one that a killed writer had not filled yet."""
+    if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'state'").fetchone():
+        return None
+    names = ("schema", "base", "was", "version", "total", "digest")
+    found = connection.execute(f"SELECT {', '.join(names)} FROM state").fetchall()
+    if len(found) != 1:
+        raise sqlite3.DatabaseError("it has no state")
+    state = dict(zip(names, found[0], strict=True))
+    if isinstance(state["schema"], int) and state["schema"] > SCHEMA:
+        raise FormatVersionError(f"{FILE} has the format {state['schema']}, this fastattr reads {SCHEMA}; upgrade fastattr.")
+    if _state_digest(state) != state["digest"]:
+        raise sqlite3.DatabaseError("its state is not what was written")
+    return state
+
+
+def _write_state(connection: sqlite3.Connection, state: dict[str, Any]) -> None:
+    connection.execute("DELETE FROM state")
+    values = [state[name] for name in ("schema", "base", "was", "version", "total")]
+    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?)", (*values, _state_digest(state)))
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    values = [state[name] for name in ("schema", "base", "was", "version", "total")]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _folded(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether the base of config.json holds everything that the database says."""
+    return bool(config.get("folds")) and config["folds"] == state["base"] and config["seal"] != state["base"]
+
+
+def _batches(values: list[Any]) -> Iterator[list[Any]]:
+    return (values[start : start + AT_ONCE] for start in range(0, len(values), AT_ONCE))
+
+
+def lost(folder: Path, why: str) -> str:
+    """What an error says of a damaged database."""
+    return (
+        f"{folder / FILE} is damaged or not this attributor's ({why}). Put back a copy of it; or delete {FILE} to go back to "
+        "the base, which knows nothing of additions, updates and removals since it was made."
+    )

@@ -1,0 +1,107 @@
+"""Edits: take images into a catalogue and out of it, change what it says of them; the caller holds the folder's lock.
+
+Each edit is checked against the newest version and then written as one transaction; a refused one changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from fastattr.attributor.bases import upgraded
+from fastattr.attributor.catalogue import Catalogue
+from fastattr.attributor.changes import Image, Writer, writing
+from fastattr.attributor.version import Version, removed_before
+from fastattr.core.errors import InputError
+
+
+def add(
+    version: Version,
+    records: Sequence[Mapping[str, str]],
+    embeddings: np.ndarray,
+    thumbnails: Sequence[bytes] | None,
+    *,
+    readmit: bool,
+) -> None:
+    """Take images in.
+
+    Args:
+        version: the newest.
+        records: fields of each, with 'image_id'.
+        embeddings: (n, D).
+        thumbnails: of each.
+        readmit: whether images that have left may come back.
+
+    Raises:
+        InputError: the catalogue has one already, or it has left.
+    """
+    catalogue, ids = _catalogue(version), [record["image_id"] for record in records]
+    there = [name for name, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]
+    left = [name for name in ids if name in catalogue.removed]
+    if there:
+        raise InputError(f"the catalogue already has {', '.join(there[:3])}; update it, or give another image_id.")
+    if left and not readmit:
+        raise InputError(f"{', '.join(left[:3])} was removed; to take it in again, say so (readmit=True).")
+    pictures = thumbnails if thumbnails is not None else [None] * len(ids)
+    images = [
+        Image(name, False, {key: value for key, value in record.items() if key != "image_id"}, vector.tobytes(), picture)
+        for name, record, vector, picture in zip(ids, records, embeddings.astype("<f2"), pictures, strict=True)
+    ]
+    with _writing(version) as writer:
+        writer.put(images)
+        writer.note("add", ids)
+
+
+def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
+    """Take images out; some may have left already.
+
+    Raises:
+        InputError: the catalogue never had one of them.
+    """
+    catalogue = _catalogue(version)
+    slots = zip(image_ids, catalogue.slots(image_ids), strict=True)
+    unknown = [name for name, slot in slots if slot < 0 and name not in catalogue.removed]
+    if unknown:
+        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was removed.")
+    leaving = [name for name in image_ids if name not in catalogue.removed]
+    if leaving:
+        with _writing(version) as writer:
+            writer.put([Image(name, True, {}) for name in leaving])
+            writer.note("remove", leaving, reason)
+
+
+def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
+    """Change what the catalogue says of images.
+
+    Raises:
+        InputError: the catalogue has no such image.
+    """
+    slots = zip(changes, _catalogue(version).slots(list(changes)), strict=True)
+    unknown = [name for name, slot in slots if slot < 0]
+    if unknown:
+        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was changed.")
+    if changes:
+        with _writing(version) as writer:
+            known = writer.images(list(changes))
+            was = (known.get(name, Image(name, False, {})) for name in changes)
+            writer.put(
+                Image(old.image_id, False, {**old.fields, **new}, old.vector, old.thumbnail, old.place)
+                for old, new in zip(was, changes.values(), strict=True)
+            )
+            writer.note("update", list(changes))
+
+
+def _catalogue(version: Version) -> Catalogue:
+    if not isinstance(version.catalogue, Catalogue):
+        raise InputError("change the attributor's folder, then bring Milvus up to it: `fastattr index --backend milvus`.")
+    return version.catalogue
+
+
+@contextlib.contextmanager
+def _writing(version: Version) -> Iterator[Writer]:
+    config = upgraded(version.folder, version.base)
+    before = [Image(name, True, {}) for name in removed_before(version.folder, config)]
+    with writing(version.folder, config, base=config["seal"], first=before) as writer:
+        yield writer

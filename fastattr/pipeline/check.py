@@ -1,0 +1,123 @@
+"""Check: whether what a config names is there, and whether its numbers fit together, before anything runs.
+
+Each value alone is checked when the file is read (core/settings.py); here are files, models and sums.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import faiss
+
+from fastattr.core.errors import ArtifactNotFoundError, InputError
+from fastattr.core.models import REPO_ID, embedded_models
+from fastattr.core.settings import did_you_mean
+from fastattr.core.stages import MANIFEST
+from fastattr.corpus.folders import read_folder
+from fastattr.corpus.records import TrainingImage
+from fastattr.corpus.store import Corpus
+from fastattr.features.kinds import KINDS
+from fastattr.generators.pretrained import PretrainedConfig
+from fastattr.generators.queries import choose_prompts
+from fastattr.pipeline.config import BuildConfig
+
+PROMPT_FILES = {".txt", ".parquet", ".csv", ".json", ".jsonl"}
+READ_FOR_CAPTIONS = 50_000
+"""Captions of a larger folder are not read for a plan."""
+
+
+def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
+    """Refuse a config whose files are not there or whose settings contradict each other.
+
+    Args:
+        config: of the whole line.
+        run_dir: what is finished there is not looked for any more.
+        planned: for a plan, for which `plan.images` and `plan.network` stand for a corpus and a generator that are not there.
+
+    Raises:
+        ArtifactNotFoundError: a file, folder or model is not there; the text names the setting.
+        InputError: settings contradict each other.
+    """
+    if not (run_dir / "corpus" / MANIFEST).exists() and not (planned and config.plan.images):
+        if config.corpus.kind not in {"emoji", "dataset"}:
+            _there("corpus.path", config.corpus.path)
+        if config.corpus.shards:
+            _there("corpus.shards", config.corpus.shards)
+    generator = config.generator
+    if isinstance(generator, PretrainedConfig) and not (run_dir / "generator" / MANIFEST).exists():
+        if not (planned and config.plan.network):
+            _model("generator.pretrained", generator.pretrained)
+        if generator.lora and not planned:
+            _model("generator.lora", generator.lora)
+    if Path(config.queries.prompts).suffix in PROMPT_FILES and not planned:
+        _there("queries.prompts", config.queries.prompts)
+    if config.teacher.factors:
+        _there("teacher.factors", config.teacher.factors)
+    _settings(config)
+
+
+def _settings(config: BuildConfig) -> None:
+    for setting, specifications in (
+        ("features.encoders", config.features.encoders),
+        ("teacher.similarity_features", config.teacher.similarity_features),
+    ):
+        for specification in specifications:
+            kind, _, reference = specification.partition(":")
+            if kind not in KINDS or not reference:
+                raise InputError(
+                    f"{setting}: {specification!r} is not KIND:MODEL{did_you_mean(kind, KINDS)}; kinds are {', '.join(KINDS)}."
+                )
+    if not getattr(config.queries, config.evaluate.split):
+        raise InputError(f"evaluate.split is {config.evaluate.split!r}, and queries.{config.evaluate.split} is 0.")
+    if not config.queries.train:
+        raise InputError("queries.train is 0: the student would have nothing to learn from.")
+    try:
+        re.compile(config.teacher.pattern)
+    except re.error as error:
+        raise InputError(f"teacher.pattern is no regular expression: {error}.") from error
+    for name, factory in (("factory", config.index.factory), ("plain", config.index.plain)):
+        if factory in {"", "auto"}:
+            continue
+        try:
+            faiss.index_factory(config.distill.student.embed_dim if name == "factory" else 2**10, factory)
+        except RuntimeError as error:
+            raise InputError(f"index.{name} {factory!r} is no FAISS factory string for these vectors.") from error
+
+
+def _there(setting: str, path: str) -> None:
+    if not Path(path).exists():
+        beside = [other.name for other in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
+        raise ArtifactNotFoundError(f"{setting} is {path!r}, and there is no such file{did_you_mean(Path(path).name, beside)}.")
+
+
+def _model(setting: str, name: str) -> None:
+    if name in embedded_models() or Path(name).exists() or REPO_ID.fullmatch(name.partition("@")[0]):
+        return
+    raise ArtifactNotFoundError(
+        f"{setting} is {name!r}: no embedded model ({', '.join(embedded_models())}){did_you_mean(name, embedded_models())}, "
+        "no folder, and no Hub repository 'org/name'."
+    )
+
+
+def check_queries(config: BuildConfig, run_dir: Path) -> None:
+    """Refuse more queries than a corpus has captions for, where the captions can be read already.
+
+    Raises:
+        InputError: there are too few; the text proposes numbers that fit.
+    """
+    if config.queries.prompts or (run_dir / "queries" / MANIFEST).exists():
+        return
+    if (run_dir / "corpus" / MANIFEST).exists():
+        captions = [captions[0] for captions in Corpus(run_dir / "corpus").captions]
+    elif config.corpus.kind == "folder" and Path(config.corpus.path).is_dir():
+        captions = []
+        for image in read_folder(Path(config.corpus.path)):
+            if isinstance(image, TrainingImage) and image.captions:
+                captions.append(image.captions[0])
+            if len(captions) > READ_FOR_CAPTIONS:
+                return
+    else:
+        return
+    if captions:
+        choose_prompts(captions, config.queries)

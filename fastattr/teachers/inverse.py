@@ -1,0 +1,190 @@
+"""A better inverse than EKFAC's: conjugate gradients on the Gauss-Newton matrix of the denoising loss.
+
+EKFAC takes layers to be independent, and inputs independent of output gradients. Here (c G + D) x = g is solved with G the
+Gauss-Newton matrix of the mean training loss on a batch, D the damping that EKFAC adds to each layer, and c the factor by
+which EKFAC's curvature and G agree along EKFAC's own solution. That solution is the start, and EKFAC the preconditioner. For
+a squared error averaged over d outputs G v is the mean over examples of (2 / d) J^T (J v): a forward-mode derivative and
+a backward pass. Source: arXiv:2507.14740 (ASTRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastattr.core.errors import NonFiniteError
+from fastattr.generators.generator import Generator, noise_for
+from fastattr.generators.layers import Layer
+from fastattr.gradients.ekfac import Factors
+from fastattr.gradients.encoded import EncodedImages
+
+Weights = Mapping[str, torch.Tensor]
+"""(out, in) numbers by layer."""
+
+
+class GaussNewton:
+    """The Gauss-Newton matrix of the mean denoising loss over a fixed batch of training examples, by its products."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        layers: Mapping[str, Layer],
+        images: EncodedImages,
+        *,
+        examples: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Choose the examples.
+
+        Args:
+            generator: with base weights.
+            layers: whose weights vary.
+            images: the encoded corpus.
+            examples: random (image, timestep, noise) triples.
+            batch_size: examples at once; does not change the products.
+            seed: of the triples.
+        """
+        self._generator, self._layers, self._images = generator, layers, images
+        self._batch_size, self._seed = batch_size, seed
+        rng = np.random.default_rng([seed, 13])
+        self._rows = rng.integers(0, len(images.image_ids), examples)
+        self._timesteps = torch.from_numpy(rng.integers(0, generator.train_timesteps, examples))
+
+    def product(self, direction: Weights) -> dict[str, torch.Tensor]:
+        """G times a change of weights, (out, in) by layer."""
+        total = {name: torch.zeros_like(value) for name, value in direction.items()}
+        weights = [layer.weight for layer in self._layers.values()]
+        for start in range(0, len(self._rows), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            # The plain form of attention alone has a forward-mode derivative on a CPU.
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _varied(self._layers, direction):
+                prediction, change = forward_ad.unpack_dual(self._predicted(part))
+                outputs = change.detach() * (2 / (prediction[0].numel() * len(self._rows)))
+            gradients = torch.autograd.grad(prediction, weights, outputs)
+            for name, gradient in zip(total, gradients, strict=True):
+                total[name] += gradient.flatten(1)
+        return total
+
+    def _predicted(self, part: slice) -> torch.Tensor:
+        generator, images, rows = self._generator, self._images, self._rows[part]
+        ids = [f"curvature/{number}" for number in range(len(self._rows))[part]]
+        noise = noise_for(ids, [0] * len(rows), seed=self._seed, shape=generator.latent_shape)
+        latents, conditioning = images.latents[rows, 0], images.conditioning[images.first_caption[rows]]
+        device = generator.device
+        return generator.predict(
+            latents.to(device), conditioning.to(device), self._timesteps[part].to(device), noise.to(device, latents.dtype)
+        )
+
+
+@contextmanager
+def _varied(layers: Mapping[str, Layer], direction: Weights) -> Iterator[None]:
+    """While open, each weight carries a tangent, so that what is computed with it has a forward-mode derivative."""
+    kept = {name: layer.weight for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            tangent = direction[name].view(layer.weight.shape).to(layer.weight)
+            layer._parameters["weight"] = forward_ad.make_dual(layer.weight, tangent)  # type: ignore[assignment]
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer._parameters["weight"] = kept[name]
+
+
+def refined_inverse(
+    gradients: Weights, factors: Factors, matrix: GaussNewton, *, damping: float, steps: int
+) -> dict[str, torch.Tensor]:
+    """A query's natural gradient, some steps of conjugate gradients beyond EKFAC's.
+
+    Args:
+        gradients: the query's.
+        factors: EKFAC factors of the same layers.
+        matrix: G.
+        damping: as a fraction of each layer's mean eigenvalue.
+        steps: of conjugate gradients; 0 gives EKFAC's own.
+
+    Returns:
+        (out, in) by layer.
+
+    Raises:
+        NonFiniteError: G has no curvature along EKFAC's solution.
+    """
+    names = [name for name in gradients if torch.isfinite(factors.damped(name, damping)).all()]
+    added = {name: damping * float(factors.eigenvalues[name].mean()) for name in names}
+    shapes = {name: value.shape for name, value in gradients.items()}
+
+    def flat(weights: Weights) -> torch.Tensor:
+        return torch.cat([weights[name].double().flatten() for name in names])
+
+    def unflat(vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = dict(zip(names, vector.split([shapes[name].numel() for name in names]), strict=True))
+        return {
+            name: parts[name].view(shape) if name in parts else torch.zeros(shape, dtype=vector.dtype, device=vector.device)
+            for name, shape in shapes.items()
+        }
+
+    def curved(vector: torch.Tensor) -> torch.Tensor:
+        return flat(matrix.product(unflat(vector)))
+
+    def precondition(vector: torch.Tensor) -> torch.Tensor:
+        return flat(factors.precondition(unflat(vector), damping=damping))
+
+    target = flat(gradients)
+    if steps == 0:
+        return unflat(precondition(target))
+    diagonal = torch.cat([torch.full((shapes[name].numel(),), added[name]) for name in names]).to(target)
+    start = precondition(target)
+    along = curved(start)
+    agreed = float(start @ along)
+    if not agreed > 0:
+        raise NonFiniteError(f"the Gauss-Newton matrix has the curvature {agreed:.4g} along a query's step, not above 0.")
+    factor = float(start @ (target - diagonal * start)) / agreed
+    solution = conjugate_gradients(
+        lambda vector: factor * curved(vector) + diagonal * vector,
+        precondition,
+        target,
+        start=start,
+        image=factor * along + diagonal * start,
+        steps=steps,
+    )
+    return {name: value.to(gradients[name].dtype) for name, value in unflat(solution).items()}
+
+
+def conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    *,
+    start: torch.Tensor,
+    image: torch.Tensor,
+    steps: int,
+) -> torch.Tensor:
+    """X near the solution of A x = target.
+
+    Args:
+        product: v -> A v, A symmetric and positive.
+        precondition: v -> near A^-1 v, symmetric and positive too.
+        target: (P,).
+        start: (P,) the first x.
+        image: (P,) A start.
+        steps: products to spend.
+    """
+    solution, residual = start, target - image
+    turned = precondition(residual)
+    direction, size = turned, residual @ turned
+    for _ in range(steps):
+        if not size > 0:
+            break  # solved
+        moved = product(direction)
+        length = size / (direction @ moved)
+        solution = solution + length * direction
+        residual = residual - length * moved
+        turned = precondition(residual)
+        grown = residual @ turned
+        direction, size = turned + (grown / size) * direction, grown
+    return solution

@@ -1,0 +1,92 @@
+"""What all checks share: commands and scripts run in a folder of their own, offline."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Check = Callable[[Path, Path], str]
+"""(the case's folder, an empty folder to work in) -> what is wrong, '' where nothing is."""
+
+
+def environment() -> dict[str, str]:
+    """Offline, one thread; scripts find the tests' helpers and this Python."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GRADIO_ANALYTICS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | quiet | {"PYTHONPATH": str(REPOSITORY), "PY": sys.executable, "PATH": path}
+
+
+def run(command: Sequence[str], *, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, in `environment`."""
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, errors="replace", check=False)
+
+
+def fastattr(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command of `fastattr`."""
+    return run([sys.executable, "-m", "fastattr", *arguments], cwd=cwd)
+
+
+ALIASES = {
+    "artifacts": ("core.files", "core.stages"),
+    "attribute": ("attributor.attributor", "attributor.inputs", "attributor.folder", "attributor.make"),
+    "batch": ("attributor.many",),
+    "build": ("pipeline.build", "pipeline.stages"),
+    "catalogue": ("attributor.catalogue", "attributor.folder"),
+    "config": ("pipeline.config",),
+    "corpus": ("corpus.stage", "corpus.store", "corpus.images", "corpus.records"),
+    "corpus_sources": ("corpus.folders",),
+    "errors": ("core.errors",),
+    "index": ("index.build", "index.choose", "index.search", "index.tune"),
+    "pretrained": ("generators.pretrained",),
+    "receipts": ("attributor.receipts",),
+    "serve": ("serving.http",),
+}
+"""Names under which the cases' scripts import our modules, and where their contents are now."""
+
+
+def old_names() -> None:
+    """Let `fastattr.NAME` be what `ALIASES` says: one module itself, several together."""
+    import fastattr
+
+    for name, parts in ALIASES.items():
+        modules = [importlib.import_module(f"fastattr.{part}") for part in parts]
+        found = modules[0] if len(modules) == 1 else types.ModuleType(f"fastattr.{name}")
+        for module in modules if len(modules) > 1 else []:
+            vars(found).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+        package = REPOSITORY / "fastattr" / name
+        if package.is_dir():  # a package keeps its modules
+            found.__path__ = [str(package)]  # type: ignore[attr-defined]
+        sys.modules[f"fastattr.{name}"] = found
+        setattr(fastattr, name, found)
+
+
+def script(name: str) -> Check:
+    """A check that runs the script `name` of the case's folder; it must exit with 0."""
+
+    def check(case: Path, work: Path) -> str:
+        for folder in ("page/draw", "rel/p2", "rel/p3", "bugs"):
+            (work / "scratch" / folder).mkdir(parents=True, exist_ok=True)
+        (work / "PROJECT").symlink_to(REPOSITORY)
+        shutil.copyfile(case.parent / "hubenv.py", work / "scratch" / "bugs" / "hubenv.py")
+        needed = ["mk_tiny.py"] if "scratch/bugs/tiny" in (case / name).read_text(encoding="utf-8") else []
+        for path in [*(case.parent / one for one in needed), case / name]:
+            done = run([sys.executable, "-m", "tests.cases.running", str(path)], cwd=work)
+            if done.returncode:
+                lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+                return f"{path.name} exits with {done.returncode}: {' / '.join(lines[-3:])}"
+        return ""
+
+    return check
+
+
+if __name__ == "__main__":  # a case's script, under the names of its time
+    old_names()
+    runpy.run_path(sys.argv[1], run_name="__main__")
