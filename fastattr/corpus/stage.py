@@ -51,9 +51,9 @@ class CorpusConfig:
     shards: str = ""
     """Of 'urls': the folder of tar shards."""
     duplicates: str = ""
-    """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, 'family'
-    keeps it with the same `family`, 'keep' does not look. '' is 'keep' for emoji, whose variants are no copies, else
-    'skip'. Near-copy: fastattr/corpus/near_copies.py."""
+    """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, but keeps a
+    near-copy that has other captions and visibly differs; 'family' keeps it with the same `family`; 'keep' does not look.
+    '' is 'keep' for emoji, whose variants are no copies, else 'skip'. Near-copy: fastattr/corpus/near_copies.py."""
     image_column: str = "image"
     caption_column: str = "caption"
     creator_from_folder: bool = False
