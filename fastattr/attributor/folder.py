@@ -74,11 +74,11 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
         ArtifactDamagedError: one does not; the text names it.
     """
     sha256 = config["sha256"]
-    for file, checksum in sha256.items():
+    for file in [*sha256, *config.get("replaced", [])]:
         parts = file.split("/")
         if "\\" in file or "\0" in file or not all(parts) or {".", ".."} & set(parts) or Path(file).is_absolute():
             raise ArtifactDamagedError(f"{path} names {file!r}, outside its folder; do not use it.")
-        if not isinstance(checksum, str):
+        if not isinstance(sha256.get(file, ""), str):
             raise ArtifactDamagedError(f"{path} has no checksum of {file!r}; fetch the attributor again.")
     stored = config.get("vectors") or {}
     named = {*index_files(config), *config.get("files", {}).values(), *([stored["file"]] if stored else [])}
@@ -228,12 +228,7 @@ def listed_shards(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def needed_files(
-    config: dict[str, Any],
-    *,
-    thumbnails: bool,
-    shards: Sequence[int] | None = None,
-    index: bool = True,
-    model: bool = True,
+    config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None = None, index: bool = True, model: bool = True
 ) -> list[str]:
     """The files of an attributor that are needed."""
     files = [shard["file"] for shard in listed_shards(config)]

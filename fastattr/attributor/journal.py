@@ -44,6 +44,16 @@ def read_journal(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]
     return [json.loads(line) for line in data.split(b"\n") if line]
 
 
+def plain_entries(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the lines say of versions and ids, as `changes.history` gives it."""
+    plain = ("version", "time", "operation", "image_ids", "removed", "reason")
+    ids = ({"image_ids": [image["image_id"] for image in entry["images"]]} if "images" in entry else {} for entry in entries)
+    return [
+        {name: value for name, value in {**entry, **own}.items() if name in plain}
+        for entry, own in zip(entries, ids, strict=True)
+    ]
+
+
 def images_of(entries: list[dict[str, Any]]) -> list[Image]:
     """What holds of each image once all lines of a journal have been followed, in the order of their last coming or going."""
     images: dict[str, Image] = {}

@@ -107,7 +107,7 @@ def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
     """The network with the LoRA's matrices as the weights to unlearn, if the LoRA is a file here; else as it is."""
     from safetensors import safe_open
 
-    from fastattr.generators.generator import locate_lora
+    from fastattr.generators.lora import locate_lora
     from fastattr.gradients.ekfac import factor_sizes
 
     if not Path(generator.lora).exists():
@@ -245,15 +245,14 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
     """Of the networks that the line trains itself."""
     stages = []
     if not isinstance(config.generator, PretrainedConfig):
-        for name, training, refining, flops in (
-            ("train-autoencoder", config.autoencoder.training, 0, 3 * network.encode_flops),
-            ("train-generator", config.generator.training, config.refinement.steps, network.flops),
+        for name, training, flops in (
+            ("train-autoencoder", config.autoencoder.training, 3 * network.encode_flops),
+            ("train-generator", config.generator.training, network.flops),
         ):
-            examples = (training.steps + refining) * training.batch_size
-            guiding = 2 * refining * training.batch_size  # a step of refining evaluates the first phase's generator twice more
+            examples = training.steps * training.batch_size
             memory = weights + 16 * network.parameters + training.batch_size * network.activations
-            cost = StageCost(name=name, flops=flops * (3 * examples + guiding), memory=memory, disk=2 * network.parameters)
-            stages.append(replace(cost, forward=examples + guiding, backward=examples) if flops == network.flops else cost)
+            cost = StageCost(name=name, flops=3 * flops * examples, memory=memory, disk=2 * network.parameters)
+            stages.append(replace(cost, forward=examples, backward=examples) if flops == network.flops else cost)
     if any(specification.endswith(":encoder") for specification in config.features.encoders):
         shape, training = config.encoder, config.encoder.training
         tokens = (shape.image_size // shape.patch_size) ** 2 + 1
