@@ -56,14 +56,15 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads arrays, numbers, strings and plain containers; a pickle that names anything else is refused before it runs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names that arrays need.
-
-        Raises:
-            UnpicklingError: any other.
-        """
+        """The few names that arrays need; UnpicklingError for any other."""
         if (module, name) not in PICKLED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _require(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise ArtifactNotFoundError(f"there is no file {path}; give {what}.")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -73,8 +74,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ArtifactNotFoundError: there is no such file.
         ArtifactDamagedError: it holds anything but named tensors.
     """
-    if not path.is_file():
-        raise ArtifactNotFoundError(f"there is no file {path}; give the released checkpoint, e.g. dino+clip_text.pth.")
+    _require(path, "the released checkpoint, e.g. dino+clip_text.pth")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for files that are no checkpoints
@@ -142,10 +142,7 @@ def read_ids(path: Path) -> pa.Table:
         ArtifactNotFoundError: there is no such file.
         InputError: it is none of these, or an id occurs twice.
     """
-    if not path.is_file():
-        raise ArtifactNotFoundError(
-            f"there is no file {path}; give the training images' ids, in the order of the features' rows."
-        )
+    _require(path, "the training images' ids, in the order of the features' rows")
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         if "image_id" not in table.column_names:
@@ -184,8 +181,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         InputError: the files do not fit one another.
     """
     student, config, sign = student_of(read_weights(weights))
-    if not features.is_file():
-        raise ArtifactNotFoundError(f"there is no file {features}; give the training images' features, e.g. data_feats.npy.")
+    _require(features, "the training images' features, e.g. data_feats.npy")
     try:
         values = np.load(features, mmap_mode="c", allow_pickle=False)
     except ValueError as error:
@@ -242,8 +238,7 @@ def read_rankings(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ArtifactNotFoundError: there is no such file.
         ArtifactDamagedError: it is no such pickle, or names anything but arrays and plain containers.
     """
-    if not path.is_file():
-        raise ArtifactNotFoundError(f"there is no file {path}; give a released influence_train.pkl or influence_test.pkl.")
+    _require(path, "a released influence_train.pkl or influence_test.pkl")
     try:
         with path.open("rb") as file:
             table = ArrayUnpickler(file).load()["random"]
