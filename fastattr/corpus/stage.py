@@ -61,6 +61,8 @@ class CorpusConfig:
     """Of 'folder': the first folder below `path` names the creator of images that have none."""
     resolution: int = 64
     """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
+    variants: bool = False
+    """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,7 +101,7 @@ def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Sourc
     if config.kind == "emoji":
         from fastattr.corpus.emoji import read_emoji
 
-        return Source([Part("emoji", partial(read_emoji, config.resolution))])
+        return Source([Part("emoji", partial(read_emoji, config.resolution, variants=config.variants))])
     if config.kind == "folder":
         return Source(folder_parts(list_folder(path, leave_out), creator_from_folder=config.creator_from_folder))
     if config.kind == "coco":
