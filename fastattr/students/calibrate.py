@@ -7,6 +7,7 @@ Reads scores/ (validation split), queries' and corpus' features, student/; write
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.generators.queries import Queries
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
-from fastattr.students.ownness import Ownness, fit_ownness, measures_of
+from fastattr.students.ownness import LEAST_HELD_OUT, LEAST_QUERIES, Ownness, fit_ownness, measures_of
 from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 5000
 """Training queries whose pictures are looked at."""
@@ -193,6 +196,12 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
             seed=config.seed,
         )
         save_calibration(calibration, folder / FILE)
+        if ownness.match is None:
+            logger.warning(
+                "whether a picture goes with its prompt is not checked: that needs %d training and %d validation queries, "
+                "there are %d and %d, and encoders of picture and prompt apart",
+                *(LEAST_QUERIES, LEAST_HELD_OUT, len(train), len(scored)),
+            )
         return {
             "queries": len(scored),
             "own_or_foreign": ownness.match is not None,
