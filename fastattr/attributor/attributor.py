@@ -23,11 +23,7 @@ from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import history, lock
 from fastattr.attributor.folder import read_config, stamp_of
-from fastattr.attributor.inputs import (
-    ImageLike,
-    checked_features,
-    features_sha256,
-)
+from fastattr.attributor.inputs import ImageLike, checked_features, features_sha256
 from fastattr.attributor.journal import plain_entries, read_journal
 from fastattr.attributor.load import describe, load
 from fastattr.attributor.restrictions import Where

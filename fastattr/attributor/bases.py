@@ -43,7 +43,7 @@ from fastattr.attributor.journal import images_of, journal_of, plain_entries, re
 from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
-from fastattr.index.build import add_shards
+from fastattr.index.build import add_shards, retune
 from fastattr.index.files import empty_copy, load_index, save_index
 from fastattr.index.vectors import write_vectors
 
@@ -164,15 +164,19 @@ def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, tar
         save_index(empty, target / file)
         own = {"own_ids": True} if "IVF" in factory else {}
         return {"index_shards": [{"file": file, "first_row": 0, "rows": 0, **own}], "vectors": None}
+    dim = int(config["student"]["embed_dim"])
     if stored:
         stored = write_vectors(catalogue.read, len(catalogue), int(stored["dim"]), target, f"index{suffix}")
     work = target / ".build"
     work.mkdir()
     save_index(empty, work / "trained.faiss")
     rows = int(shards[0].get("rows", 0)) if len(shards) > 1 else 0
-    listed = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, target, name=f"index{suffix}")
+    name = f"index{suffix}"
+    listed = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, target, name=name)
     remove(work)
-    return {"index_shards": listed, "vectors": stored}
+    built = {**config, "index_shards": listed, "vectors": stored}
+    parts = [catalogue.first_added] if catalogue.first_added < len(catalogue) else []
+    return {"vectors": stored, **retune(target, built, catalogue.read, len(catalogue), dim, name=name, parts=parts)}
 
 
 def _write_plain(path: Path, sha256: str, catalogue: Catalogue, target: Path) -> None:

@@ -22,10 +22,7 @@ from fastattr.core.errors import InputError
 
 
 def prepared(
-    model: Model,
-    images: Sequence[Any],
-    captions: Sequence[str | Sequence[str]],
-    metadata: Sequence[Mapping[str, str]] | None,
+    model: Model, images: Sequence[Any], captions: Sequence[str | Sequence[str]], metadata: Sequence[Mapping[str, str]] | None
 ) -> tuple[np.ndarray, list[str], list[dict[str, str]], list[bytes]]:
     """Features, captions, metadata and thumbnails of n images, as `FastAttributor.add_features` takes them.
 

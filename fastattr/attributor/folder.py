@@ -228,12 +228,7 @@ def listed_shards(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def needed_files(
-    config: dict[str, Any],
-    *,
-    thumbnails: bool,
-    shards: Sequence[int] | None = None,
-    index: bool = True,
-    model: bool = True,
+    config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None = None, index: bool = True, model: bool = True
 ) -> list[str]:
     """The files of an attributor that are needed."""
     files = [shard["file"] for shard in listed_shards(config)]

@@ -59,8 +59,7 @@ def restriction_of(where: Where) -> Restriction:
             raise InputError(f"a restriction names texts; {name} is to be {value!r}.")
     bounds = {name: where.get(name) for name in ("since", "until")}
     return Restriction(
-        values,
-        *("" if bound in (None, "") else bound_of(str(bound), last=name == "until") for name, bound in bounds.items()),
+        values, *("" if bound in (None, "") else bound_of(str(bound), last=name == "until") for name, bound in bounds.items())
     )
 
 

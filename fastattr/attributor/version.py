@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastattr.attributor import changes
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import Image, MovedError
-from fastattr.attributor.folder import (
-    check_files,
-    file_of,
-    needed_files,
-    read_config,
-    read_table,
-    settled,
-    stamp_of,
-    versions,
-)
+from fastattr.attributor.folder import check_files, file_of, needed_files, read_config, read_table, settled, stamp_of, versions
 from fastattr.attributor.journal import images_of, read_journal
 from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.files import read_json

@@ -161,7 +161,7 @@ def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -
     write_table(out / "losses.parquet", rows, LOSSES)
     write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
-        pq.write_table(run.corpus.catalog().drop_columns(["url"]), temporary, compression="zstd")
+        pq.write_table(run.corpus.table.drop_columns(["url"]), temporary, compression="zstd")
     with atomic_path(out / "queries.parquet") as temporary:
         shutil.copyfile(run.run_dir / "queries" / "data.parquet", temporary)
     if run.rankings.exists():

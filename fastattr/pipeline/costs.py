@@ -107,7 +107,7 @@ def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
     """The network with the LoRA's matrices as the weights to unlearn, if the LoRA is a file here; else as it is."""
     from safetensors import safe_open
 
-    from fastattr.generators.generator import locate_lora
+    from fastattr.generators.lora import locate_lora
     from fastattr.gradients.ekfac import factor_sizes
 
     if not Path(generator.lora).exists():
@@ -269,19 +269,17 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
     """Of the networks that the line trains itself."""
     stages = []
     if not isinstance(config.generator, PretrainedConfig):
-        refinement = config.refinement.steps  # each of its steps evaluates the first phase's generator twice more
-        for name, settings, more, flops in (
-            ("train-autoencoder", config.autoencoder.training, 0, 3 * network.encode_flops),
-            ("train-generator", config.generator.training, refinement, network.flops),
+        for name, settings, flops in (
+            ("train-autoencoder", config.autoencoder.training, 3 * network.encode_flops),
+            ("train-generator", config.generator.training, network.flops),
         ):
-            examples = (settings.steps + more) * settings.batch_size
-            guiding = 2 * more * settings.batch_size
+            examples = settings.steps * settings.batch_size
             stages.append(
                 StageCost(
                     name=name,
-                    forward=examples + guiding if name == "train-generator" else 0,
+                    forward=examples if name == "train-generator" else 0,
                     backward=examples if name == "train-generator" else 0,
-                    flops=flops * (3 * examples + guiding),
+                    flops=flops * 3 * examples,
                     memory=weights + 16 * network.parameters + settings.batch_size * network.activations,
                     disk=2 * network.parameters,
                 )

@@ -18,7 +18,7 @@ from fastattr.features import candidates, stage as features
 from fastattr.features.store import features_fingerprint, folders
 from fastattr.generators import pretrained, queries
 from fastattr.generators.pretrained import PretrainedConfig
-from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, denoiser as train_generator
+from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, stage as train_generator
 from fastattr.pipeline import report
 from fastattr.pipeline.config import BuildConfig
 from fastattr.publishing import publish
@@ -60,7 +60,7 @@ def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Train the generator in run_dir/generator, or take the one that the config names."""
     if isinstance(config.generator, PretrainedConfig):
         return pretrained.run(config.generator, run_dir)
-    return train_generator.run(config.generator, run_dir, config.refinement)
+    return train_generator.run(config.generator, run_dir)
 
 
 def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:

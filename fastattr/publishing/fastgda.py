@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
+from fastattr.attributor.bases import replacing
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
-from fastattr.core.stages import fingerprint, write_manifest
+from fastattr.core.stages import fingerprint, open_stage, write_manifest
 from fastattr.generators.queries import SPLITS
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig
@@ -198,8 +199,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
     embeddings = embed(student, values)
     if not np.isfinite(embeddings).all():
         raise InputError(f"{features} holds values that are not finite, or too large for the network.")
-    with atomic_path(folder) as temporary:
-        temporary.mkdir(parents=True)
+    with replacing(folder) as temporary:
         save_file(student.state_dict(), temporary / "model.safetensors")  # not halved: orders are to be theirs exactly
         signed = sign * embeddings
         built = build(
@@ -290,6 +290,8 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
     if not set(splits) <= set(SPLITS) or len(set(splits)) != len(splits):
         raise InputError(f"rankings are named influence_SPLIT.pkl, SPLIT one of {', '.join(SPLITS)}; got {splits}.")
     queries = 0
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or open_stage(folder, "scores"))):
+        raise InputError(f"{folder} is a file; give a folder.")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         for number, (path, split) in enumerate(zip(files, splits, strict=True)):
