@@ -64,15 +64,7 @@ def find_widening(
 ) -> float:
     """By which factor, at least 1, intervals must be widened to hold 95% of held-out queries' shares among their neighbours.
 
-    Args:
-        similarities: of Q queries, each (C,).
-        scored: the queries as the teacher scored them.
-        names: of each query's candidates.
-        families: of each query's candidates.
-        corpus_size: N.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        least_share: names that are expected to hold less are left out.
+    Args: as `fit_calibration`; names that are expected to hold less than `least_share` are left out.
     """
     ratios = []
     for fold in range(min(FOLDS, len(scored))):
@@ -122,15 +114,15 @@ def fit_calibration(
     """Fit everything on validation queries.
 
     Args:
-        similarities: of Q queries, each (C,), to their candidates.
-        scored: the Q queries' candidates as the teacher scored them.
+        similarities: this, `scored`, `corpus_size`, `resamples` and `seed` as `fit_curves` has them.
+        scored: see there.
         names: (C,) names, say creators, of each query's candidates; they find how wide intervals must be.
         families: (C,) families of each query's candidates.
-        corpus_size: N.
+        corpus_size: see there.
         feature_mean: (F,) of the corpus.
         ownness: what tells own images from others.
-        resamples: R.
-        seed: of the bootstraps.
+        resamples: see there.
+        seed: see there.
 
     Raises:
         InputError: there is no query.

@@ -48,48 +48,6 @@ class Shares:
     """What is not named, with its interval; the shares and this sum to 1."""
 
 
-def estimate_shares(
-    calibration: Calibration,
-    similarity: np.ndarray,
-    names: np.ndarray,
-    families: np.ndarray,
-    *,
-    family_sizes: np.ndarray,
-    copies: np.ndarray | None = None,
-    own: bool = True,
-    seed: int = 0,
-) -> Shares:
-    """Divide a query's influence, above what unrelated images have, among the names of its images.
-
-    The whole is the excess of all images and one unrelated image's level: so much may be chance.
-
-    Args:
-        calibration: the curves.
-        similarity: (M,) of the M most similar images.
-        names: (M,) whose each image is, '' for no one's.
-        families: (M,) near-duplicates share one; their members count once together.
-        family_sizes: (M,) how many images of the corpus share each image's family.
-        copies: (M,) bool, images that the picture is a copy of; None: there is none.
-        own: whether the picture is the generator's own; the calibration says nothing of others, so nobody is named.
-        seed: of the bootstrap over families.
-    """
-    near = similarity > (calibration.reached if own else np.inf)  # no draw of the curve gives others any excess
-    if copies is not None and own:
-        near |= copies
-    return divide(
-        calibration,
-        similarity[near],
-        names[near],
-        families[near],
-        weights=1.0 / family_sizes[near],
-        level=calibration.level,
-        rest=float(calibration.level[0]),
-        least=LEAST_SHARE,
-        copies=None if copies is None else copies[near],
-        seed=seed,
-    )
-
-
 def divide(
     calibration: Calibration,
     similarity: np.ndarray,
@@ -162,20 +120,20 @@ def share_table(
     family_sizes: np.ndarray,
     copies: np.ndarray | None = None,
     own: bool = True,
-    seed: int = 0,
 ) -> pd.DataFrame:
-    """Shares by one column of the catalogue, as a table.
+    """Shares of a query's influence, above what unrelated images have, by one column of the catalogue.
+
+    The whole is the excess of all images and one unrelated image's level: so much may be chance.
 
     Args:
         calibration: the curves.
         similarity: (M,) of the M most similar images.
-        columns: (M,) texts of the images by name of the column: `by`, and 'source' where `by` is 'creator'.
+        columns: (M,) texts of the images by name of the column, '' for no one's: `by`, and 'source' where `by` is 'creator'.
         by: the column.
-        families: see `estimate_shares`, as the others.
-        family_sizes: (M,).
-        copies: (M,) bool or None.
-        own: whether the picture is the generator's own.
-        seed: of the bootstrap.
+        families: (M,) near-duplicates share one; their members count once together.
+        family_sizes: (M,) how many images of the corpus share each image's family.
+        copies: (M,) bool, images that the picture is a copy of; None: there is none.
+        own: whether the picture is the generator's own; the calibration says nothing of others, so nobody is named.
 
     Returns:
         Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it) and 'named', the largest share first. The
@@ -186,9 +144,14 @@ def share_table(
     """
     import pandas as pd
 
+    near = similarity > (calibration.reached if own else np.inf)  # no draw of the curve gives others any excess
+    near |= copies if copies is not None and own else False
+    similarity, columns = similarity[near], {name: values[near] for name, values in columns.items()}
+
     def estimate(names: np.ndarray) -> Shares:
-        options = {"family_sizes": family_sizes, "copies": copies, "own": own, "seed": seed}
-        return estimate_shares(calibration, similarity, names, families, **options)
+        weights, held = 1.0 / family_sizes[near], None if copies is None else copies[near]
+        options = {"weights": weights, "level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE}
+        return divide(calibration, similarity, names, families[near], copies=held, **options)
 
     found = estimate(columns[by])
     columns_of = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
