@@ -29,7 +29,7 @@ from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
-from fastattr.core.stages import fingerprint, open_stage, write_manifest
+from fastattr.core.stages import MANIFEST, fingerprint, write_manifest
 from fastattr.generators.queries import SPLITS
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig
@@ -261,8 +261,8 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
     if not set(splits) <= set(SPLITS) or len(set(splits)) != len(splits):
         raise InputError(f"rankings are named influence_SPLIT.pkl, SPLIT one of {', '.join(SPLITS)}; got {splits}.")
     queries = 0
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or open_stage(folder, "scores"))):
-        raise InputError(f"{folder} is a file; give a folder.")
+    if folder.exists() and not (folder / MANIFEST).exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something that is no score table; give another folder.")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         for number, (path, split) in enumerate(zip(files, splits, strict=True)):
