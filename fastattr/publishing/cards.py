@@ -19,36 +19,6 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 PAPER = "arxiv:2511.10721"
 """As a tag it links a repository to the paper's page on the Hub."""
 TAGS = ["data-attribution", "training-data-attribution", "text-to-image", PAPER]
-CITATION = """```bibtex
-@inproceedings{wang2025fastgda,
-  title = {Fast Data Attribution for Text-to-Image Models},
-  author = {Wang, Sheng-Yu and Hertzmann, Aaron and Efros, Alexei A. and Zhang, Richard and Zhu, Jun-Yan},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2511.10721}
-}
-```"""
-COLUMNS = {
-    "query_id": "name of the query, unique in a configuration",
-    "image": "the generated image",
-    "prompt": "what it was made from",
-    "split": "train, validation or test",
-    "image_ids": "(C) ids of the scored training images, as in the attributor's catalog.parquet",
-    "influence": "(C) rise of the training image's denoising loss (mean squared error per latent element) once the query is "
-    "unlearned, or its first-order estimate; higher = more influential, may be negative",
-    "rank": "(C) position by influence, 0 = most influential",
-    "is_outsider": "(C) true where the training image was drawn at random instead of for its likeness",
-    "query_loss_rise": "rise of the query's own loss by the unlearning step, as a part of itself",
-    "teacher": "how the scores were made",
-    "config": "fingerprint or JSON of the teacher's settings",
-    "seed": "of the query's starting noise",
-    "steps": "denoising steps",
-    "guidance": "classifier-free guidance scale",
-    "scheduler": "diffusers class that drew the query",
-    "generator": "fingerprint of the generator's weights",
-    "kind": "caption (of a training image), recombined or free",
-    "near_copy_of": "training image that the drawing is a near-copy of, or empty",
-}
 
 
 def attributor_card(
@@ -99,7 +69,6 @@ def attributor_card(
             method=_attributor_method(config, scores),
             results=results_table(metrics),
             licence=imported_sentence(imported) if imported else licence_sentence(entries),
-            citation=CITATION,
         )
     )
 
@@ -110,6 +79,7 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS, **license_data(entries))
     defaults = manifest.get("defaults", {})
     settings = f", num_inference_steps={int(defaults['steps'])}, guidance_scale={defaults['guidance']}" if defaults else ""
+    numbers = {key: value for key, value in manifest.items() if type(value) in {int, float}}
     ours = bool(manifest.get("config"))
     return str(
         ModelCard.from_template(
@@ -122,7 +92,7 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
             f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
             f"image = pipeline({example[:LONGEST_NAME]!r}{settings}).images[0]",
             provenance=provenance_table(entries),
-            training=settings_table({**manifest.get("config", {}), **_facts(manifest)}),
+            training=settings_table({**manifest.get("config", {}), **numbers}),
             licence=licence_sentence(entries),
         )
     )
@@ -158,14 +128,8 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
     first = next(iter(manifests))
     split = next(iter(manifests[first]["queries"]))
     rows = [
-        [
-            code(name),
-            text(manifest["teacher"]),
-            _counts(manifest["queries"]),
-            f"up to {manifest['candidates']:,}",
-            _cost(manifest),
-        ]
-        for name, manifest in manifests.items()
+        [code(name), text(each["teacher"]), _counts(each["queries"]), f"up to {each['candidates']:,}", _cost(each)]
+        for name, each in manifests.items()
     ]
     methods = "\n\n".join(f"**{text(name)}**\n\n{settings_table(manifest['config'])}" for name, manifest in manifests.items())
     return str(
@@ -177,11 +141,9 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
             f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
             "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
             configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
-            columns=table(["column", "what it is"], [[code(name), meaning] for name, meaning in COLUMNS.items()]),
             method=methods,
             provenance=provenance_table(entries),
             licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
-            citation=CITATION,
         )
     )
 
@@ -242,11 +204,6 @@ def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalRe
         for key, methods in measured(metrics)
         if "student" in methods
     ]
-
-
-def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says beside its config and inputs, as far as it is plain numbers."""
-    return {key: value for key, value in manifest.items() if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:
