@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from fastattr.core.files import atomic_path, read_json, sha256_file, temporary_folder, write_json
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
@@ -85,16 +85,25 @@ def train(
         config, tokenizer=tokenizer, latent_channels=latents.shape[1], latent_side=latents.shape[2]
     )
     made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
-    text_encoder = train_text_encoder(
-        text_encoder,
-        examples,
-        config,
+    foretelling = fit(
+        CaptionLoss(
+            text_encoder,
+            latent_shape=latents.shape[1:],
+            subjects=len(examples.subjects),
+            styles=len(examples.styles),
+            name_weight=config.name_weight,
+        ),
+        examples.captions_of,
+        config.text_training,
+        examples=len(corpus),
         checkpoint=folder / "checkpoint-text.safetensors",
         made_from=made_from,
         accelerator=accelerator,
+        description="text encoder",
     )
+    text_encoder = foretelling.text_encoder.requires_grad_(False)  # type: ignore[assignment,union-attr]
     average = fit(
-        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder.requires_grad_(False), scheduler),
+        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
         examples.batch_of,
         config.training,
         examples=len(corpus),
@@ -106,36 +115,6 @@ def train(
     )
     assert isinstance(average, DenoiserLoss)
     return average, tokenizer
-
-
-def train_text_encoder(
-    text_encoder: CLIPTextModel,
-    examples: TrainingExamples,
-    config: GeneratorConfig,
-    *,
-    checkpoint: Path,
-    made_from: object,
-    accelerator: Accelerator,
-) -> CLIPTextModel:
-    """A copy of the text encoder, trained to foretell what prompts look like; see text.py."""
-    average = fit(
-        CaptionLoss(
-            text_encoder,
-            latent_shape=examples.latents.shape[1:],
-            subjects=len(examples.subjects),
-            styles=len(examples.styles),
-            name_weight=config.name_weight,
-        ),
-        examples.captions_of,
-        config.text_training,
-        examples=len(examples.captions),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="text encoder",
-    )
-    trained: CLIPTextModel = average.text_encoder  # type: ignore[assignment]
-    return trained
 
 
 def save(average: DenoiserLoss, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, corpus: Corpus, folder: Path) -> None:
