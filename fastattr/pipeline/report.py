@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SHOWN = 8
 """Queries on the page."""
 NAMED = 8
 """Training images named for each."""
+CREATORS_SHOWN = 20
 PICTURE_SIDE = 160
 SKIPPED_SHOWN = 50
 
@@ -55,7 +56,7 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
     queries = Queries(run_dir / "queries")
     attributor = FastAttributor.from_pretrained(run_dir / "attributor")
-    rows = (queries.of_split("test") or list(range(len(queries.query_ids))))[:SHOWN]
+    rows = queries.of_split("test") or list(range(len(queries.query_ids)))
     images, prompts = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
     answers = attributor.attribute(images, prompts, k=min(NAMED, len(attributor)))
     assert isinstance(answers, list)
@@ -75,7 +76,9 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
             for row, copy in enumerate(copies)
             if copy
         ],
-        "shown": [_shown(image, answer, copies[row]) for row, image, answer in zip(rows, images, answers, strict=True)],
+        "shown": [_shown(*each, copies[row]) for row, *each in list(zip(rows, images, answers, strict=True))[:SHOWN]],
+        "totals": _totals(answers),
+        "answers": len(answers),
         "metrics": metrics,
         "warning": no_better_than_untuned(metrics),
         "teacher": open_stage(run_dir / "scores", "scores"),
@@ -117,12 +120,18 @@ def _costs(run_dir: Path) -> list[dict[str, Any]]:
     counts = {stage["name"]: stage for stage in plan.get("stages", [])}
     names = list(dict.fromkeys([*counts, *spent]))
     return [
-        {
-            "name": name,
-            "planned": planned.get(name),
-            "spent": spent.get(name),
-            "forward": counts.get(name, {}).get("forward"),
-            "backward": counts.get(name, {}).get("backward"),
-        }
+        {"name": name, "planned": planned.get(name), "spent": spent.get(name)}
+        | {kind: counts.get(name, {}).get(kind) for kind in ("forward", "backward")}
         for name in names
     ]
+
+
+def _totals(answers: Sequence[Attribution]) -> list[dict[str, Any]]:
+    """Each creator's mean share over some queries, largest first; the last row is what no creator can be named for."""
+    import pandas as pd
+
+    shares = pd.concat([answer.shares(by="creator") for answer in answers])
+    means = shares.groupby([shares["images"] == 0, "creator"])["share"].sum() / len(answers)
+    named = means.get(False, means.iloc[:0]).sort_values(ascending=False).head(CREATORS_SHOWN)
+    rows = [{"creator": creator or "no creator named", "share": share} for creator, share in named.items()]
+    return [*rows, *({"creator": name, "share": share} for name, share in means.get(True, means.iloc[:0]).items())]

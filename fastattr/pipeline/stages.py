@@ -22,7 +22,7 @@ from fastattr.generators.scratch import autoencoder as train_autoencoder, clip a
 from fastattr.pipeline import report
 from fastattr.pipeline.config import BuildConfig
 from fastattr.publishing import publish
-from fastattr.publishing.staging import AUTO
+from fastattr.publishing.push import AUTO
 from fastattr.students import calibrate, distill
 from fastattr.teachers import teach
 

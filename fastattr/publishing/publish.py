@@ -23,10 +23,9 @@ from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, Hu
 from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
 from fastattr.publishing.cards import attributor_card, generator_card
-from fastattr.publishing.licences import license_text, provenance
-from fastattr.publishing.push import Push
+from fastattr.publishing.licences import corpus_table, license_text, provenance
+from fastattr.publishing.push import Push, send, send_with_card
 from fastattr.publishing.score_tables import push_scores
-from fastattr.publishing.staging import corpus_table, send, send_with_card
 
 KINDS = ("generator", "scores", "attributor", "space")
 """What can be pushed, in the order in which they refer to each other."""

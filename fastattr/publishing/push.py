@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fastattr.core.errors import HubError, InputError
 from fastattr.core.files import sha256_file
 from fastattr.core.models import REFUSED, TRANSIENT, check_repo_id, errors_in_words, library, with_retries
+from fastattr.core.stages import fingerprint
+from fastattr.core.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 MAX_FILES = 250
 """Files in one push: above that the Hub's clients split a commit, and a reader could see half of it."""
+
+
+AUTO = "auto"
+"""As a tag: made from fastattr's version and the contents, so the same contents have the same tag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,24 @@ class Push:
         if self.unasked:
             lines.append(f"Not compared with what is there: {self.unasked}")
         return "\n".join([f"{self.repo_type} {self.repo_id}: {total}{tag}", *lines, self.url])
+
+
+def release_tag(folder: Path) -> str:
+    """A tag that names a folder's contents: 'v0.1.0-1a2b3c4d'."""
+    contents = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    return f"v{__version__}-{fingerprint(contents)[:8]}"
+
+
+def send_with_card(staged: Path, repo_id: str, card: str, licences: str, **target: Any) -> Push:
+    """Add card and licences to a staged folder and send it."""
+    (staged / "README.md").write_text(card, encoding="utf-8")
+    (staged / "LICENSE.md").write_text(licences, encoding="utf-8")
+    return send(staged, repo_id, **target)
+
+
+def send(staged: Path, repo_id: str, *, tag: str | None = None, **target: Any) -> Push:
+    """Send a staged folder; the tag `AUTO` becomes its `release_tag`."""
+    return push_folder(staged, repo_id, tag=release_tag(staged) if tag == AUTO else tag, **target)
 
 
 def push_folder(

@@ -22,9 +22,8 @@ from fastattr.core.models import check_repo_id, fetch
 from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS, Queries, query_schema
 from fastattr.publishing.cards import scores_card
-from fastattr.publishing.licences import license_text, merged, provenance
-from fastattr.publishing.push import Push
-from fastattr.publishing.staging import corpus_table, send_with_card
+from fastattr.publishing.licences import corpus_table, license_text, merged, provenance
+from fastattr.publishing.push import Push, send_with_card
 from fastattr.teachers.scores import SCHEMA
 
 SHARD_BYTES = 500_000_000

@@ -96,6 +96,9 @@ def test_the_report_stands_alone_and_shows_its_queries(tiny_run: Path, tiny_conf
     for row in shown:
         assert queries.prompts[row] in page
     assert "untuned" in page
+    totals = facts(load_config(tiny_config), tiny_run)["totals"]
+    assert sum(row["share"] for row in totals) == pytest.approx(1, abs=0.01)
+    assert all(row["creator"] in page for row in totals)
 
 
 def test_the_report_escapes_what_others_wrote(tiny_run: Path, tiny_config: Path):
