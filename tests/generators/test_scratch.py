@@ -113,6 +113,13 @@ def test_text_encoder_is_told_subject_and_style_of_the_same_image(examples):
     assert told[""] == {0, 1, 2, 3}
 
 
+def test_images_that_share_a_caption_without_style_are_all_learned(examples):
+    """A LoRA's corpus may have one caption for all of its images."""
+    same = TrainingExamples(examples.latents, [["a photo of my dog"]] * 4, examples.tokenizer, CONFIG, 1000)
+    _, rows = same.prompts_of(np.arange(4), torch.Generator().manual_seed(0))
+    assert rows.tolist() == [0, 1, 2, 3]
+
+
 def test_a_keyword_stands_for_the_subject_that_it_tells_most_of():
     captions = [["pick-up truck, x style", "lorry, x style", "car, x style"], ["automobile, x style", "car, x style"]]
     found = rows_without_style([*captions, ["automobile, y style", "car, y style"]])
