@@ -167,7 +167,7 @@ def encode_all(
         captions: of all rows.
         batch_size: images at once.
         rows: which; None is all of them.
-        ids: of all rows, to name an image by whose features are not finite; None calls it by its row.
+        ids: of all rows, to name an image by.
 
     Raises:
         NonFiniteError: an image has features that are not finite, or all zeros.

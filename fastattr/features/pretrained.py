@@ -93,9 +93,8 @@ class TransformersImageEncoder:
             model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
             self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
         settings = {name: value for name, value in self._processor.to_dict().items() if name in PROCESSING}
-        described, weights = json.loads(json.dumps(settings, default=_plainly)), _arrays(model)
-        self.fingerprint = encoder_fingerprint(described, weights.values())
-        self.former = former_fingerprint(str(self._processor.to_dict()), weights)
+        described = json.loads(json.dumps(settings, default=_plainly))
+        self.fingerprint = self.former = encoder_fingerprint(described, _arrays(model).values())
         model.to(options.device, options.dtype)
         self._options = options
 
@@ -123,11 +122,8 @@ class TransformersTextEncoder:
         # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
         self._masked = not model.config.model_type.startswith("siglip")
         settings = text_settings(options.captions, self._tokenizer.get_vocab(), lambda texts: self._tokens(texts)["input_ids"])
-        weights = _arrays(model)
-        own = [value for name, value in weights.items() if not name.startswith("vision_model.")]
-        self.fingerprint = encoder_fingerprint(settings | {"masked": self._masked}, own)
-        printed = f"text/{options.captions}/{self._length}/{type(self._tokenizer).__name__}"
-        self.former = former_fingerprint(printed, weights)
+        own = [value for name, value in _arrays(model).items() if not name.startswith("vision_model.")]
+        self.fingerprint = self.former = encoder_fingerprint(settings | {"masked": self._masked}, own)
         model.to(options.device, options.dtype)
         self._options = options
 
