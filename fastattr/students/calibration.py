@@ -131,7 +131,7 @@ class Calibration:
 def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, growth: float = 1.35) -> np.ndarray:
     """(P,) bin of each pair by its (P,) similarity and weight, 0 for the lowest similarities.
 
-    The topmost bin has weight `per_bin`, each next one `growth` times that of the one above, until bins hold a twentieth of all.
+    The topmost bin has weight `per_bin`, each next one `growth` times that of the one above, up to a twentieth of all.
     """
     order = np.argsort(-similarity, kind="stable")
     reached = np.cumsum(weights[order])
