@@ -52,11 +52,7 @@ class Model:
     feature_blocks: Sequence[dict[str, Any]]
 
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """(n, F) features of images and captions.
-
-        Raises:
-            InputError: the attributor has no encoders.
-        """
+        """(n, F) features of images and captions."""
         if not self.encoders:
             raise InputError(f"{self.name} has no feature encoders; give features (`attribute_features`, `add_features`).")
         return np.concatenate([encoder.encode(images, captions) for encoder in self.encoders], axis=1)
@@ -69,11 +65,7 @@ class Model:
         return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in blocks])
 
     def without_prompt(self, features: np.ndarray, alone: Sequence[bool]) -> np.ndarray:
-        """(Q, F) features of queries; where a prompt is unknown, the corpus' mean stands in its features' place.
-
-        Raises:
-            InputError: a prompt is unknown, and the attributor has no mean, or encoders that read image and prompt together.
-        """
+        """(Q, F) features of queries; where a prompt is unknown, the corpus' mean stands in its features' place."""
         if not any(alone):
             return features
         images = self.columns_of({"image", "text"})
@@ -105,11 +97,7 @@ class Asked:
 
 
 def queries_of(model: Model, image: Any, prompt: Any) -> tuple[Asked | None, bool]:
-    """What `FastAttributor.attribute` was given, checked and encoded (None for an empty list), and whether it was a list.
-
-    Raises:
-        InputError: an image can't be read, a prompt is empty, or there are more of one than of the other.
-    """
+    """What `FastAttributor.attribute` was given, checked and encoded (None for an empty list), and whether it was a list."""
     many = isinstance(image, list | tuple)
     if not many and not isinstance(prompt, str | None):
         raise InputError("one image needs one prompt, a string, or None.")
@@ -132,11 +120,7 @@ def queries_of(model: Model, image: Any, prompt: Any) -> tuple[Asked | None, boo
 
 
 def checked_k(k: Any, version: Version) -> int:
-    """How many images are asked for.
-
-    Raises:
-        InputError: it is no whole number, or out of range.
-    """
+    """How many images are asked for."""
     size = version.catalogue.ntotal
     if size == 0:
         raise InputError("every image has left this attributor; add some before asking it.")

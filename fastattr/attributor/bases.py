@@ -44,6 +44,7 @@ from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
 from fastattr.index.build import add_shards, retune
+from fastattr.index.choose import keeps_vectors
 from fastattr.index.files import empty_copy, load_index, save_index
 from fastattr.index.vectors import write_vectors
 
@@ -129,12 +130,9 @@ def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, targe
     stored = config.get("vectors")
     replaced = {*index_files(config), *([stored["file"]] if stored else []), *old_files.values(), plain}
     replaced |= {file_of(config, part) for part in ("catalog", "thumbnails", "removed")}
-    for file in sorted(sha256.keys() - replaced):
-        if file.endswith(".parquet") and "/" not in file:  # it may name images: see evaluation/showcase.py
-            files[file] = f"{Path(file).stem}{suffix}.parquet"
-    for file in [name for name in old_files if name.endswith(".parquet")]:
-        files[file] = f"{Path(file).stem}{suffix}.parquet"
-    for name in [name for name in files if name.endswith(".parquet")]:
+    tables = {name for name in [*old_files, *(sha256.keys() - replaced)] if name.endswith(".parquet") and "/" not in name}
+    for name in sorted(tables):  # they may name images: see evaluation/showcase.py
+        files[name] = f"{Path(name).stem}{suffix}.parquet"
         _write_without(folder / old_files.get(name, name), catalogue.removed, target / files[name])
         replaced.add(old_files.get(name, name))
     kept = [file for file in sha256 if file not in replaced]
@@ -165,6 +163,8 @@ def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, tar
         own = {"own_ids": True} if "IVF" in factory else {}
         return {"index_shards": [{"file": file, "first_row": 0, "rows": 0, **own}], "vectors": None}
     dim = int(config["student"]["embed_dim"])
+    if not stored and not shards[0].get("rows", 1) and keeps_vectors(empty):  # there was no image
+        stored = {"dim": dim}
     if stored:
         stored = write_vectors(catalogue.read, len(catalogue), int(stored["dim"]), target, f"index{suffix}")
     work = target / ".build"
@@ -237,12 +237,7 @@ def save(folder: Path, config: dict[str, Any], catalogue: Catalogue, version: in
 
 
 def copy_newest(folder: Path, target: Path) -> None:
-    """Write the newest version of an attributor's folder into another folder, as `save` does.
-
-    Raises:
-        MissingFileError: a file is missing.
-        ArtifactDamagedError: a file is not the one of config.json.
-    """
+    """Write the newest version of an attributor's folder into another folder, as `save` does."""
 
     def once() -> None:
         stamp = stamp_of(folder)
@@ -262,9 +257,6 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: where the attributor will be.
         overwrite: keep files there that are no attributor's, instead of refusing.
-
-    Raises:
-        InputError: `target` is a file, or holds anything that is not an attributor's.
     """
     target = target.resolve()
     if target.exists() and not target.is_dir():

@@ -227,9 +227,6 @@ class Catalogue:
 
         Returns:
             (Q, n) similarities, best first, and rows; n is k, or as many images as there are.
-
-        Raises:
-            InputError: the restriction names another column.
         """
         allowed = self._searchable & self._matching(where) if where else self._searchable
         base_rows = self._rows

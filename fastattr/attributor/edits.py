@@ -24,11 +24,7 @@ from fastattr.core.errors import InputError
 def prepared(
     model: Model, images: Sequence[Any], captions: Sequence[str | Sequence[str]], metadata: Sequence[Mapping[str, str]] | None
 ) -> tuple[np.ndarray, list[str], list[dict[str, str]], list[bytes]]:
-    """Features, captions, metadata and thumbnails of n images, as `FastAttributor.add_features` takes them.
-
-    Raises:
-        InputError: an image can't be read, one has no caption, or there are fewer of one than of another.
-    """
+    """Features, captions, metadata and thumbnails of n images, as `FastAttributor.add_features` takes them."""
     if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
         raise InputError(f"{len(images)} images need as many captions and metadata.")
     opened = [open_image(image) for image in images]
@@ -42,11 +38,7 @@ def prepared(
 
 
 def checked_records(captions: Sequence[str], metadata: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """What the catalogue is to say of images.
-
-    Raises:
-        InputError: one has no id, or that of another, or a column that there is not.
-    """
+    """What the catalogue is to say of images."""
     if len(metadata) != len(captions):
         raise InputError(f"{len(captions)} images need as many metadata, got {len(metadata)}.")
     records = [checked_metadata({"caption": caption, **own}) for caption, own in zip(captions, metadata, strict=True)]
@@ -72,9 +64,6 @@ def add(
         embeddings: (n, D).
         thumbnails: of each.
         readmit: whether images that have left may come back.
-
-    Raises:
-        InputError: the catalogue has one already, or it has left.
     """
     catalogue, ids = _catalogue(version), [record["image_id"] for record in records]
     there = [name for name, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]
@@ -94,11 +83,7 @@ def add(
 
 
 def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
-    """Take images out; some may have left already.
-
-    Raises:
-        InputError: the catalogue never had one of them.
-    """
+    """Take images out; some may have left already."""
     catalogue = _catalogue(version)
     slots = zip(image_ids, catalogue.slots(image_ids), strict=True)
     unknown = [name for name, slot in slots if slot < 0 and name not in catalogue.removed]
@@ -112,11 +97,7 @@ def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
 
 
 def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
-    """Change what the catalogue says of images.
-
-    Raises:
-        InputError: the catalogue has no such image, or no such column.
-    """
+    """Change what the catalogue says of images."""
     if any("image_id" in fields for fields in changes.values()):
         raise InputError("an image keeps its image_id; remove it and add it under another one.")
     changes = {image_id: checked_metadata(fields) for image_id, fields in changes.items()}

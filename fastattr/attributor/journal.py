@@ -25,12 +25,7 @@ def journal_of(config: Mapping[str, Any]) -> str | None:
 
 
 def read_journal(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The journal's lines, oldest first; none without a journal.
-
-    Raises:
-        MissingFileError: there is no journal where the config names one.
-        ArtifactDamagedError: it is not the one of the config.
-    """
+    """The journal's lines, oldest first; none without a journal."""
     file = journal_of(config)
     if file is None:
         return []
