@@ -56,7 +56,7 @@ class Influence:
     percentile: float | None = None
     """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
     strength: str | None = None
-    """'strong', 'medium' or 'weak', see `Calibration.strengths_of`; None where the calibration separates nothing, or the picture
+    """'strong', 'medium' or 'weak' (`Calibration.strengths_of`); None where the calibration separates nothing, or the picture
     does not look like the generator's own."""
     image_part: float | None = None
     """How much of `similarity` is the image's doing, ..."""
