@@ -72,8 +72,8 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
         "skipped": skipped,
         "queries": queries.manifest,
         "near_copies": [
-            {"query_id": queries.query_ids[row], "prompt": queries.prompts[row], "image_id": copy}
-            for row, copy in enumerate(copies)
+            {"query_id": name, "prompt": prompt, "image_id": copy}
+            for name, prompt, copy in zip(queries.query_ids, queries.prompts, copies, strict=True)
             if copy
         ],
         "shown": [_shown(*each, copies[row]) for row, *each in list(zip(rows, images, answers, strict=True))[:SHOWN]],

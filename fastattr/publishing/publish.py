@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from fastattr.attributor.bases import copy_newest
 from fastattr.attributor.folder import read_config
 from fastattr.attributor.version import Parts, open_version
-from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, MissingFileError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
 from fastattr.publishing.cards import attributor_card, generator_card
@@ -37,24 +37,14 @@ class PushConfig:
 
     namespace: str = ""
     """User or organisation on the Hub; '' pushes nothing."""
-    kinds: tuple[str, ...] = ("scores", "attributor")
-    """Some of 'generator', 'scores', 'attributor' and 'space'; a pretrained generator is not ours to push."""
+    kinds: tuple[Literal["generator", "scores", "attributor", "space"], ...] = ("scores", "attributor")
+    """A pretrained generator is not ours to push."""
     private: bool = True
     """Of repositories that are made."""
 
-    def __post_init__(self) -> None:
-        if unknown := set(self.kinds) - set(KINDS):
-            raise InputError(f"push.kinds names {sorted(unknown)}; there are {', '.join(KINDS)}")
-
 
 def push_attributor(
-    folder: Path,
-    repo_id: str,
-    *,
-    generator: str | None = None,
-    scores: str | None = None,
-    message: str | None = None,
-    **target: Any,
+    folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None, message: str = "", **target: Any
 ) -> Push:
     """Push an attributor folder with its card to a model repository.
 
