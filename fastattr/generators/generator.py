@@ -433,13 +433,6 @@ class Generator:
         squares: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
         return squares
 
-    def mean_output(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """(B,) mean of the network's prediction over the latent's elements; arguments as `training_loss`. For DAS."""
-        means: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).mean(dim=(1, 2, 3))
-        return means
-
     def predict(
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:

@@ -11,9 +11,8 @@ from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator, noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
-OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output", "mean": "mean_output"}
-"""What can be measured, by name, and the generator's method that measures it: the denoising loss, the mean square of the
-network's prediction (D-TRAK), or its mean (DAS)."""
+OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output"}
+"""What can be measured, and the generator's method for it: the denoising loss, or the prediction's mean square (D-TRAK)."""
 
 
 def denoising_losses(
@@ -114,25 +113,6 @@ def image_losses(
     losses = losses.reshape(len(rows), images.views)
     require_finite(losses, images, rows, "loss")
     return losses
-
-
-@torch.no_grad()
-def error_factors(
-    generator: Generator, images: EncodedImages, *, draws: int, batch_size: int, seed: int, span: tuple[float, float] = (0, 1)
-) -> np.ndarray:
-    """(N,) how much of the corpus' error is each image's own: DAS multiplies its scores by it.
-
-    The root of an image's loss at each draw, divided by the root of the sum of all images' losses there, averaged over
-    draws. Source: DAS (ICLR 2025), its third refinement of D-TRAK.
-    """
-    count = len(images.image_ids)
-    errors = np.zeros((count, draws))
-    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
-    for row in range(count):
-        parts = [losses.flatten() for _, losses in denoising_losses(generator, images, np.array([row]), **drawn)]
-        errors[row] = torch.cat(parts).double().cpu().numpy().reshape(-1, draws).sum(axis=0)
-    shares: np.ndarray = np.sqrt(errors / errors.sum(axis=0)).mean(axis=1)
-    return shares
 
 
 def require_finite(values: np.ndarray, images: EncodedImages, rows: np.ndarray, what: str) -> None:
