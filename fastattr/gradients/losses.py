@@ -31,9 +31,8 @@ def denoising_losses(
 
     Args:
         generator: with the weights to measure.
-        images: encoded images.
-        rows: (C,) which of them.
-        draws: timesteps spread evenly over the schedule, each with noise of its own, fixed by (image id, draw, seed).
+        images: encoded images; `rows` (C,) says which of them.
+        draws: timesteps spread evenly over the span, each with noise of its own, fixed by (image id, draw, seed).
         batch_size: network evaluations at once; does not change the losses.
         seed: of the noise.
         output: one of `OUTPUTS`.

