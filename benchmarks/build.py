@@ -301,7 +301,8 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
         started = time.monotonic()
         peak = peak_of(start(config, plain))
         seconds = time.monotonic() - started
-        here, spent = read_json(plain / "plan.json")["here"], sum(read_json(plain / "spent.json").values())
+        plan = read_json(plain / "plan.json")
+        here, spent = plan["here"], sum(read_json(plain / "spent.json").values())
         if not (plain / "report" / "index.html").exists():
             sys.exit("the build wrote no report")
         return {
@@ -311,8 +312,8 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
             "planned_stages_seconds": here["seconds"]["in all"],
             "plan_time_error": abs(here["seconds"]["in all"] / spent - 1),
             "peak_memory": peak,
-            "planned_peak_memory": here["peak_memory"],
-            "plan_memory_error": abs(here["peak_memory"] / peak - 1),
+            "planned_peak_memory": plan["peak_memory"],
+            "plan_memory_error": abs(plan["peak_memory"] / peak - 1),
             "load_average": os.getloadavg()[1],  # above the number of cores, the seconds are those of a shared machine
             **planted_copies(plain, seed=seed),
         }

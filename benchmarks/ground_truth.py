@@ -76,7 +76,7 @@ def open_run(config: RetrainConfig, run_dir: Path, source: Path | None) -> Retra
     if source is None:
         source = run_dir / "source"
         if not (run_dir / "corpus" / MANIFEST).exists():
-            corpora.run(CorpusConfig(), source)
+            corpora.run(CorpusConfig(variants=True), source)
     return prepare(config, run_dir, autoencoder=AUTOENCODER, source=source)
 
 

@@ -9,8 +9,13 @@ import json
 import os
 import platform
 import shlex
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -83,6 +88,36 @@ def report(results: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
         write_json(path, dict(results))
     print(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`fastattr ARGUMENTS --port PORT` in a process of its own, once it answers, and its port; ended afterwards.
+
+    Raises:
+        RuntimeError: it ended by itself.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", "fastattr", *arguments, "--port", str(port)]
+    server = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if server.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended by itself with {server.returncode}")
+            time.sleep(0.02)
+        yield server, port
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def run(main: Callable[[], object]) -> None:

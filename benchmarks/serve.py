@@ -14,13 +14,8 @@ import contextlib
 import http.client
 import io
 import json
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +25,6 @@ from PIL import Image
 
 FORM = {"Content-Type": "multipart/form-data; boundary=frontier"}
 JSON = {"Content-Type": "application/json"}
-
-
-@contextmanager
-def served(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A fresh `fastattr serve` that answers, and its port; ended afterwards.
-
-    Raises:
-        RuntimeError: it ended by itself.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "fastattr", "serve", "emoji", "--port", str(port), *options])
-    try:
-        while server.poll() is None:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            raise RuntimeError("the server ended")
-        yield server, port
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -104,7 +74,7 @@ def measure(clients: int, enemies: int, seconds: float) -> dict[str, Any]:
     """Honest clients' answers beside hostile ones'; then each hostile request once more, by itself."""
     pictures = [png(np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)) for number in range(64)]
     hostile = list(hostile_requests(pictures[0]).values())
-    with served() as (server, port):
+    with machine.served("serve", "emoji") as (server, port):
         post(port, "/attribute", form(pictures[0]), FORM)  # the encoders are warm
         milliseconds: list[float] = []
         failed: list[int] = []

@@ -16,14 +16,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,40 +50,6 @@ def prompts(first: int) -> Iterator[str]:
         number += 1
 
 
-@contextmanager
-def served() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A fresh `fastattr demo`, ended afterwards, and its address (it may not answer yet)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fastattr", "demo", "--port", str(port)]
-    settings = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", "TQDM_DISABLE": "1"}
-    server = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield server, f"http://127.0.0.1:{port}"
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def wait_until_it_answers(port: int, timeout: float = 120.0) -> None:
-    """Wait for a server on this machine.
-
-    Raises:
-        TimeoutError: nothing answers in time.
-    """
-    ends = time.monotonic() + timeout
-    while time.monotonic() < ends:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise TimeoutError(f"nothing answers on port {port} after {timeout:.0f} s")
-
-
 def start_seconds(repeats: int) -> list[float]:
     """Seconds from the command to a page whose button can be clicked, of fresh processes."""
     found = []
@@ -95,9 +57,8 @@ def start_seconds(repeats: int) -> list[float]:
         for _ in tqdm(range(repeats), desc="starts", unit="start"):
             page = browser.new_page()
             started = time.monotonic()
-            with served() as (_, url):
-                wait_until_it_answers(int(url.rpartition(":")[2]))
-                page.goto(url)
+            with machine.served("demo") as (_, port):
+                page.goto(f"http://127.0.0.1:{port}")
                 page.get_by_role("button", name="Generate and attribute").click(trial=True)
                 found.append(time.monotonic() - started)
             page.close()
@@ -176,8 +137,8 @@ def main() -> None:
     from fastattr.space.tabs import MAX_CACHED
 
     starts = start_seconds(1 if options.quick else 3)
-    with served() as (server, url):
-        wait_until_it_answers(int(url.rpartition(":")[2]))
+    with machine.served("demo") as (server, port):
+        url = f"http://127.0.0.1:{port}"
         clicks = click_seconds(url, 3 if options.quick else 20)
         visitors = ten_visitors(url)
         used = memory(url, server.pid, warm_up=10 if options.quick else MAX_CACHED, generations=10 if options.quick else 200)

@@ -18,7 +18,7 @@ from fastattr.features.kinds import open_encoder
 from fastattr.generators.queries import Queries
 from fastattr.students.calibrate import fit_calibration
 from fastattr.students.calibration import Calibration, corpus_weights, teacher_percentiles
-from fastattr.students.ownness import fit_density
+from fastattr.students.ownness import fit_ownness, measures_of
 from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import Student
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 BOTH = ("open_clip-image:encoder", "open_clip-text:encoder")
 
 
-def calibrate(tables: Tables, space: str, student: Student, *, seed: int) -> Calibration:
+def calibrate(tables: Tables, space: str, student: Student, run_dir: Path, *, seed: int) -> Calibration:
     """The calibration that the attributor would hold."""
+    queries, of_image = Queries(run_dir / "queries"), np.repeat([True, False], tables.images["image"].shape[1])
+    pictures = [queries.image(row) for split in ("train", "validation") for row in queries.of_split(split)]
     creators, families = np.array(tables.corpus.column("creator")), families_of(tables.corpus.column("family"))
     rows = tables.rows["validation"]
     return fit_calibration(
@@ -39,14 +41,23 @@ def calibrate(tables: Tables, space: str, student: Student, *, seed: int) -> Cal
         [families[own] for own in rows],
         corpus_size=len(tables.corpus),
         feature_mean=tables.images[space].mean(axis=0),
-        density=fit_density(tables.queries[space, "train"], tables.queries[space, "validation"], false_alarms=0.05),
+        ownness=fit_ownness(
+            tables.queries[space, "train"],
+            tables.queries[space, "validation"],
+            image=of_image,
+            text=~of_image,
+            measures=np.stack([measures_of(picture) for picture in pictures]),
+            captions=(text for texts in tables.corpus.captions for text in texts),
+            false_alarms=0.05,
+            seed=seed,
+        ),
         seed=seed,
     )
 
 
 def measure_degrees(tables: Tables, student: Student, run_dir: Path, *, seed: int) -> dict[str, Any]:
     """Shares, percentiles and warnings on the test queries, whose scores are the exact teacher's."""
-    calibration = calibrate(tables, "both", student, seed=seed)
+    calibration = calibrate(tables, "both", student, run_dir, seed=seed)
     creators, families = np.array(tables.corpus.column("creator")), families_of(tables.corpus.column("family"))
     expected, actual, inside, percentiles = [], [], [], []
     similarities = tables.similarities("both", "test", student)
@@ -112,8 +123,11 @@ def foreign_images(
     turned = prompts[len(prompts) // 2 :] + prompts[: len(prompts) // 2]
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in rows]
     flat = [Image.new("RGB", (64, 64), tuple(rng.integers(0, 256, 3).tolist())) for _ in rows]
+    letters = np.array([*"abcdefghijklmnopqrstuvwxyz"])
+    unseen = [" ".join("".join(rng.choice(letters, 7)) for _ in range(3)) for _ in rows]
     kinds: dict[str, tuple[list[Any], list[str]]] = {
         "other_prompt": (own, turned),
+        "unknown_words": (own, unseen),
         "noise": (noise, prompts),
         "one_colour": (flat, prompts),
     }
@@ -143,13 +157,17 @@ def sample_photographs(count: int, *, seed: int) -> list[Image.Image]:
 
 def measure_foreign(tables: Tables, calibration: Calibration, run_dir: Path, *, seed: int) -> dict[str, Any]:
     """Error rates of the own-or-foreign check: own test queries called foreign, and foreign kinds not recognised."""
-    assert calibration.density is not None
     queries = Queries(run_dir / "queries")
-    alarms = calibration.density.is_foreign(tables.queries["both", "test"])
-    found: dict[str, Any] = machine.share("foreign_false_alarms", alarms)
     encoders = [open_encoder(name, folder=run_dir) for name in BOTH]
     rows = queries.of_split("test")
-    for kind, (images, prompts) in foreign_images(tables.corpus, queries, rows, seed=seed).items():
+
+    def doubted(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in encoders], axis=1)
-        found |= machine.share(f"foreign_missed_{kind}", ~calibration.density.is_foreign(features))
+        doubts = calibration.ownness.doubts(features, prompts, [measures_of(image) for image in images])
+        return np.array([bool(reasons) for reasons in doubts])
+
+    own = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
+    found: dict[str, Any] = machine.share("foreign_false_alarms", doubted(*own))
+    for kind, foreign in foreign_images(tables.corpus, queries, rows, seed=seed).items():
+        found |= machine.share(f"foreign_missed_{kind}", ~doubted(*foreign))
     return found

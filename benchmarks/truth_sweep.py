@@ -30,7 +30,7 @@ from fastattr.evaluation.against_truth import compare_with_truth
 from fastattr.evaluation.lds import noise_ceiling, outputs_of, residual_outputs
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
-from fastattr.generators.generator import CROSS_ATTENTION_KV
+from fastattr.generators.families import CROSS_ATTENTION_KV
 
 logger = logging.getLogger(__name__)
 

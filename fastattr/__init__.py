@@ -26,7 +26,7 @@ from fastattr.core.errors import (
 from fastattr.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fastattr.attributor.attribution import Attribution
+    from fastattr.attributor.attribution import Attribution, to_csv
     from fastattr.attributor.attributor import FastAttributor
     from fastattr.attributor.load import read_info
     from fastattr.evaluation.showcase import read_counterfactuals, read_generated
@@ -61,6 +61,7 @@ __all__ = [
     "read_generated",
     "read_info",
     "run_stage",
+    "to_csv",
 ]
 LAZY = {
     "Attribution": "fastattr.attributor.attribution",
@@ -72,6 +73,7 @@ LAZY = {
     "read_generated": "fastattr.evaluation.showcase",
     "read_info": "fastattr.attributor.load",
     "run_stage": "fastattr.pipeline.build",
+    "to_csv": "fastattr.attributor.attribution",
 }
 """Names whose modules load heavy libraries (torch, diffusers), and the modules."""
 

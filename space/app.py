@@ -12,8 +12,9 @@ import argparse
 import contextlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,29 @@ LOADING_SECONDS = 1800
 """Longest that a visitor waits for models that are being loaded."""
 
 
+@dataclass(frozen=True)
+class Page:
+    """What every view is laid out around."""
+
+    demo: gr.Blocks
+    generator: Generator
+    attributor: FastAttributor
+    recent: gr.State
+    info: Mapping[str, Any]
+
+
+VIEWS: dict[str, Callable[[Page, gr.Tab], None]] = {
+    strings.TAB_GENERATE: lambda page, tab: tabs.generate_tab(
+        page.demo, page.generator, page.attributor, page.recent, page.info
+    ),
+    strings.TAB_ATTRIBUTE: lambda page, tab: tabs.attribute_tab(page.attributor, page.recent),
+    strings.TAB_COUNTERFACTUAL: lambda page, tab: tabs.counterfactual_tab(tab, page.attributor),
+}
+"""The page's tabs: title, and what lays it out. A new view is a function in tabs.py and a line here."""
+NEEDED_FILES = {strings.TAB_COUNTERFACTUAL: "counterfactuals.parquet"}
+"""Views that are left out where the attributor's folder lacks a file."""
+
+
 def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
     """Lay out the page around one generator and one attributor; `serve` starts it."""
     info = attributor.info()
@@ -56,13 +80,11 @@ def create_demo(generator: Generator, attributor: FastAttributor) -> gr.Blocks:
         gr.Markdown(f"{strings.HEADING}\n\n{intro.format(images=info['images'])}")
         recent = gr.State([])
         with gr.Tabs(overflow_behavior="wrap"):  # a menu would hide the last tab from phones, when it pleased
-            with gr.Tab(strings.TAB_GENERATE):
-                tabs.generate_tab(demo, generator, attributor, recent, info)
-            with gr.Tab(strings.TAB_ATTRIBUTE):
-                tabs.attribute_tab(attributor, recent)
-            if "counterfactuals.parquet" in info["files"]:
-                with gr.Tab(strings.TAB_COUNTERFACTUAL) as tab:
-                    tabs.counterfactual_tab(tab, attributor)
+            page = Page(demo, generator, attributor, recent, info)
+            for title, view in VIEWS.items():
+                if NEEDED_FILES.get(title) in {None, *info["files"]}:
+                    with gr.Tab(title) as tab:
+                        view(page, tab)
         gr.HTML(render.footer(answers.public_name(generator.name), {**info, "name": answers.public_name(info["name"])}))
     demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     demo.examples = tabs.examples_of(info)

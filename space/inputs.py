@@ -135,6 +135,8 @@ def uploaded(path: str) -> bytes:
             if found.st_size > MAX_BYTES:
                 raise InputError(strings.HEAVY_IMAGE.format(limit=MAX_BYTES // 1_000_000))
             return opened.read(MAX_BYTES + 1)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # there is none; a null byte; links in a circle
         raise InputError(strings.NOT_UPLOADED) from error
 

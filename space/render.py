@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from fastattr import to_csv
+
 if __package__:
     from . import strings
 else:  # run as a script: the Space's own folder is on the path
@@ -287,8 +289,7 @@ def carry(receipt: Mapping[str, Any], table: pd.DataFrame, link: str | None) -> 
     document = json.dumps(receipt, indent=2, ensure_ascii=False).encode()
     links = [
         f'<a download="{strings.RECEIPT_NAME}" href="{_data(document, "application/json")}">{strings.RECEIPT}</a>',
-        f'<a download="{strings.SHARES_CSV_NAME}" href="{_data(table.to_csv(index=False).encode(), "text/csv")}">'
-        f"{strings.SHARES_CSV}</a>",
+        f'<a download="{strings.SHARES_CSV_NAME}" href="{_data(to_csv(table).encode(), "text/csv")}">{strings.SHARES_CSV}</a>',
     ]
     if link:
         links.append(f'<a class="link" href="{escape(link)}">{strings.LINK}</a>')

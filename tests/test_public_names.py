@@ -39,6 +39,7 @@ PUBLIC_NAMES = [
     "read_generated",
     "read_info",
     "run_stage",
+    "to_csv",
 ]
 
 

@@ -35,8 +35,8 @@ generator:
   text_layers: 1
   steps: 2
   guidance: 2.0
+  text_training: {{steps: 3, batch_size: 4, checkpoint_every: 2}}
   training: {{steps: 3, batch_size: 4, checkpoint_every: 2}}
-refinement: {{steps: 2, warmup_steps: 1, recombined_share: 0.3}}
 encoder:
   embed_dim: 16
   image_size: 16

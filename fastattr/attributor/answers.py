@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from fastattr.attributor.attribution import REACH, Attribution, Influence, Reach, found as known
 from fastattr.attributor.catalogue import Catalogue
+from fastattr.attributor.inputs import image_sha256, open_image
 from fastattr.attributor.make import plain_vectors
 from fastattr.attributor.restrictions import Where
 from fastattr.attributor.version import Version
@@ -28,6 +30,7 @@ from fastattr.corpus.near_copies import look_of, looks_of, near_copies
 from fastattr.index.search import search, stored_vectors
 from fastattr.students.calibration import Calibration
 from fastattr.students.light import LightStudent
+from fastattr.students.ownness import measures_of
 
 if TYPE_CHECKING:
     from fastattr.features.encoder import Encoder
@@ -48,6 +51,12 @@ class Model:
     embed_dim: int
     feature_blocks: Sequence[dict[str, Any]]
 
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """(n, F) features of images and captions."""
+        if not self.encoders:
+            raise InputError(f"{self.name} has no feature encoders; give features (`attribute_features`, `add_features`).")
+        return np.concatenate([encoder.encode(images, captions) for encoder in self.encoders], axis=1)
+
     def columns_of(self, kinds: set[str]) -> np.ndarray | None:
         """(F,) bool: which features are of images, if all are of one of these kinds; None otherwise or if it isn't known."""
         blocks = self.feature_blocks
@@ -56,11 +65,7 @@ class Model:
         return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in blocks])
 
     def without_prompt(self, features: np.ndarray, alone: Sequence[bool]) -> np.ndarray:
-        """(Q, F) features of queries; where a prompt is unknown, the corpus' mean stands in its features' place.
-
-        Raises:
-            InputError: a prompt is unknown, and the attributor has no mean, or encoders that read image and prompt together.
-        """
+        """(Q, F) features of queries; where a prompt is unknown, the corpus' mean stands in its features' place."""
         if not any(alone):
             return features
         images = self.columns_of({"image", "text"})
@@ -87,14 +92,35 @@ class Asked:
     """Spent on the features."""
     looks: list[bytes] | None = None
     """Of each query's picture, see corpus/near_copies.py; None where there is none."""
+    measures: list[np.ndarray] | None = None
+    """Of each query's picture, see students/ownness.py; None where there is none."""
+
+
+def queries_of(model: Model, image: Any, prompt: Any) -> tuple[Asked | None, bool]:
+    """What `FastAttributor.attribute` was given, checked and encoded (None for an empty list), and whether it was a list."""
+    many = isinstance(image, list | tuple)
+    if not many and not isinstance(prompt, str | None):
+        raise InputError("one image needs one prompt, a string, or None.")
+    images = list(image) if many else [image]
+    prompts = [prompt] * len(images) if isinstance(prompt, str | None) else list(prompt)
+    if len(prompts) != len(images):
+        raise InputError(f"{len(images)} images came with {len(prompts)} prompts; give one prompt an image.")
+    if not images:
+        return None, many
+    opened = [open_image(one) for one in images]
+    for text in prompts:
+        if text is not None and not (isinstance(text, str) and text.strip()):
+            raise InputError("the prompt is empty; give the prompt that the image was made from, or None.")
+    started, texts = time.perf_counter(), [text or "" for text in prompts]
+    features = model.without_prompt(model.encode(opened, [[text] for text in texts]), [text is None for text in prompts])
+    hashes = [image_sha256(image, text) for image, text in zip(opened, texts, strict=True)]
+    seconds = {"features": time.perf_counter() - started}
+    looks, measures = [look_of(image) for image in opened], [measures_of(image) for image in opened]
+    return Asked(features, texts, hashes, seconds, looks, measures), many
 
 
 def checked_k(k: Any, version: Version) -> int:
-    """How many images are asked for.
-
-    Raises:
-        InputError: it is no whole number, or out of range.
-    """
+    """How many images are asked for."""
     size = version.catalogue.ntotal
     if size == 0:
         raise InputError("every image has left this attributor; add some before asking it.")
@@ -123,7 +149,7 @@ def by_embedding(
     nearest = list(zip(rows, similarities, strict=True))
     with_features = len(asked.features) > 0
     parts = _parts(model, asked.features, catalogue, nearest) if with_features else [None] * len(nearest)
-    warnings = _warnings(calibration, asked.features) if with_features else [[] for _ in nearest]
+    warnings = _warnings(calibration, asked) if with_features else [[] for _ in nearest]
     seconds = {**asked.seconds, "search": time.perf_counter() - started}
     size = catalogue.count(where)
     answers = []
@@ -222,19 +248,18 @@ def _parts(
     return parts
 
 
-def _warnings(calibration: Calibration | None, features: np.ndarray) -> list[list[str]]:
+def _warnings(calibration: Calibration | None, asked: Asked) -> list[list[str]]:
     """For each query what its reader should know."""
-    density = calibration.density if calibration else None
-    if density is None:
-        return [[] for _ in features]
+    if calibration is None or calibration.ownness is None:
+        return [[] for _ in asked.prompts]
     return [
         [
-            f"Image and prompt do not look like this generator's output (distance {distance:.2f}; its own stay below "
-            f"{density.threshold:.2f}). For an image that it did not make, these are the training images that resemble it."
+            f"Image and prompt do not look like this generator's output: {'; '.join(doubts)}. For an image that it did not "
+            "make, these are the training images that resemble it."
         ]
-        if distance > density.threshold
+        if doubts
         else []
-        for distance in density.distance(features)
+        for doubts in calibration.ownness.doubts(asked.features, asked.prompts, asked.measures)
     ]
 
 

@@ -10,37 +10,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from fastattr.attributor import bases, edits
-from fastattr.attributor.answers import Asked, Model, by_embedding, by_features, by_student, checked_k
+from fastattr.attributor.answers import Asked, Model, by_embedding, by_features, by_student, queries_of
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import history, lock
-from fastattr.attributor.folder import read_config, settled, stamp_of
-from fastattr.attributor.inputs import (
-    ImageLike,
-    checked_features,
-    checked_metadata,
-    features_sha256,
-    image_sha256,
-    open_image,
-)
-from fastattr.attributor.journal import read_journal
+from fastattr.attributor.folder import read_config, stamp_of
+from fastattr.attributor.inputs import ImageLike, checked_features, features_sha256
+from fastattr.attributor.journal import plain_entries, read_journal
 from fastattr.attributor.load import describe, load
-from fastattr.attributor.make import thumbnail_bytes
 from fastattr.attributor.restrictions import Where
 from fastattr.attributor.version import Parts, Version, open_version
 from fastattr.core.errors import InputError, MissingFileError
 from fastattr.core.models import ASSETS, commit_of
-from fastattr.corpus.near_copies import look_of
 
 if TYPE_CHECKING:
     import torch
@@ -80,12 +69,7 @@ class FastAttributor:
         """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
 
         Args:
-            name_or_path: which one.
-            revision: branch, tag or commit on the Hub.
-            cache_dir: where the Hub client keeps downloads.
-            token: Hub access token; None takes the stored one.
-            local_files_only: take the cached copy, ask no network.
-            force_download: fetch again what the cache holds.
+            name_or_path: which one; `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`: the Hub client's.
             device: where the feature encoders run; None takes CUDA if there is one, but for small CLIPs, which run in NumPy.
             dtype: of the feature encoders; None is float32.
             backend: what computes the feature encoders: 'numpy', 'torch', or None, which takes NumPy for small CLIPs on a CPU.
@@ -94,28 +78,17 @@ class FastAttributor:
             index_uri: search the Milvus server or file that `fastattr index --backend milvus` filled, and fetch no index.
 
         Raises:
-            ArtifactNotFoundError: there is no such model (RevisionNotFoundError: no such revision of it;
-                MissingFileError: a file of it is missing; IncompleteDownloadError: the cache holds a part of it only).
+            ArtifactNotFoundError: there is no such model, revision or file, or the cache holds a part of it only.
             ArtifactDamagedError: a file's checksum is not that of config.json.
             FormatVersionError: it was written by a newer fastattr.
             EncoderMismatchError: its feature encoders have other weights than those the student was trained on.
             HubError: the Hub refuses, or can't be reached.
             InputError: there is no such shard.
         """
-        found = load(
-            name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            parts=Parts(thumbnails, shards),
-            index_uri=index_uri,
-        )
-        return cls(*found)
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        encoders = {"device": device, "dtype": dtype, "backend": backend}
+        return cls(*load(name_or_path, parts=Parts(thumbnails, shards), index_uri=index_uri, **encoders, **hub))
 
     @property
     def folder(self) -> Path:
@@ -129,10 +102,7 @@ class FastAttributor:
 
     @property
     def catalog(self) -> pa.Table:
-        """One row an image that has not been removed.
-
-        image_id, caption, creator, license, source, url, group, subgroup, family; thumbnail (WebP) if loaded.
-        """
+        """One row an image that is there: image_id, caption, creator, license, source, url, group, ...; thumbnail if loaded."""
         return self._newest().catalogue.table
 
     def __len__(self) -> int:
@@ -149,14 +119,14 @@ class FastAttributor:
         """Name the k training images that influenced a generated image most.
 
         Args:
-            image: the generated image (Pillow image, array, tensor, bytes or file; see `inputs.open_image`), or a list of them.
+            image: the generated image, anything that `inputs.open_image` opens, or a list of images.
             prompt: its prompt, or as many prompts; None attributes the image alone.
             k: how many training images, 1 to the size of the corpus.
-            where: name only images with these values, e.g. {"creator": ["Ada", "Bob"], "license": "CC0-1.0"}; columns are
-                `restrictions.FILTERS`, and 'since' and 'until' bound the column 'date'. There may be fewer than k.
+            where: name only images with these values, e.g. {"creator": ["Ada", "Bob"], "license": "CC0-1.0"}, by a column of
+                `restrictions.FILTERS`; 'since' and 'until' bound the column 'date'. There may be fewer than k.
 
         Returns:
-            One `Attribution`, or a list of them if a list was given.
+            One `Attribution`, or a list if a list was given.
 
         Raises:
             InputError: an image can't be read, a prompt is empty, or k is out of range.
@@ -173,11 +143,8 @@ class FastAttributor:
     ) -> Attribution | list[Attribution]:
         """Name the k training images that are most similar by the untuned features: what resembles, not what influenced.
 
-        Args and answer are those of `attribute`; percentiles are None and shares are of the listed images, each counting
-        with its similarity.
-
-        Raises:
-            InputError: as `attribute`, or the attributor holds no index of untuned features.
+        As `attribute`; percentiles are None, and shares are of the listed images, each counting with its similarity. Raises
+        InputError, too, if the attributor holds no index of untuned features.
         """
         return self._answer(image, prompt, k, lambda version, asked: by_features(self._model, version, asked, k))
 
@@ -185,48 +152,20 @@ class FastAttributor:
         self, image: Any, prompt: Any, k: int, find: Callable[[Version, Asked], list[Attribution]]
     ) -> Attribution | list[Attribution]:
         """`attribute` or `plain`, of one or many."""
-        many = isinstance(image, list | tuple)
-        if not many and not isinstance(prompt, str | None):
-            raise InputError("one image needs one prompt, a string, or None.")
-        images = list(image) if many else [image]
-        prompts = [prompt] * len(images) if isinstance(prompt, str | None) else list(prompt)
-        if len(prompts) != len(images):
-            raise InputError(f"{len(images)} images came with {len(prompts)} prompts; give one prompt an image.")
-        if not images:
-            return []
-        version = self._newest()
-        checked_k(k, version)
-        found = find(version, self._encode([open_image(one) for one in images], prompts))
+        asked, many = queries_of(self._model, image, prompt)
+        found = find(self._newest(), asked) if asked else []
         return found if many else found[0]
-
-    def _encode(self, images: Sequence[Image.Image], prompts: Sequence[str | None]) -> Asked:
-        """The queries with their features."""
-        for text in prompts:
-            if text is not None and not (isinstance(text, str) and text.strip()):
-                raise InputError("the prompt is empty; give the prompt that the image was made from, or None.")
-        if not self._model.encoders:
-            raise InputError(f"{self.name} has no feature encoders; give features to `attribute_features` instead.")
-        started = time.perf_counter()
-        texts = [text or "" for text in prompts]
-        encoded = [encoder.encode(images, [[text] for text in texts]) for encoder in self._model.encoders]
-        features = self._model.without_prompt(np.concatenate(encoded, axis=1), [text is None for text in prompts])
-        hashes = [image_sha256(image, text) for image, text in zip(images, texts, strict=True)]
-        seconds = {"features": time.perf_counter() - started}
-        return Asked(features, texts, hashes, seconds, [look_of(image) for image in images])
 
     def attribute_features(
         self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None
     ) -> list[Attribution]:
-        """Name the k training images that influenced each of Q images most, from features computed elsewhere.
+        """As `attribute`, of Q images, from features computed elsewhere.
 
         Args:
             features: (Q, F) finite, the encoders' outputs side by side, as the student was trained on.
             prompts: Q prompts, kept in the answers.
             k: how many training images, 1 to the size of the corpus.
             where: see `attribute`.
-
-        Raises:
-            InputError: the features have another shape or are not finite, or k is out of range.
         """
         features = checked_features(features, len(prompts), self.config["feature_dim"])
         hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
@@ -286,41 +225,22 @@ class FastAttributor:
         *,
         readmit: bool = False,
     ) -> list[str]:
-        """Take images into the catalogue; nothing is trained. When this returns, they are on the disk.
+        """Take n images into the catalogue; nothing is trained. When this returns, they are on the disk. Returns their ids.
 
         Args:
-            images: n training images.
+            images: training images.
             captions: one, or several, of each.
             metadata: of each, columns of the catalogue ('creator', 'license', 'source', 'url', 'group', 'subgroup', 'family',
                 'date' as YYYY-MM-DD, 'image_id'); an id that is left out is made from pixels and caption.
             readmit: whether images that were removed once may come back.
 
-        Returns:
-            The n image ids.
-
         Raises:
-            InputError: an image can't be read, an id is there already or was removed, or there is such no column.
+            InputError: an image can't be read, an id is there already or was removed, or there is no such column.
         """
-        if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
-            raise InputError(f"{len(images)} images need as many captions and metadata.")
-        if not self._model.encoders:
-            raise InputError(f"{self.name} has no feature encoders; give features to `add_features` instead.")
-        opened = [open_image(image) for image in images]
-        texts = [[text] if isinstance(text, str) else list(text) for text in captions]
-        if not all(text and isinstance(text[0], str) and text[0].strip() for text in texts):
-            raise InputError("every image needs a caption.")
-        if not opened:
+        if not len(images) and not len(captions):
             return []
-        features = np.concatenate([encoder.encode(opened, texts) for encoder in self._model.encoders], axis=1)
-        names = [f"added-{image_sha256(image, text[0])[:16]}" for image, text in zip(opened, texts, strict=True)]
-        fields = metadata or [{}] * len(opened)
-        return self.add_features(
-            features,
-            [text[0] for text in texts],
-            [{"image_id": name, **own} for name, own in zip(names, fields, strict=True)],
-            thumbnails=[thumbnail_bytes(image, quality=40) for image in opened],
-            readmit=readmit,
-        )
+        features, texts, fields, thumbnails = edits.prepared(self._model, images, captions, metadata)
+        return self.add_features(features, texts, fields, thumbnails=thumbnails, readmit=readmit)
 
     def add_features(
         self,
@@ -331,83 +251,55 @@ class FastAttributor:
         thumbnails: Sequence[bytes] | None = None,
         readmit: bool = False,
     ) -> list[str]:
-        """Take images into the catalogue from features computed elsewhere; see `add`.
-
-        Args:
-            features: (n, F) finite, as for `attribute_features`.
-            captions: n.
-            metadata: of each, with 'image_id'.
-            thumbnails: a small WebP of each.
-            readmit: whether images that were removed once may come back.
-        """
+        """As `add`, from (n, F) features computed elsewhere; metadata have an 'image_id', thumbnails are small WebP files."""
         features = checked_features(features, len(captions), self.config["feature_dim"])
-        if len(metadata) != len(captions):
-            raise InputError(f"{len(captions)} images need as many metadata, got {len(metadata)}.")
-        fields = [{"caption": caption, **own} for caption, own in zip(captions, metadata, strict=True)]
-        records = [checked_metadata(own) for own in fields]
-        ids = [record.get("image_id", "") for record in records]
-        if "" in ids or len(set(ids)) < len(ids):
-            raise InputError("every image needs an image_id of its own.")
-        if ids:
+        records = edits.checked_records(captions, metadata)
+        if records:
             embeddings = self._model.student.embed(features)
             with self._changing() as version:
                 edits.add(version, records, embeddings, thumbnails, readmit=readmit)
-        return ids
+        return [record["image_id"] for record in records]
 
     def remove(self, image_ids: Sequence[str], *, reason: str = "") -> None:
         """Take images out of the catalogue for good: no answer names them from now on. Some may have left already.
 
         Args:
             image_ids: which.
-            reason: kept in the journal.
+            reason: kept in the log.
 
         Raises:
-            InputError: the catalogue never had one of them.
+            InputError: the catalogue never had one of them, or the removal could not be kept.
         """
         ids = [image_ids] if isinstance(image_ids, str) else list(dict.fromkeys(image_ids))
         with self._changing() as version:
             edits.remove(version, ids, reason)
 
     def update(self, changes: Mapping[str, Mapping[str, str]]) -> None:
-        """Change what the catalogue says of images; similarities stay as they are.
-
-        Args:
-            changes: new values by column, by image id.
+        """Change what the catalogue says of images: new values by column, by image id. Similarities stay as they are.
 
         Raises:
             InputError: the catalogue has no such image, or no such column.
         """
-        if any("image_id" in fields for fields in changes.values()):
-            raise InputError("an image keeps its image_id; remove it and add it under another one.")
-        checked = {image_id: checked_metadata(fields) for image_id, fields in changes.items()}
         with self._changing() as version:
-            edits.update(version, checked)
+            edits.update(version, changes)
 
     def compact(self) -> None:
         """Fold all changes into a new base, which erases the data of removed images from every file of the folder."""
-        self.require_whole()
         with self._changing() as version:
-            if not version.parts.whole:
-                raise InputError("load the attributor whole (thumbnails, all shards) to compact it.")
-            assert isinstance(version.catalogue, Catalogue)
-            bases.compact(version.folder, bases.upgraded(version.folder, version.base), version.catalogue)
+            bases.compact(version.folder)
 
     def history(self) -> list[dict[str, Any]]:
         """The changes since the base was made, oldest first: version, time, operation and image ids."""
         version = self._newest()
-        plain = ("version", "time", "operation", "image_ids", "reason", "removed")
-        return history(version.folder) or [
-            {name: value for name, value in entry.items() if name in plain}
-            | ({"image_ids": [image["image_id"] for image in entry["images"]]} if "images" in entry else {})
-            for entry in read_journal(version.folder, version.base)
-        ]
+        return history(version.folder) or plain_entries(read_journal(version.folder, version.base))
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Version]:
         """The newest version, which no one else can change until the block ends; what was changed is then taken up."""
         if not isinstance(self._version.catalogue, Catalogue):
             raise InputError("change the attributor's folder, then bring Milvus up to it: `fastattr index --backend milvus`.")
-        self._require_own()
+        if not self._scratch:
+            self._own()
         with lock(self._version.folder):
             version = self._newest()
             if bases.unswept(version.folder, version.base):
@@ -415,18 +307,13 @@ class FastAttributor:
             yield version
         self._newest()
 
-    def _require_own(self) -> None:
-        """Work on a copy of what is not the user's to change: an embedded model, or the Hub client's cache.
-
-        Raises:
-            InputError: the user named that very folder, so that a change to a copy would not be what they asked for.
-        """
+    def _own(self) -> None:
+        """Work on a copy of an embedded model or the Hub client's cache; refuse if the user named that very folder."""
         version = self._version
-        if self._scratch or not (version.folder.is_relative_to(ASSETS) or commit_of(version.folder)):
+        if not (version.folder.is_relative_to(ASSETS) or commit_of(version.folder)):
             return
         if Path(self.name).is_dir():
             raise InputError(f"{self.name} is not yours to change; write a copy with `save_pretrained`, and change that.")
-        self.require_whole()
         logger.warning("%s can't be changed in place: changes are kept until this process ends, or you save it.", self.name)
         self._scratch = tempfile.TemporaryDirectory(prefix="fastattr-")
         copy = Path(self._scratch.name) / "attributor"
@@ -434,9 +321,7 @@ class FastAttributor:
         self._version = open_version(copy, read_config(copy), version.parts, stamp=stamp_of(copy))
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the attributor to a folder that `from_pretrained` loads; an earlier attributor there is replaced.
-
-        What has left is not written. An attributor that has been changed is written as a new base, as by `compact`.
+        """Write the attributor to a folder; an earlier attributor there is replaced. What has left is not written.
 
         Args:
             folder: where to.
@@ -446,19 +331,10 @@ class FastAttributor:
             InputError: the folder is a file, or holds other files.
             MissingFileError: the attributor was loaded in part only.
         """
-        if Path(folder).resolve() == self._version.folder.resolve():
-            return
-        self.require_whole()
-
-        def write() -> None:
-            version = self._newest()
-            if not version.parts.whole:
-                version = open_version(version.folder, version.base, Parts(), stamp=version.stamp)
-            assert isinstance(version.catalogue, Catalogue)
+        if Path(folder).resolve() != self.folder.resolve():
+            self.require_whole()
             with bases.replacing(Path(folder), overwrite=overwrite) as temporary:
-                bases.save(version.folder, version.base, version.catalogue, version.number, temporary)
-
-        settled(self._version.folder, write)
+                bases.copy_newest(self.folder, temporary)
 
     def require_whole(self) -> None:
         """Raise MissingFileError if it was loaded without some of its files."""

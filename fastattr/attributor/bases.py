@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from fastattr.attributor import changes
 from fastattr.attributor.catalogue import Catalogue
-from fastattr.attributor.changes import Image, writing
+from fastattr.attributor.changes import writing
 from fastattr.attributor.folder import (
     FORMAT_VERSION,
     copy_base,
@@ -38,18 +39,17 @@ from fastattr.attributor.folder import (
     write_config,
     write_table,
 )
-from fastattr.attributor.journal import images_of, journal_of, read_journal
+from fastattr.attributor.journal import images_of, journal_of, plain_entries, read_journal
 from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
-from fastattr.index.build import add_shards
+from fastattr.index.build import add_shards, retune
+from fastattr.index.choose import keeps_vectors
 from fastattr.index.files import empty_copy, load_index, save_index
 from fastattr.index.vectors import write_vectors
 
-LEFTOVER = re.compile(
-    r"\.?(catalog|thumbnails|index|vectors|journal|plain|removed|generated|counterfactuals)-v\d+[\w.-]*"
-    r"|\.(catalog|thumbnails|index|vectors|plain|removed|config)[\w-]*\.\d+\.\w+"
-)
+PART = r"(catalog|thumbnails|index|vectors|journal|plain|removed|generated|counterfactuals)"
+LEFTOVER = re.compile(rf"\.?{PART}-v\d+[\w.-]*|\.({PART}|config)[\w-]*\.\d+\.\w+")
 """What a killed writer may have left behind: parts of a base that was not published, and temporary files."""
 ATTRIBUTOR = re.compile(
     rf"config\.json|{re.escape(changes.FILE)}(-wal|-shm|-journal)?|\.lock|README\.md|LICENSE\.md|\.gitattributes"
@@ -73,37 +73,28 @@ def upgraded(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if changes.read(folder, config) is None:
         with writing(folder, config, base=new["seal"]) as writer:
             writer.version = int(config.get("catalog_version", 1))
-            writer.put([image if image.vector is None else _new(image) for image in images_of(entries)])
-            for entry in entries:
-                ids = entry.get("image_ids") or entry.get("removed") or [each["image_id"] for each in entry.get("images", [])]
-                reason = entry.get("reason", "")
-                writer.note(entry["operation"], ids, reason, time=entry["time"], version=entry["version"])
+            writer.put([replace(image, place=0) for image in images_of(entries)])
+            for entry in plain_entries(entries):
+                ids = entry.get("image_ids", entry.get("removed", []))
+                writer.note(entry["operation"], ids, entry.get("reason", ""), time=entry["time"], version=entry["version"])
     write_config(folder, new)
     if journal:
         (folder / journal).unlink(missing_ok=True)
     return new
 
 
-def _new(image: Image) -> Image:
-    return Image(image.image_id, image.has_left, image.fields, image.vector, image.thumbnail)
-
-
-def compact(folder: Path, config: dict[str, Any], catalogue: Catalogue) -> None:
-    """Fold all changes into a new base and publish it; the caller holds the lock. Files of the old base are deleted.
-
-    Args:
-        folder: of the attributor.
-        config: its config.json, in the present format.
-        catalogue: what it holds, whole, with thumbnails if it has any.
-    """
+def compact(folder: Path) -> None:
+    """Fold all changes into a new base and publish it; the caller holds the lock. Files of the old base are deleted."""
+    stamp, config = stamp_of(folder), upgraded(folder, read_config(folder))
     sweep(folder, config)
-    known = changes.read(folder, config)
-    version = (known.version if known else int(config.get("catalog_version", 1))) + 1
-    new = write_base(folder, config, catalogue, folder, suffix=f"-v{version}")
+    version = open_version(folder, config, Parts(), stamp=stamp)
+    catalogue, number = version.catalogue, version.number + 1
+    assert isinstance(catalogue, Catalogue)
+    new = write_base(folder, config, catalogue, folder, suffix=f"-v{number}")
     replaced = sorted(config["sha256"].keys() - new["sha256"].keys())
-    new = seal({**new, "catalog_version": version, "folds": config["seal"], "replaced": replaced})
+    new = seal({**new, "catalog_version": number, "folds": config["seal"], "replaced": replaced})
     with writing(folder, config, base=config["seal"]) as writer:
-        writer.fold(new["seal"], version)
+        writer.fold(new["seal"], number)
         writer.note("compact", list(catalogue.removed))
         write_config(folder, new)
     changes.erase_traces(folder)
@@ -139,12 +130,9 @@ def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, targe
     stored = config.get("vectors")
     replaced = {*index_files(config), *([stored["file"]] if stored else []), *old_files.values(), plain}
     replaced |= {file_of(config, part) for part in ("catalog", "thumbnails", "removed")}
-    for file in sorted(sha256.keys() - replaced):
-        if file.endswith(".parquet") and "/" not in file:  # it may name images: see evaluation/showcase.py
-            files[file] = f"{Path(file).stem}{suffix}.parquet"
-    for file in [name for name in old_files if name.endswith(".parquet")]:
-        files[file] = f"{Path(file).stem}{suffix}.parquet"
-    for name in [name for name in files if name.endswith(".parquet")]:
+    tables = {name for name in [*old_files, *(sha256.keys() - replaced)] if name.endswith(".parquet") and "/" not in name}
+    for name in sorted(tables):  # they may name images: see evaluation/showcase.py
+        files[name] = f"{Path(name).stem}{suffix}.parquet"
         _write_without(folder / old_files.get(name, name), catalogue.removed, target / files[name])
         replaced.add(old_files.get(name, name))
     kept = [file for file in sha256 if file not in replaced]
@@ -174,15 +162,21 @@ def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, tar
         save_index(empty, target / file)
         own = {"own_ids": True} if "IVF" in factory else {}
         return {"index_shards": [{"file": file, "first_row": 0, "rows": 0, **own}], "vectors": None}
+    dim = int(config["student"]["embed_dim"])
+    if not stored and not shards[0].get("rows", 1) and keeps_vectors(factory):  # there was no image
+        stored = {"dim": dim}
     if stored:
         stored = write_vectors(catalogue.read, len(catalogue), int(stored["dim"]), target, f"index{suffix}")
     work = target / ".build"
     work.mkdir()
     save_index(empty, work / "trained.faiss")
     rows = int(shards[0].get("rows", 0)) if len(shards) > 1 else 0
-    listed = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, target, name=f"index{suffix}")
+    name = f"index{suffix}"
+    listed = add_shards(work / "trained.faiss", catalogue.read, len(catalogue), rows, target, name=name)
     remove(work)
-    return {"index_shards": listed, "vectors": stored}
+    built = {**config, "index_shards": listed, "vectors": stored}
+    parts = [catalogue.first_added] if catalogue.first_added < len(catalogue) else []
+    return {"vectors": stored, **retune(target, built, catalogue.read, len(catalogue), dim, name=name, parts=parts)}
 
 
 def _write_plain(path: Path, sha256: str, catalogue: Catalogue, target: Path) -> None:
@@ -212,7 +206,8 @@ def _write_without(path: Path, removed: dict[str, None], target: Path) -> None:
 def sweep(folder: Path, config: dict[str, Any]) -> None:
     """Delete the files of the base that this one replaced, and what a killed writer left of a base that was not published."""
     remove(folder / ".build")
-    names = {*config.get("replaced", []), *(path.name for path in folder.iterdir() if LEFTOVER.fullmatch(path.name))}
+    replaced = {name for name in config.get("replaced", []) if re.match(PART, name)}
+    names = replaced | {*(path.name for path in folder.iterdir() if LEFTOVER.fullmatch(path.name))}
     for name in names - config["sha256"].keys():
         (folder / name).unlink(missing_ok=True)
 
@@ -242,12 +237,7 @@ def save(folder: Path, config: dict[str, Any], catalogue: Catalogue, version: in
 
 
 def copy_newest(folder: Path, target: Path) -> None:
-    """Write the newest version of an attributor's folder into another folder, as `save` does.
-
-    Raises:
-        MissingFileError: a file is missing.
-        ArtifactDamagedError: a file is not the one of config.json.
-    """
+    """Write the newest version of an attributor's folder into another folder, as `save` does."""
 
     def once() -> None:
         stamp = stamp_of(folder)
@@ -267,9 +257,6 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: where the attributor will be.
         overwrite: keep files there that are no attributor's, instead of refusing.
-
-    Raises:
-        InputError: `target` is a file, or holds anything that is not an attributor's.
     """
     target = target.resolve()
     if target.exists() and not target.is_dir():

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from fastattr.attributor.changes import Image
 from fastattr.attributor.restrictions import DAY, FILTERS, Where, restriction_of
-from fastattr.core.errors import ArtifactDamagedError
 from fastattr.index.search import Ranked
 
 COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
@@ -23,8 +22,6 @@ FEW = 1000
 """Image ids that are looked up without a table of all ids."""
 FOLD = 1000
 """Changed rows of the base that are kept apart; more are written into the columns in memory."""
-EXACT_ROWS = 10_000
-"""If a restriction leaves no more rows than this, all of them are compared."""
 
 
 class Catalogue:
@@ -230,13 +227,10 @@ class Catalogue:
 
         Returns:
             (Q, n) similarities, best first, and rows; n is k, or as many images as there are.
-
-        Raises:
-            InputError: the restriction names another column.
         """
         allowed = self._searchable & self._matching(where) if where else self._searchable
         base_rows = self._rows
-        similarities, slots = self._search_base(queries, k, allowed[:base_rows])
+        similarities, slots = self.base.search(queries, k, allowed=allowed[:base_rows])
         fresh = np.flatnonzero(allowed[base_rows:])
         if len(fresh):
             similarities = np.concatenate([similarities, queries @ self._stacked[fresh].T], axis=1)
@@ -245,30 +239,10 @@ class Catalogue:
             similarities, slots = np.take_along_axis(similarities, best, axis=1), np.take_along_axis(slots, best, axis=1)
         return similarities, np.searchsorted(self.alive, slots)
 
-    def _search_base(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, n) similarities and slots among the allowed rows of the base, best first; n is k or what there is."""
-        count = int(allowed.sum())
-        wanted = min(k, count)
-        if not wanted:
-            return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
-        excluded = self.base.ntotal - count
-        if excluded and count <= EXACT_ROWS and self.base.reads_rows:
-            rows = np.flatnonzero(allowed)
-            similarities = self.base.similarities(queries, rows)
-            best = np.argsort(-similarities, axis=1, kind="stable")[:, :wanted]
-            return np.take_along_axis(similarities, best, axis=1), rows[best]
-        fetch, widen, widest = wanted + min(excluded, wanted), 1, self.base.index.widest
-        while True:
-            similarities, rows = self.base.search(queries, min(fetch, self.base.ntotal), widen=widen)
-            good = (rows >= 0) & allowed[rows]
-            if (good.sum(axis=1) >= wanted).all():
-                break
-            if fetch >= self.base.ntotal and widen >= widest:
-                raise ArtifactDamagedError("the index finds fewer rows than it holds; build the attributor again.")
-            widen = 2 * widen if (rows < 0).any() or fetch >= self.base.ntotal else widen
-            fetch *= 2
-        best = np.argsort(~good, axis=1, kind="stable")[:, :wanted]
-        return np.take_along_axis(similarities, best, axis=1), np.take_along_axis(rows, best, axis=1)
+    @property
+    def first_added(self) -> int:
+        """The first row of an image that was added since the base; the number of rows if there is none."""
+        return int(np.searchsorted(self.alive, self._rows))
 
     def rows_of(self, slots: np.ndarray) -> np.ndarray:
         """(n,) rows of the images in (n,) slots; -1 for those that have been removed."""

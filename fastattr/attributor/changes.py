@@ -39,8 +39,6 @@ SCHEMA = 1
 """Format of the database."""
 WAIT = 60.0
 """Seconds that SQLite waits for another process's transaction."""
-AT_ONCE = 500
-"""Image ids in one statement."""
 NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs")
 """File systems whose machines share no memory, as SQLite's write-ahead log needs it."""
 TABLES = """
@@ -96,10 +94,6 @@ def read(folder: Path, config: Mapping[str, Any], *, after: int = -1) -> Changes
         folder: of the attributor.
         config: its config.json.
         after: the version that is known already; -1 reads everything, and checks that no row is missing.
-
-    Raises:
-        MovedError: config.json is not, or no longer, that of the database's base.
-        ArtifactDamagedError: the database is damaged.
     """
     if not (folder / FILE).exists():
         return None
@@ -121,19 +115,14 @@ def history(folder: Path) -> list[dict[str, Any]]:
     if not (folder / FILE).exists():
         return []
     with _connection(folder) as connection:
-        if _state(connection) is None:
-            return []
-        found = connection.execute("SELECT version, time, operation, reason, image_ids FROM log ORDER BY rowid").fetchall()
-    return [
-        {
-            "version": version,
-            "time": time,
-            "operation": operation,
-            "removed" if operation == "compact" else "image_ids": json.loads(image_ids),
-            **({"reason": reason} if reason else {}),
-        }
-        for version, time, operation, reason, image_ids in found
-    ]
+        state = _state(connection)
+        names = ("version", "time", "operation", "reason", "image_ids")
+        found = connection.execute(f"SELECT {', '.join(names)} FROM log ORDER BY rowid").fetchall() if state else []
+    entries = [{**dict(zip(names, row, strict=True)), "image_ids": json.loads(row[-1])} for row in found]
+    for entry in entries:
+        if entry["operation"] == "compact":
+            entry["removed"] = entry.pop("image_ids")
+    return [{name: value for name, value in entry.items() if value != ""} for entry in entries]
 
 
 # ---- writing
@@ -141,11 +130,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Be the only writer of a folder, waiting for another one; a killed process lets go by itself.
-
-    Raises:
-        InputError: the folder can't be written to.
-    """
+    """Be the only writer of a folder, waiting for another one; a killed process lets go by itself."""
     try:
         file = (folder / ".lock").open("a")
     except OSError as error:
@@ -164,21 +149,22 @@ class Writer:
 
     def put(self, images: Iterable[Image]) -> None:
         """Set what holds of images from this version on."""
-        for batch in _batches(list(images)):
-            old = {row["image_id"]: row for row in self._found([image.image_id for image in batch])}
-            keep = [image for image in batch if image.place and image.image_id in old]  # an update leaves its place
-            self._forget([row for name, row in old.items() if name not in {image.image_id for image in keep}])
-            for image in keep:
-                self._write(image, image.place)
-                self._sum -= int.from_bytes(old[image.image_id]["digest"], "big")
-            for image in batch:
-                if image.place == 0 or image.image_id not in old:
-                    self._write(image, None)
+        images = list(images)
+        old = {row["image_id"]: row for row in self._found([image.image_id for image in images])}
+        for image in images:
+            was = old.get(image.image_id)
+            if was:
+                self._connection.execute("DELETE FROM images WHERE place = ?", (was["place"],))
+                self._sum -= int.from_bytes(was["digest"], "big")
+            fields = json.dumps(image.fields, ensure_ascii=False) if image.fields else ""
+            row = (image.image_id, self.version, int(image.has_left), fields, image.vector, image.thumbnail)
+            place, digest = image.place if image.place and was else None, _digest(*row)  # an update leaves its place
+            self._connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (place, *row, digest))
+            self._sum += int.from_bytes(digest, "big")
 
     def images(self, image_ids: Sequence[str]) -> dict[str, Image]:
         """What holds of these images before this change, as far as changes have touched them."""
-        rows = (row for batch in _batches(list(image_ids)) for row in self._found(batch))
-        return {row["image_id"]: _image(row) for row in rows}
+        return {row["image_id"]: _image(row) for row in self._found(image_ids)}
 
     def note(self, operation: str, image_ids: Sequence[str], reason: str = "", *, time: str = "", version: int = 0) -> None:
         """Write a line of the log."""
@@ -200,21 +186,8 @@ class Writer:
         state = self._state | {"version": self.version, "total": f"{self._sum % (1 << 128):032x}"}
         _write_state(self._connection, state)
 
-    def _write(self, image: Image, place: int | None) -> None:
-        fields = json.dumps(image.fields, ensure_ascii=False) if image.fields else ""
-        row = (image.image_id, self.version, int(image.has_left), fields, image.vector, image.thumbnail)
-        digest = _digest(*row)
-        self._connection.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (place, *row, digest))
-        self._sum += int.from_bytes(digest, "big")
-
     def _found(self, image_ids: Sequence[str]) -> list[dict[str, Any]]:
-        marks = ", ".join("?" * len(image_ids))
-        return _rows(self._connection, f"WHERE image_id IN ({marks})", list(image_ids))
-
-    def _forget(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows:
-            self._connection.execute("DELETE FROM images WHERE place = ?", (row["place"],))
-            self._sum -= int.from_bytes(row["digest"], "big")
+        return _rows(self._connection, "WHERE image_id IN (SELECT value FROM json_each(?))", [json.dumps(list(image_ids))])
 
 
 @contextlib.contextmanager
@@ -226,10 +199,6 @@ def writing(folder: Path, config: Mapping[str, Any], *, base: str, first: Sequen
         config: its config.json.
         base: seal of the base that the changes belong to: the config's, or that of the config which is to take its place.
         first: what held before the first change: images that had left before the base was made.
-
-    Raises:
-        InputError: the folder can't be written to, or the disk is full; nothing was changed.
-        ArtifactDamagedError: the database is damaged.
     """
     with _connection(folder, write=True) as connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -278,11 +247,8 @@ def _connection(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connec
     except sqlite3.OperationalError as error:
         if "malformed" in str(error) or "no such" in str(error):
             raise ArtifactDamagedError(lost(folder, str(error))) from error
-        done = "nothing was changed" if write else "nothing was read"
-        raise InputError(
-            f"{path} can't be {'written' if write else 'read'} ({error}); {done}. Look whether the disk is full, the folder "
-            "may be written to, and no other program holds the file."
-        ) from error
+        what = "written; nothing was changed" if write else "read"
+        raise InputError(f"{path} can't be {what} ({error}): look for a full disk, and for who may write there.") from error
     except (sqlite3.DatabaseError, OverflowError) as error:
         raise ArtifactDamagedError(lost(folder, str(error))) from error
     finally:
@@ -361,29 +327,25 @@ def _state(connection: sqlite3.Connection) -> dict[str, Any] | None:
     state = dict(zip(names, found[0], strict=True))
     if isinstance(state["schema"], int) and state["schema"] > SCHEMA:
         raise FormatVersionError(f"{FILE} has the format {state['schema']}, this fastattr reads {SCHEMA}; upgrade fastattr.")
-    if _state_digest(state) != state["digest"]:
+    if _values(state) != found[0]:
         raise sqlite3.DatabaseError("its state is not what was written")
     return state
 
 
 def _write_state(connection: sqlite3.Connection, state: dict[str, Any]) -> None:
     connection.execute("DELETE FROM state")
-    values = [state[name] for name in ("schema", "base", "was", "version", "total")]
-    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?)", (*values, _state_digest(state)))
+    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?)", _values(state))
 
 
-def _state_digest(state: Mapping[str, Any]) -> str:
+def _values(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A row of `state`, its digest last."""
     values = [state[name] for name in ("schema", "base", "was", "version", "total")]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return (*values, hashlib.sha256(json.dumps(values).encode()).hexdigest())
 
 
 def _folded(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether the base of config.json holds everything that the database says."""
     return bool(config.get("folds")) and config["folds"] == state["base"] and config["seal"] != state["base"]
-
-
-def _batches(values: list[Any]) -> Iterator[list[Any]]:
-    return (values[start : start + AT_ONCE] for start in range(0, len(values), AT_ONCE))
 
 
 def lost(folder: Path, why: str) -> str:

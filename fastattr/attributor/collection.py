@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import versions
 from fastattr.attributor.restrictions import Where, restriction_of
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, MissingExtraError
+from fastattr.index.search import require_finite_queries
 
 try:
     from pymilvus import DataType, MilvusClient
@@ -37,19 +39,26 @@ MAX_CALL = 64_000_000
 """Bytes of one call, in or out."""
 TEXT = 4_096
 """Bytes of one text; Milvus keeps them to a given length."""
+LONGEST_ID = 512
+"""Bytes of an image id."""
 FIELDS = (*COLUMNS, "date")
 STATE = "fastattr_state"
 """Property of a collection: the versions that it was brought up to."""
 
 
 def connect(uri: str, token: str = "") -> MilvusClient:
-    """A client.
+    """A client; 'https://...' is encrypted.
+
+    Without a token FASTATTR_MILVUS_TOKEN is taken, and the server's certificate is checked against the file that
+    FASTATTR_MILVUS_CA names, if it is set; both hold for loading and for searching.
 
     Raises:
         ArtifactNotFoundError: nothing answers there.
     """
+    authority = os.environ.get("FASTATTR_MILVUS_CA")
+    secured = {"secure": True, "server_pem_path": authority} if authority else {}
     try:
-        return MilvusClient(uri=uri, token=token, timeout=30)
+        return MilvusClient(uri=uri, token=token or os.environ.get("FASTATTR_MILVUS_TOKEN", ""), timeout=30, **secured)
     except (MilvusException, OSError, ValueError) as error:
         raise ArtifactNotFoundError(f"no Milvus answers at {uri!r} ({error}); start it, or give another --uri.") from error
 
@@ -78,7 +87,7 @@ def state_of(client: MilvusClient, collection: str) -> dict[str, Any]:
 def create(client: MilvusClient, collection: str, dim: int, index_type: str) -> None:
     """An empty collection for embeddings of (dim,) values and the fields of the catalogue."""
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field("image_id", DataType.VARCHAR, is_primary=True, max_length=512)
+    schema.add_field("image_id", DataType.VARCHAR, is_primary=True, max_length=LONGEST_ID)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=dim)
     for name in FIELDS:
         if name != "image_id":
@@ -88,6 +97,23 @@ def create(client: MilvusClient, collection: str, dim: int, index_type: str) -> 
     client.create_collection(collection, schema=schema, index_params=index, consistency_level="Strong")
 
 
+def literal(value: str | Sequence[str]) -> str:
+    """A text, or a list of texts, as a literal of Milvus's language: whatever it holds, it stays one value.
+
+    Milvus binds parameters itself, but Milvus Lite does not, and the client's own `get` and `delete` splice ids.
+    """
+    if not isinstance(value, str):
+        return f"[{', '.join(map(literal, value))}]"
+    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        value = value.replace(plain, escaped)
+    return f'"{value}"'
+
+
+def ids_among(ids: Sequence[str]) -> str:
+    """The condition that an image is one of these."""
+    return f"image_id in {literal(ids)}"
+
+
 def filter_of(where: Where) -> str:
     """A restriction in Milvus's words.
 
@@ -95,11 +121,11 @@ def filter_of(where: Where) -> str:
         InputError: it names another column.
     """
     wanted = restriction_of(where)
-    terms = [f"{name} in {json.dumps(values, ensure_ascii=False)}" for name, values in wanted.values.items()]
+    terms = [f"{name} in {literal(values)}" for name, values in wanted.values.items()]
     if wanted.since:
-        terms.append(f"date >= {json.dumps(wanted.since)}")
+        terms.append(f"date >= {literal(wanted.since)}")
     if wanted.until:
-        terms.append(f"date <= {json.dumps(wanted.until + chr(0x10FFFF), ensure_ascii=False)}")
+        terms.append(f"date <= {literal(wanted.until + chr(0x10FFFF))}")
     return " and ".join([*terms, 'date != ""'] if wanted.dated else terms)
 
 
@@ -140,6 +166,8 @@ class MilvusBackend:
                 state["catalog_version"],
                 own["catalog_version"],
             )
+        if state.get("missing"):
+            logger.warning("Milvus lacks %d images that could not be loaded; see `fastattr index`", state["missing"])
         return cls(client, collection, config, removed)
 
     def with_removed(self, removed: Sequence[str] | dict[str, None]) -> MilvusBackend:
@@ -165,8 +193,9 @@ class MilvusBackend:
         """As `Catalogue.search`.
 
         Raises:
-            InputError: k is more than a Milvus server gives, or the restriction names another column.
+            InputError: k is more than a Milvus server gives, a query is not finite, or the restriction names another column.
         """
+        require_finite_queries(queries)
         if k > MAX_TOPK:
             raise InputError(f"Milvus gives at most {MAX_TOPK} images a query, asked for {k}.")
         expression = filter_of(where) if where else ""
@@ -208,6 +237,10 @@ class MilvusBackend:
         ids = [self._ids[row] for row in rows]
         found: dict[str, dict[str, Any]] = {}
         for start in range(0, len(ids), 1000):
-            for record in self._client.get(self._collection, ids=ids[start : start + 1000], output_fields=list(FIELDS)):
+            chosen = ids_among(ids[start : start + 1000])
+            for record in self._client.query(self._collection, filter=chosen, output_fields=list(FIELDS)):
                 found[record["image_id"]] = dict(record)
+        missing = [image_id for image_id in ids if image_id not in found]
+        if missing:
+            raise ArtifactMismatchError(f"Milvus found {missing[0]!r} and no longer has it; ask again, it is being changed.")
         return [found[image_id] for image_id in ids]

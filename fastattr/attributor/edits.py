@@ -7,14 +7,45 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from fastattr.attributor.answers import Model
 from fastattr.attributor.bases import upgraded
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import Image, Writer, writing
+from fastattr.attributor.inputs import checked_metadata, image_sha256, open_image
+from fastattr.attributor.make import thumbnail_bytes
 from fastattr.attributor.version import Version, removed_before
 from fastattr.core.errors import InputError
+
+
+def prepared(
+    model: Model, images: Sequence[Any], captions: Sequence[str | Sequence[str]], metadata: Sequence[Mapping[str, str]] | None
+) -> tuple[np.ndarray, list[str], list[dict[str, str]], list[bytes]]:
+    """Features, captions, metadata and thumbnails of n images, as `FastAttributor.add_features` takes them."""
+    if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
+        raise InputError(f"{len(images)} images need as many captions and metadata.")
+    opened = [open_image(image) for image in images]
+    texts = [[text] if isinstance(text, str) else list(text) for text in captions]
+    if not all(text and isinstance(text[0], str) and text[0].strip() for text in texts):
+        raise InputError("every image needs a caption.")
+    names = [f"added-{image_sha256(image, text[0])[:16]}" for image, text in zip(opened, texts, strict=True)]
+    fields = [{"image_id": name, **own} for name, own in zip(names, metadata or [{}] * len(names), strict=True)]
+    thumbnails = [thumbnail_bytes(image, quality=40) for image in opened]
+    return model.encode(opened, texts), [text[0] for text in texts], fields, thumbnails
+
+
+def checked_records(captions: Sequence[str], metadata: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """What the catalogue is to say of images."""
+    if len(metadata) != len(captions):
+        raise InputError(f"{len(captions)} images need as many metadata, got {len(metadata)}.")
+    records = [checked_metadata({"caption": caption, **own}) for caption, own in zip(captions, metadata, strict=True)]
+    ids = [record.get("image_id", "") for record in records]
+    if "" in ids or len(set(ids)) < len(ids):
+        raise InputError("every image needs an image_id of its own.")
+    return records
 
 
 def add(
@@ -33,9 +64,6 @@ def add(
         embeddings: (n, D).
         thumbnails: of each.
         readmit: whether images that have left may come back.
-
-    Raises:
-        InputError: the catalogue has one already, or it has left.
     """
     catalogue, ids = _catalogue(version), [record["image_id"] for record in records]
     there = [name for name, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]
@@ -55,11 +83,7 @@ def add(
 
 
 def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
-    """Take images out; some may have left already.
-
-    Raises:
-        InputError: the catalogue never had one of them.
-    """
+    """Take images out; some may have left already."""
     catalogue = _catalogue(version)
     slots = zip(image_ids, catalogue.slots(image_ids), strict=True)
     unknown = [name for name, slot in slots if slot < 0 and name not in catalogue.removed]
@@ -73,11 +97,10 @@ def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
 
 
 def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
-    """Change what the catalogue says of images.
-
-    Raises:
-        InputError: the catalogue has no such image.
-    """
+    """Change what the catalogue says of images."""
+    if any("image_id" in fields for fields in changes.values()):
+        raise InputError("an image keeps its image_id; remove it and add it under another one.")
+    changes = {image_id: checked_metadata(fields) for image_id, fields in changes.items()}
     slots = zip(changes, _catalogue(version).slots(list(changes)), strict=True)
     unknown = [name for name, slot in slots if slot < 0]
     if unknown:

@@ -38,13 +38,7 @@ def seal(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """An attributor's config.json, checked as far as everything else relies on it.
-
-    Raises:
-        MissingFileError: there is none.
-        FormatVersionError: it was written by a newer fastattr.
-        ArtifactDamagedError: it is damaged, or names files outside its folder.
-    """
+    """An attributor's config.json, checked as far as everything else relies on it."""
     path = folder / "config.json"
     if not path.exists():
         raise MissingFileError(f"{folder} has no config.json; it is no attributor, or an incomplete one.")
@@ -68,17 +62,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_names(path: Path, config: Mapping[str, Any]) -> None:
-    """Every file that a config names lies in its folder and has a checksum; a link may lead to the Hub client's cache only.
-
-    Raises:
-        ArtifactDamagedError: one does not; the text names it.
-    """
+    """Every file that a config names lies in its folder and has a checksum; a link may lead to the Hub client's cache only."""
     sha256 = config["sha256"]
-    for file, checksum in sha256.items():
+    for file in [*sha256, *config.get("replaced", [])]:
         parts = file.split("/")
         if "\\" in file or "\0" in file or not all(parts) or {".", ".."} & set(parts) or Path(file).is_absolute():
             raise ArtifactDamagedError(f"{path} names {file!r}, outside its folder; do not use it.")
-        if not isinstance(checksum, str):
+        if not isinstance(sha256.get(file, ""), str):
             raise ArtifactDamagedError(f"{path} has no checksum of {file!r}; fetch the attributor again.")
     stored = config.get("vectors") or {}
     named = {*index_files(config), *config.get("files", {}).values(), *([stored["file"]] if stored else [])}
@@ -146,12 +136,7 @@ def _together(checksums: Sequence[str]) -> str:
 
 
 def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -> None:
-    """Compare checksums of files, but for those of the index and its vectors, which are compared when they are opened.
-
-    Raises:
-        MissingFileError: a file is missing.
-        ArtifactDamagedError: a checksum differs.
-    """
+    """Compare checksums of files, but for those of the index and its vectors, which are compared when they are opened."""
     stored = config.get("vectors") or {}
     later = {*index_files(config), stored.get("file"), config.get("files", {}).get("journal"), file_of(config, "plain")}
     for file in files:
@@ -162,11 +147,7 @@ def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -
 
 
 def read_table(path: Path) -> pa.Table:
-    """A table: parquet, or Arrow, which is mapped into memory.
-
-    Raises:
-        ArtifactDamagedError: it can't be read.
-    """
+    """A table: parquet, or Arrow, which is mapped into memory."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.suffix == ".arrow" else pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -186,12 +167,7 @@ def write_table(table: pa.Table, folder: Path, stem: str) -> str:
 
 
 def copy_base(folder: Path, config: Mapping[str, Any], target: Path) -> None:
-    """Copy a base's files and config.json; checked on the way.
-
-    Raises:
-        MissingFileError: a file is missing.
-        ArtifactDamagedError: a checksum differs.
-    """
+    """Copy a base's files and config.json; checked on the way."""
     for file in config["sha256"]:
         copy_file(folder, config, file, target)
     write_json(target / "config.json", config)
@@ -228,12 +204,7 @@ def listed_shards(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def needed_files(
-    config: dict[str, Any],
-    *,
-    thumbnails: bool,
-    shards: Sequence[int] | None = None,
-    index: bool = True,
-    model: bool = True,
+    config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None = None, index: bool = True, model: bool = True
 ) -> list[str]:
     """The files of an attributor that are needed."""
     files = [shard["file"] for shard in listed_shards(config)]
@@ -254,11 +225,7 @@ def needed_files(
 
 
 def settled(folder: Path, load: Callable[[], Result]) -> Result:
-    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away.
-
-    Raises:
-        ArtifactDamagedError: changes.sqlite belongs to another base than config.json, and stays so.
-    """
+    """What `load` gives; done again if a writer published another version meanwhile and took files of this one away."""
     for _ in range(50):
         before = stamp_of(folder)
         try:

@@ -101,10 +101,8 @@ def checked_metadata(fields: Mapping[str, str]) -> dict[str, str]:
     for name, value in fields.items():
         if name not in known or not isinstance(value, str):
             raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r:.100}.")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"metadata are texts that UTF-8 can hold; {name!r} is {value!r:.100}.") from error
+        if "\0" in value or value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+            raise InputError(f"metadata are texts without NUL that UTF-8 can hold; {name!r} is {value!r:.100}.")
         if name == "date":
             checked_day(value)
     return dict(fields)

@@ -25,12 +25,7 @@ def journal_of(config: Mapping[str, Any]) -> str | None:
 
 
 def read_journal(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The journal's lines, oldest first; none without a journal.
-
-    Raises:
-        MissingFileError: there is no journal where the config names one.
-        ArtifactDamagedError: it is not the one of the config.
-    """
+    """The journal's lines, oldest first; none without a journal."""
     file = journal_of(config)
     if file is None:
         return []
@@ -42,6 +37,16 @@ def read_journal(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]
     if hashlib.sha256(data).hexdigest() != config["sha256"][file]:
         raise ArtifactDamagedError(f"{path} is not the journal of config.json (SHA-256 differs); fetch the attributor again.")
     return [json.loads(line) for line in data.split(b"\n") if line]
+
+
+def plain_entries(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the lines say of versions and ids, as `changes.history` gives it."""
+    plain = ("version", "time", "operation", "image_ids", "removed", "reason")
+    ids = ({"image_ids": [image["image_id"] for image in entry["images"]]} if "images" in entry else {} for entry in entries)
+    return [
+        {name: value for name, value in {**entry, **own}.items() if name in plain}
+        for entry, own in zip(entries, ids, strict=True)
+    ]
 
 
 def images_of(entries: list[dict[str, Any]]) -> list[Image]:

@@ -79,11 +79,7 @@ def _in_milvus(folder: Path, config: dict[str, Any], parts: Parts, uri: str) -> 
 
 
 def read_info(name_or_path: str | Path) -> dict[str, Any]:
-    """What `FastAttributor.from_pretrained(name_or_path).info()` says, without loading encoders, network and index.
-
-    Raises:
-        As `FastAttributor.from_pretrained`.
-    """
+    """What `FastAttributor.from_pretrained(name_or_path).info()` says, without loading encoders, network and index."""
 
     def once() -> dict[str, Any]:
         few = {"thumbnails": False, "index": False, "model": False}
@@ -101,11 +97,7 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
 def open_encoders(
     folder: Path, config: dict[str, Any], device: str | None, dtype: torch.dtype | None, backend: str | None
 ) -> list[Encoder]:
-    """The feature encoders of an attributor, see `open_encoder`.
-
-    Raises:
-        EncoderMismatchError: they have other weights or preprocessing than those of config.json.
-    """
+    """The feature encoders of an attributor, see `open_encoder`."""
     options = {"folder": folder, "captions": config["captions"], "device": device, "dtype": dtype, "backend": backend}
     opened = [open_encoder(specification, **options) for specification in config["encoders"]]
     found = [encoder.fingerprint for encoder in opened]

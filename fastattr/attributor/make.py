@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,9 @@ from fastattr.index.build import build, build_index
 from fastattr.index.choose import IndexConfig
 from fastattr.index.files import save_index
 from fastattr.students.calibration import FILE as CALIBRATION
+
+if TYPE_CHECKING:
+    from fastattr.students.student import Student
 
 THUMBNAIL_SIDE = 48
 """Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
@@ -66,7 +69,14 @@ def build_attributor(
     with replacing(folder) as temporary:
         save_student(student, temporary / "model.safetensors")
         embeddings = embed(student, features)
-        built = build(lambda start, stop: embeddings[start:stop], len(embeddings), embeddings.shape[1], config, temporary)
+        built = build(
+            lambda start, stop: embeddings[start:stop],
+            *embeddings.shape,
+            config,
+            temporary,
+            queries=_query_embeddings(run_dir, encoders, student),
+            image_ids=corpus.image_ids,
+        )
         if config.plain:
             save_index(build_index(plain_vectors(features), config.plain), temporary / "plain.faiss")
         if (run_dir / "calibration" / CALIBRATION).exists():
@@ -110,6 +120,17 @@ def build_attributor(
             teacher=manifest["teacher"],
             training_queries=manifest["training_queries"],
         )
+
+
+def _query_embeddings(run_dir: Path, encoders: Sequence[str], student: Student) -> np.ndarray | None:
+    """(Q, D) embeddings of the run's generated images, for which the search is tuned; None if it has no features of them."""
+    from fastattr.features.store import folders, read_features, read_ids
+    from fastattr.students.student import embed
+
+    paths = folders(run_dir, "query_features", encoders)
+    if not all((path / "ids.parquet").exists() for path in paths):
+        return None
+    return embed(student, read_features(paths, read_ids(paths[0])))
 
 
 def plain_vectors(features: np.ndarray) -> np.ndarray:

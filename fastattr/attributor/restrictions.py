@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import calendar
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 
@@ -54,13 +54,12 @@ def restriction_of(where: Where) -> Restriction:
             continue
         if name not in FILTERS:
             raise InputError(f"a search can be restricted by {', '.join(FILTERS)}, since and until, not by {name!r}.")
-        values[name] = [value] if isinstance(value, str) else list(value)
+        values[name] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
         if not all(isinstance(each, str) for each in values[name]):
             raise InputError(f"a restriction names texts; {name} is to be {value!r}.")
     bounds = {name: where.get(name) for name in ("since", "until")}
     return Restriction(
-        values,
-        *("" if bound in (None, "") else bound_of(str(bound), last=name == "until") for name, bound in bounds.items()),
+        values, *("" if bound in (None, "") else bound_of(str(bound), last=name == "until") for name, bound in bounds.items())
     )
 
 

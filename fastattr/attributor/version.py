@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastattr.attributor import changes
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import Image, MovedError
-from fastattr.attributor.folder import (
-    check_files,
-    file_of,
-    needed_files,
-    read_config,
-    read_table,
-    settled,
-    stamp_of,
-    versions,
-)
+from fastattr.attributor.folder import check_files, file_of, needed_files, read_config, read_table, settled, stamp_of, versions
 from fastattr.attributor.journal import images_of, read_journal
 from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.files import read_json
@@ -78,12 +69,7 @@ class Version:
         return versions(self.config)
 
     def newest(self) -> Version:
-        """The version that the folder holds now, which may be this one.
-
-        Raises:
-            ArtifactDamagedError: the folder is damaged.
-            MissingFileError: the folder has gone.
-        """
+        """The version that the folder holds now, which may be this one."""
         stamp = stamp_of(self.folder)
         if stamp == self.stamp:
             try:
@@ -130,11 +116,6 @@ def open_version(folder: Path, config: dict[str, Any], parts: Parts, *, stamp: t
         config: its config.json.
         parts: what to load; an index of untuned features is loaded with a whole index only.
         stamp: of config.json, from before it was read.
-
-    Raises:
-        MissingFileError: a file is missing.
-        ArtifactDamagedError: a file is not the one of the config.
-        MovedError: another process is publishing another base.
     """
     catalogue = open_base(folder, config, parts)
     file = file_of(config, "plain")

@@ -71,7 +71,7 @@ def generate(
     seconds = time.perf_counter() - started
     with atomic_path(out) as temporary:
         image.save(temporary, format=kinds[out.suffix.lower()])
-    settings = {
+    settings: dict[str, Any] = {
         "out": str(out),
         "prompt": prompt,
         "seed": seed,
@@ -90,7 +90,7 @@ def generate(
 def attribute(
     model: Model,
     image: Annotated[Path, typer.Option(help="The generated image.")],
-    prompt: Annotated[str, typer.Option(help="The prompt it was made from.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt it was made from (none: by what is seen only).")] = None,
     top_k: Annotated[int, typer.Option(help="How many training images to name.")] = 10,
     figure: Annotated[Path | None, typer.Option(help="Write the results as a picture, too.")] = None,
     where: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only such images; repeatable.")] = None,
@@ -168,8 +168,11 @@ def attribute_many(
 def info(model: Model, as_json: AsJson = False) -> None:
     """Describe an attributor: sizes, versions, licences, metrics."""
     from fastattr import read_info
+    from fastattr.students.ranking import no_better_than_untuned
 
     found = read_info(model)
+    if warning := no_better_than_untuned(found["metrics"]):
+        warn(f"warning: {warning}")
     if as_json:
         say_json(found)
         return

@@ -37,7 +37,7 @@ def add(
 ) -> None:
     """Take images into an attributor's catalogue.
 
-    Nothing is trained: the student that is there embeds them.
+    Nothing is trained: the student that is there embeds them. Stopped, the same command goes on where it stood.
     """
     from fastattr.attributor.catalogue import COLUMNS
     from fastattr.corpus.folders import read_folder
@@ -49,15 +49,18 @@ def add(
     images = [each for each in found if isinstance(each, TrainingImage)]
     if not images:
         raise InputError(f"{pictures} holds no captioned image.")
-    for start in range(0, len(images), AT_ONCE):
-        batch = images[start : start + AT_ONCE]
+    known = set(own.catalog["image_id"].to_pylist())  # by an earlier run of this command that was stopped, say
+    new = [each for each in images if each.image_id not in known]
+    for start in range(0, len(new), AT_ONCE):
+        batch = new[start : start + AT_ONCE]
         own.add(
             [load_rgb(each.image) for each in batch],
             [each.captions for each in batch],
             [{"image_id": each.image_id, **{name: getattr(each, name) for name in COLUMNS[2:]}} for each in batch],
             readmit=readmit,
         )
-    say(f"added {len(images)} images, {len(found) - len(images)} skipped; version {own.versions()['catalog_version']}")
+    there, skipped = len(images) - len(new), len(found) - len(images)
+    say(f"added {len(new)} images, {there} were there, {skipped} skipped; version {own.versions()['catalog_version']}")
 
 
 @app.command()

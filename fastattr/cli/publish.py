@@ -3,133 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from fastattr.cli.output import AsJson, say, say_json
 from fastattr.core.errors import InputError
 
-if TYPE_CHECKING:
-    from fastattr.publishing.push import Push
-
 app = typer.Typer()
-push = typer.Typer(help="Push models, score tables or the page to the Hub.", no_args_is_help=True)
-app.add_typer(push, name="push")
-
-Source = Annotated[str, typer.Argument(help="'emoji', a run folder, or the folder itself.")]
-RepoId = Annotated[str, typer.Argument(help="org/name")]
-Scores = Annotated[str | None, typer.Option(help="Hub id of the score table.")]
-Private = Annotated[bool | None, typer.Option("--private", help="If the repository is new.")]
-Revision = Annotated[str | None, typer.Option(help="Branch (default: main).")]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")]
-Message = Annotated[str | None, typer.Option(help="Of the commit.")]
-Tag = Annotated[str, typer.Option(help="Release tag; 'auto' names version and contents, '' makes none.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be sent.")]
 
 
-def _target(
-    private: bool | None, revision: str | None, create_pr: bool, message: str | None, tag: str, dry_run: bool
-) -> dict[str, Any]:
-    return {
+@app.command()
+def push(
+    kind: Annotated[Literal["attributor", "generator", "scores", "space"], typer.Argument(help="What to push.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[SOURCE] ORG/NAME",
+            help="'emoji', a run folder or the folder itself (a space has none: it shows what is on the Hub); where to.",
+        ),
+    ],
+    generator: Annotated[str, typer.Option(help="Of attributor and space: Hub id of the generator it belongs to.")] = "",
+    attributor: Annotated[str, typer.Option(help="Of a space: Hub id of the attributor.")] = "",
+    scores: Annotated[str, typer.Option(help="Of attributor and space: Hub id of the score table.")] = "",
+    config_name: Annotated[str, typer.Option(help="Of scores: configuration (default: teacher and generator).")] = "",
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch (default: main).")] = "",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "",
+    tag: Annotated[str, typer.Option(help="Release tag; 'auto' names version and contents, '' makes none.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; needs no network.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push an attributor, a generator, a score table or the page to the Hub."""
+    from fastattr.publishing import publish, score_tables
+
+    *source, repo_id = places
+    if len(source) != (kind != "space"):
+        raise InputError(f"write: fastattr push {kind} {'' if kind == 'space' else 'SOURCE '}ORG/NAME.")
+    options: dict[str, Any] = {
         "private": private or None,
-        "revision": revision,
+        "revision": revision or None,
         "create_pr": create_pr,
-        "message": message,
+        "message": message or None,
         "tag": None if create_pr else tag or None,
         "dry_run": dry_run,
     }
-
-
-def _tell(sent: Push, as_json: bool) -> None:
+    if kind in {"attributor", "space"}:
+        options |= {"generator": generator or None, "scores": scores or None}
+    if kind == "space":
+        if not generator or not attributor:
+            raise InputError("a space shows models that are on the Hub: give --generator and --attributor.")
+        sent = publish.push_space(repo_id, attributor=attributor, **options)
+    else:
+        folder = publish.part_of(source[0], kind)
+        if kind == "attributor":
+            sent = publish.push_attributor(folder, repo_id, **options)
+        elif kind == "generator":
+            sent = publish.push_generator(folder, repo_id, images=publish.training_images(source[0]), **options)
+        else:
+            sent = score_tables.push_scores(folder, repo_id, config_name=config_name or None, **options)
     if as_json:
         say_json(vars(sent))
         return
     say(sent.in_words())
-
-
-@push.command("attributor")
-def push_attributor(
-    source: Source,
-    repo_id: RepoId,
-    generator: Annotated[str | None, typer.Option(help="Hub id of the generator it belongs to.")] = None,
-    scores: Scores = None,
-    private: Private = None,
-    revision: Revision = None,
-    create_pr: CreatePr = False,
-    message: Message = None,
-    tag: Tag = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Student, index and catalogue with a model card."""
-    from fastattr.publishing import publish
-
-    target = _target(private, revision, create_pr, message, tag, dry_run)
-    folder = publish.part_of(source, "attributor")
-    _tell(publish.push_attributor(folder, repo_id, generator=generator, scores=scores, **target), as_json)
-
-
-@push.command("generator")
-def push_generator(
-    source: Source,
-    repo_id: RepoId,
-    private: Private = None,
-    revision: Revision = None,
-    create_pr: CreatePr = False,
-    message: Message = None,
-    tag: Tag = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """A diffusers pipeline with a model card."""
-    from fastattr.publishing import publish
-
-    target = _target(private, revision, create_pr, message, tag, dry_run)
-    folder, images = publish.part_of(source, "generator"), publish.training_images(source)
-    _tell(publish.push_generator(folder, repo_id, images=images, **target), as_json)
-
-
-@push.command("scores")
-def push_scores(
-    source: Annotated[str, typer.Argument(help="A run folder, or the folder of the table.")],
-    repo_id: RepoId,
-    config_name: Annotated[str | None, typer.Option(help="Configuration (default: teacher and generator).")] = None,
-    private: Private = None,
-    revision: Revision = None,
-    create_pr: CreatePr = False,
-    message: Message = None,
-    tag: Tag = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """A score table as one configuration of a dataset."""
-    from fastattr.publishing import publish, score_tables
-
-    target = _target(private, revision, create_pr, message, tag, dry_run)
-    folder = publish.part_of(source, "scores")
-    _tell(score_tables.push_scores(folder, repo_id, config_name=config_name, **target), as_json)
-
-
-@push.command("space")
-def push_space(
-    repo_id: RepoId,
-    generator: Annotated[str, typer.Option(help="Hub id of the generator.")],
-    attributor: Annotated[str, typer.Option(help="Hub id of the attributor.")],
-    scores: Scores = None,
-    private: Private = None,
-    revision: Revision = None,
-    create_pr: CreatePr = False,
-    message: Message = None,
-    tag: Tag = "auto",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """The page, showing models that are on the Hub."""
-    from fastattr.publishing import publish
-
-    target = _target(private, revision, create_pr, message, tag, dry_run)
-    _tell(publish.push_space(repo_id, generator=generator, attributor=attributor, scores=scores, **target), as_json)
 
 
 @app.command("import")

@@ -85,12 +85,15 @@ def build(
 
     seconds = line.run(loaded, folder, confirm=None if no_plan else confirm, again_from=again_from)
     report = folder / "report" / "index.html"
-    result: dict[str, Any] = {"run": str(folder), "seconds": seconds, "report": str(report)}
+    warning = line.warning_of(folder)
+    result: dict[str, Any] = {"run": str(folder), "seconds": seconds, "report": str(report), "warning": warning}
     if assets:
         result["bytes"] = line.embed_assets(loaded, folder, assets)["bytes"]
     if as_json:
         say_json(result)
         return
+    if result["warning"]:
+        warn(f"warning: {result['warning']}")
     say(f"done, in {folder}: {folder / 'attributor'} is ready for FastAttributor.from_pretrained")
     say(f"report: {report}")
 

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path
+from fastattr.core.muon import Muon
 from fastattr.core.settings import at_least
 from fastattr.core.stages import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of one training run: AdamW, linear warm-up, cosine decay to zero."""
+    """Settings of one training run: linear warm-up, then cosine decay to zero unless the stage has another schedule."""
 
     steps: int
     """Optimiser steps in all."""
@@ -45,6 +46,8 @@ class TrainingConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; a killed run loses at most these."""
     seed: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """'muon' is for matrices, with AdamW for the rest."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX."""
 
@@ -146,9 +149,7 @@ def fit(
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
         raise InputError(f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes")
-    optimizer = torch.optim.AdamW(
-        loss_module.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = _optimizer(loss_module, config)
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
     best = _Best()
     start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer, best)
@@ -197,6 +198,14 @@ def fit(
         average.module.load_state_dict(best.weights)
     result: nn.Module = average.module
     return result.eval()
+
+
+def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Of the weights that are not frozen."""
+    if config.optimizer == "muon":
+        return Muon(module, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
 
 
 def _judge(stopping: EarlyStopping, average: nn.Module, best: _Best) -> None:

@@ -1,5 +1,6 @@
-"""The emoji corpus: 15,351 captioned images of four openly licensed sets, drawn from pinned npm packages.
+"""The emoji corpus: captioned images of four openly licensed sets, drawn from pinned npm packages.
 
+One picture per subject and set, with several captions each; or, with variants, all 15,351 with one caption each.
 `npm pack` fetches each package; its SHA-512 must equal the pinned one. The SVGs are drawn with resvg without
 system fonts, so the same packages give the same bytes on every machine with the same resvg and Pillow.
 """
@@ -16,9 +17,9 @@ import subprocess
 import tarfile
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ from fastattr.corpus.images import load_rgb
 from fastattr.corpus.records import Skipped, TrainingImage
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+MARKS = {"2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}
+"""What a joined codepoint adds to a plain picture: female, male, facing right, and four kinds of hair."""
+PEOPLE = {"1F466", "1F467", "1F468", "1F469", "1F9D1", "1F9D2"}
+PERSON, JOINER, KISS, HEART, HANDSHAKE = "1F9D1", "200D", "1F48B", "2764", "1F91D"
+SHAKING_HANDS = "1FAF1-200D-1FAF2"
+COUPLE_KISSING, COUPLE_WITH_HEART, FAMILY, HOLDING_HANDS = "1F48F", "1F491", "1F46A", "1F9D1-200D-1F91D-200D-1F9D1"
+NO_PICTURES = {"regional-indicator", "subdivision-flag", "skin-tone", "hair-style"}
+"""Subgroups of letters, swatches and the flags of parts of countries."""
+FLAG_SET = "twemoji"
+"""The set whose flags of countries are kept."""
+MOST_CAPTIONS = 8
+MOST_SUBJECTS = 12
+"""A keyword that more subjects have than this says too little to be a caption."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +95,23 @@ ICONIFY = (
 )
 
 
-def read_emoji(resolution: int) -> Iterator[TrainingImage | Skipped]:
-    """Fetch the four packages and draw every emoji, OpenMoji first (its CLDR data names the others).
+@dataclass(frozen=True)
+class Drawing:
+    """An image still to be drawn."""
+
+    image: TrainingImage
+    """Without its bytes."""
+    svg: str
+    words: tuple[str, ...] = ()
+    """Keywords and other names of its subject."""
+
+
+def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingImage | Skipped]:
+    """Fetch the four packages and draw their emoji, OpenMoji first (its CLDR data names the others).
 
     Args:
         resolution: side of the drawn square in pixels.
+        variants: draw every emoji, with one caption each; otherwise see `plain_drawings`.
 
     Raises:
         MissingExtraError: npm or resvg is not installed.
@@ -94,16 +120,95 @@ def read_emoji(resolution: int) -> Iterator[TrainingImage | Skipped]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         drawings = list(_openmoji(fetch_package(OPENMOJI, folder)))
-        described = {_plain_code(image.family): image for image, _ in drawings}
-        by_code = {_plain_code(image.image_id.split("-", 1)[1]): image for image, _ in drawings}
+        described = {_plain_code(drawing.image.family): drawing for drawing in drawings}
+        by_code = {_code(drawing.image): drawing for drawing in drawings}
         for emoji_set in ICONIFY:
             drawings += _iconify(emoji_set, fetch_package(emoji_set, folder), by_code, described)
+        if not variants:
+            drawings = plain_drawings(drawings)
         with ProcessPoolExecutor() as pool:
-            svgs = [svg for _, svg in drawings]
-            for (image, _), png in zip(
-                drawings, pool.map(partial(draw, resolution=resolution), svgs, chunksize=64), strict=True
-            ):
-                yield TrainingImage(**{**vars(image), "image": png})
+            svgs = [drawing.svg for drawing in drawings]
+            pngs = pool.map(partial(draw, resolution=resolution), svgs, chunksize=64)
+            for drawing, png in zip(drawings, pngs, strict=True):
+                yield TrainingImage(**{**vars(drawing.image), "image": png})
+
+
+def plain_drawings(drawings: Sequence[Drawing]) -> list[Drawing]:
+    """One drawing per subject and set, with up to `MOST_CAPTIONS` captions, the main one first.
+
+    Skin-tone, hair, gender and direction variants are left out where their set has the plain picture, and so are letters of
+    flags, flags of parts of countries, and flags of countries in all sets but `FLAG_SET`.
+    """
+    codes = {(drawing.image.source, _code(drawing.image)) for drawing in drawings}
+    kept: list[Drawing] = []
+    taken: set[str] = set()
+    for drawing in drawings:
+        image, caption = drawing.image, drawing.image.captions[0]
+        variant = any((image.source, code) in codes for code in plainer_codes(_code(image)))
+        other_flag = image.subgroup == "country-flag" and image.source != FLAG_SET
+        extra_flag = image.group.startswith("extras") and image.subgroup == "flags"
+        if not (variant or other_flag or extra_flag or image.subgroup in NO_PICTURES or not image.group or caption in taken):
+            taken.add(caption)
+            kept.append(drawing)
+    subjects: dict[str, set[str]] = {}
+    for drawing in kept:
+        for word in drawing.words:
+            subjects.setdefault(word, set()).add(subject_of(drawing.image))
+    names = {subject_of(drawing.image) for drawing in kept}  # a word that names another subject is not said of this one
+    return [_captioned(drawing, {word: len(subjects[word]) for word in drawing.words if word not in names}) for drawing in kept]
+
+
+def subject_of(image: TrainingImage) -> str:
+    """'red heart' of the image captioned 'red heart, openmoji style'."""
+    return split_caption(image.captions[0])[0]
+
+
+def _captioned(drawing: Drawing, subjects: dict[str, int]) -> Drawing:
+    """The drawing with more captions: its words that few subjects have, the most telling first."""
+    image, subject = drawing.image, subject_of(drawing.image)
+    kind, _, name = subject.partition(": ")
+    words = [f"{name} {kind}"] if name else []
+    telling = sorted(word for word in subjects if subjects[word] <= MOST_SUBJECTS)
+    words += sorted(telling, key=lambda word: subjects[word])
+    captions = [caption_of(word, image.source) for word in dict.fromkeys(words) if word != subject][: MOST_CAPTIONS - 1]
+    return replace(drawing, image=TrainingImage(**{**vars(image), "captions": image.captions + captions}))
+
+
+def plainer_codes(code: str) -> set[str]:
+    """Codes of the pictures that `code` may be a variant of, itself left out; it is one if its set has any of them.
+
+    '1F468-1F3FB-200D-1F692' (man firefighter, light skin tone) gives the man firefighter, the firefighter, and the
+    firefighter with the same skin.
+    """
+    found = {code}
+    for change in (_without_skin_tone, _without_marks, _any_person, _any_group):
+        found |= {change(plain) for plain in found}
+    return found - {code, ""}
+
+
+def _without_marks(code: str) -> str:
+    parts = code.split("-")
+    marked = [index for index in range(1, len(parts)) if parts[index - 1] == JOINER and parts[index] in MARKS]
+    return "-".join(part for index, part in enumerate(parts) if index not in marked and index + 1 not in marked)
+
+
+def _any_person(code: str) -> str:
+    """A man or woman with something joined becomes a person with it."""
+    first, *others = code.split("-")
+    return "-".join([PERSON, *others]) if first in PEOPLE and JOINER in others else code
+
+
+def _any_group(code: str) -> str:
+    """Couples, families and two hands of given people become the ones of no one in particular."""
+    if _without_skin_tone(code) == SHAKING_HANDS:
+        return HANDSHAKE
+    parts = _without_skin_tone(code).split("-")
+    if JOINER not in parts or sum(part in PEOPLE for part in parts) < 2:
+        return code
+    for sign, plain in ((KISS, COUPLE_KISSING), (HEART, COUPLE_WITH_HEART), (HANDSHAKE, HOLDING_HANDS)):
+        if sign in parts:
+            return plain
+    return FAMILY
 
 
 def fetch_package(emoji_set: EmojiSet, folder: Path) -> Path:
@@ -154,11 +259,20 @@ def _plain_code(code: str) -> str:
     return "-".join(part for part in code.upper().split("-") if part != "FE0F")
 
 
+def _code(image: TrainingImage) -> str:
+    return _plain_code(image.image_id.split("-", 1)[1])
+
+
+def _words(*listed: str) -> tuple[str, ...]:
+    """Distinct lower-case words of comma-separated lists."""
+    return tuple(dict.fromkeys(word.strip().lower() for words in listed for word in words.split(",") if word.strip()))
+
+
 def _without_skin_tone(code: str) -> str:
     return "-".join(part for part in _plain_code(code).split("-") if part not in SKIN_TONES)
 
 
-def _openmoji(archive: Path) -> Iterator[tuple[TrainingImage, str]]:
+def _openmoji(archive: Path) -> Iterator[Drawing]:
     """OpenMoji's rows in its own order, with the SVG of each."""
     with tarfile.open(archive) as tar:
         rows: list[dict[str, Any]] = json.load(_member(tar, "package/data/openmoji.json"))
@@ -181,12 +295,12 @@ def _openmoji(archive: Path) -> Iterator[tuple[TrainingImage, str]]:
             subgroup=row["subgroups"],
             family=f"openmoji-{_without_skin_tone(row['skintone_base_hexcode'] or code).lower()}",
         )
-        yield image, svgs[code]
+        yield Drawing(image, svgs[code], _words(row["tags"], row["openmoji_tags"]))
 
 
 def _iconify(
-    emoji_set: EmojiSet, archive: Path, by_code: dict[str, TrainingImage], by_family: dict[str, TrainingImage]
-) -> Iterator[tuple[TrainingImage, str]]:
+    emoji_set: EmojiSet, archive: Path, by_code: dict[str, Drawing], by_family: dict[str, Drawing]
+) -> Iterator[Drawing]:
     """One Iconify set's rows by codepoint, named and grouped by OpenMoji's CLDR data where it has that emoji."""
     with tarfile.open(archive) as tar:
         icons = json.load(_member(tar, "package/icons.json"))
@@ -198,7 +312,8 @@ def _iconify(
         family = _without_skin_tone(code)
         known = by_code.get(_plain_code(code))
         kin = known or by_code.get(family) or by_family.get(f"OPENMOJI-{family}")
-        annotation = split_caption(known.captions[0])[0] if known else icon_name.replace("-", " ")
+        icon_words = icon_name.replace("-", " ")
+        annotation = subject_of(known.image) if known else icon_words
         image = TrainingImage(
             image_id=f"{emoji_set.name}-{code}",
             image=b"",
@@ -207,11 +322,11 @@ def _iconify(
             license=emoji_set.license,
             source=emoji_set.name,
             url=emoji_set.url,
-            group=kin.group if kin else "",
-            subgroup=kin.subgroup if kin else "",
+            group=kin.image.group if kin else "",
+            subgroup=kin.image.subgroup if kin else "",
             family=f"{emoji_set.name}-{family.lower()}",
         )
-        yield image, svg
+        yield Drawing(image, svg, _words(icon_words, *(known.words if known else ())))
 
 
 def _resolve(icons: dict[str, Any], name: str) -> dict[str, Any]:

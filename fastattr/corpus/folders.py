@@ -110,7 +110,8 @@ def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
     others = [name for name in listing.files if name not in tables]
     images = [name for name in others if _is_image(listing.files[name])]
     rows = _rows_by_file(listing, tables, images)
-    listing.images = {name: rows.get(name, []) for name in others if name in rows or name in set(images)}
+    named = {*rows, *images}
+    listing.images = {name: rows.get(name, []) for name in others if name in named}
     _find_sidecars(listing, others)
     return listing
 
@@ -128,13 +129,13 @@ def _walk(folder: Path, root: Path, above: set[Path], away: Collection[Path], sk
         return
     for entry in entries:
         path = folder / entry.name
-        if entry.is_dir():
+        if path.is_dir():
             real = path.resolve()
             if real in above:
                 skip(path, "a link to a folder that holds it")
             elif real not in away:
                 yield from _walk(path, root, above | {real}, away, skipped)
-        elif entry.is_file():
+        elif path.is_file():
             yield path
         else:
             skip(path, "a link to a file that does not exist" if entry.is_symlink() else "not a regular file")

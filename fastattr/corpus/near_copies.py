@@ -2,9 +2,10 @@
 
 A picture becomes a `Look`: the 64 signs of its horizontal brightness steps (dHash) and an 8 x 8 colour thumbnail. Two
 pictures are near-copies if at most `MAX_BITS` of the signs differ and no value of the thumbnails by more than `MAX_COLOUR`:
-the signs alone would call a red circle and a green one the same. Both are taken of the whole picture squashed to a small
-square, so crops and mirror images are not found. Comparing all pairs of N pictures takes time of order N^2 / 32: seconds
-for ten thousand, hours for millions.
+the signs alone would call a red circle and a green one the same. Saving again and resizing change a picture everywhere; a
+difference that stands out in a few places (`STANDS_OUT`) is another skin tone, flag or sign. Looks are taken of the whole
+picture squashed to a small square, so crops and mirror images are not found. Comparing all pairs of N pictures takes time of
+order N^2 / 32: seconds for ten thousand, hours for millions.
 Source of dHash: Neal Krawetz, "Kind of Like That" (2013); pairs are found by FAISS' multi-index hashing (arXiv:1307.2982).
 """
 
@@ -20,6 +21,12 @@ MAX_BITS = 6
 """Of 64; at most 7, for with eight bands of eight bits two hashes that differ in 7 bits agree in one band."""
 MAX_COLOUR = 40
 """Of 255; emoji shrunk to 40 pixels and saved as JPEG of quality 60 differ by 34 at most."""
+STANDS_OUT = 3.0
+"""Largest difference of two thumbnails, in units of `NOISE` plus their 60th percentile. Of emoji that were shrunk to 40
+pixels, brightened or saved as JPEG of quality 60 to 75, 99% have less than 3.5."""
+NOISE = 4
+ALIKE = 14
+"""Largest difference of two thumbnails up to which other captions do not make another picture."""
 FLAT = 2
 """Steps of brightness up to this count as none, so that the noise of a JPEG's plain areas makes no bits."""
 SIDE = 8
@@ -56,6 +63,11 @@ def looks_of(looks: Sequence[bytes]) -> Looks:
     return Looks(np.ascontiguousarray(values[:, :SIDE]), values[:, SIDE:])
 
 
+def distance(looks: Looks, row: int, other: int) -> int:
+    """The largest difference of the thumbnails of two pictures, of 255."""
+    return int(np.abs(looks.colours[row].astype(np.int16) - looks.colours[other].astype(np.int16)).max())
+
+
 def near_copies(looks: Looks, among: Looks) -> list[np.ndarray]:
     """For each of Q pictures the rows of the N pictures `among` that are near-copies of it, the likest first."""
     import faiss
@@ -70,7 +82,9 @@ def near_copies(looks: Looks, among: Looks) -> list[np.ndarray]:
         for row, colours in enumerate(looks.colours[start : start + AT_ONCE]):
             rows = np.unique(found[limits[row] : limits[row + 1]])
             difference = np.abs(among.colours[rows].astype(np.int16) - colours.astype(np.int16))
-            close = difference.max(axis=1, initial=0) <= MAX_COLOUR
+            cells = difference.reshape(len(rows), SIDE * SIDE, 3).max(axis=2)
+            worst, usual = cells.max(axis=1, initial=0), np.percentile(cells, 60, axis=1) if len(rows) else np.zeros(0)
+            close = (worst <= MAX_COLOUR) & (worst <= STANDS_OUT * (NOISE + usual))
             answers.append(rows[close][np.argsort(difference.mean(axis=1)[close], kind="stable")])
     return answers
 

@@ -51,15 +51,17 @@ class CorpusConfig:
     shards: str = ""
     """Of 'urls': the folder of tar shards."""
     duplicates: str = ""
-    """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, 'family'
-    keeps it with the same `family`, 'keep' does not look. '' is 'keep' for emoji, whose variants are no copies, else
-    'skip'. Near-copy: fastattr/corpus/near_copies.py."""
+    """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, but keeps a
+    near-copy that has other captions and visibly differs; 'family' keeps it with the same `family`; 'keep' does not look.
+    '' is 'keep' for emoji, whose variants are no copies, else 'skip'. Near-copy: fastattr/corpus/near_copies.py."""
     image_column: str = "image"
     caption_column: str = "caption"
     creator_from_folder: bool = False
     """Of 'folder': the first folder below `path` names the creator of images that have none."""
     resolution: int = 64
     """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
+    variants: bool = False
+    """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,7 +101,7 @@ def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Sourc
     if config.kind == "emoji":
         from fastattr.corpus.emoji import read_emoji
 
-        return Source([Part("emoji", partial(read_emoji, config.resolution))])
+        return Source([Part("emoji", partial(read_emoji, config.resolution, variants=config.variants))])
     path = Path(config.path)
     files = files_of_source(config, leave_out)
     if config.kind == "folder":

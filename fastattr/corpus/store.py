@@ -25,12 +25,16 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path, temporary_folder
 from fastattr.core.stages import fingerprint, open_stage, write_manifest
 from fastattr.corpus.images import load_rgb
-from fastattr.corpus.near_copies import Looks, look_of, looks_of, originals
+from fastattr.corpus.near_copies import ALIKE, Looks, distance, look_of, looks_of, originals
 from fastattr.corpus.records import ROWS_AT_ONCE, TEXT_COLUMNS, Skipped, TrainingImage
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 50_000
+GROUP_BYTES = 4_000_000
+"""Image bytes of a parquet row group, which is what reading one image reads; a single image may be larger."""
+GROUPS_KEPT = 16
+"""Row groups that an open corpus holds in memory."""
 
 
 def corpus_schema() -> pa.Schema:
@@ -63,12 +67,15 @@ def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, descrip
     skipped: list[Skipped] = []
     columns: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
+    size = 0
     with atomic_path(path) as temporary:
         with pq.ParquetWriter(temporary, schema) as writer:
 
             def flush() -> None:
+                nonlocal size
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 rows.clear()
+                size = 0
 
             for image in tqdm(images, desc=description, unit="image", disable=description is None):
                 if isinstance(image, Skipped):
@@ -76,7 +83,8 @@ def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, descrip
                     continue
                 columns |= image.columns
                 rows.append(_row(image))
-                if len(rows) >= ROWS_AT_ONCE:
+                size += len(image.image)
+                if len(rows) >= ROWS_AT_ONCE or size >= GROUP_BYTES:
                     flush()
             flush()
         with atomic_path(_skipped_of(path)) as report:
@@ -124,14 +132,13 @@ def join_parts(
 
     Returns:
         Facts for the manifest: 'images', 'skipped' (count by reason), 'near_copies' (how many were kept as family),
-        'columns' (of the source, and what became of each),
-        'corpus_fingerprint' (over ids, image bytes, captions).
+        'columns' (of the source, and what became of each), 'corpus_fingerprint' (over ids, image bytes, captions).
 
     Raises:
         InputError: two images share an id, or there is no usable image at all.
     """
-    columns = ["image_id", "sha256", "family", "captions", "look"]
-    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in parts])
+    wanted = ["image_id", "sha256", "family", "captions", "look"]
+    table = pa.concat_tables([pq.read_table(path, columns=wanted) for path in parts])
     ids: list[str] = table["image_id"].to_pylist()
     twice = next((image_id for image_id, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
@@ -143,26 +150,26 @@ def join_parts(
         reasons = Counter(item.reason.split(" (")[0] for item in skipped)
         raise InputError(f"no usable training image was found; skipped: {dict(reasons) or 'nothing'}.")
     digests: list[str] = table["sha256"].to_pylist()
-    first = np.arange(len(ids)) if duplicates == "keep" else _firsts(digests, looks_of(table["look"].to_pylist()))
+    looks = looks_of(table["look"].to_pylist())
+    first = np.arange(len(ids)) if duplicates == "keep" else _firsts(digests, looks)
     copies = np.flatnonzero(first != np.arange(len(ids)))
     kept = np.ones(len(ids), dtype=bool)
     families: list[str] = table["family"].to_pylist()
-    if duplicates == "skip":
-        kept[copies] = False
-        for row in copies:
-            kind = "same bytes as" if digests[row] == digests[first[row]] else "near-copy of"
-            skipped.append(Skipped(name=ids[row], reason=f"{kind} another image ({ids[first[row]]})"))
-    else:
-        for row in copies:
-            families[first[row]] = families[first[row]] or ids[first[row]]
-            families[row] = families[first[row]]
     captions = table["captions"].to_pylist()
+    for row in copies:
+        original = first[row]
+        if duplicates == "skip" and (captions[row] == captions[original] or distance(looks, row, original) <= ALIKE):
+            kind = "same bytes as" if digests[row] == digests[original] else "near-copy of"
+            skipped.append(Skipped(name=ids[row], reason=f"{kind} another image ({ids[original]})"))
+            kept[row] = False
+        else:
+            families[original] = families[original] or ids[original]
+            families[row] = families[original]
     identity = [(ids[row], digests[row], captions[row]) for row in np.flatnonzero(kept)]
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         _write_shards(parts, temporary, kept, families)
-        looks = table.select(["image_id", "look"]).filter(pa.array(kept))
-        pq.write_table(looks, temporary / "looks.parquet")
+        pq.write_table(table.select(["image_id", "look"]).filter(pa.array(kept)), temporary / "looks.parquet")
         _write_skipped(skipped, temporary / "skipped.parquet", columns)
     if columns:
         logger.info("columns: %s", ", ".join(f"{name} -> {place}" for name, place in sorted(columns.items())))
@@ -171,7 +178,7 @@ def join_parts(
     return {
         "images": int(kept.sum()),
         "skipped": dict(Counter(item.reason.split(" (")[0] for item in skipped)),
-        "near_copies": len(copies) if duplicates == "family" else 0,
+        "near_copies": int(kept[copies].sum()),
         "columns": dict(sorted(columns.items())),
         "corpus_fingerprint": fingerprint(identity),
     }
@@ -190,13 +197,14 @@ def _firsts(digests: Sequence[str], looks: Looks) -> np.ndarray:
 
 
 def _write_shards(parts: Sequence[Path], folder: Path, kept: np.ndarray, families: Sequence[str]) -> None:
-    """Copy the kept rows of the parts into data-*.parquet of `ROWS_PER_SHARD` rows, with their families."""
+    """Copy the kept rows of the parts into data-*.parquet of `ROWS_PER_SHARD` rows, with their families, by row group."""
     schema = corpus_schema()
     shard, rows, start = 0, 0, 0
     writer: pq.ParquetWriter | None = None
     for path in parts:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE):
-            table = pa.Table.from_batches([batch]).drop_columns(["look"])
+        file = pq.ParquetFile(path, memory_map=True)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group).drop_columns(["look"])
             own = slice(start, start + len(table))
             start += len(table)
             column = pa.array(families[own], pa.string())
@@ -228,7 +236,7 @@ def write_corpus(images: Iterable[TrainingImage | Skipped], folder: Path, config
 
 
 class Corpus:
-    """A written corpus, opened: ids, captions and metadata in memory, images decoded when asked for."""
+    """A written corpus, opened: ids, captions and metadata in memory; images are read from disk when asked for."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open `folder`.
@@ -238,8 +246,12 @@ class Corpus:
         """
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "corpus")
-        shards = sorted(self.folder.glob("data-*.parquet"))
-        self.table = pa.concat_tables([pq.read_table(path, memory_map=True) for path in shards])
+        files = [pq.ParquetFile(path, memory_map=True) for path in sorted(self.folder.glob("data-*.parquet"))]
+        names = [name for name in files[0].schema_arrow.names if name != "image"]
+        self.table = pa.concat_tables([file.read(columns=names) for file in files])
+        self._groups = [(file, group) for file in files for group in range(file.num_row_groups)]
+        self._ends = np.cumsum([file.metadata.row_group(group).num_rows for file, group in self._groups])
+        self._read: dict[int, pa.ChunkedArray] = {}
         self.image_ids: list[str] = self.table["image_id"].to_pylist()
         self.captions: list[list[str]] = self.table["captions"].to_pylist()
         self._row = {image_id: row for row, image_id in enumerate(self.image_ids)}
@@ -272,7 +284,15 @@ class Corpus:
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image file of one row."""
-        data: bytes = pc.struct_field(self.table["image"].slice(row, 1), "bytes")[0].as_py()
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        images = self._read.pop(number, None)
+        if images is None:
+            file, group = self._groups[number]
+            images = pc.struct_field(file.read_row_group(group, columns=["image"])["image"], "bytes")
+        self._read[number] = images  # the last one read is the last one to leave
+        while len(self._read) > GROUPS_KEPT:
+            self._read.pop(next(iter(self._read)), None)
+        data: bytes = images[row - int(self._ends[number])].as_py()
         return data
 
     def image(self, row: int) -> Image.Image:
@@ -282,7 +302,7 @@ class Corpus:
     def training_images(self, rows: Iterable[int]) -> Iterator[TrainingImage]:
         """The training images of these rows, in their order: what `write_corpus` takes to write a part of this corpus."""
         for row in rows:
-            values = self.table.slice(row, 1).drop_columns(["image", "sha256"]).to_pylist()[0]
+            values = self.table.slice(row, 1).drop_columns(["sha256"]).to_pylist()[0]
             yield TrainingImage(image=self.image_bytes(row), **values)
 
     def looks(self) -> Looks:
@@ -290,7 +310,3 @@ class Corpus:
         if (self.folder / "looks.parquet").exists():
             return looks_of(pq.read_table(self.folder / "looks.parquet")["look"].to_pylist())
         return looks_of([look_of(self.image(row)) for row in range(len(self))])
-
-    def catalog(self) -> pa.Table:
-        """Everything but the images: what an attributor shows about each of them."""
-        return self.table.drop_columns(["image"])

@@ -41,31 +41,30 @@ ScoreFunction = Callable[[Image.Image, str], Mapping[str, float]]
 
 
 def score_queries(score: ScoreFunction, truth: GroundTruth, query_ids: Sequence[str]) -> tuple[np.ndarray, float]:
-    """Ask a method for the scores of all training images for each query.
-
-    Args:
-        score: the method.
-        truth: whose queries and images.
-        query_ids: Q of them.
-
-    Returns:
-        (Q, N) scores in the order of the truth's images, and the median seconds a query.
+    """Ask a method about each query: (Q, N) scores in the order of the truth's images, and the median seconds a query.
 
     Raises:
         InputError: the method gives no score for an image.
     """
-    scores = np.empty((len(query_ids), len(truth.image_ids)))
-    seconds = []
-    for row, query_id in enumerate(tqdm(query_ids, desc="score", unit="query")):
+    scores, seconds = [], []
+    for query_id in tqdm(query_ids, desc="score", unit="query"):
         image, prompt = truth.image(query_id), truth.prompt(query_id)
         started = time.perf_counter()
         found = score(image, prompt)
         seconds.append(time.perf_counter() - started)
-        missing = [image_id for image_id in truth.image_ids if image_id not in found]
-        if missing:
-            raise InputError(f"{len(missing)} training images have no score for query {query_id}, e.g. {missing[:3]}.")
-        scores[row] = [found[image_id] for image_id in truth.image_ids]
-    return scores, float(np.median(seconds))
+        scores.append(_of_all_images(found, truth, query_id))
+    return np.array(scores), float(np.median(seconds))
+
+
+def _of_all_images(found: Mapping[str, float], truth: GroundTruth, query_id: str) -> list[float]:
+    """(N,) scores in the order of the truth's images."""
+    missing = [image_id for image_id in truth.image_ids if image_id not in found]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(truth.image_ids)} training images have no score for query {query_id}, e.g. {missing[:3]}; "
+            "all are needed."
+        )
+    return [found[image_id] for image_id in truth.image_ids]
 
 
 def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
@@ -125,13 +124,9 @@ def table_scores(folder: Path, truth: GroundTruth, query_ids: Sequence[str]) -> 
     missing = [query_id for query_id in query_ids if query_id not in rows]
     if missing:
         raise InputError(f"{folder} has no scores of {len(missing)} queries of the ground truth, e.g. {missing[:3]}.")
-    scores = np.empty((len(query_ids), len(truth.image_ids)))
-    for position, query_id in enumerate(query_ids):
-        found = dict(zip(rows[query_id].image_ids, rows[query_id].influence.tolist(), strict=True))
-        if len(found) < len(truth.image_ids):
-            raise InputError(f"{folder} scores {len(found)} of {len(truth.image_ids)} images for {query_id}; all are needed.")
-        scores[position] = [found[image_id] for image_id in truth.image_ids]
-    return scores
+    asked = [rows[query_id] for query_id in query_ids]
+    influence_of = [dict(zip(row.image_ids, row.influence.tolist(), strict=True)) for row in asked]
+    return np.array([_of_all_images(found, truth, row.query_id) for found, row in zip(influence_of, asked, strict=True)])
 
 
 def compare_with_truth(

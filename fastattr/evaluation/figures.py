@@ -13,15 +13,20 @@ from fastattr.evaluation.truth import GroundTruth, group_points
 from fastattr.students.ranking import standard_error
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    return figure, figure.subplots()
 
 
 def lds_figure(result: Mapping[str, Any]) -> Figure:
     """Residual LDS, with its interval, against seconds a query, for the methods whose time is known."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes()
     for name, row in result["methods"].items():
         if row["seconds_per_query"] is None:
             continue
@@ -39,10 +44,7 @@ def lds_figure(result: Mapping[str, Any]) -> Figure:
 
 def leave_k_out_figure(truth: GroundTruth, query_ids: Sequence[str]) -> Figure:
     """For each method: in which part of the queries the loss rose by more than x once its first K images were left out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes()
     table = truth.counterfactuals
     for method, rows in table[table["query_id"].isin(list(query_ids))].groupby("method"):
         base = truth.losses(["full"], rows["query_id"].tolist())[0]
@@ -56,10 +58,7 @@ def leave_k_out_figure(truth: GroundTruth, query_ids: Sequence[str]) -> Figure:
 
 def reliability_figure(truth: GroundTruth, methods: Mapping[str, np.ndarray], query_ids: Sequence[str]) -> Figure:
     """Groups' shares by each method in eight equal parts, against the mean rise of the log loss once the group is left out."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes()
     for name, scores in methods.items():
         shares, rises = group_points(truth, scores, query_ids)
         order = np.argsort(shares.ravel(), kind="stable")

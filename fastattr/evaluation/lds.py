@@ -34,14 +34,7 @@ def outputs_of(losses: np.ndarray) -> np.ndarray:
 
 
 def predictions_of(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """What scores predict of each model.
-
-    Args:
-        scores: (Q, N) higher = more influential.
-        kept: (M, N) bool, the images that each model was trained on.
-
-    Returns:
-        (M, Q) sums of the scores of the kept images.
+    """(M, Q) what (Q, N) scores, higher = more influential, predict: their sums over the (M, N) kept images of each model.
 
     Raises:
         InputError: the numbers of images differ, or a score is not finite.
@@ -149,14 +142,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def noise_ceiling(first: np.ndarray, second: np.ndarray) -> float:
     """The correlation that knowing each subset's true mean output would reach with the outputs of single models.
 
-    Args:
-        first: (S, Q) outputs, plain or residual, of S subsets under one training seed.
-        second: (S, Q) outputs of the same subsets under another seed.
-
-    Returns:
-        The root of the Pearson correlation of the two, over all subsets and queries once each query's mean is removed; 0
-        where it is negative. (A single output is truth plus noise; two of them correlate by the truth's share of the
-        variance, and each correlates with the truth by the root of that share.)
+    It is the root of the Pearson correlation of (S, Q) outputs, plain or residual, of S subsets under two training seeds,
+    once each query's mean is removed; 0 where that is negative. (A single output is truth plus noise; two of them correlate
+    by the truth's share of the variance, and each correlates with the truth by the root of that share.)
     """
     a, b = (values - values.mean(axis=0) for values in (first, second))
     reliability = float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
@@ -164,15 +152,7 @@ def noise_ceiling(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def group_shares(scores: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """How much of a query's positive scores each group holds.
-
-    Args:
-        scores: (Q, N) higher = more influential; what is negative counts as nothing.
-        members: (G, N) bool.
-
-    Returns:
-        (Q, G) shares of each query's sum over all images; zeros where no score is positive.
-    """
+    """(Q, G) shares of each query's positive (Q, N) scores that groups of (G, N) members hold; zeros where none is positive."""
     positive = np.maximum(scores.astype(np.float64), 0.0)
     total = positive.sum(axis=1, keepdims=True)
     return (positive @ members.T.astype(np.float64)) / np.where(total > 0, total, 1.0)

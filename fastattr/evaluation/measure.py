@@ -20,7 +20,8 @@ from fastattr.core.stages import MANIFEST, fingerprint
 from fastattr.evaluation.retrain import Retraining, planned, train, training_identity
 from fastattr.evaluation.subsets import WHAT, Model
 from fastattr.features.kinds import open_encoder
-from fastattr.generators.generator import Generator, noise_for, spread_timesteps
+from fastattr.generators.generator import Generator
+from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
 
 IMAGE_ENCODER = "open_clip-image:emoji"

@@ -6,6 +6,7 @@ benchmarks need: the one that drew the queries, and one of another seed and half
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 import torch
 
 from fastattr.core.errors import ArtifactNotFoundError
-from fastattr.core.files import atomic_path, read_json, write_json
-from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, write_manifest
+from fastattr.core.files import atomic_path, plain, read_json, write_json
+from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
 from fastattr.evaluation.measure import measured_rows, measurement_identity, read_measured
 from fastattr.evaluation.retrain import RANKINGS, Retraining, planned
 from fastattr.evaluation.subsets import WHAT, Model, halves
@@ -68,8 +69,8 @@ def restore(run: Retraining, out: Path) -> bool:
         return False
     truth = GroundTruth(out)
     names = ("part", "generator", "queries", "loss_timesteps", "seed")
-    made, wanted = ([config[name] for name in names] for config in (truth.manifest["config"], vars(run.config)))
-    if truth.corpus_fingerprint != run.corpus.fingerprint or fingerprint(made) != fingerprint(wanted):
+    made, wanted = ({name: config[name] for name in names} for config in (truth.manifest["config"], vars(run.config)))
+    if truth.corpus_fingerprint != run.corpus.fingerprint or not _agree(made, json.loads(json.dumps(wanted, default=plain))):
         return False
     folder = run.run_dir / "queries"
     with atomic_path(folder / "data.parquet") as temporary:
@@ -110,6 +111,13 @@ def restore(run: Retraining, out: Path) -> bool:
             },
         )
     return True
+
+
+def _agree(made: Any, wanted: Any) -> bool:
+    """Whether settings agree as far as the older ones go: a setting that came later had its default then."""
+    if isinstance(made, dict) and isinstance(wanted, dict):
+        return all(name in wanted and _agree(value, wanted[name]) for name, value in made.items())
+    return bool(made == wanted)
 
 
 def save_generator(run: Retraining, model: Model, folder: Path) -> None:
@@ -161,7 +169,7 @@ def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -
     write_table(out / "losses.parquet", rows, LOSSES)
     write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
-        pq.write_table(run.corpus.catalog().drop_columns(["url"]), temporary, compression="zstd")
+        pq.write_table(run.corpus.table.drop_columns(["url"]), temporary, compression="zstd")
     with atomic_path(out / "queries.parquet") as temporary:
         shutil.copyfile(run.run_dir / "queries" / "data.parquet", temporary)
     if run.rankings.exists():

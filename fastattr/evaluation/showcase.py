@@ -34,31 +34,32 @@ from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.truth import GroundTruth
 from fastattr.generators.generator import Generator
 
+TEXT, DRAWING = pa.string(), pa.binary()
 GENERATED_FILE = "generated.parquet"
 GENERATED = pa.schema(
-    [
-        ("prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("steps", pa.int32()),
-        ("guidance", pa.float32()),
-        ("image", pa.binary()),  # WebP thumbnail
-        ("image_ids", pa.list_(pa.string())),  # of the training images ranked first, most influential first
-    ]
+    {
+        "prompt": TEXT,
+        "seed": pa.int64(),
+        "steps": pa.int32(),
+        "guidance": pa.float32(),
+        "image": DRAWING,  # WebP thumbnail
+        "image_ids": pa.list_(TEXT),  # of the training images ranked first, most influential first
+    }
 )
 COUNTERFACTUALS_FILE = "counterfactuals.parquet"
 COUNTERFACTUALS = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("prompt", pa.string()),
-        ("seed", pa.int64()),  # of the noise that the original and all retrained models start from
-        ("method", pa.string()),  # whose top K the model was trained without: 'influence', 'similarity' or 'random'
-        ("removed", pa.int32()),  # K
-        ("of", pa.int32()),  # images in the corpus
-        ("loss_before", pa.float64()),  # of the query under the model trained on everything; mean squared error
-        ("loss_after", pa.float64()),  # under the retrained one, with the same noise draws
-        ("original", pa.binary()),  # lossless WebP
-        ("image", pa.binary()),  # the same, drawn by the retrained model
-    ]
+    {
+        "query_id": TEXT,
+        "prompt": TEXT,
+        "seed": pa.int64(),  # of the noise that the original and all retrained models start from
+        "method": TEXT,  # whose top K the model was trained without: 'influence', 'similarity' or 'random'
+        "removed": pa.int32(),  # K
+        "of": pa.int32(),  # images in the corpus
+        "loss_before": pa.float64(),  # of the query under the model trained on everything; mean squared error
+        "loss_after": pa.float64(),  # under the retrained one, with the same noise draws
+        "original": DRAWING,  # lossless WebP
+        "image": DRAWING,  # the same, drawn by the retrained model
+    }
 )
 METHODS = {"influence": "student", "similarity": "similarity_both", "random": "random"}
 """What the page calls a method: its name in the ground truth."""
@@ -67,18 +68,15 @@ METHODS = {"influence": "student", "similarity": "similarity_both", "random": "r
 def pack_generated(
     generator: Generator, attributor: FastAttributor, *, count: int, first: int, seed: int = 0, batch_size: int = 25
 ) -> pa.Table:
-    """Draw images and name the training images that influenced each most.
+    """Draw images and name the training images that influenced each most, in the schema `GENERATED`.
 
     Args:
         generator: the one that the attributor was trained for.
         attributor: whose ranking is kept.
-        count: images to draw; their prompts are captions of training images, no two of one family.
+        count: images to draw, at most; their prompts are captions of training images, no two of one family.
         first: how many training images of each ranking are kept.
         seed: of the choice of captions; image i starts from the noise of seed i.
         batch_size: images drawn at once.
-
-    Returns:
-        `count` rows (fewer where the corpus has fewer families) in the schema `GENERATED`.
 
     Raises:
         ArtifactMismatchError: the attributor was trained for another generator.
@@ -100,40 +98,27 @@ def pack_generated(
         images = generator.generate_batch(own, seeds=seeds)
         answers = attributor.attribute(images, own, k=min(first, len(attributor)))
         assert isinstance(answers, list)
+        settings = {"steps": int(generator.defaults["steps"]), "guidance": float(generator.defaults["guidance"])}
         for prompt, image_seed, image, answer in zip(own, seeds, images, answers, strict=True):
-            records.append(
-                {
-                    "prompt": prompt,
-                    "seed": image_seed,
-                    "steps": int(generator.defaults["steps"]),
-                    "guidance": float(generator.defaults["guidance"]),
-                    "image": thumbnail_bytes(image, quality=80),
-                    "image_ids": [result.image_id for result in answer.results],
-                }
-            )
+            record = {"prompt": prompt, "seed": image_seed, **settings, "image": thumbnail_bytes(image, quality=80)}
+            records.append(record | {"image_ids": [result.image_id for result in answer.results]})
     return pa.Table.from_pylist(records, schema=GENERATED)
 
 
 def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHODS) -> pa.Table:
-    """Take the queries that every method has a retrained model for, all of them: none is picked.
+    """All queries that every method has a retrained model for, in the schema `COUNTERFACTUALS`, one row a query and method.
 
     Args:
-        truth: a ground truth folder whose counterfactuals hold the images drawn again (column 'image').
+        truth: whose counterfactuals hold the images drawn again.
         methods: what the page calls a method, and its name in the ground truth. Where several models belong to one
             method and query ('random'), the first by name is taken.
-
-    Returns:
-        One row a query and method, in the schema `COUNTERFACTUALS`.
 
     Raises:
         MissingFileError: the ground truth holds no such images, or no query for which all methods have one.
     """
     table = truth.counterfactuals
     if "image" not in table.columns:
-        raise MissingFileError(
-            f"{truth.folder / 'counterfactuals.parquet'} has no column 'image'; run benchmarks/ground_truth.py again, "
-            "which keeps the images drawn by the retrained models."
-        )
+        raise MissingFileError(f"{truth.folder}/counterfactuals.parquet has no column 'image'; make the ground truth again.")
     drawn = table[table["image"].notna()].sort_values("model_id").drop_duplicates(["method", "query_id"])
     by_key = {(row["method"], row["query_id"]): row for row in drawn.to_dict("records")}
     query_ids = [query for query in truth.query_ids if all((name, query) in by_key for name in methods.values())]

@@ -1,13 +1,11 @@
 """Subsets: which models are retrained for a ground truth, and which images each of them lacks.
 
-    full          all images; it draws the queries
-    half-I-sS     a random half of the images, some halves with a second seed (for the noise ceiling)
-    repeat        the first half and its seed once more: how far do two equal trainings agree?
-    group-I       all but the images of one creator or set
-    random-I      all but a random 1%
-    without-DIGEST
-                  all but the 1% that some method holds most influential for some query; methods that name the same images
-                  share the model
+    full            all images; it draws the queries
+    half-I-sS       a random half of the images, some halves with a second seed (for the noise ceiling)
+    repeat          the first half and its seed once more: how far do two equal trainings agree?
+    group-I         all but the images of one creator or set
+    random-I        all but a random 1%
+    without-DIGEST  all but the 1% that some method, or several, hold most influential for some query
 
 All models have one recipe (`RetrainConfig`); the training images and the seed are all that differs.
 """

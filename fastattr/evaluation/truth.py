@@ -24,23 +24,24 @@ from fastattr.core.stages import open_stage
 from fastattr.corpus.images import load_rgb
 from fastattr.evaluation.lds import group_shares, outputs_of
 
+TEXT = pa.string()
 MODELS = pa.schema(
-    [
-        ("model_id", pa.string()),
-        ("kind", pa.string()),
-        ("seed", pa.int64()),
-        ("subset", pa.string()),
-        ("method", pa.string()),
-        ("removed_image_ids", pa.list_(pa.string())),
-    ]
+    {
+        "model_id": TEXT,
+        "kind": TEXT,
+        "seed": pa.int64(),
+        "subset": TEXT,
+        "method": TEXT,
+        "removed_image_ids": pa.list_(TEXT),
+    }
 )
 LOSSES = pa.schema(
-    [
-        ("model_id", pa.string()),
-        ("query_id", pa.string()),
-        ("loss", pa.float64()),  # mean over the timesteps that are judged by
-        ("by_timestep", pa.list_(pa.float32())),  # all, spread evenly over the schedule from little noise to much
-    ]
+    {
+        "model_id": TEXT,
+        "query_id": TEXT,
+        "loss": pa.float64(),  # mean over the timesteps that are judged by
+        "by_timestep": pa.list_(pa.float32()),  # all, spread evenly over the schedule from little noise to much
+    }
 )
 
 
@@ -57,16 +58,11 @@ def counterfactuals_schema() -> pa.Schema:
 class Retrained:
     """Models of one kind and what became of some queries under them."""
 
-    kept: np.ndarray
-    """(M, N) bool."""
-    losses: np.ndarray
-    """(M, Q), over the timesteps that are judged by."""
+    kept: np.ndarray  # (M, N) bool
+    losses: np.ndarray  # (M, Q), over the timesteps that are judged by
     model_ids: list[str]
-    """(M,)."""
     subsets: list[str]
-    """(M,)."""
-    seeds: np.ndarray
-    """(M,)."""
+    seeds: np.ndarray  # (M,)
 
     def seed_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the models that were trained on a subset with a first and with a second seed."""
@@ -134,29 +130,15 @@ class GroundTruth:
         """A query's RGB image."""
         return load_rgb(self.queries["image"][self._query_row[query_id]].as_py()["bytes"])
 
-    def column(self, name: str) -> np.ndarray:
-        """(N,) one column of the training images' metadata, e.g. 'creator'."""
-        return np.array(self.images[name].to_pylist())
-
     def losses(self, model_ids: Sequence[str], query_ids: Sequence[str]) -> np.ndarray:
-        """(M, Q) losses, over the timesteps that are judged by.
-
-        Raises:
-            ArtifactMismatchError: a loss is missing.
-        """
-        found: np.ndarray = self._losses["loss"].to_numpy()[self._loss_rows(model_ids, query_ids)]
-        return found
+        """(M, Q) losses, over the timesteps that are judged by; ArtifactMismatchError if one is missing."""
+        return self._losses["loss"].to_numpy()[self._loss_rows(model_ids, query_ids)]
 
     def losses_by_timestep(self, model_ids: Sequence[str], query_ids: Sequence[str]) -> np.ndarray:
-        """(M, Q, T) losses at all timesteps, evenly spread from little noise to much.
-
-        Raises:
-            ArtifactMismatchError: a loss is missing.
-        """
+        """(M, Q, T) losses at all timesteps, evenly spread from little noise to much; errors as `losses`."""
         rows = self._loss_rows(model_ids, query_ids)
         column = self._losses["by_timestep"].take(pa.array(rows.ravel())).combine_chunks()
-        found: np.ndarray = column.flatten().to_numpy().astype(np.float64).reshape(*rows.shape, -1)
-        return found
+        return column.flatten().to_numpy().astype(np.float64).reshape(*rows.shape, -1)
 
     def _loss_rows(self, model_ids: Sequence[str], query_ids: Sequence[str]) -> np.ndarray:
         """(M, Q) rows of losses.parquet."""

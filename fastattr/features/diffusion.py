@@ -21,7 +21,8 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.features.encoder import encode_captions
 from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.generator import Generator, noise_for
+from fastattr.generators.generator import Generator
+from fastattr.generators.noise import noise_for
 
 TIMESTEPS = (0.1, 0.3, 0.5)
 """Noise levels, as parts of the training schedule."""

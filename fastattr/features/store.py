@@ -61,6 +61,12 @@ def read_features(folders: Sequence[Path], ids: Sequence[str]) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
+def read_ids(folder: Path) -> list[str]:
+    """The ids of a feature folder's rows."""
+    ids: list[str] = pq.read_table(folder / "ids.parquet")["id"].to_pylist()
+    return ids
+
+
 def require_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
     """(N,) rows of `ids` in a feature folder.
 
@@ -68,7 +74,7 @@ def require_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
         InputError: an id has no features there.
     """
     open_stage(folder, "features")
-    row_of = {name: row for row, name in enumerate(pq.read_table(folder / "ids.parquet")["id"].to_pylist())}
+    row_of = {name: row for row, name in enumerate(read_ids(folder))}
     missing = [name for name in ids if name not in row_of]
     if missing:
         raise InputError(f"{len(missing)} ids have no features in {folder}, e.g. {missing[:3]}; run the features stage again.")

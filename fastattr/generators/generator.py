@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,47 +23,19 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from fastattr.core.errors import (
-    ArtifactDamagedError,
-    ArtifactMismatchError,
-    ArtifactNotFoundError,
     InputError,
-    MissingExtraError,
 )
-from fastattr.core.files import read_json, sha256_file
-from fastattr.core.models import PIPELINE_FILES, locate
 from fastattr.core.stages import fingerprint
 from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import CROSS_ATTENTION_KV as CROSS_ATTENTION_KV, Options, read_schedule, recognise, vae_factor
-from fastattr.generators.layers import Layer, default_pattern
+from fastattr.generators.families import Options, recognise, vae_factor
+from fastattr.generators.layers import Layer, default_pattern, find_layers, put_into_float32
+from fastattr.generators.loading import load_pipeline, read_defaults
+from fastattr.generators.lora import LORA, lora_scales
+from fastattr.generators.prompts import unknown_words
+from fastattr.generators.sampling import check_sampling, sample, sampling_defaults
+from fastattr.generators.schedules import read_schedule
 
 logger = logging.getLogger(__name__)
-
-LORA = r"\.lora_[AB]\."
-"""Matrices of LoRA adapters, by the names that peft gives them."""
-LORA_FILES = ("*.safetensors", "adapter_config.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Precisions that a manifest may name."""
-
-
-def noise_for(ids: Sequence[str], draws: Sequence[int], *, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """(B, *shape) standard normal noise, each row a function of its id, its draw number and the seed only.
-
-    Args:
-        ids: (B,) image or query ids.
-        draws: (B,) draw numbers.
-        seed: of the whole run.
-        shape: of one latent, (L, h, w).
-    """
-    rows = []
-    for name, draw in zip(ids, draws, strict=True):
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{draw}/{name}".encode()).digest()[:16], "little")
-        rows.append(np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32))
-    return torch.from_numpy(np.stack(rows))
-
-
-def spread_timesteps(draws: int, *, train_timesteps: int) -> np.ndarray:
-    """(draws,) timesteps in the middles of `draws` equal parts of the schedule; draw d always has the d-th."""
-    return ((np.arange(draws) + 0.5) / draws * train_timesteps).astype(np.int64)
 
 
 class Generator:
@@ -105,6 +76,9 @@ class Generator:
         self._offload = offload
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
         self.defaults = sampling_defaults(type(pipeline)) | dict(defaults or {})
+        self.manifest: dict[str, Any] = {}
+        """What its folder says of how it was made; {} without a manifest."""
+        self._words: frozenset[str] | None = None
         self.evaluations = {"forward": 0, "backward": 0}
         """Latents that went through the denoiser for a loss, and those of them whose gradient could be taken."""
         self._schedule = read_schedule(pipeline.scheduler.config)
@@ -124,21 +98,19 @@ class Generator:
         if checkpointing:
             self.denoiser.enable_gradient_checkpointing()
 
+    read_defaults = staticmethod(read_defaults)
+
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | Path,
         *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         lora: str | Path | None = None,
         unlearn: str | None = None,
         options: Options | None = None,
+        **hub: Any,
     ) -> Generator:
         """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository 'org/name[@revision]'.
 
@@ -146,16 +118,12 @@ class Generator:
 
         Args:
             name_or_path: which.
-            revision: branch, tag or commit on the Hub; this and the next four as of `FastAttributor.from_pretrained`.
-            cache_dir: where the Hub client keeps downloads.
-            token: Hub access token.
-            local_files_only: take the cached copy, ask no network.
-            force_download: fetch again what the cache holds.
             device: where to run; None takes an accelerator if there is one.
             dtype: precision of the weights; None is what the manifest says, or float32.
             lora: a LoRA to lay on it: a safetensors file, a folder with one, or a Hub repository 'org/name[@revision]'.
             unlearn: 'base' or 'lora'; None is what the manifest says, or 'base'.
             options: what the files don't say; None is what the manifest says.
+            hub: revision, cache_dir, token, local_files_only and force_download, as of `FastAttributor.from_pretrained`.
 
         Raises:
             ArtifactNotFoundError: there is no such model.
@@ -163,71 +131,21 @@ class Generator:
             ArtifactDamagedError: its files cannot be loaded, or their checksums are not those of its manifest.
             InputError: it is of no supported family.
         """
-        from diffusers import DiffusionPipeline
-
-        hub: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-        }
-        folder = locate(name_or_path, "generator", files=PIPELINE_FILES, revision=revision, **hub)
-        manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+        pipeline, manifest, words = load_pipeline(name_or_path, dtype=dtype, lora=lora, **hub)
         reference: dict[str, Any] = manifest.get("reference", {})
-        if reference:
-            folder = locate(reference["pretrained"], "generator", files=PIPELINE_FILES, revision=reference["revision"], **hub)
-            dtype = dtype or DTYPES[reference["dtype"]]
-            unlearn = unlearn or reference["unlearn"]
-            options = options or Options(**reference["options"])
-        for file, expected in manifest.get("sha256", {}).items():
-            if not (folder / file).exists() or sha256_file(folder / file) != expected:
-                raise ArtifactDamagedError(
-                    f"{folder / file} is missing or not the file of its manifest; fetch the generator again."
-                )
-        try:
-            with _quiet_diffusers():
-                pipeline = DiffusionPipeline.from_pretrained(
-                    folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
-                )
-        except Exception as error:  # diffusers raises many types for a damaged folder
-            raise ArtifactDamagedError(f"{folder} cannot be loaded as a diffusers pipeline: {_first_line(error)}") from error
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if lora:
-            load_lora(pipeline, locate_lora(lora, **hub))
-        elif reference.get("lora"):
-            adapter = locate_lora(reference["lora"], revision=reference["lora_revision"], **hub)
-            if sha256_file(adapter) != reference["lora_sha256"]:
-                raise ArtifactMismatchError(f"{adapter} has changed since {name_or_path} was made; use another run folder.")
-            load_lora(pipeline, adapter)
         generator = cls(
             pipeline,
             name=str(name_or_path),
             defaults=manifest.get("defaults"),
-            unlearn=unlearn or "base",
-            options=options,
+            unlearn=unlearn or reference.get("unlearn", "base"),
+            options=options or Options(**reference.get("options", {})),
             checkpointing=bool(reference.get("checkpointing")),
             offload=bool(reference.get("offload")),
         )
+        generator.manifest, generator._words = manifest, words
         for part in [generator.denoiser] if generator._offload else generator._parts():
-            part.to(device)
+            part.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return generator
-
-    @staticmethod
-    def read_defaults(name_or_path: str | Path) -> dict[str, float]:
-        """The `defaults` that `from_pretrained(name_or_path)` will have, without loading it.
-
-        Raises:
-            ArtifactNotFoundError: there is no such model.
-        """
-        folder = locate(name_or_path, "generator", files=["manifest.json", "model_index.json"])
-        manifest: dict[str, Any] = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-        found: dict[str, float] = manifest.get("defaults", {})
-        if {"steps", "guidance"} <= set(found):
-            return found
-        import diffusers
-
-        return sampling_defaults(getattr(diffusers, read_json(folder / "model_index.json")["_class_name"])) | found
 
     @property
     def device(self) -> torch.device:
@@ -288,7 +206,7 @@ class Generator:
         )
         if self.options != Options():
             digest.update(fingerprint(asdict(self.options)).encode())
-        if scales := [_lora_scales(part) for part in self._parts() if _lora_scales(part)]:
+        if scales := [found for part in self._parts() if (found := lora_scales(part))]:
             digest.update(fingerprint(scales).encode())
         return digest.hexdigest()[:16]
 
@@ -319,6 +237,10 @@ class Generator:
         images = self.generate_batch([prompt], seeds=[seed], steps=steps, guidance=guidance, on_step=on_step)
         return images[0]
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that no training caption has, in order; [] too where the generator does not say its words."""
+        return [] if self._words is None else unknown_words(prompt, self._words)
+
     def generate_batch(
         self,
         prompts: Sequence[str],
@@ -329,41 +251,19 @@ class Generator:
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw one image per prompt and seed; each is what `generate` draws for them, up to float rounding."""
-        steps = int(self.defaults["steps"] if steps is None else steps)
-        guidance = float(self.defaults["guidance"] if guidance is None else guidance)
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            if not prompt.strip():
-                raise InputError("the prompt is empty; say what to draw.")
-            if not 0 <= seed < 2**63:
-                raise InputError(f"seed must be between 0 and 2**63 - 1, got {seed}")
-        if not 1 <= steps <= self.train_timesteps:
-            raise InputError(f"steps must be between 1 and {self.train_timesteps}, got {steps}")
-        if guidance < 0:
-            raise InputError(f"guidance must be at least 0, got {guidance}")
-
-        def after_step(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                on_step(step + 1, steps)
-            return values
-
-        known = inspect.signature(type(self.pipeline).__call__).parameters
-        others = {"use_resolution_binning": False, "clean_caption": False, "callback_on_step_end": after_step}
-        if self.options.max_tokens:
-            others["max_sequence_length"] = self.options.max_tokens
-        if "callback_on_step_end" not in known:  # PixArt keeps diffusers' older form
-            others["callback"] = lambda step, timestep, latents: after_step(None, step, timestep, {})
+        asked = {"steps": steps, "guidance": guidance}
+        settings = self.defaults | {name: value for name, value in asked.items() if value is not None}
+        check_sampling(prompts, seeds, settings, most_steps=self.train_timesteps)
         with self._at_hand("vae", *self.family.text_encoders):
-            result = self.pipeline(
-                prompt=list(prompts),
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=self.image_size,
-                width=self.image_size,
-                **{name: value for name, value in others.items() if name in known},
+            return sample(
+                self.pipeline,
+                prompts,
+                seeds,
+                settings,
+                side=self.image_size,
+                max_tokens=self.options.max_tokens,
+                on_step=on_step,
             )
-        images: list[Image.Image] = result.images
-        return images
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -460,101 +360,10 @@ class Generator:
         """
         lora = self.unlearn == "lora"
         pattern = pattern or (LORA if lora else default_pattern(self.denoiser, self.family.text_projections))
-        layers: dict[str, Layer] = {
-            name: module
-            for name, module in self.denoiser.named_modules()
-            if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-            and bool(re.search(LORA, name)) == lora
-        }
-        # peft keeps the layer that a LoRA lies on as its `base_layer`.
-        found = {name: layer for name, layer in layers.items() if re.search(pattern, name.removesuffix(".base_layer"))}
-        if not found:
-            raise InputError(f"no layer of the denoiser matches {pattern!r}; it has e.g. {sorted(layers)[:5]}.")
+        found = find_layers(self.denoiser, pattern, of_lora=lora)
         if any(layer.weight.dtype.itemsize < 4 for layer in found.values()):
             _ = self.fingerprint  # of the weights as they were loaded
             for layer in found.values():
                 if layer.weight.dtype.itemsize < 4:
-                    _put_into_float32(layer, casts=self.unlearn == "base")  # peft casts by itself
+                    put_into_float32(layer, casts=self.unlearn == "base")  # peft casts by itself
         return found
-
-
-def sampling_defaults(pipeline: type) -> dict[str, float]:
-    """'steps' and 'guidance' that a class of pipelines takes where the caller gives none."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    return {name: float(parameters[theirs].default) for name, theirs in names.items()}
-
-
-def locate_lora(name_or_path: str | Path, **hub: Any) -> Path:
-    """The one safetensors file of a LoRA: the path of a file, or what a folder or Hub repository holds.
-
-    Args:
-        name_or_path: which.
-        hub: arguments of `fastattr.core.models.locate` besides.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file, or there are several.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    folder = locate(name_or_path, "generator", files=LORA_FILES, **hub)
-    files = sorted(folder.glob("*.safetensors"))
-    usual = [file for file in files if file.name == "pytorch_lora_weights.safetensors"]
-    if len(usual or files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise ArtifactNotFoundError(
-            f"{name_or_path} should hold one LoRA, found {names}; give the path of one safetensors file."
-        )
-    return (usual or files)[0]
-
-
-def load_lora(pipeline: Any, file: Path) -> None:
-    """Lay a LoRA on a pipeline's networks, as diffusers does; it stays apart from their weights.
-
-    Raises:
-        MissingExtraError: peft is not installed.
-        ArtifactDamagedError: the file is no LoRA of this pipeline.
-    """
-    from diffusers.utils import is_peft_available
-
-    if not is_peft_available():
-        raise MissingExtraError("a LoRA needs peft; install it with `pip install 'fastattr[lora]'`.")
-    try:
-        with _quiet_diffusers():
-            pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="lora", local_files_only=True)
-    except Exception as error:  # diffusers and peft raise many types
-        raise ArtifactDamagedError(f"{file} cannot be laid on {type(pipeline).__name__}: {_first_line(error)}") from error
-
-
-def _lora_scales(network: nn.Module) -> dict[str, float]:
-    """Factor on each LoRA of a network, which its matrices don't say; {} where there is none."""
-    scales = {name: getattr(module, "scaling", None) for name, module in network.named_modules()}
-    return {name: float(scale["lora"]) for name, scale in scales.items() if isinstance(scale, dict) and "lora" in scale}
-
-
-def _put_into_float32(layer: Layer, *, casts: bool) -> None:
-    """Put a layer into float32 for good; with `casts`, what comes in is cast, and what goes out is cast back."""
-    dtype = layer.weight.dtype
-    layer.float()
-    if casts:
-        layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(), *inputs[1:]))
-        layer.register_forward_hook(lambda _layer, _inputs, output: output.to(dtype))
-
-
-@contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Hide diffusers' progress bars and the notice about a missing safety checker while loading."""
-    from diffusers.utils import logging as diffusers_logging
-
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

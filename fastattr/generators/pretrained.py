@@ -15,7 +15,9 @@ from fastattr.core.files import read_json, sha256_file
 from fastattr.core.models import PIPELINE_FILES, commit_of, locate, split_revision
 from fastattr.core.stages import MANIFEST, finished, write_manifest
 from fastattr.generators.families import Options
-from fastattr.generators.generator import DTYPES, Generator, locate_lora
+from fastattr.generators.generator import Generator
+from fastattr.generators.loading import DTYPES
+from fastattr.generators.lora import locate_lora
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from fastattr.core.errors import NonFiniteError
-from fastattr.generators.generator import Generator, noise_for, spread_timesteps
+from fastattr.generators.generator import Generator
+from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
 OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output"}

@@ -6,7 +6,9 @@ Writes index.faiss (or shards of it), and vectors.f16 with vectors.sha256 where 
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,19 @@ from fastattr.index.choose import (
     IndexConfig,
     available_memory,
     choose,
-    is_inverted,
+    coarse_lists,
     keeps_vectors,
     make,
     require_room,
 )
-from fastattr.index.files import save_index
-from fastattr.index.tune import tune
-from fastattr.index.vectors import BATCH, Read, reader, write_vectors
+from fastattr.index.files import is_inverted, save_index
+from fastattr.index.tune import READ_COST, tune
+from fastattr.index.vectors import BATCH, Read, only_finite, reader, require_finite, write_vectors
+
+FEWEST_ROWS = 1000
+"""An index of fewer rows is not trained again."""
+RETUNED = ("index", "index_shards", "search", "recall_wanted", "recall_of_search")
+"""What `retune` may change of an index's settings."""
 
 
 def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
@@ -39,9 +46,9 @@ def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
 
     Raises:
         InputError: FAISS does not know the factory string, or there are too few vectors to train it.
+        NonFiniteError: a vector is NaN or infinite.
     """
-    index = make(factory, embeddings.shape[1])
-    index = train(index, embeddings, factory)
+    index = train(make(factory, embeddings.shape[1]), require_finite(embeddings), factory)
     index.add(embeddings)
     return index
 
@@ -76,7 +83,16 @@ def off_gpu(index: faiss.Index) -> faiss.Index:
 
 
 def build(
-    read: Read, rows: int, dim: int, config: IndexConfig, folder: Path, *, name: str = "index", seed: int = 0
+    read: Read,
+    rows: int,
+    dim: int,
+    config: IndexConfig,
+    folder: Path,
+    *,
+    name: str = "index",
+    seed: int = 0,
+    queries: np.ndarray | None = None,
+    image_ids: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build an index of N vectors from a stream into a folder, shard by shard; done again, it goes on where it stopped.
 
@@ -88,15 +104,20 @@ def build(
         folder: where the files go; those of an interrupted build are in its folder `.build`.
         name: first part of the files' names.
         seed: of the choice of training vectors.
+        queries: (Q, D) embeddings of queries as they come, for whose recall the search is tuned, too.
+        image_ids: N, to name images in errors.
 
     Returns:
-        What config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_of_search'.
+        What config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_wanted',
+        'recall_of_search' (measured).
 
     Raises:
         DoesNotFitError: memory or disk are too small.
         InputError: FAISS does not know the factory string, or there are too few vectors.
         ArtifactMismatchError: the folder holds a half-built index with other settings.
+        NonFiniteError: a vector is NaN or infinite.
     """
+    read = only_finite(read, image_ids)
     memory = config.memory_gb * 1e9 or available_memory() / 2
     factory = config.factory if config.factory != AUTO else choose(rows, dim, recall=config.recall, memory=memory)
     require_room(rows, dim, factory, folder, config)
@@ -106,15 +127,79 @@ def build(
     if (work / "identity.json").exists() and read_json(work / "identity.json") != identity:
         raise ArtifactMismatchError(f"{work} holds a half-built index of something else; remove it to build anew.")
     write_json(work / "identity.json", identity)
-    vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(factory) else None
+    vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(make(factory, dim)) else None
     if vectors:
         read = reader(folder / vectors["file"], dim)
     trained = _train_on_sample(read, rows, factory, dim, work / "trained.faiss", seed=seed)
     shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name)
     settings: dict[str, Any] = {"index": factory, "index_shards": shards, "vectors": vectors}
-    settings.update(tune(folder, settings, read, rows, recall=config.recall, seed=seed))
+    settings |= tune(folder, settings, read, rows, recall=config.recall, seed=seed, queries=queries)
     shutil.rmtree(work)
     return settings
+
+
+def retune(
+    folder: Path,
+    settings: dict[str, Any],
+    read: Read,
+    rows: int,
+    dim: int,
+    *,
+    name: str = "index",
+    seed: int = 0,
+    queries: np.ndarray | None = None,
+    parts: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Tune the search of an index whose rows are no longer those that it was trained on; train it anew where that is better.
+
+    Args:
+        folder: with the index's files, which may be replaced (under the same names).
+        settings: what config.json says: 'index', 'index_shards', 'vectors', and 'search' as it was tuned before.
+        read: gives the vectors.
+        rows: N.
+        dim: D.
+        name: first part of the files' names.
+        seed: of the choice of training vectors and of rows that serve as queries.
+        queries: (Q, D) queries as they come; None for none.
+        parts: first rows of regions that must be served as promised, too, such as the images added last.
+
+    Returns:
+        'index', 'index_shards', 'search', 'recall_wanted' and 'recall_of_search', the lowest that was measured.
+    """
+    recall = float(settings.get("recall_wanted", IndexConfig.recall))
+    kept = {key: settings[key] for key in ("index", "index_shards", "vectors")}
+    kept |= tune(folder, kept, read, rows, recall=recall, seed=seed, queries=queries, parts=parts)
+    longest = 2 * _effort(settings, rows) if settings.get("search") else math.inf
+    served = kept["recall_of_search"] >= recall and _effort(kept, rows) <= longest
+    if served or make(kept["index"], dim).is_trained or rows < FEWEST_ROWS:
+        return {key: kept[key] for key in RETUNED}
+    work = folder / ".build"
+    work.mkdir(exist_ok=True)
+    fresh = {**kept, "index": _with_lists_for(kept["index"], rows)}
+    trained = _train_on_sample(read, rows, fresh["index"], dim, work / "trained-again.faiss", seed=seed)
+    size = int(kept["index_shards"][0]["rows"]) if len(kept["index_shards"]) > 1 else 0
+    fresh["index_shards"] = add_shards(trained, read, rows, size, work, name=name)
+    fresh |= tune(work, fresh, read, rows, recall=recall, seed=seed, queries=queries, parts=parts)
+    worth = [(min(each["recall_of_search"], recall), -_effort(each, rows)) for each in (fresh, kept)]
+    if worth[0] > worth[1]:
+        for shard in fresh["index_shards"]:
+            (work / shard["file"]).replace(folder / shard["file"])
+    shutil.rmtree(work)
+    return {key: (fresh if worth[0] > worth[1] else kept)[key] for key in RETUNED}
+
+
+def _with_lists_for(factory: str, rows: int) -> str:
+    """The factory string with as many lists as `choose` would take, where its own number is far from that."""
+    lists = coarse_lists(rows)
+    own = re.search(r"IVF(\d+)", factory)
+    return factory if own is None or lists / 4 < int(own[1]) < lists * 4 else factory.replace(own[0], f"IVF{lists}")
+
+
+def _effort(settings: dict[str, Any], rows: int) -> float:
+    """Codes that a search compares, vectors that it reads counted as so many codes as take the same time."""
+    search, lists = settings["search"], re.findall(r"IVF(\d+)", settings["index"])
+    looked_at = search["nprobe"] * rows / int(lists[0]) if lists else float(search.get("neighbours", 0))
+    return looked_at + READ_COST * (search["shortlist"] if settings["vectors"] else 0)
 
 
 def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 
 from fastattr.core.errors import DoesNotFitError, InputError
+from fastattr.index.files import inner_of, is_supported
 from fastattr.index.vectors import BATCH, DIGEST_BYTES
 
 AUTO = "auto"
@@ -106,10 +107,13 @@ def coarse_lists(rows: int) -> int:
     return int(2 ** np.clip(round(math.log2(1.4 * math.sqrt(rows))), 6, 16))
 
 
-def keeps_vectors(factory: str) -> bool:
-    """Whether an index of this kind needs float16 vectors beside it, since its own are coarser than 8 bits a value."""
-    last = factory.rsplit(",", 1)[-1]
-    return not ("Flat" in factory or "SQfp16" in last or "SQ8" in last or "SQbf16" in last or "HNSW" in last)
+def keeps_vectors(index: faiss.Index) -> bool:
+    """Whether an index needs float16 vectors beside it: it keeps less than 8 bits a value, or not all of the values."""
+    inner = inner_of(index)
+    if isinstance(inner, faiss.IndexHNSW):
+        inner = faiss.downcast_index(inner.storage)
+    coarse = isinstance(inner, faiss.IndexRaBitQ | faiss.IndexIVFRaBitQ) or inner.sa_code_size() < index.d
+    return coarse or inner.d < index.d
 
 
 def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estimate:
@@ -133,7 +137,7 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
         per_row = inner.sa_code_size()
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
         fixed += 4 * 256 * inner.d  # the codebooks
-    vectors = rows * 2 * dim if keeps_vectors(factory) else 0
+    vectors = rows * 2 * dim if keeps_vectors(index) else 0
     memory = rows * per_row + fixed + (rows * DIGEST_BYTES if vectors else 0)
     at_once = min(rows, shard_rows or (BUILD_ROWS if isinstance(inner, faiss.IndexIVF) else rows))
     shards = -(-rows // at_once)
@@ -186,7 +190,7 @@ def make(factory: str, dim: int) -> faiss.Index:
     """An empty inner-product index.
 
     Raises:
-        InputError: FAISS does not know the factory string.
+        InputError: FAISS does not know the factory string, or its kind can't leave out rows while it searches.
     """
     try:
         index: faiss.Index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -194,6 +198,12 @@ def make(factory: str, dim: int) -> faiss.Index:
         raise InputError(
             f"FAISS does not know the index {factory!r} for width {dim}; try 'auto', 'Flat', 'SQfp16' or 'HNSW32'."
         ) from error
+    if not is_supported(index):
+        raise InputError(
+            f"fastattr does not search the index {factory!r}: removed images must be left out, by inner product. Flat, SQ..., "
+            "PQ..., HNSW... and IVFn with Flat, SQ..., PQ... or RaBitQ can do that, also behind PCA or OPQ; short lists are "
+            "ranked again without being asked. Try 'auto'."
+        )
     inner = inner_of(index)
     if inner is not index:
         whole: Any = index
@@ -205,13 +215,3 @@ def make(factory: str, dim: int) -> faiss.Index:
     if isinstance(inner, faiss.IndexPQ | faiss.IndexIVFPQ):
         inner.pq.cp.niter, inner.pq.cp.max_points_per_centroid = 12, 128  # a quarter of the work
     return index
-
-
-def inner_of(index: faiss.Index) -> Any:
-    """The index behind a transform of the vectors, or itself; it lives as long as the whole. FAISS's types name few members."""
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-
-
-def is_inverted(index: faiss.Index) -> bool:
-    """Whether an index is an inverted file, alone or behind a transform of the vectors."""
-    return faiss.try_extract_index_ivf(index) is not None

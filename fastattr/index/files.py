@@ -1,13 +1,51 @@
-"""Files of an index: written atomically, compared with their checksum before FAISS reads a byte, mapped into memory."""
+"""Files of an index: written atomically, compared with their checksum before FAISS reads a byte, mapped into memory.
+
+FAISS is native code, and whoever makes an attributor makes its checksums too. Its reader checks what it reads; its mapping
+reader does not (a file of 27 bytes ended the process), so a file is mapped only once `_ends_where_it_says` has followed its
+structure to the last byte. Nothing may allocate more than the file has.
+"""
 
 from __future__ import annotations
 
+import struct
+import threading
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import faiss
 
 from fastattr.core.errors import ArtifactDamagedError, MissingFileError
 from fastattr.core.files import atomic_path, sha256_file
+
+SUPPORTED = (
+    faiss.IndexFlat,
+    faiss.IndexScalarQuantizer,
+    faiss.IndexPQ,
+    faiss.IndexRaBitQ,
+    faiss.IndexHNSW,
+    faiss.IndexIVFFlat,
+    faiss.IndexIVFScalarQuantizer,
+    faiss.IndexIVFPQ,
+    faiss.IndexIVFRaBitQ,
+)
+"""FAISS classes that `search` can make leave out chosen rows, and whose files FAISS checks; alone, or behind PCA, OPQ, ..."""
+_LIMITS = threading.Lock()
+"""FAISS's limits on what it reads are the process's."""
+
+
+def inner_of(index: faiss.Index) -> Any:
+    """The index behind a transform of the vectors, or itself; it lives as long as the whole. FAISS's types name few members."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def is_inverted(index: faiss.Index) -> bool:
+    """Whether an index is an inverted file, alone or behind a transform of the vectors."""
+    return isinstance(inner_of(index), faiss.IndexIVF)
+
+
+def is_supported(index: faiss.Index) -> bool:
+    """Whether fastattr searches this kind of index: by inner product, and able to leave out rows."""
+    return isinstance(inner_of(index), SUPPORTED) and index.metric_type == faiss.METRIC_INNER_PRODUCT
 
 
 def save_index(index: faiss.Index, path: Path) -> None:
@@ -42,19 +80,81 @@ def load_index(path: Path, *, sha256: str, inverted: bool = False) -> faiss.Inde
 
     Raises:
         MissingFileError: there is no such file.
-        ArtifactDamagedError: a checksum is another, or FAISS can't read it.
+        ArtifactDamagedError: a checksum is another, or the file is no index that fastattr searches.
     """
     check_file(path, sha256)
     return map_index(path, inverted=inverted)
 
 
 def map_index(path: Path, *, inverted: bool) -> faiss.Index:
-    """The index of a file whose origin is known; see `load_index` for others."""
-    flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if inverted else faiss.IO_FLAG_MMAP_IFC
-    try:
-        return faiss.read_index(str(path), flags)
-    except RuntimeError as error:
-        raise ArtifactDamagedError(f"{path} can't be read by FAISS ({str(error).splitlines()[0][:200]}).") from error
+    """The index of a file, mapped into memory where FAISS can; no file ends the process, whoever made it.
+
+    Raises:
+        ArtifactDamagedError: the file is no index that fastattr searches.
+    """
+    size = path.stat().st_size
+    flags = 0
+    if inverted:
+        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    elif _ends_where_it_says(path, size):
+        flags = faiss.IO_FLAG_MMAP_IFC
+    with _LIMITS:
+        largest, longest = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+        faiss.set_deserialization_vector_byte_limit(size)
+        faiss.set_deserialization_loop_limit(size)
+        try:
+            index = faiss.read_index(str(path), flags)
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ArtifactDamagedError(f"{path} can't be read by FAISS ({reason}); fetch the attributor again.") from error
+        finally:
+            faiss.set_deserialization_vector_byte_limit(largest)
+            faiss.set_deserialization_loop_limit(longest)
+    if not is_supported(index):
+        raise ArtifactDamagedError(
+            f"{path} holds a FAISS index of a kind that fastattr does not search ({type(inner_of(index)).__name__}); "
+            "build the attributor again with another index.factory."
+        )
+    inner = inner_of(index)
+    if isinstance(inner, faiss.IndexFlatCodes) and inner.codes.size() != inner.ntotal * inner.code_size:
+        raise ArtifactDamagedError(f"{path} holds fewer codes than rows; fetch the attributor again.")
+    return index
+
+
+def _ends_where_it_says(path: Path, size: int) -> bool:
+    """Whether a file is an exhaustive or HNSW index whose parts end with the file, so that it can be mapped."""
+    with path.open("rb") as file:
+        try:
+            return _skip_index(file) and file.tell() == size
+        except (struct.error, OverflowError, ValueError, OSError):  # shorter than it says, or longer than a file can be
+            return False
+
+
+def _skip_index(file: BinaryIO) -> bool:
+    """Move behind an index as FAISS writes it; False where it is of another kind."""
+    kind = file.read(4)
+    _read(file, "<iqqq?i")  # width, rows, two unused, trained, metric
+    if kind in {b"IHNf", b"IHNs"}:
+        for width in (8, 4, 4, 8, 4):  # probabilities, neighbours a level, levels, offsets, neighbours
+            _skip_vector(file, width)
+        _read(file, "<5i")
+        return _skip_index(file)
+    if kind == b"IxSQ":
+        _read(file, "<iifQQ")  # kind of quantiser, range, its argument, width, bytes a code
+        _skip_vector(file, 4)
+        _skip_vector(file, 1)
+    elif kind in {b"IxFI", b"IxF2"}:
+        _skip_vector(file, 4)
+    return kind in {b"IxSQ", b"IxFI", b"IxF2"}
+
+
+def _skip_vector(file: BinaryIO, width: int) -> None:
+    (count,) = _read(file, "<Q")
+    file.seek(count * width, 1)
+
+
+def _read(file: BinaryIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))
 
 
 def empty_copy(path: Path, factory: str) -> faiss.Index:

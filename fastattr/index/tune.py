@@ -1,8 +1,16 @@
-"""Tune a search: measure what it finds of the exact neighbours, and choose the least work that reaches the recall wanted."""
+"""Tune a search: measure what it finds of the exact neighbours, and choose the least work that reaches the recall wanted.
+
+Recall is measured on rows of the whole corpus, of each region of it, and on queries as they come (embeddings of generated
+images) where there are some; the recall that config.json claims is the lowest of these. Copies of a row stand for each
+other: any of them counts as found.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +18,115 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from fastattr.index.files import map_index
-from fastattr.index.search import TUNED_K, join
+from fastattr.index.files import inner_of, map_index
+from fastattr.index.search import TUNED_K, Shards, join, nearest, set_breadth
 from fastattr.index.vectors import BATCH, Read
 
 logger = logging.getLogger(__name__)
 
 TUNING_QUERIES = 200
+"""Rows of the corpus that serve as queries, and at most so many queries as they come."""
+REGIONS = 4
+"""Consecutive parts of the corpus in each of which the recall is reached: a source, or what was added last, may be far off."""
+MADE_QUERIES = 50
+"""Queries that are made for kinds that may fail where no row is."""
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)
+"""Breadths of a search in a graph."""
+SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
 READ_COST = 150
 """Codes that are compared in the time in which one vector is read from the disk's cache, checked and compared."""
-SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
+EQUAL = 1e-6
+"""Rows whose similarities to a query differ by no more are equally near."""
 
 
 def exact_neighbours(queries: np.ndarray, read: Read, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Exhaustive search of a stream: (Q, k) similarities, best first, and rows."""
-    best = np.full((len(queries), 0), -np.inf, dtype=np.float32)
-    found = np.zeros((len(queries), 0), dtype=np.int64)
-    for start in tqdm(range(0, rows, BATCH), desc="exhaustive search", unit="batch", disable=rows <= 4 * BATCH):
-        values = queries @ read(start, min(start + BATCH, rows)).T
-        top = np.argpartition(-values, min(k, values.shape[1]) - 1, axis=1)[:, :k]
-        best = np.concatenate([best, np.take_along_axis(values, top, axis=1)], axis=1)
-        found = np.concatenate([found, top + start], axis=1)
-        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-        best, found = np.take_along_axis(best, order, axis=1), np.take_along_axis(found, order, axis=1)
-    return best, found
+    starts = tqdm(range(0, rows, BATCH), desc="exhaustive search", unit="batch", disable=rows <= 4 * BATCH)
+    stops = (min(start + BATCH, rows) for start in range(0, rows, BATCH))
+    return nearest(queries, ((np.arange(start, stop), read(start, stop)) for start, stop in zip(starts, stops, strict=True)), k)
 
 
 def recall_of(found: np.ndarray, exact: np.ndarray) -> float:
     """Share of the (Q, k) exact rows that are among the (Q, k) found."""
     hits = [len(np.intersect1d(mine, true)) for mine, true in zip(found, exact, strict=True)]
     return float(np.sum(hits) / exact.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Queries whose exact neighbours are known."""
+
+    queries: np.ndarray
+    """(Q, D)."""
+    own: np.ndarray
+    """(Q,) the row that a query is, which does not count as its own neighbour; -1 for none."""
+    groups: list[np.ndarray]
+    """(Q,) bool masks: of each the recall has to be reached."""
+    exact: np.ndarray
+    """(Q, k) the nearest rows."""
+    clear: np.ndarray
+    """(Q, k) bool: nearer than any row that is not listed; among the others, any equally near row would do."""
+    least: np.ndarray
+    """(Q,) similarity of the k-th."""
+
+    def lowest(self, hits: np.ndarray, wanted: np.ndarray) -> float:
+        """The lowest recall of any group, from (Q,) hits and (Q,) rows wanted; 1 where nothing is wanted."""
+        return min(
+            float(hits[group].sum() / max(wanted[group].sum(), 1e-9)) if wanted[group].any() else 1.0 for group in self.groups
+        )
+
+
+def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
+    """(n, D) vectors of (n,) rows."""
+    return np.concatenate([read(int(row), int(row) + 1) for row in rows])
+
+
+def draw(
+    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int] = (), made: np.ndarray | None = None
+) -> Sample:
+    """Queries with their exact neighbours.
+
+    Args:
+        read: gives the vectors.
+        rows: N.
+        seed: of the choice of rows.
+        queries: (Q, D) queries as they come; None for none.
+        parts: first rows of further regions, e.g. of what was added last.
+        made: (M, D) made queries, see `_made_queries`.
+    """
+    rng = np.random.default_rng([seed, 1])
+    bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
+    picked = [
+        np.sort(low + rng.permutation(high - low)[: TUNING_QUERIES // REGIONS]) for low, high in itertools.pairwise(bounds)
+    ]
+    own = np.concatenate(picked)
+    asked = [read_rows(read, own)]
+    masks = [np.isin(own, chosen) for chosen in picked]
+    if made is not None:
+        asked.append(made)
+        own = np.concatenate([own, np.full(len(made), -1)])
+        masks = [np.concatenate([mask, np.zeros(len(made), dtype=bool)]) for mask in masks] + [own < 0]
+    if queries is not None and len(queries):
+        chosen = rng.permutation(len(queries))[:TUNING_QUERIES]
+        asked.append(np.asarray(queries[np.sort(chosen)], dtype=np.float32))
+        own = np.concatenate([own, np.full(len(chosen), -1)])
+        masks = [np.concatenate([mask, np.zeros(len(chosen), dtype=bool)]) for mask in masks]
+        masks.append(np.arange(len(own)) >= len(own) - len(chosen))
+    together = np.concatenate(asked)
+    k = max(min(TUNED_K, rows - 1), 1)
+    similarities, found = exact_neighbours(together, read, rows, min(k + 2, rows))
+    keep = np.argsort(found == own[:, None], axis=1, kind="stable")  # the row itself goes last
+    similarities, found = np.take_along_axis(similarities, keep, axis=1), np.take_along_axis(found, keep, axis=1)
+    following = similarities[:, k : k + 1] if rows > k + 1 else np.full((len(found), 1), -np.inf)
+    return Sample(
+        queries=together,
+        own=own,
+        groups=masks,
+        exact=found[:, :k],
+        clear=similarities[:, :k] > following + EQUAL,
+        least=similarities[:, k - 1],
+    )
 
 
 def tune(
@@ -52,55 +138,114 @@ def tune(
     recall: float,
     seed: int,
     queries: np.ndarray | None = None,
+    parts: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Choose how many lists to look at and how long the short list is, the least work that reaches the recall.
+    """Choose how far a search looks and how long its short list is: the least work that reaches the recall everywhere.
 
     Args:
         folder: with the index.
-        settings: 'index_shards' and 'vectors', as `build` returns them.
+        settings: 'index', 'index_shards' and 'vectors', as `build` returns them.
         read: gives the vectors.
         rows: N.
         recall: of the 100 nearest, wanted.
-        seed: of the rows that serve as queries, where none are given; they themselves don't count as found.
-        queries: (Q, D) vectors that are not in the index.
+        seed: of the rows that serve as queries.
+        queries: (Q, D) queries as they come, which are in no index; None for none.
+        parts: first rows of regions whose recall is looked at besides.
 
     Returns:
-        'search' ('nprobe' and 'shortlist', 0 where they mean nothing) and 'recall_of_search', measured; 1 if exhaustive.
+        'search' ('nprobe', 'neighbours' and 'shortlist', 0 where they mean nothing), 'recall_wanted' and
+        'recall_of_search', the lowest that was measured.
     """
-    inverted = "IVF" in settings["index"]
-    if not inverted and settings["vectors"] is None:
-        return {"search": {"nprobe": 0, "shortlist": 0}, "recall_of_search": 1.0}
     listed = settings["index_shards"]
+    inverted = "IVF" in settings["index"]
     shards = join([(map_index(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
-    own = np.zeros((0, 1), dtype=np.int64)
-    if queries is None:
-        own = np.sort(np.random.default_rng([seed, 1]).permutation(rows)[:TUNING_QUERIES])[:, None]
-        queries = np.concatenate([read(int(row), int(row) + 1) for row in own[:, 0]])
-    itself = min(len(own), 1)
-    k = max(min(TUNED_K, rows - itself), 1)
-    _, exact = exact_neighbours(queries, read, rows, min(k + itself, rows))
-    wanted = (exact != own) if itself else np.ones(exact.shape, dtype=bool)
+    made = None if inverted else _made_queries(settings, read, rows, seed)
+    sample = draw(read, rows, seed=seed, queries=queries, parts=parts, made=made)
+    itself, k = 1, sample.exact.shape[1]
     # Exact re-ranking keeps each true neighbour that the short list has, so it need not be done to know the recall.
     lengths = [min(length + itself, rows) for length in (SHORTLISTS if settings["vectors"] else (k,))]
-    lists = min((faiss.extract_index_ivf(index).nlist for index, _ in shards.shards), default=0) if inverted else 0
-    tried: list[tuple[bool, float, float, int, int]] = []  # (misses, cost, -recall, lists, short list): the least is chosen
-    for nprobe in [n for n in NPROBES if n < lists] + [lists]:
-        scanned = nprobe * rows / lists if lists else 0.0
-        if tried and not min(tried)[0] and scanned >= min(tried)[1]:
-            break  # more lists cost more than the best settings do in all
-        for index, _ in shards.shards if inverted else []:
-            faiss.extract_index_ivf(index).nprobe = nprobe
-        _, short = shards.search(queries, lengths[-1])
-        places = np.stack([_places(mine, true) for mine, true in zip(short, exact, strict=True)])  # (Q, k), of each true one
+    wanted = sample.clear.sum(axis=1)
+    tried: list[tuple[bool, float, float, int, int, int]] = []  # (misses, cost, -recall, ...): the least is chosen
+    for nprobe, neighbours, looked_at in breadths(shards):
+        if tried and not min(tried)[0] and looked_at >= min(tried)[1]:
+            break  # looking farther costs more than the best settings do in all
+        set_breadth(shards, nprobe=nprobe, neighbours=neighbours)
+        _, short = shards.search(sample.queries, lengths[-1])
+        places = np.stack([_places(mine, true) for mine, true in zip(short, sample.exact, strict=True)])  # of each true one
         for length in lengths:
-            reached = float(((places < length) & wanted).sum() / wanted.sum())
+            reached = sample.lowest(((places < length) & sample.clear).sum(axis=1), wanted)
             misses = reached < min(recall + 0.01, 1.0)  # a little more, since other queries are a little harder
-            cost = round(-reached, 2) if misses else scanned + (length * READ_COST if settings["vectors"] else 0)
-            tried.append((misses, cost, -reached, nprobe, length - itself))
-    _, _, reached, nprobe, length = min(tried)
-    if -reached < recall:
-        logger.warning("the search finds %.1f%% of the 100 nearest, wanted %.1f%%", -100 * reached, 100 * recall)
-    return {"search": {"nprobe": nprobe, "shortlist": length}, "recall_of_search": -reached}
+            cost = round(-reached, 2) if misses else looked_at + (length * READ_COST if settings["vectors"] else 0)
+            tried.append((misses, cost, -reached, nprobe, neighbours, length - itself))
+    _, _, _, nprobe, neighbours, length = min(tried)
+    set_breadth(shards, nprobe=nprobe, neighbours=neighbours)
+    found = shards.search(sample.queries, min(length + itself, rows))[1]
+    measured = sample.lowest(np.minimum(hits(sample, found, read, rows), k), np.full(len(found), k))
+    measured = min(measured, reached_by_graph(shards, sample.queries[:: max(len(sample.queries) // 8, 1)]))
+    if measured < recall:
+        logger.warning("the search finds %.1f%% of the 100 nearest, wanted %.1f%%", 100 * measured, 100 * recall)
+    return {
+        "search": {"nprobe": nprobe, "neighbours": neighbours, "shortlist": length if settings["vectors"] else 0},
+        "recall_wanted": recall,
+        "recall_of_search": measured,
+    }
+
+
+def _made_queries(settings: dict[str, Any], read: Read, rows: int, seed: int) -> np.ndarray | None:
+    """Queries unlike any row: between four rows, where a graph may have no way, or in any direction, which PCA may drop."""
+    rng = np.random.default_rng([seed, 2])
+    if "HNSW" in settings["index"]:
+        made = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
+    elif settings["vectors"]:
+        made = rng.standard_normal((MADE_QUERIES, int(settings["vectors"]["dim"])), dtype=np.float32)
+    else:
+        return None  # all rows are compared, as they are
+    unit: np.ndarray = made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-9)
+    return unit
+
+
+def reached_by_graph(shards: Shards, queries: np.ndarray) -> float:
+    """Lowest share of the rows that a query can reach at all: the links of many equal rows lead to each other only."""
+    if not isinstance(inner_of(shards.shards[0][0]), faiss.IndexHNSW):
+        return 1.0
+    found = np.concatenate([shards.search(query[None], shards.ntotal, widen=shards.widest)[1] for query in queries])
+    return float((found >= 0).mean(axis=1).min())
+
+
+def breadths(shards: Shards) -> Iterator[tuple[int, int, float]]:
+    """How far searches may look, ever farther: lists, neighbours in a graph, and rows that are compared."""
+    inner = [inner_of(index) for index, _ in shards.shards]
+    if isinstance(inner[0], faiss.IndexIVF):
+        lists = min(each.nlist for each in inner)
+        for nprobe in [n for n in NPROBES if n < lists] + [lists]:
+            yield nprobe, 0, nprobe * shards.ntotal / lists
+    elif isinstance(inner[0], faiss.IndexHNSW):
+        most = max(each.ntotal for each in inner)
+        for neighbours in sorted({min(n, most) for n in NEIGHBOURS}):
+            yield 0, neighbours, float(neighbours)
+    else:
+        yield 0, 0, float(shards.ntotal)
+
+
+def hits(sample: Sample, found: np.ndarray, read: Read, rows: int) -> np.ndarray:
+    """(Q,) how many found rows are among the k nearest of each query, or as near as the k-th.
+
+    Args:
+        sample: the queries.
+        found: (Q, S) rows, -1 where there is none.
+        read: gives the vectors, which are read again if some rows are as near as others.
+        rows: N.
+    """
+    others = (found >= 0) & (found != sample.own[:, None])
+    near = np.stack([np.isin(mine, true) for mine, true in zip(found, sample.exact, strict=True)]) & others
+    unclear = np.flatnonzero(~sample.clear.all(axis=1))
+    for start in range(0, rows, BATCH) if len(unclear) else []:
+        values = sample.queries[unclear] @ read(start, min(start + BATCH, rows)).T
+        inside = (found[unclear] >= start) & (found[unclear] < start + values.shape[1])
+        mine = np.take_along_axis(values, np.where(inside, found[unclear] - start, 0), axis=1)
+        near[unclear] |= inside & others[unclear] & (mine >= sample.least[unclear, None] - EQUAL)
+    counts: np.ndarray = near.sum(axis=1)
+    return counts
 
 
 def _places(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:

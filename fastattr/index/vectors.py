@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from fastattr.core.errors import ArtifactDamagedError, MissingFileError
+from fastattr.core.errors import ArtifactDamagedError, MissingFileError, NonFiniteError
 from fastattr.index.files import check_file
 
 BATCH = 65_536
@@ -23,6 +23,33 @@ DIGEST_BYTES = 16
 """Of each row's SHA-256, kept beside the float16 vectors."""
 Read = Callable[[int, int], np.ndarray]
 """(start, stop) -> the (stop - start, D) float32 unit vectors of these rows."""
+
+
+def require_finite(vectors: np.ndarray, image_ids: Sequence[str] = (), *, first: int = 0) -> np.ndarray:
+    """The (n, D) vectors, if every value is finite.
+
+    Args:
+        vectors: of consecutive rows.
+        image_ids: of these rows, for the message; without them rows are named by their numbers.
+        first: number of the first row.
+
+    Raises:
+        NonFiniteError: a vector is NaN or infinite; the text names its image.
+    """
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        named = [repr(image_ids[row]) if len(image_ids) else f"row {first + row:,}" for row in wrong[:5]]
+        raise NonFiniteError(
+            f"{len(wrong)} embeddings are NaN or infinite: {', '.join(named)}{', ...' if len(wrong) > 5 else ''}. No search "
+            "could find them, and they would spoil the index for others; encode these images again (in float32), or leave "
+            "them out."
+        )
+    return vectors
+
+
+def only_finite(read: Read, image_ids: Sequence[str] = ()) -> Read:
+    """A stream that refuses vectors that are not finite, as `require_finite`; ids are of all rows."""
+    return lambda start, stop: require_finite(read(start, stop), image_ids[start:stop], first=start)
 
 
 def write_vectors(read: Read, rows: int, dim: int, folder: Path, name: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from fastattr.pipeline.config import BuildConfig, save_config
 from fastattr.pipeline.costs import training_images
 from fastattr.pipeline.plan import plan
 from fastattr.pipeline.stages import FOLDERS, SHARED, STAGES
+from fastattr.students.ranking import no_better_than_untuned
 
 logger = logging.getLogger(__name__)
 FIRST_VERSION = 1
@@ -63,11 +64,7 @@ def planned(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def run(
-    config: BuildConfig,
-    run_dir: Path,
-    *,
-    confirm: Callable[[dict[str, Any]], None] | None = None,
-    again_from: str = "",
+    config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
     """Run every stage that is not finished yet, on all processes.
 
@@ -108,16 +105,7 @@ def run(
             spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
             write_json(run_dir / "spent.json", spent | {name: seconds[name]})
     if state.num_processes > 1 and state.is_main_process:
-        command = [
-            sys.executable,
-            "-m",
-            "fastattr",
-            "build",
-            str(run_dir / "config.yaml"),
-            "--run",
-            str(run_dir),
-            "--no-plan",
-        ]
+        command = [sys.executable, "-m", "fastattr", "build", str(run_dir / "config.yaml"), "--run", str(run_dir), "--no-plan"]
         if subprocess.run(command, env=alone(), check=False).returncode:
             raise FastattrError("the stages after the teacher failed; run the same command again to go on there.")
     state.wait_for_everyone()
@@ -142,6 +130,12 @@ def forget(run_dir: Path, stage: str) -> None:
     for name in list(FOLDERS)[list(FOLDERS).index(stage) :]:
         for folder in FOLDERS[name]:
             remove(run_dir / folder)
+
+
+def warning_of(run_dir: Path) -> str:
+    """What to be told of a finished build's student, or ''; see `no_better_than_untuned`."""
+    file = run_dir / "attributor" / "metrics.json"
+    return no_better_than_untuned(read_json(file)) if file.exists() else ""
 
 
 def _manifests(run_dir: Path) -> set[tuple[str, int]]:

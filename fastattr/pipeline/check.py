@@ -113,7 +113,7 @@ def check_queries(config: BuildConfig, run_dir: Path) -> None:
     elif config.corpus.kind == "folder" and Path(config.corpus.path).is_dir():
         captions = []
         for image in read_folder(Path(config.corpus.path)):
-            if isinstance(image, TrainingImage):
+            if isinstance(image, TrainingImage) and image.captions:
                 captions.append(image.captions[0])
             if len(captions) > READ_FOR_CAPTIONS:
                 return

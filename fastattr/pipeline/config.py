@@ -21,7 +21,6 @@ from fastattr.generators.queries import QueriesConfig
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig
 from fastattr.generators.scratch.clip import EncoderConfig
 from fastattr.generators.scratch.denoiser import GeneratorConfig
-from fastattr.generators.scratch.refinement import RefinementConfig
 from fastattr.index.choose import IndexConfig
 from fastattr.pipeline.networks import PEAK_FLOPS, SHAPES
 from fastattr.publishing.publish import PushConfig
@@ -69,8 +68,6 @@ class BuildConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     generator: GeneratorConfig | PretrainedConfig = field(default_factory=GeneratorConfig)
     """`pretrained: NAME` takes an existing pipeline; without it one is trained."""
-    refinement: RefinementConfig = field(default_factory=RefinementConfig)
-    """A second phase of the generator's training; by default there is none."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     queries: QueriesConfig = field(default_factory=QueriesConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -84,10 +81,6 @@ class BuildConfig:
     push: PushConfig = field(default_factory=PushConfig)
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
-
-    def __post_init__(self) -> None:
-        if self.refinement.steps and isinstance(self.generator, PretrainedConfig):
-            raise InputError("a pretrained generator is taken as it is: leave out the section 'refinement', or 'pretrained'")
 
 
 def load_config(path: str | Path) -> BuildConfig:

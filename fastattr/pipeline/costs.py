@@ -107,7 +107,7 @@ def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
     """The network with the LoRA's matrices as the weights to unlearn, if the LoRA is a file here; else as it is."""
     from safetensors import safe_open
 
-    from fastattr.generators.generator import locate_lora
+    from fastattr.generators.lora import locate_lora
     from fastattr.gradients.ekfac import factor_sizes
 
     if not Path(generator.lora).exists():
@@ -127,7 +127,6 @@ def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
 
     settings = config.generator
     assert isinstance(settings, GeneratorConfig)
-
     vocabulary = settings.vocabulary
 
     class Tokenizer:
@@ -140,10 +139,7 @@ def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
         autoencoder = build_autoencoder(config.autoencoder)
         side = config.autoencoder.resolution // 2 ** (len(config.autoencoder.channels) - 1)
         unet, _ = build_denoiser(
-            settings,
-            tokenizer=Tokenizer(),
-            latent_channels=config.autoencoder.latent_channels,
-            latent_side=side,
+            settings, tokenizer=Tokenizer(), latent_channels=config.autoencoder.latent_channels, latent_side=side
         )
     return {
         "denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"},
@@ -211,99 +207,58 @@ def stage_costs(config: BuildConfig, images: int, network: Network) -> list[Stag
         network: its denoiser.
     """
     queries = config.queries.train + config.queries.validation + config.queries.test
-    encoders = config.features.encoders
+    encoders, student, training = config.features.encoders, config.distill.student, config.distill.training
     weights = LIBRARIES + 4 * network.parameters
-    side = network.image_side
-    stages = [
+    steps = queries * config.queries.steps * (2 if network.guided and config.queries.guidance > 1 else 1)
+    draw_flops = steps * network.flops + 2 * queries * network.encode_flops
+    draw_memory = weights + 2 * config.queries.batch_size * network.activations // 10  # without gradients
+    pictures = round(queries * network.image_side**2 * PNG_BYTES_PER_PIXEL)
+    encode_flops = (images + queries) * sum(ENCODER_FLOPS["text" if "-text:" in name else "image"] for name in encoders)
+    features = 2 * len(encoders) * FEATURE_WIDTH  # bytes of an image's
+    encoded = (images + queries) * features
+    compared = 4 * queries * images * len(encoders) + 4 * images * FEATURE_WIDTH
+    chosen = queries * min(config.candidates.per_query, images)
+    widths = [FEATURE_WIDTH * len(encoders), *student.hidden, student.embed_dim]
+    student_weights = sum(a * b for a, b in itertools.pairwise(widths))
+    passes = training.steps * (training.batch_size + config.distill.images_per_step)  # every query and image of a step once
+    held = LIBRARIES + 4 * images * widths[0]
+    vectors = images * student.embed_dim * {"Flat": 4, "SQfp16": 2, "SQ8": 1}.get(config.index.factory, 1)
+    indexed = held + vectors + 4 * images * student.embed_dim
+    catalogue = vectors + images * THUMBNAIL_BYTES
+    return [
         StageCost(name="corpus", disk=images * config.plan.bytes_per_image),
         *_training_costs(config, network, weights),
+        StageCost(name="queries", forward=steps, flops=draw_flops, memory=draw_memory, disk=pictures),
+        StageCost(name="features", flops=encode_flops, memory=LIBRARIES + images * features, disk=encoded),
+        StageCost(name="candidates", memory=LIBRARIES + compared, disk=17 * chosen),
+        _teacher_cost(config, images, network, weights),
+        StageCost(name="distill", flops=6.0 * student_weights * passes, memory=held, disk=2 * student_weights),
+        StageCost(name="calibrate"),
+        StageCost(name="evaluate"),
+        StageCost(name="index", flops=2.0 * student_weights * images, memory=indexed, disk=catalogue),
+        StageCost(name="card"),
+        StageCost(name="report"),
     ]
-    steps = config.queries.steps * (2 if network.guided and config.queries.guidance > 1 else 1)
-    stages.append(
-        StageCost(
-            name="queries",
-            forward=queries * steps,
-            flops=queries * (steps * network.flops + 2 * network.encode_flops),
-            memory=weights + 2 * config.queries.batch_size * network.activations // 10,  # without gradients
-            disk=round(queries * side * side * PNG_BYTES_PER_PIXEL),
-        )
-    )
-    kinds = ["text" if "-text:" in specification else "image" for specification in encoders]
-    stages.append(
-        StageCost(
-            name="features",
-            flops=(images + queries) * sum(ENCODER_FLOPS[kind] for kind in kinds),
-            memory=LIBRARIES + 2 * images * len(encoders) * FEATURE_WIDTH,
-            disk=2 * (images + queries) * len(encoders) * FEATURE_WIDTH,
-        )
-    )
-    size = min(config.candidates.per_query, images)
-    compared = 4 * queries * images * len(encoders)
-    stages.append(
-        StageCost(
-            name="candidates",
-            memory=LIBRARIES + compared + 4 * images * FEATURE_WIDTH,
-            disk=17 * queries * size,
-        )
-    )
-    stages.append(_teacher_cost(config, images, network, weights))
-    student = config.distill.student
-    widths = [FEATURE_WIDTH * len(encoders), *student.hidden, student.embed_dim]
-    network_weights = sum(a * b for a, b in itertools.pairwise(widths))
-    training = config.distill.training
-    passes = training.steps * (training.batch_size + config.distill.images_per_step)  # every query and image of a step once
-    stages.append(
-        StageCost(
-            name="distill",
-            flops=6.0 * network_weights * passes,
-            memory=LIBRARIES + 4 * images * widths[0],
-            disk=2 * network_weights,
-        )
-    )
-    stages.append(StageCost(name="calibrate"))
-    stages.append(StageCost(name="evaluate"))
-    vectors = images * student.embed_dim * {"Flat": 4, "SQfp16": 2, "SQ8": 1}.get(config.index.factory, 1)
-    stages.append(
-        StageCost(
-            name="index",
-            flops=2.0 * network_weights * images,
-            memory=LIBRARIES + vectors + 4 * images * (widths[0] + student.embed_dim),
-            disk=vectors + images * THUMBNAIL_BYTES,
-        )
-    )
-    stages += [StageCost(name=name) for name in ("card", "report")]
-    return stages
 
 
 def _training_costs(config: BuildConfig, network: Network, weights: int) -> list[StageCost]:
     """Of the networks that the line trains itself."""
     stages = []
     if not isinstance(config.generator, PretrainedConfig):
-        refinement = config.refinement.steps  # each of its steps evaluates the first phase's generator twice more
-        for name, settings, more, flops in (
-            ("train-autoencoder", config.autoencoder.training, 0, 3 * network.encode_flops),
-            ("train-generator", config.generator.training, refinement, network.flops),
+        for name, training, flops in (
+            ("train-autoencoder", config.autoencoder.training, 3 * network.encode_flops),
+            ("train-generator", config.generator.training, network.flops),
         ):
-            examples = (settings.steps + more) * settings.batch_size
-            guiding = 2 * more * settings.batch_size
-            stages.append(
-                StageCost(
-                    name=name,
-                    forward=examples + guiding if name == "train-generator" else 0,
-                    backward=examples if name == "train-generator" else 0,
-                    flops=flops * (3 * examples + guiding),
-                    memory=weights + 16 * network.parameters + settings.batch_size * network.activations,
-                    disk=2 * network.parameters,
-                )
-            )
+            examples = training.steps * training.batch_size
+            memory = weights + 16 * network.parameters + training.batch_size * network.activations
+            cost = StageCost(name=name, flops=3 * flops * examples, memory=memory, disk=2 * network.parameters)
+            stages.append(replace(cost, forward=examples, backward=examples) if flops == network.flops else cost)
     if any(specification.endswith(":encoder") for specification in config.features.encoders):
-        settings, shape = config.encoder.training, config.encoder
+        shape, training = config.encoder, config.encoder.training
         tokens = (shape.image_size // shape.patch_size) ** 2 + 1
-        size = 12 * (
-            shape.image_layers * shape.image_width**2 * tokens + shape.text_layers * shape.text_width**2 * shape.max_tokens
-        )
-        flops = 6.0 * size * settings.steps * settings.batch_size
-        stages.append(StageCost(name="train-encoder", flops=flops))
+        image, text = shape.image_layers * shape.image_width**2, shape.text_layers * shape.text_width**2
+        size = 12 * (image * tokens + text * shape.max_tokens)
+        stages.append(StageCost(name="train-encoder", flops=6.0 * size * training.steps * training.batch_size))
     return stages
 
 

@@ -172,42 +172,29 @@ def network_inputs(denoiser: nn.Module, shape: Mapping[str, Any]) -> tuple[dict[
     config: Any = denoiser.config
     tokens = shape["tokens"]
     kind = type(denoiser).__name__
+    if kind not in {"UNet2DConditionModel", "FluxTransformer2DModel", "SD3Transformer2DModel"}:
+        raise InputError(f"a plan can't count a {kind} yet; set plan.network to the one of {', '.join(SHAPES)} most like it.")
     side = int(shape.get("side") or getattr(config, "sample_size", None) or 64)
-    inputs: dict[str, Any]
+    width = config.cross_attention_dim if kind == "UNet2DConditionModel" else config.joint_attention_dim
+    text = torch.zeros(1, tokens + (256 if kind == "SD3Transformer2DModel" else 0), width)
+    inputs: dict[str, Any] = {"timestep": torch.zeros(1), "encoder_hidden_states": text}
     if kind == "UNet2DConditionModel":
-        text = torch.zeros(1, tokens, config.cross_attention_dim)
-        inputs = {
-            "sample": torch.zeros(1, config.in_channels, side, side),
-            "timestep": torch.zeros(1, dtype=torch.long),
-            "encoder_hidden_states": text,
-        }
+        inputs |= {"sample": torch.zeros(1, config.in_channels, side, side), "timestep": torch.zeros(1, dtype=torch.long)}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
         return inputs, config.in_channels * side * side, text.numel(), side
+    inputs["pooled_projections"] = torch.zeros(1, config.pooled_projection_dim)
     if kind == "FluxTransformer2DModel":
         patches = (side // 2) ** 2
-        text = torch.zeros(1, tokens, config.joint_attention_dim)
-        inputs = {
-            "hidden_states": torch.zeros(1, patches, config.in_channels),
-            "encoder_hidden_states": text,
-            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
-            "timestep": torch.zeros(1),
-            "guidance": torch.zeros(1) if config.guidance_embeds else None,
-            "img_ids": torch.zeros(patches, 3),
-            "txt_ids": torch.zeros(tokens, 3),
-        }
-        return inputs, config.in_channels * patches, text.numel() + config.pooled_projection_dim, side
-    if kind == "SD3Transformer2DModel":
-        text = torch.zeros(1, tokens + 256, config.joint_attention_dim)
-        inputs = {
-            "hidden_states": torch.zeros(1, config.in_channels, side, side),
-            "encoder_hidden_states": text,
-            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
-            "timestep": torch.zeros(1),
-        }
-        return inputs, config.in_channels * side * side, text.numel() + config.pooled_projection_dim, side
-    raise InputError(f"a plan can't count a {kind} yet; set plan.network to one of {', '.join(SHAPES)} that is most like it.")
+        inputs |= {"hidden_states": torch.zeros(1, patches, config.in_channels)}
+        inputs |= {"img_ids": torch.zeros(patches, 3), "txt_ids": torch.zeros(tokens, 3)}
+        inputs |= {"guidance": torch.zeros(1) if config.guidance_embeds else None}
+        latent = config.in_channels * patches
+    else:
+        inputs |= {"hidden_states": torch.zeros(1, config.in_channels, side, side)}
+        latent = config.in_channels * side * side
+    return inputs, latent, text.numel() + config.pooled_projection_dim, side
 
 
 def _kept_bytes(denoiser: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, Any]) -> int:

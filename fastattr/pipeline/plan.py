@@ -15,7 +15,6 @@ from fastattr.core.errors import FastattrError
 from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.costs import (
-    LIBRARIES,
     UTILISATION,
     StageCost,
     denoiser_of,
@@ -24,8 +23,11 @@ from fastattr.pipeline.costs import (
     teacher_ways,
     training_images,
 )
-from fastattr.pipeline.networks import PEAK_FLOPS, count
+from fastattr.pipeline.networks import PEAK_FLOPS
 from fastattr.pipeline.probe import measure_machine
+
+DENSE = {"train-encoder", "features", "distill", "index"}
+"""Stages that spend their time in large matrix products; the others spend it in the denoiser."""
 
 
 def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[str, Any]:
@@ -38,8 +40,7 @@ def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[s
 
     Returns:
         'stages' (each with its counts and 'hours' by accelerator), their totals, 'teacher_hours' (of `teacher_ways`, by way
-        and accelerator), 'money', and 'here': 'seconds' by stage and in all, 'peak_memory' and
-        'rates', or 'problem'.
+        and accelerator), 'money', and 'here': 'seconds' by stage and in all, and 'rates', or 'problem'.
 
     Raises:
         InputError: the number of images or the network is not known, or the config asks for more queries than captions.
@@ -84,19 +85,10 @@ def hours_here(config: BuildConfig, run_dir: Path, stages: Sequence[StageCost]) 
     Raises:
         FastattrError: the probe failed, or took longer than `plan.probe_seconds`.
     """
-    shape = denoiser_shape(config, run_dir)
-    batch_size = config.teacher.batch_size
-    rates = measure_machine(shape, config.teacher.pattern, batch_size, limit=config.plan.probe_seconds)
-    dense = {"train-encoder", "features", "distill", "index"}
-    seconds = {stage.name: stage.flops / (rates.dense if stage.name in dense else rates.denoiser) for stage in stages}
-    network = count(config.name, shape, config.teacher.pattern)
-    modelled = LIBRARIES + 4 * network.parameters + batch_size * network.activations
-    growth = max(stage.memory for stage in stages) - modelled
-    return {
-        "seconds": {**seconds, "in all": sum(seconds.values())},
-        "peak_memory": rates.peak_memory + max(0, growth),
-        "rates": asdict(rates),
-    }
+    shape, limit = denoiser_shape(config, run_dir), config.plan.probe_seconds
+    rates = measure_machine(shape, config.teacher.pattern, config.teacher.batch_size, limit=limit)
+    seconds = {stage.name: stage.flops / rates["dense" if stage.name in DENSE else "denoiser"] for stage in stages}
+    return {"seconds": {**seconds, "in all": sum(seconds.values())}, "rates": rates}
 
 
 def as_table(result: Mapping[str, Any]) -> str:
@@ -130,10 +122,10 @@ def as_table(result: Mapping[str, Any]) -> str:
     if "problem" in result["here"]:
         lines.append(f"this machine: {result['here']['problem']}")
     else:
-        peak, rate = _bytes(result["here"]["peak_memory"]), result["here"]["rates"]["denoiser"] / 1e9
+        rate = result["here"]["rates"]["denoiser"] / 1e9
         lines.append(
-            f"this machine: {here['in all']:,.0f} s in all, {peak} at most, at the {rate:,.0f} GFLOP/s that it does in the "
-            "denoiser; reading, searching and writing come on top"
+            f"this machine: {here['in all']:,.0f} s in all, at the {rate:,.0f} GFLOP/s that it does in the denoiser; reading, "
+            "searching and writing come on top"
         )
     lines.append(f"accelerators: {UTILISATION:.0%} of their dense TF32 peak, one each; memory is host and accelerator together")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
-from fastattr.core.files import atomic_path, read_json
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import make, open_stage
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import BuildConfig
+from fastattr.students.ranking import no_better_than_untuned
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 SHOWN = 8
 """Queries on the page."""
 NAMED = 8
 """Training images named for each."""
+CREATORS_SHOWN = 20
 PICTURE_SIDE = 160
 SKIPPED_SHOWN = 50
 
@@ -38,14 +40,14 @@ def run(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
         "attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"],
         "queries": open_stage(run_dir / "queries", "queries")["fingerprint"],
     }
-    if not finished(folder, stage="report", config={"name": config.name}, inputs=inputs):
+
+    def work() -> dict[str, Any]:
         page = render(facts(config, run_dir))
-        with atomic_path(folder) as temporary:
-            temporary.mkdir(parents=True)
-            (temporary / "index.html").write_text(page, encoding="utf-8")
-            write_manifest(temporary, stage="report", config={"name": config.name}, inputs=inputs)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.html").write_text(page, encoding="utf-8")
+        return {}
+
+    return make(folder, work, stage="report", config={"name": config.name}, inputs=inputs)
 
 
 def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -54,13 +56,14 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
     queries = Queries(run_dir / "queries")
     attributor = FastAttributor.from_pretrained(run_dir / "attributor")
-    rows = (queries.of_split("test") or list(range(len(queries.query_ids))))[:SHOWN]
+    rows = queries.of_split("test") or list(range(len(queries.query_ids)))
     images, prompts = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
     answers = attributor.attribute(images, prompts, k=min(NAMED, len(attributor)))
     assert isinstance(answers, list)
     copies = queries.table["near_copy_of"].to_pylist()
     skipped = pq.read_table(run_dir / "corpus" / "skipped.parquet").slice(0, SKIPPED_SHOWN).to_pylist()
     corpus = open_stage(run_dir / "corpus", "corpus")
+    metrics = read_json(run_dir / "attributor" / "metrics.json")
     return {
         "name": config.name,
         "version": __version__,
@@ -73,8 +76,11 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
             for row, copy in enumerate(copies)
             if copy
         ],
-        "shown": [_shown(image, answer, copies[row]) for row, image, answer in zip(rows, images, answers, strict=True)],
-        "metrics": read_json(run_dir / "attributor" / "metrics.json"),
+        "shown": [_shown(*each, copies[row]) for row, *each in list(zip(rows, images, answers, strict=True))[:SHOWN]],
+        "totals": _totals(answers),
+        "answers": len(answers),
+        "metrics": metrics,
+        "warning": no_better_than_untuned(metrics),
         "teacher": open_stage(run_dir / "scores", "scores"),
         "costs": _costs(run_dir),
         "attributor": str(run_dir / "attributor"),
@@ -114,12 +120,18 @@ def _costs(run_dir: Path) -> list[dict[str, Any]]:
     counts = {stage["name"]: stage for stage in plan.get("stages", [])}
     names = list(dict.fromkeys([*counts, *spent]))
     return [
-        {
-            "name": name,
-            "planned": planned.get(name),
-            "spent": spent.get(name),
-            "forward": counts.get(name, {}).get("forward"),
-            "backward": counts.get(name, {}).get("backward"),
-        }
+        {"name": name, "planned": planned.get(name), "spent": spent.get(name)}
+        | {kind: counts.get(name, {}).get(kind) for kind in ("forward", "backward")}
         for name in names
     ]
+
+
+def _totals(answers: Sequence[Attribution]) -> list[dict[str, Any]]:
+    """Each creator's mean share over some queries, largest first; the last row is what no creator can be named for."""
+    import pandas as pd
+
+    shares = pd.concat([answer.shares(by="creator") for answer in answers])
+    means = shares.groupby([shares["images"] == 0, "creator"])["share"].sum() / len(answers)
+    named = means.get(False, means.iloc[:0]).sort_values(ascending=False).head(CREATORS_SHOWN)
+    rows = [{"creator": creator or "no creator named", "share": share} for creator, share in named.items()]
+    return [*rows, *({"creator": name, "share": share} for name, share in means.get(True, means.iloc[:0]).items())]

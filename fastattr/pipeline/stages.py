@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fastattr.attributor.make import build_attributor
-from fastattr.core.files import atomic_path, read_json
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.files import read_json
+from fastattr.core.stages import make, open_stage
 from fastattr.corpus import stage as corpus
 from fastattr.evaluation import against_teacher
 from fastattr.features import candidates, stage as features
 from fastattr.features.store import features_fingerprint, folders
 from fastattr.generators import pretrained, queries
 from fastattr.generators.pretrained import PretrainedConfig
-from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, denoiser as train_generator
+from fastattr.generators.scratch import autoencoder as train_autoencoder, clip as train_encoder, stage as train_generator
 from fastattr.pipeline import report
 from fastattr.pipeline.config import BuildConfig
 from fastattr.publishing import publish
-from fastattr.publishing.staging import AUTO
+from fastattr.publishing.push import AUTO
 from fastattr.students import calibrate, distill
 from fastattr.teachers import teach
 
@@ -38,16 +38,13 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
         "evaluation": open_stage(run_dir / "evaluation", "evaluation")["fingerprint"],
     }
     settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
-    if not finished(marker, stage="attributor", config=settings, inputs=inputs):
-        build_attributor(
-            config.index,
-            run_dir,
-            folder,
-            encoders=encoders,
-            captions=config.features.captions,
-            thumbnail_quality=config.thumbnail_quality,
-        )
-        write_manifest(marker, stage="attributor", config=settings, inputs=inputs)
+
+    def work() -> dict[str, Any]:
+        captions, quality = config.features.captions, config.thumbnail_quality
+        build_attributor(config.index, run_dir, folder, encoders=encoders, captions=captions, thumbnail_quality=quality)
+        return {}
+
+    make(marker, work, stage="attributor", config=settings, inputs=inputs)
     built: dict[str, Any] = read_json(folder / "config.json")
     return built
 
@@ -63,7 +60,7 @@ def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Train the generator in run_dir/generator, or take the one that the config names."""
     if isinstance(config.generator, PretrainedConfig):
         return pretrained.run(config.generator, run_dir)
-    return train_generator.run(config.generator, run_dir, config.refinement)
+    return train_generator.run(config.generator, run_dir)
 
 
 def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -77,16 +74,16 @@ def run_card(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Write run_dir/card: README.md and LICENSE.md as they will stand beside the attributor on the Hub."""
     folder = run_dir / "card"
     inputs = {"attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"]}
-    if not finished(folder, stage="card", config=config.push, inputs=inputs):
+
+    def work() -> dict[str, Any]:
         repo_id = f"{config.push.namespace or 'NAMESPACE'}/{config.name}-attributor"
         card, licences = publish.attributor_texts(run_dir / "attributor", repo_id)
-        with atomic_path(folder) as temporary:
-            temporary.mkdir(parents=True)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            (temporary / "LICENSE.md").write_text(licences, encoding="utf-8")
-            write_manifest(temporary, stage="card", config=config.push, inputs=inputs)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "LICENSE.md").write_text(licences, encoding="utf-8")
+        return {}
+
+    return make(folder, work, stage="card", config=config.push, inputs=inputs)
 
 
 def run_push(config: BuildConfig, run_dir: Path) -> dict[str, Any]:

@@ -5,8 +5,7 @@ and score-table folders.
 
 - `publish`: `push_attributor`, `push_generator`, `push_space`, `push_all` (all that a run holds), `PushConfig`.
 - `score_tables`: `push_scores`, a score table as one configuration of a dataset.
-- `push`: `push_folder`, the one function that changes a repository.
+- `push`: `push_folder`, the one function that changes a repository; `release_tag`.
 - `cards`, `licences`, `tables`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
-- `staging`: card, licences and release tag of a folder that is about to be sent.
 - `fastgda`: `import_attributor`, `import_scores`, from the files that the paper's authors released.
 """

@@ -19,36 +19,6 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 PAPER = "arxiv:2511.10721"
 """As a tag it links a repository to the paper's page on the Hub."""
 TAGS = ["data-attribution", "training-data-attribution", "text-to-image", PAPER]
-CITATION = """```bibtex
-@inproceedings{wang2025fastgda,
-  title = {Fast Data Attribution for Text-to-Image Models},
-  author = {Wang, Sheng-Yu and Hertzmann, Aaron and Efros, Alexei A. and Zhang, Richard and Zhu, Jun-Yan},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2511.10721}
-}
-```"""
-COLUMNS = {
-    "query_id": "name of the query, unique in a configuration",
-    "image": "the generated image",
-    "prompt": "what it was made from",
-    "split": "train, validation or test",
-    "image_ids": "(C) ids of the scored training images, as in the attributor's catalog.parquet",
-    "influence": "(C) rise of the training image's denoising loss (mean squared error per latent element) once the query is "
-    "unlearned, or its first-order estimate; higher = more influential, may be negative",
-    "rank": "(C) position by influence, 0 = most influential",
-    "is_outsider": "(C) true where the training image was drawn at random instead of for its likeness",
-    "query_loss_rise": "rise of the query's own loss by the unlearning step, as a part of itself",
-    "teacher": "how the scores were made",
-    "config": "fingerprint or JSON of the teacher's settings",
-    "seed": "of the query's starting noise",
-    "steps": "denoising steps",
-    "guidance": "classifier-free guidance scale",
-    "scheduler": "diffusers class that drew the query",
-    "generator": "fingerprint of the generator's weights",
-    "kind": "caption (of a training image), recombined or free",
-    "near_copy_of": "training image that the drawing is a near-copy of, or empty",
-}
 
 
 def attributor_card(
@@ -99,7 +69,6 @@ def attributor_card(
             method=_attributor_method(config, scores),
             results=results_table(metrics),
             licence=imported_sentence(imported) if imported else licence_sentence(entries),
-            citation=CITATION,
         )
     )
 
@@ -177,11 +146,9 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
             f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
             "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
             configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
-            columns=table(["column", "what it is"], [[code(name), meaning] for name, meaning in COLUMNS.items()]),
             method=methods,
             provenance=provenance_table(entries),
             licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
-            citation=CITATION,
         )
     )
 

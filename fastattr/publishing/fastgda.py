@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
+from fastattr.attributor.bases import replacing
 from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
-from fastattr.core.stages import fingerprint, write_manifest
+from fastattr.core.stages import MANIFEST, fingerprint, write_manifest
 from fastattr.generators.queries import SPLITS
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig
@@ -55,14 +56,15 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads arrays, numbers, strings and plain containers; a pickle that names anything else is refused before it runs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names that arrays need.
-
-        Raises:
-            UnpicklingError: any other.
-        """
+        """The few names that arrays need; UnpicklingError for any other."""
         if (module, name) not in PICKLED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _require(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise ArtifactNotFoundError(f"there is no file {path}; give {what}.")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -72,8 +74,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ArtifactNotFoundError: there is no such file.
         ArtifactDamagedError: it holds anything but named tensors.
     """
-    if not path.is_file():
-        raise ArtifactNotFoundError(f"there is no file {path}; give the released checkpoint, e.g. dino+clip_text.pth.")
+    _require(path, "the released checkpoint, e.g. dino+clip_text.pth")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for files that are no checkpoints
@@ -118,10 +119,7 @@ def student_of(weights: dict[str, torch.Tensor]) -> tuple[Student, StudentConfig
     )
     width = weights[f"{linear[0]}.weight"].shape[1]
     student = Student(width, config)
-    state = {
-        "log_scale": torch.tensor(math.log(abs(scale))),
-        "bias": torch.tensor(-bias),
-    }
+    state = {"log_scale": torch.tensor(math.log(abs(scale))), "bias": torch.tensor(-bias)}
     for number, name in enumerate(linear):  # ReLUs lie between the linear layers
         state |= {f"mlp.{2 * number}.{part}": weights[f"{name}.{part}"] for part in ("weight", "bias")}
     if config.input_norm:
@@ -144,10 +142,7 @@ def read_ids(path: Path) -> pa.Table:
         ArtifactNotFoundError: there is no such file.
         InputError: it is none of these, or an id occurs twice.
     """
-    if not path.is_file():
-        raise ArtifactNotFoundError(
-            f"there is no file {path}; give the training images' ids, in the order of the features' rows."
-        )
+    _require(path, "the training images' ids, in the order of the features' rows")
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         if "image_id" not in table.column_names:
@@ -186,8 +181,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         InputError: the files do not fit one another.
     """
     student, config, sign = student_of(read_weights(weights))
-    if not features.is_file():
-        raise ArtifactNotFoundError(f"there is no file {features}; give the training images' features, e.g. data_feats.npy.")
+    _require(features, "the training images' features, e.g. data_feats.npy")
     try:
         values = np.load(features, mmap_mode="c", allow_pickle=False)
     except ValueError as error:
@@ -201,8 +195,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
     embeddings = embed(student, values)
     if not np.isfinite(embeddings).all():
         raise InputError(f"{features} holds values that are not finite, or too large for the network.")
-    with atomic_path(folder) as temporary:
-        temporary.mkdir(parents=True)
+    with replacing(folder) as temporary:
         save_file(student.state_dict(), temporary / "model.safetensors")  # not halved: orders are to be theirs exactly
         signed = sign * embeddings
         built = build(
@@ -245,8 +238,7 @@ def read_rankings(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ArtifactNotFoundError: there is no such file.
         ArtifactDamagedError: it is no such pickle, or names anything but arrays and plain containers.
     """
-    if not path.is_file():
-        raise ArtifactNotFoundError(f"there is no file {path}; give a released influence_train.pkl or influence_test.pkl.")
+    _require(path, "a released influence_train.pkl or influence_test.pkl")
     try:
         with path.open("rb") as file:
             table = ArrayUnpickler(file).load()["random"]
@@ -293,6 +285,8 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
     if not set(splits) <= set(SPLITS) or len(set(splits)) != len(splits):
         raise InputError(f"rankings are named influence_SPLIT.pkl, SPLIT one of {', '.join(SPLITS)}; got {splits}.")
     queries = 0
+    if folder.exists() and not (folder / MANIFEST).exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something that is no score table; give another folder.")
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         for number, (path, split) in enumerate(zip(files, splits, strict=True)):

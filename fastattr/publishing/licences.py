@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from fastattr.corpus.store import Corpus
 from fastattr.publishing.tables import listed, table, text
 
 HUB_LICENSES = """
@@ -14,6 +16,13 @@ HUB_LICENSES = """
     cc-by-nd-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 odbl gpl-3.0 bsd-3-clause
 """
 """The Hub's own names of licences that images carry."""
+
+
+def corpus_table(run_dir: Path) -> pa.Table:
+    """First caption, source, licence and creator of a run's training images."""
+    corpus = Corpus(run_dir / "corpus")
+    captions = [captions[0] for captions in corpus.captions]
+    return pa.table({"caption": captions, **{name: corpus.column(name) for name in ("source", "license", "creator")}})
 
 
 def provenance(images: pa.Table) -> list[dict[str, Any]]:

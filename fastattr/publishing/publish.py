@@ -23,10 +23,9 @@ from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, Hu
 from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
 from fastattr.publishing.cards import attributor_card, generator_card
-from fastattr.publishing.licences import license_text, provenance
-from fastattr.publishing.push import Push
+from fastattr.publishing.licences import corpus_table, license_text, provenance
+from fastattr.publishing.push import Push, send, send_with_card
 from fastattr.publishing.score_tables import push_scores
-from fastattr.publishing.staging import corpus_table, send, send_with_card
 
 KINDS = ("generator", "scores", "attributor", "space")
 """What can be pushed, in the order in which they refer to each other."""
@@ -65,12 +64,12 @@ def push_attributor(
         generator: Hub id of its generator, for the card.
         scores: Hub id of the score table it was distilled from, for the card.
         message: of the commit.
-        target: private, token, revision, create_pr, tag, dry_run, as `hub.push_folder`; the tag 'auto' names the contents.
+        target: private, token, revision, create_pr, tag, dry_run, as `push.push_folder`; the tag 'auto' names the contents.
 
     Raises:
         MissingFileError: the folder lacks a file that its config.json names.
         ArtifactDamagedError: a file's checksum is not that of config.json.
-        As `hub.push_folder`.
+        As `push.push_folder`.
     """
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as name:
@@ -118,16 +117,10 @@ def push_generator(
 ) -> Push:
     """Push a diffusers pipeline with its card to a model repository.
 
-    Args:
+    Args and errors beside those of `push_attributor`:
         folder: as `StableDiffusionPipeline.save_pretrained` writes it; the checkpoints of a training are left out.
-        repo_id: 'org/name'.
         images: its training images, with the columns caption, source, license and creator, for the card.
-        message: of the commit.
-        target: see `push_attributor`.
-
-    Raises:
         ArtifactNotFoundError: the folder holds no pipeline.
-        As `hub.push_folder`.
     """
     check_repo_id(repo_id)
     if not (folder / "model_index.json").exists():
@@ -152,16 +145,9 @@ def push_space(
 ) -> Push:
     """Push the page as a Space that shows a generator and an attributor.
 
-    Args:
-        repo_id: 'org/name'.
+    Args and errors beside those of `push_attributor`:
         generator: its Hub id; may end in '@revision', to show that one for good.
         attributor: the same.
-        scores: Hub id of the score table, named on the Space's page.
-        message: of the commit.
-        target: see `push_attributor`.
-
-    Raises:
-        As `hub.push_folder`.
     """
     from huggingface_hub import SpaceCard, constants
 
@@ -197,15 +183,11 @@ def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str]
         source: run folder, or an embedded model's name, which has no score table.
         name: first part of the repositories' names.
         namespace: user or organisation.
-        kinds: some of `KINDS`.
-        target: see `push_attributor`.
-
-    Returns:
-        What each push did, in the order of `KINDS`.
+        kinds: some of `KINDS`, pushed in its order.
+        target: see `push_attributor`, also for errors.
 
     Raises:
         ArtifactNotFoundError: the source lacks one of them.
-        As `hub.push_folder`.
     """
     ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
     scores = ids["scores"] if str(source) not in embedded_models() else None

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fastattr.core.errors import HubError, InputError
 from fastattr.core.files import sha256_file
 from fastattr.core.models import REFUSED, TRANSIENT, check_repo_id, errors_in_words, library, with_retries
+from fastattr.core.stages import fingerprint
+from fastattr.core.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 MAX_FILES = 250
 """Files in one push: above that the Hub's clients split a commit, and a reader could see half of it."""
+
+
+AUTO = "auto"
+"""As a tag: made from fastattr's version and the contents, so the same contents have the same tag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,24 @@ class Push:
         if self.unasked:
             lines.append(f"Not compared with what is there: {self.unasked}")
         return "\n".join([f"{self.repo_type} {self.repo_id}: {total}{tag}", *lines, self.url])
+
+
+def release_tag(folder: Path) -> str:
+    """A tag that names a folder's contents: 'v0.1.0-1a2b3c4d'."""
+    contents = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    return f"v{__version__}-{fingerprint(contents)[:8]}"
+
+
+def send_with_card(staged: Path, repo_id: str, card: str, licences: str, **target: Any) -> Push:
+    """Add card and licences to a staged folder and send it."""
+    (staged / "README.md").write_text(card, encoding="utf-8")
+    (staged / "LICENSE.md").write_text(licences, encoding="utf-8")
+    return send(staged, repo_id, **target)
+
+
+def send(staged: Path, repo_id: str, *, tag: str | None = None, **target: Any) -> Push:
+    """Send a staged folder; the tag `AUTO` becomes its `release_tag`."""
+    return push_folder(staged, repo_id, tag=release_tag(staged) if tag == AUTO else tag, **target)
 
 
 def push_folder(
@@ -96,7 +120,7 @@ def push_folder(
         raise InputError(f"{folder} has {len(files)} files, a push takes at most {MAX_FILES}; write fewer, larger shards.")
     if create_pr and (tag or revision not in {None, "main"}):
         raise InputError("a pull request is opened against 'main' and gets no tag; leave revision and tag out, or create_pr.")
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token, **library())
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
@@ -121,7 +145,16 @@ def push_folder(
         tagged = _has_tag(api, where, tag, files) if tag and head else False
         if dry_run:
             return push
-        url, head = _commit(api, where, files, push, message, revision, create_pr, head)
+        if not push.sent and not push.deleted:
+            url = f"{push.url}/commit/{head}"
+        else:
+            operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
+            operations += [CommitOperationDelete(path) for path in push.deleted]
+            options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": head}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes, we are
+                commit = api.create_commit(**where, operations=operations, **options)
+            url, head = commit.pr_url or commit.commit_url, commit.oid
         if tag and not tagged:
             api.create_tag(**where, tag=tag, revision=head)
         return replace(push, url=url)
@@ -142,36 +175,6 @@ def push_folder(
         if not dry_run:
             raise
         return compared({}, unasked=str(error))
-
-
-def _commit(
-    api: HfApi,
-    where: Mapping[str, Any],
-    files: Mapping[str, Path],
-    push: Push,
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-    head: str | None,
-) -> tuple[str, str | None]:
-    """Commit the changes onto `head`, if there are any; (URL of the commit or pull request, its id)."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    if not push.sent and not push.deleted:
-        return f"{push.url}/commit/{head}", head
-    operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
-    operations += [CommitOperationDelete(path) for path in push.deleted]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes: the catalogue
-        commit = api.create_commit(
-            **where,
-            operations=operations,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )
-    return commit.pr_url or commit.commit_url, commit.oid
 
 
 def _listing(api: HfApi, where: Mapping[str, Any], revision: str | None) -> tuple[str | None, dict[str, RepoFile]]:

@@ -22,9 +22,8 @@ from fastattr.core.models import check_repo_id, fetch
 from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS, Queries, query_schema
 from fastattr.publishing.cards import scores_card
-from fastattr.publishing.licences import license_text, merged, provenance
-from fastattr.publishing.push import Push
-from fastattr.publishing.staging import corpus_table, send_with_card
+from fastattr.publishing.licences import corpus_table, license_text, merged, provenance
+from fastattr.publishing.push import Push, send_with_card
 from fastattr.teachers.scores import SCHEMA
 
 SHARD_BYTES = 500_000_000
@@ -38,16 +37,10 @@ def push_scores(
 ) -> Push:
     """Push a score table as one configuration of a dataset repository; its other configurations are kept.
 
-    Args:
+    Args and errors beside those of `push_attributor`:
         folder: the table; corpus/ and queries/ beside it, where they are, add licences and query images.
-        repo_id: 'org/name'.
         config_name: None names teacher and generator.
-        message: of the commit.
-        target: see `push_attributor`.
-
-    Raises:
         ArtifactNotFoundError: there is no finished table.
-        As `hub.push_folder`.
     """
     check_repo_id(repo_id)
     scores = open_stage(folder, "scores")
@@ -89,15 +82,20 @@ def _write_splits(folder: Path, queries: Queries | None, target: Path) -> tuple[
         rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
         if not rows:
             continue
-        counts[split] = rows
+        counts[split], written = rows, 0
+        target.mkdir(parents=True, exist_ok=True)
         shards = max(1, math.ceil(sum(path.stat().st_size for path in files) / SHARD_BYTES))
-        writer = _Shards(target, split, schema, shards, rows)
-        for batch in _batches(files):
-            most = max(most, max(len(ids) for ids in batch["image_ids"].to_pylist()))
-            own = queries.table.take([row_of[name] for name in batch["query_id"].to_pylist()]) if queries else batch
-            columns = {name: batch[name] if name in SCHEMA.names else own[name] for name in schema.names}
-            writer.write(pa.table(columns).cast(schema))
-        writer.close()
+        names = [target / f"{split}-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
+        rest = _batches(files)
+        for number, name in enumerate(names):
+            enough = rows * (number + 1) // shards
+            with pq.ParquetWriter(name, schema, use_content_defined_chunking=True) as writer:
+                while written < enough and (batch := next(rest, None)) is not None:
+                    most = max(most, max(len(ids) for ids in batch["image_ids"].to_pylist()))
+                    own = queries.table.take([row_of[each] for each in batch["query_id"].to_pylist()]) if queries else batch
+                    columns = {each: batch[each] if each in SCHEMA.names else own[each] for each in schema.names}
+                    writer.write_table(pa.table(columns).cast(schema), row_group_size=ROW_GROUP)
+                    written += len(batch)
     return counts, most
 
 
@@ -105,34 +103,6 @@ def _batches(files: Sequence[Path]) -> Iterator[pa.Table]:
     for path in files:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
             yield pa.Table.from_batches([batch])
-
-
-class _Shards:
-    """Writes rows to SPLIT-NNNNN-of-NNNNN.parquet, about as many to each shard."""
-
-    def __init__(self, folder: Path, split: str, schema: pa.Schema, shards: int, rows: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._paths = [folder / f"{split}-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
-        self._schema, self._rows, self._written = schema, rows, 0
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, table: pa.Table) -> None:
-        """Append rows; a shard that has its part is closed."""
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._paths.pop(0), self._schema, use_content_defined_chunking=True)
-        self._writer.write_table(table, row_group_size=ROW_GROUP)
-        self._written += len(table)
-        total = len(self._paths)
-        if self._paths and self._written * (total + 1) >= self._rows:
-            self._rows -= self._written
-            self._written = 0
-            self.close()
-
-    def close(self) -> None:
-        """Finish the current shard."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def _other_manifests(repo_id: str, config_name: str, target: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,18 @@ import numpy as np
 from fastattr.core.errors import InputError
 from fastattr.core.stages import make, open_stage, require_same
 from fastattr.corpus.store import Corpus
+from fastattr.features.encoder import modality
 from fastattr.features.store import features_fingerprint, folders, read_features
+from fastattr.generators.queries import Queries
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
-from fastattr.students.ownness import Density, fit_density
+from fastattr.students.ownness import Ownness, fit_ownness, measures_of
 from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
+PICTURES = 5000
+"""Training queries whose pictures are looked at."""
 FOLDS = 5
 """Parts of the validation queries, each of which is foretold by the others to find how wide intervals must be."""
 
@@ -78,7 +82,7 @@ def find_widening(
             resamples=resamples,
             seed=seed,
         )
-        fitted = Calibration(**curves, widening=1.0, feature_mean=np.zeros(0), density=None)
+        fitted = Calibration(**curves, widening=1.0, feature_mean=np.zeros(0), ownness=None)
         for row in held_out:
             near = ~scored[row].is_outsider
             _, family, sizes = np.unique(families[row][near], return_inverse=True, return_counts=True)
@@ -108,7 +112,7 @@ def fit_calibration(
     *,
     corpus_size: int,
     feature_mean: np.ndarray,
-    density: Density | None,
+    ownness: Ownness | None,
     resamples: int = 200,
     seed: int = 0,
 ) -> Calibration:
@@ -121,7 +125,7 @@ def fit_calibration(
         families: (C,) families of each query's candidates.
         corpus_size: N.
         feature_mean: (F,) of the corpus.
-        density: of own images.
+        ownness: what tells own images from others.
         resamples: R.
         seed: of the bootstraps.
 
@@ -134,7 +138,7 @@ def fit_calibration(
     widening = find_widening(
         similarities, scored, names, families, corpus_size=corpus_size, resamples=min(resamples, 100), seed=seed
     )
-    return Calibration(**curves, widening=widening, feature_mean=feature_mean.astype(np.float32), density=density)
+    return Calibration(**curves, widening=widening, feature_mean=feature_mean.astype(np.float32), ownness=ownness)
 
 
 def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
@@ -160,7 +164,22 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
         student = open_student(run_dir)
         queries, images = embed(student, own), embed(student, features)
         rows = [corpus.rows(query.image_ids) for query in scored]
-        trained = read_features(query_folders, [query.query_id for query in read_scores(run_dir / "scores", split="train")])
+        train = [query.query_id for query in read_scores(run_dir / "scores", split="train")]
+        widths = [open_stage(path, "features")["width"] for path in query_folders]
+        kinds = np.repeat([modality(name) for name in encoders], widths)
+        asked = Queries(run_dir / "queries")
+        place = {query_id: row for row, query_id in enumerate(asked.query_ids)}
+        pictures = [*train[:PICTURES], *(query.query_id for query in scored)]
+        ownness = fit_ownness(
+            read_features(query_folders, train),
+            own,
+            image=kinds == "image",
+            text=kinds == "text",
+            measures=np.stack([measures_of(asked.image(place[query_id])) for query_id in pictures]),
+            captions=(text for texts in corpus.captions for text in texts),
+            false_alarms=config.false_alarms,
+            seed=config.seed,
+        )
         creators, families = np.array(corpus.column("creator")), families_of(corpus.column("family"))
         calibration = fit_calibration(
             [images[part] @ query for part, query in zip(rows, queries, strict=True)],
@@ -169,13 +188,14 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
             [families[part] for part in rows],
             corpus_size=len(corpus),
             feature_mean=features.mean(axis=0),
-            density=fit_density(trained, own, false_alarms=config.false_alarms) if len(trained) >= 8 else None,
+            ownness=ownness,
             resamples=config.resamples,
             seed=config.seed,
         )
         save_calibration(calibration, folder / FILE)
         return {
             "queries": len(scored),
+            "own_or_foreign": ownness.match is not None,
             "widening": round(calibration.widening, 4),
             "unrelated": round(float(calibration.unrelated[0]), 4),
             "level": round(float(calibration.level[0]), 4),

@@ -12,10 +12,10 @@ Reads and writes calibration.safetensors; calibrate.py is the stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.files import atomic_path
-from fastattr.students.ownness import Density
+from fastattr.students.ownness import LEAST_HELD_OUT, LEAST_QUERIES, Ownness
 
 if TYPE_CHECKING:
     from fastattr.teachers.scores import ScoredQuery
@@ -84,8 +84,8 @@ class Calibration:
     """Validation queries that it was fitted on; 0 where an older file does not say."""
     feature_mean: np.ndarray
     """(F,) the corpus' mean features: what stands for an image or prompt that is taken away."""
-    density: Density | None
-    """Of the generator's own images; None where there are too few."""
+    ownness: Ownness | None
+    """What tells the generator's own images from others; None in format 1, where there were too few."""
 
     def percentile_of(self, similarity: np.ndarray) -> np.ndarray:
         """Expected teacher percentile, 0 to 100 = most influential, of similarities of any shape."""
@@ -229,8 +229,8 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         for name in ("knots", "percentile", "influence", "unrelated", "level", "queries", "widening")
     }
     tensors |= {name: np.asarray(getattr(calibration, name), np.float32) for name in ("influence_draws", "feature_mean")}
-    if calibration.density is not None:
-        tensors |= {f"density.{name}": np.asarray(value, np.float32) for name, value in vars(calibration.density).items()}
+    if calibration.ownness is not None:
+        tensors |= calibration.ownness.tensors()
     with atomic_path(path) as temporary:
         save_file(
             {name: np.ascontiguousarray(value) for name, value in tensors.items()},
@@ -248,15 +248,14 @@ def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    parts = {name.removeprefix("density."): value for name, value in tensors.items() if name.startswith("density.")}
-    plain = {name: value for name, value in tensors.items() if not name.startswith("density.")}
+    parts = {name: value for name, value in tensors.items() if "." in name}
+    plain = {name: value for name, value in tensors.items() if "." not in name}
     knots = len(plain.get("knots", []))
     if metadata.get("format") == FORMATS[1] and "unrelated" in plain:
         plain = {"level": HALF_NORMAL * plain["unrelated"], "queries": np.zeros(()), **plain}
     sound = (
         metadata.get("format") in FORMATS
-        and set(plain) == set(Calibration.__annotations__) - {"density"}
-        and set(parts) in (set(), set(Density.__annotations__))
+        and set(plain) == set(Calibration.__annotations__) - {"ownness"}
         and all(np.isfinite(value).all() for value in tensors.values())
         and plain["percentile"].shape == plain["influence"].shape == (knots,)
         and plain["influence_draws"].shape == (len(plain["unrelated"]) - 1, knots)
@@ -264,11 +263,34 @@ def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
         and plain["feature_mean"].shape == (feature_dim,)
         and all((np.diff(plain[name]) >= 0).all() for name in ("knots", "percentile", "influence"))
     )
+    wrong = f"{path} is no calibration ({FORMATS[0]!r}) for features of width {feature_dim}; fetch or build it again."
     if not sound:
-        raise ArtifactDamagedError(
-            f"{path} is no calibration ({FORMATS[0]!r}) for features of width {feature_dim}; fetch or build it again."
-        )
-    numbers = {name: parts.pop(name).item() for name in ("rest", "threshold") if name in parts}
-    density = Density(**parts, **numbers) if parts else None
+        raise ArtifactDamagedError(wrong)
+    try:
+        ownness = Ownness.read(parts, feature_dim)
+    except (ValueError, TypeError) as error:
+        raise ArtifactDamagedError(wrong) from error
     single = {"widening": plain["widening"].item(), "queries": int(plain["queries"].item())}
-    return Calibration(**{**plain, **single}, density=density)
+    return Calibration(**{**plain, **single}, ownness=ownness)
+
+
+def quality_warnings(metrics: Mapping[str, Any], calibration: Calibration | None) -> list[str]:
+    """What whoever builds or opens an attributor should know of its student.
+
+    Args:
+        metrics: evaluation/metrics.json, or an attributor's; {} where nothing was evaluated.
+        calibration: of the attributor; None where there is none.
+    """
+    found = []
+    gain = metrics.get("map_gain")
+    if gain is not None and gain["low"] <= 0:
+        found.append(
+            f"the student is not shown to be better than untuned features: its mAP is {gain['mean']:+.3f} above theirs, 95% "
+            f"interval {gain['low']:.3f} to {gain['high']:.3f}. Score more training queries, or more draws an image."
+        )
+    if calibration is not None and calibration.queries and (calibration.ownness is None or calibration.ownness.match is None):
+        found.append(
+            f"whether a picture goes with its prompt as the generator's own do is not checked: the check needs {LEAST_QUERIES} "
+            f"training and {LEAST_HELD_OUT} validation queries (there are {calibration.queries}) and features of both apart."
+        )
+    return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from scipy.stats import spearmanr
 
@@ -94,3 +97,19 @@ def paired_bootstrap(
     means = difference[rng.integers(0, len(difference), size=(resamples, len(difference)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
+
+
+def no_better_than_untuned(metrics: Mapping[str, Any]) -> str:
+    """A warning where a student's gain over the untuned features may be none, '' where it is certain or not measured.
+
+    Args:
+        metrics: an attributor's metrics.json; 'map_gain' holds the paired gain in mAP with its 95% interval.
+    """
+    gain = metrics.get("map_gain")
+    if not isinstance(gain, Mapping) or not {"mean", "low", "high"} <= set(gain) or gain["low"] > 0:
+        return ""
+    return (
+        f"the student is not certainly better than the untuned features: it gains {gain['mean']:.3f} [{gain['low']:.3f}, "
+        f"{gain['high']:.3f}] in mAP on {metrics.get('queries', '?')} {metrics.get('split', 'test')} queries. "
+        "Its order may be no nearer to influence than plain similarity is; give the teacher more queries (queries.train)."
+    )

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from fastattr.generators.generator import Generator, noise_for
+from fastattr.generators.generator import Generator
+from fastattr.generators.noise import noise_for
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.teachers.config import TeacherConfig
 

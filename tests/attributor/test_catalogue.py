@@ -410,15 +410,12 @@ class Fixed:
 
     def __init__(self, vectors: np.ndarray) -> None:
         self.vectors, self.ntotal, self.reads_rows = vectors, len(vectors), True
-        self.index = type("Index", (), {"ranges": [(0, len(vectors))], "widest": 1})
+        self.index = type("Index", (), {"ranges": [(0, len(vectors))]})
 
-    def search(self, queries: np.ndarray, k: int, *, widen: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        values = queries @ self.vectors.T
-        best = np.argsort(-values, axis=1)[:, :k]
+    def search(self, queries: np.ndarray, k: int, *, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values = np.where(allowed, queries @ self.vectors.T, -np.inf)
+        best = np.argsort(-values, axis=1)[:, : min(k, int(allowed.sum()))]
         return np.take_along_axis(values, best, axis=1), best
-
-    def similarities(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return queries @ self.vectors[rows].T
 
 
 def test_no_vector_is_used_that_is_not_the_one_written(tmp_path):
@@ -429,6 +426,6 @@ def test_no_vector_is_used_that_is_not_the_one_written(tmp_path):
     data[2 * WIDTH * 17] ^= 1
     (folder / "vectors.f16").write_bytes(data)
     ranked = open_ranked(folder, config, config["sha256"])
-    assert ranked.similarities(QUERY[None], np.array([16, 18])).shape == (1, 2)
+    assert ranked.take(np.array([16, 18])).shape == (2, WIDTH)
     with pytest.raises(ArtifactDamagedError, match="digests differ"):
-        ranked.similarities(QUERY[None], np.array([16, 17]))
+        ranked.take(np.array([16, 17]))

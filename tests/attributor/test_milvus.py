@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastattr import ArtifactNotFoundError, FastAttributor, InputError
+from fastattr import ArtifactMismatchError, ArtifactNotFoundError, FastAttributor, InputError
 from tests.made import QUERY, base_features, names, write_attributor
 
 collection = pytest.importorskip("fastattr.attributor.collection", reason="pip install 'fastattr[milvus]'")
@@ -125,3 +125,96 @@ def test_what_is_not_there_is_said(tmp_path):
     folder = write_attributor(tmp_path / "a")
     with pytest.raises(ArtifactNotFoundError, match="fill it with"):
         FastAttributor.from_pretrained(folder, index_uri=str(tmp_path / "milvus.db"))
+
+
+HOSTILE = ("o'brien", "x'] or image_id not in ['", 'a "b"', "back\\slash", "new\nline", "{ids}", "%s", "\u00e9\U0001f600")
+"""Image ids."""
+
+
+def test_ids_are_data_whatever_they_hold(tmp_path):
+    """A quote in one id broke every answer with it; a crafted one emptied the collection when it was removed."""
+    folder, uri = write_attributor(tmp_path / "a"), str(tmp_path / "milvus.db")
+    attributor = FastAttributor.from_pretrained(folder)
+    features = base_features(len(HOSTILE), seed=8)
+    attributor.add_features(features, ["c"] * len(HOSTILE), [{"image_id": name, "creator": name} for name in HOSTILE])
+    assert milvus.load(str(folder), uri)["failed"] == {}
+    remote = FastAttributor.from_pretrained(folder, index_uri=uri)
+    for feature, name in zip(features, HOSTILE, strict=True):
+        assert names(remote, feature, 1) == [name]
+        assert names(remote, QUERY, 5, where={"creator": name}) == [name]
+    for number, name in enumerate(HOSTILE):
+        attributor.remove([name])
+        assert milvus.load(str(folder), uri)["deleted"] == 1
+        assert len(FastAttributor.from_pretrained(folder, index_uri=uri)) == 60 + len(HOSTILE) - number - 1
+
+
+def test_long_texts_are_cut_and_ids_that_do_not_fit_are_named(tmp_path):
+    """One caption too long failed the whole load of all others."""
+    folder, uri = write_attributor(tmp_path / "a"), str(tmp_path / "milvus.db")
+    attributor = FastAttributor.from_pretrained(folder)
+    ids = ["long caption", "i" * 600, "fits"]
+    attributor.add_features(base_features(3, seed=8), ["\u00e9" * 9000, "c", "c"], [{"image_id": name} for name in ids])
+    loaded = milvus.load(str(folder), uri)
+    assert list(loaded["failed"]) == ["i" * 600]
+    assert "600 bytes" in loaded["failed"]["i" * 600]
+    assert loaded["inserted"] == 62
+    remote = FastAttributor.from_pretrained(folder, index_uri=uri)
+    found = {result.image_id: result for result in remote.attribute_features(QUERY[None], ["x"], 62)[0].results}
+    assert found["long caption"].caption == "\u00e9" * 2048
+    assert "fits" in found
+    assert milvus.load(str(folder), uri)["inserted"] == 2  # what was added is sent again, the base is not
+
+
+def test_a_load_goes_on_where_milvus_refuses_a_row(tmp_path, monkeypatch):
+    """Which row it was, and that the others are there, is what an operator needs to know."""
+    folder, uri = write_attributor(tmp_path / "a"), str(tmp_path / "milvus.db")
+    upsert = collection.MilvusClient.upsert
+
+    def refusing(self, name, data, **options):
+        if any(record["image_id"] == "base-7" for record in data):
+            raise collection.MilvusException(message="row refused")
+        return upsert(self, name, data, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collection.MilvusClient, "upsert", refusing)
+        loaded = milvus.load(str(folder), uri)
+    assert list(loaded["failed"]) == ["base-7"]
+    assert loaded["inserted"] == 59
+    assert milvus.load(str(folder), uri) | {"collection": ""} == {
+        "images": 60,
+        "inserted": 1,
+        "deleted": 0,
+        "catalog_version": 1,
+        "collection": "",
+        "failed": {},
+    }
+
+
+def test_a_removal_counts_once_the_collection_confirms_it(tmp_path, monkeypatch):
+    """A delete that a server forgets would leave an opted-out image to be named by others."""
+    folder, uri = write_attributor(tmp_path / "a"), str(tmp_path / "milvus.db")
+    milvus.load(str(folder), uri)
+    FastAttributor.from_pretrained(folder).remove(["base-3"])
+    with monkeypatch.context() as patch:
+        patch.setattr(collection.MilvusClient, "delete", lambda *args, **options: {})
+        with pytest.raises(ArtifactMismatchError, match=r"still holds 1 images .* 'base-3'"):
+            milvus.load(str(folder), uri)
+    assert milvus.load(str(folder), uri)["deleted"] == 1
+
+
+def test_token_and_certificate_reach_every_connection(tmp_path, monkeypatch):
+    """Searching connected without the token that loading was given."""
+    given = []
+    monkeypatch.setattr(collection, "MilvusClient", lambda **options: given.append(options))
+    monkeypatch.setenv("FASTATTR_MILVUS_TOKEN", "ada:secret")
+    monkeypatch.setenv("FASTATTR_MILVUS_CA", "ca.pem")
+    collection.connect("https://milvus:19530")
+    collection.connect("https://milvus:19530", "other")
+    assert given[0] == {
+        "uri": "https://milvus:19530",
+        "token": "ada:secret",
+        "timeout": 30,
+        "secure": True,
+        "server_pem_path": "ca.pem",
+    }
+    assert given[1]["token"] == "other"

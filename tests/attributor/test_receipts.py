@@ -144,12 +144,16 @@ def test_commands_change_a_folder(tmp_path, tiny_run, capsys):
     draw("red", "ring", "plain").rotate(45).save(tmp_path / "more" / "turned.png")
     (tmp_path / "more" / "turned.txt").write_text("a turned ring")
     assert main(["add", str(own), str(tmp_path / "more")]) == 0
+    draw("blue", "ring", "plain").rotate(45).save(tmp_path / "more" / "second.png")
+    (tmp_path / "more" / "second.txt").write_text("a second ring")
+    assert main(["add", str(own), str(tmp_path / "more")]) == 0  # as after a run that was stopped between the two
+    assert "added 1 images, 1 were there, 0 skipped" in capsys.readouterr().out
     assert main(["update", str(own), "turned", "creator=Eve", "license=CC0-1.0"]) == 0
     first = FastAttributor.from_pretrained(own).catalog["image_id"][0].as_py()
     assert main(["remove", str(own), first, "--reason", "asked"]) == 0
     assert main(["compact", str(own)]) == 0
     catalog = {record["image_id"]: record for record in FastAttributor.from_pretrained(own).catalog.to_pylist()}
-    assert len(catalog) == 48
+    assert len(catalog) == 49
     assert catalog["turned"]["creator"] == "Eve"
     assert first not in catalog
     capsys.readouterr()

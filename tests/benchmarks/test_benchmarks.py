@@ -19,21 +19,21 @@ from fastattr.corpus.records import TrainingImage
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.generators.scratch.autoencoder import AutoencoderConfig, build_autoencoder, pixel_tensor
-from fastattr.generators.scratch.refinement import is_refined_on
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import drawings
 import emoji as benchmark
 import judge as judging
 import machine
 
 SETS = ("fluent", "noto", "openmoji", "twemoji")
-SUBGROUPS = ("", "animal", "heart", "sky")
+KINDS = ("animal", "heart", "sky")
 
 
-def colour_of(style: str, subgroup: str) -> tuple[int, int, int]:
-    """A colour that says set (red) and subgroup (green)."""
-    return 40 + 50 * SETS.index(style), 40 + 50 * SUBGROUPS.index(subgroup), 128
+def colour_of(style: str, subject: int) -> tuple[int, int, int]:
+    """A colour that says set (red) and subject (green)."""
+    return 40 + 50 * SETS.index(style), 4 * subject, 128
 
 
 def png(colour: tuple[int, int, int]) -> bytes:
@@ -44,18 +44,20 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
-    """60 subjects, each in one to three sets; subject 0 has no subgroup."""
+    """60 subjects, each in one to three sets; hearts in two sets alone."""
     images = []
     for subject in range(60):
-        subgroup = SUBGROUPS[0 if subject == 0 else 1 + subject % 3]
-        for style in np.random.default_rng(subject).permutation(SETS)[: 1 + subject % 3].tolist():
+        kind = KINDS[subject % 3]
+        sets = SETS[:2] if kind == "heart" else SETS
+        for style in np.random.default_rng(subject).permutation(sets)[: 1 + subject % 3].tolist():
             images.append(
                 TrainingImage(
                     image_id=f"{style}-{subject}",
-                    image=png(colour_of(style, subgroup)),
+                    image=png(colour_of(style, subject)),
                     captions=[f"subject, {subject}, {style} style"],
                     source=style,
-                    subgroup=subgroup,
+                    group="extras" if subject % 2 else kind,
+                    subgroup=kind if subject % 2 else "any",
                     family=f"{style}-{subject}",
                 )
             )
@@ -70,29 +72,33 @@ def captions(corpus) -> list[str]:
 
 
 class ColourJudge(nn.Module):
-    """Reads set and subgroup off the colours that `colour_of` gives them."""
+    """Reads set and subject off the colours that `colour_of` gives them."""
 
-    styles, subgroups = list(SETS), list(SUBGROUPS[1:])
+    styles, subjects = list(SETS), [f"subject, {number}" for number in range(60)]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        red, green, _ = (images[:, :, 5, 5] + 1).mul(127.5).sub(40).div(50).round().long().unbind(dim=1)
-        return nn.functional.one_hot(red, 4), nn.functional.one_hot((green - 1).clamp_min(0), 3)
+        red, green, _ = (images[:, :, 5, 5] + 1).mul(127.5).unbind(dim=1)
+        return nn.functional.one_hot(((red - 40) / 50).round().long(), 4), nn.functional.one_hot((green / 4).round().long(), 60)
 
 
 class ColourGenerator:
-    """Draws the colour of the prompt's set and subgroup, but knows only the sets in which a subject exists."""
+    """Draws the colour of the prompt's set and subject, but knows only the sets in which a subject exists."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.known = {captions[0]: corpus.image(row) for row, captions in enumerate(corpus.captions)}
         config = AutoencoderConfig(channels=(8, 8, 8, 8))
         self.pipeline = SimpleNamespace(vae=build_autoencoder(config))
         self.image_size = 64
+        self.manifest = {"config": {"training": {"steps": 30, "batch_size": 20}}}
         self.drawn: list[tuple[str, int]] = []
 
     def generate(self, prompt: str, *, seed: int) -> Image.Image:
         self.drawn.append((prompt, seed))
-        other = next(image for caption, image in self.known.items() if caption.startswith(prompt.rpartition(", ")[0] + ", "))
-        return self.known.get(prompt, other)
+        known = [image for caption, image in self.known.items() if caption.startswith(prompt.rpartition(", ")[0] + ", ")]
+        return self.known.get(prompt, (known or [Image.new("RGB", (64, 64), colour_of("noto", 7))])[0])
+
+    def encode_image(self, images: list[Image.Image]) -> torch.Tensor:
+        return torch.tensor([image.getpixel((5, 5)) for image in images], dtype=torch.float32)[:, :, None, None]
 
     def generate_batch(self, prompts: list[str], *, seeds: list[int], guidance: float | None) -> list[Image.Image]:
         assert guidance is None  # what is reported is drawn with the generator's own
@@ -127,49 +133,64 @@ class CaptionAttributor:
 def test_seen_prompts_are_distinct_and_seeded():
     """A caption drawn twice would count twice and make the standard error too small."""
     captions = [f"subject {number % 30}, noto style" for number in range(50)]
-    rows = benchmark.choose_seen(captions, 30, seed=3)
+    rows = drawings.choose_seen(captions, 30, seed=3)
     assert len({captions[row] for row in rows}) == 30
-    np.testing.assert_array_equal(rows, benchmark.choose_seen(captions, 30, seed=3))
-    assert rows.tolist() != benchmark.choose_seen(captions, 30, seed=4).tolist()
+    np.testing.assert_array_equal(rows, drawings.choose_seen(captions, 30, seed=3))
+    assert rows.tolist() != drawings.choose_seen(captions, 30, seed=4).tolist()
     with pytest.raises(InputError, match="30 distinct captions"):
-        benchmark.choose_seen(captions, 31, seed=3)
+        drawings.choose_seen(captions, 31, seed=3)
 
 
 @pytest.mark.parametrize("kind", ["seen", "recombined"])
-def test_every_prompt_is_chosen_equally_often(captions, kind):
+def test_every_prompt_is_chosen_equally_often(corpus, captions, kind):
     """A choice that favours the first rows, or subjects of few sets, would measure another population."""
-    choose = benchmark.choose_seen if kind == "seen" else benchmark.choose_recombined
-    everything = [str(choice) for choice in choose(captions, 120, seed=0)]
+
+    def choose(count: int, seed: int) -> list:
+        if kind == "seen":
+            return drawings.choose_seen(captions, count, seed=seed).tolist()
+        return drawings.choose_recombined(captions, drawings.kinds_of(corpus), count, seed=seed)
+
+    everything = [str(choice) for choice in choose(len(captions) if kind == "seen" else 10_000, 0)]
     assert len(set(everything)) == len(everything)
-    draws = [str(choice) for seed in range(600) for choice in choose(captions, 20, seed=seed)]
+    draws = [str(choice) for seed in range(600) for choice in choose(20, seed)]
     counts = np.array([draws.count(choice) for choice in everything])
     assert counts.sum() == len(draws)
     expected = len(draws) / len(everything)
     assert np.abs(counts - expected).max() < 5 * expected**0.5
 
 
-def test_recombined_prompts_are_in_no_caption(captions):
-    """A 'recombination' that exists, or that the generator was refined on, would be a seen prompt, which is easier."""
-    pairs = benchmark.choose_recombined(captions, 10_000, seed=0)
-    prompts = {benchmark.recombine(captions[row], style) for row, style in pairs}
-    styles = {benchmark.split_caption(caption)[1] for caption in captions}
-    every = {f"subject, {number}, {style} style" for number in range(60) for style in styles}
-    assert prompts == {prompt for prompt in every - set(captions) if not is_refined_on(prompt)}
+def test_recombined_prompts_are_in_no_caption_and_of_a_kind_that_the_set_draws(captions, corpus):
+    """A 'recombination' that exists is a seen prompt; a heart in a set without hearts has no right answer."""
+    kinds = drawings.kinds_of(corpus)
+    assert kinds == [KINDS[int(caption.split(", ")[1]) % 3] for caption in captions]
+    pairs = drawings.choose_recombined(captions, kinds, 10_000, seed=0)
+    prompts = {drawings.recombine(captions[row], style) for row, style in pairs}
+    drawn = {(int(caption.split(", ")[1]) % 3, caption.split(", ")[2]) for caption in captions}
+    every = {
+        f"subject, {number}, {style} style" for number in range(60) for style in SETS if (number % 3, f"{style} style") in drawn
+    }
+    assert prompts == every - set(captions)
     assert len(prompts) == len(pairs) > 40
 
 
-def test_recombined_prompts_of_known_kinds_name_sets_that_draw_the_kind(corpus, captions):
-    """A flag in the style of a set without flags has no right answer that the judge could know."""
-    kinds = corpus.column("subgroup")
-    drawn = {(kind, style) for kind, style in zip(kinds, corpus.column("source"), strict=True)}
-    drawn -= {("heart", "noto")}
-    without = [
-        ("" if (kind, style) == ("heart", "noto") else kind) for kind, style in zip(kinds, corpus.column("source"), strict=True)
+def test_free_prompts_are_sixty_that_no_caption_equals():
+    """A prompt of the training set would be a seen one; an answer that is no subject could never be right."""
+    answers = json.loads(drawings.FREE_PROMPTS.read_text(encoding="utf-8"))
+    assert len(answers) == 60
+    assert all(answers.values())
+    assert not any(", " in prompt for prompt in answers)  # as every caption has, before its style
+
+
+def test_seen_figures_count_the_prompted_image_its_subject_and_its_set():
+    captions = ["heart, ink style", "heart, flat style", "car, ink style", "sun, flat style"]
+    nearest = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]])
+    figures = drawings.seen_figures(np.arange(4), nearest, captions)
+    assert [figures[key] for key in ("recall1_seen", "recall5_seen", "subject1_seen", "style_accuracy_seen")] == [
+        0.25,
+        0.75,
+        0.5,
+        0.5,
     ]
-    pairs = benchmark.choose_recombined(captions, 10_000, seed=0, kinds=without)
-    every = benchmark.choose_recombined(captions, 10_000, seed=0)
-    assert set(pairs) == {(row, style) for row, style in every if without[row] and (without[row], style) in drawn}
-    assert len(pairs) < len(every)
 
 
 def test_share_agrees_with_a_simulation():
@@ -200,13 +221,13 @@ def test_report_writes_what_it_prints_and_stays_flat(tmp_path, capsys):
 def test_saved_judge_gives_the_same_logits(tmp_path):
     """Lost batch statistics or classes in another order would change verdicts and crash nothing."""
     torch.manual_seed(0)
-    judge = judging.Judge((8, 16, 16), SETS, SUBGROUPS[1:]).half().float()  # as float16 keeps it
+    judge = judging.Judge((8, 16, 16), SETS, ("cat", "dog")).half().float()  # as float16 keeps it
     images = torch.rand(6, 3, 64, 64) * 2 - 1
     judge.train()(images)  # moves the batch statistics
     judge.eval().half().float()
     judging.save(judge, tmp_path, config={"channels": (8, 16, 16)}, seed=5)
     loaded, facts = judging.load(tmp_path)
-    assert (facts["seed"], loaded.styles, loaded.subgroups) == (5, list(SETS), list(SUBGROUPS[1:]))
+    assert (facts["seed"], loaded.styles, loaded.subjects) == (5, list(SETS), ["cat", "dog"])
     with torch.no_grad():
         for before, after in zip(judge(images), loaded(images), strict=True):
             np.testing.assert_array_equal(before.numpy(), after.numpy())
@@ -229,40 +250,61 @@ def test_disturbed_images_stay_close_and_follow_the_generator():
     assert not torch.equal(once, images)
 
 
-def test_judge_learns_sets_and_subgroups_and_leaves_unknown_ones_out(corpus, tmp_path):
-    """Labels that slip against the images would leave it at chance; '' is no class to learn."""
+def test_judge_learns_sets_and_subjects(corpus, tmp_path):
+    """Labels that slip against the images would leave it at chance."""
     config = judging.JudgeConfig(
         channels=(8, 16),
+        held_out_share=0.0,
         training=judging.TrainingConfig(steps=60, batch_size=32, learning_rate=1e-2, warmup_steps=5, ema_decay=0.9),
     )
-    images = np.stack([np.asarray(corpus.image(row)) for row in range(len(corpus))])
-    judge = judging.train(corpus, images, config, checkpoint=tmp_path / "checkpoint.safetensors")
-    assert judge.subgroups == list(SUBGROUPS[1:])
-    result = judging.accuracies(judge, images, corpus.column("source"), corpus.column("subgroup"), "all")
+    rows = [row for row, caption in enumerate(corpus.captions) if int(caption[0].split(", ")[1]) in {0, 20, 40, 59}]
+    folder = tmp_path / "corpus"
+    write_corpus(corpus.training_images(rows), folder, CorpusConfig())
+    few = Corpus(folder)
+    images = np.stack([np.asarray(few.image(row)) for row in range(len(few))])
+    judge = judging.train(few, images, config, checkpoint=tmp_path / "checkpoint.safetensors")
+    assert judge.subjects == sorted(f"subject, {number}" for number in (0, 20, 40, 59))
+    result = judging.accuracies(judge, images, few.column("source"), judging.subjects_of(few), "all")
     assert result["style_accuracy_all"] > 0.9
-    assert result["subgroup_accuracy_all"] > 0.9
-    assert result["style_accuracy_all_n"] == len(corpus)
-    assert result["subgroup_accuracy_all_n"] == len(corpus) - corpus.column("subgroup").count("")
+    assert result["subject_right_all"] > 0.9
+    assert result["both_right_all_n"] == len(few)
+
+
+def test_a_subject_is_never_held_out_whole(corpus):
+    """The judge could not name what it has never seen, and the honest accuracy would measure that."""
+    unseen = judging.held_out_rows(corpus, 0.4)
+    subjects = np.array(judging.subjects_of(corpus))
+    assert 0.1 < unseen.mean() < 0.4
+    assert set(subjects[unseen]) <= set(subjects[~unseen])
 
 
 def test_measured_keys_and_labels(corpus):
     """Labels joined to the wrong images would give chance where each is right, and the reverse."""
     generator, attributor = ColourGenerator(corpus), CaptionAttributor(corpus, wrong=30)
-    config = {"config": {"resolution": 64, "held_out_share": 0.3}}
-    sizes = benchmark.Sizes(seen=100, recombined=50, planted=len(corpus), timed_prompts=3, timed_images=2)
-    results, drawn = benchmark.measure(generator, attributor, corpus, ColourJudge(), config, sizes, seed=0)
-    assert set(benchmark.KEYS) - {"assets_mb"} <= set(results)
+    sizes = benchmark.Sizes(seen=60, recombined=50, planted=len(corpus), timed_prompts=3, timed_images=2)
+    results, drawn = benchmark.measure_generator(generator, corpus, ColourJudge(), 0.3, sizes, seed=0)
+    results |= benchmark.measure_attributor(generator, attributor, corpus, sizes, seed=0)
+    assert set(benchmark.KEYS) <= set(results)
     assert all(isinstance(value, int | float) for value in results.values())
-    for name in ("style_accuracy_seen", "subgroup_accuracy_seen", "style_accuracy_real", "subgroup_accuracy_recombined"):
+    for name in (
+        "recall1_seen",
+        "subject1_seen",
+        "style_accuracy_seen",
+        "subject_right_recombined",
+        "both_right_real_held_out",
+    ):
         assert results[name] == 1.0
     assert results["style_accuracy_recombined"] == 0.0  # it draws the subject in a set that has it
+    assert results["both_right_recombined"] == 0.0
+    assert results["subject_right_free"] == 0.0
+    assert results["recall1_seen_n"] == len(drawn) == 60
+    assert results["generator_examples"] == 600
     assert results["planted_copy_first"] == pytest.approx(1 - 30 / len(corpus))
-    assert results["subgroup_accuracy_seen_n"] < results["style_accuracy_seen_n"] == len(drawn) == 100
     assert results["map_1pct_student"] == 0.6
     assert results["map_1pct_gain_low"] == 0.05
     assert results["prompt_to_attributed_seconds_n"] == 3
-    seeds = [seed for _, seed in generator.drawn[:150]]
-    assert len(set(seeds)) == 150
+    seeds = [seed for _, seed in generator.drawn[:110]]
+    assert len(set(seeds)) == 110
 
 
 def test_metrics_at_another_share_of_the_corpus_are_refused():

@@ -241,6 +241,16 @@ def test_example_is_drawn_at_one_click(page: Page, whole: Path) -> None:
     wait_for_result(page, example)
 
 
+def test_the_last_of_two_examples_is_what_the_page_shows(page: Page, whole: Path) -> None:
+    """Clicked while the first was drawn, the second stood in the box above the first one's drawing, link and receipt."""
+    first, second = FastAttributor.from_pretrained(whole).info()["examples"][1:3]
+    page.get_by_role("button", name=first, exact=True).click()
+    page.wait_for_timeout(150)
+    page.get_by_role("button", name=second, exact=True).click()
+    wait_for_result(page, second)
+    assert page.get_by_label("Prompt", exact=True).first.input_value() == second
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_serious_obstacle_to_anyone(page: Page, scheme: str) -> None:
     """axe-core's rules: contrast, names, roles, labels. Nothing serious may stand in anyone's way, in any view."""

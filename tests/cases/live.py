@@ -414,7 +414,7 @@ def pushed(case: Path, work: Path) -> str:
     from fastattr import FastAttributor
 
     found = attributor(work / "a")
-    shown = {row["image_id"]: row["thumbnail"] for row in pq.read_table(found.file("thumbnails")).to_pylist()}[HEART]
+    shown = {row["image_id"]: row["thumbnail"] for row in pq.read_table(found.file("thumbnails.parquet")).to_pylist()}[HEART]
     found.remove([HEART], reason="opt-out")
     found.save_pretrained(work / "b")
     listed = HEART in FastAttributor.from_pretrained(work / "b").catalog["image_id"].to_pylist()

@@ -27,7 +27,7 @@ def picture(tmp_path: Path) -> str:
     ("arguments", "expected"),
     [
         (["biuld", "x.yaml"], "Did you mean 'build'"),
-        (["push", "attribtor", "a", "b"], "Did you mean 'attributor'"),
+        (["push", "attribtor", "a", "b"], "'attributor'"),
         (["attribute", "emoji", "--imge", "x.png"], "--image"),
         (["attribute", "emoji", "--prompt", "x"], "--image"),
         (["attribute", "emoji", "--image", "x.png", "--prompt", "x", "--top-k", "ten"], "'--top-k'"),

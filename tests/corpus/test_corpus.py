@@ -365,6 +365,8 @@ def openmoji_row(hexcode: str, annotation: str, author: str, base: str = "") -> 
         "group": "people-body",
         "subgroups": "hand-fingers-open",
         "skintone_base_hexcode": base,
+        "tags": f"{annotation.split()[-1]}, wave, red heart",
+        "openmoji_tags": "wave, Hello",
     }
 
 
@@ -432,7 +434,7 @@ def emoji_images(items: Iterable[TrainingImage | Skipped]) -> dict[str, Training
 
 def test_emoji_are_captioned_by_cldr_name_and_set(fake_packages):
     """A set named wrongly, or an icon's file name for its CLDR name, would teach the generator other prompts."""
-    captions = {image_id: image.captions[0] for image_id, image in emoji_images(read_emoji(32)).items()}
+    captions = {image_id: image.captions[0] for image_id, image in emoji_images(read_emoji(32, variants=True)).items()}
     assert captions == {
         "openmoji-1f44b": "waving hand, openmoji style",
         "openmoji-1f44b-1f3fd": "waving hand: medium skin tone, openmoji style",
@@ -445,9 +447,51 @@ def test_emoji_are_captioned_by_cldr_name_and_set(fake_packages):
     }
 
 
+def test_a_plain_corpus_has_one_picture_per_subject_and_set(fake_packages):
+    """A skin tone under a second caption is one more image to learn; the only picture of a subject must stay."""
+    images = emoji_images(read_emoji(32))
+    assert set(images) == {"openmoji-1f44b", "openmoji-2764-fe0f", "tiny-1f44b", "tiny-2764"}  # the others have no group
+    assert images["tiny-1f44b"].captions == [f"{word}, tiny style" for word in ("waving hand", "hand", "hello", "wave")]
+
+
+@pytest.mark.parametrize(
+    ("code", "plain"),
+    [
+        ("1F44B-1F3FF", "1F44B"),  # waving hand: dark skin tone
+        ("1F468-1F3FB-200D-1F692", "1F9D1-200D-1F692"),  # man firefighter, light skin tone -> firefighter
+        ("1F3C3-200D-2640-200D-27A1", "1F3C3"),  # woman running facing right -> person running
+        ("1F469-200D-1F9B0", "1F469"),  # woman: red hair -> woman
+        ("1F468-200D-1F469-200D-1F466", "1F46A"),  # family: man, woman, boy -> family
+        ("1F469-200D-2764-200D-1F48B-200D-1F468", "1F48F"),  # kiss: woman, man -> kiss
+        ("1FAF1-1F3FB-200D-1FAF2-1F3FC", "1F91D"),  # handshake: two skin tones -> handshake
+    ],
+)
+def test_variants_know_their_plain_picture(code, plain):
+    assert plain in corpus_emoji.plainer_codes(code)
+
+
+@pytest.mark.parametrize("code", ["1F468", "1F436", "2764", "1F1EB-1F1F7", "1F441-200D-1F5E8"])
+def test_what_is_plain_already_is_no_variant(code):
+    """A man, a dog, a heart, a flag and an eye in a speech bubble."""
+    assert not corpus_emoji.plainer_codes(code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variants", "expected"), [(True, (15_351, "ee0badacd8623484")), (False, (6463, "25838e7e9690f33a"))])
+def test_the_emoji_corpora_are_those_that_the_models_were_trained_on(tmp_path, variants, expected):
+    """Another image or caption would be another corpus under the same name."""
+    try:
+        manifest = run(CorpusConfig(variants=variants), tmp_path / "corpus")
+    except (MissingExtraError, ArtifactDamagedError) as error:
+        if "refused" in str(error):
+            raise
+        pytest.skip(f"the packages cannot be fetched here: {error}")
+    assert (manifest["images"], manifest["corpus_fingerprint"]) == expected
+
+
 def test_emoji_keep_creator_licence_and_kin(fake_packages):
     """Shares by creator are the product: a designer split in two, or a set's images under no licence, spoil it."""
-    images = emoji_images(read_emoji(32))
+    images = emoji_images(read_emoji(32, variants=True))
     assert [images[f"openmoji-{code}"].creator for code in ("1f44b", "1f44b-1f3fd", "2764-fe0f")] == [
         "Änn Author",
         "Änn Author",
@@ -462,7 +506,7 @@ def test_emoji_keep_creator_licence_and_kin(fake_packages):
 
 def test_emoji_are_drawn_on_white_and_mirrored_where_the_alias_says_so(fake_packages):
     """Left-facing and right-facing designs would share one picture under two captions."""
-    images = emoji_images(read_emoji(32))
+    images = emoji_images(read_emoji(32, variants=True))
     for image_id in ("openmoji-1f44b", "tiny-1f44b", "tiny-1f44b-1f3ff", "tiny-1faf2"):
         drawn = Image.open(io.BytesIO(images[image_id].image))
         assert (drawn.mode, drawn.size) == ("RGB", (32, 32))
@@ -473,7 +517,7 @@ def test_emoji_are_drawn_on_white_and_mirrored_where_the_alias_says_so(fake_pack
 def test_the_emoji_corpus_is_the_same_bytes_twice(tmp_path, fake_packages):
     """The fingerprint of every later artifact hangs on it."""
     for name in ("a", "b"):
-        write_corpus(read_emoji(32), tmp_path / name, CorpusConfig(resolution=32))
+        write_corpus(read_emoji(32, variants=True), tmp_path / name, CorpusConfig(resolution=32, variants=True))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert len(Corpus(tmp_path / "a")) == 8
 

@@ -24,9 +24,11 @@ from fastattr.features.candidates import CandidatesConfig, write_candidates
 from fastattr.generators import pretrained, queries
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.families import Options, recognise
-from fastattr.generators.generator import LORA, Generator, sampling_defaults
+from fastattr.generators.generator import Generator
+from fastattr.generators.lora import LORA
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.queries import Queries, QueriesConfig
+from fastattr.generators.sampling import sampling_defaults
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.recording import example_gradients, record_layers

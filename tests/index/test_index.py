@@ -14,7 +14,7 @@ from fastattr.core.errors import DoesNotFitError
 from fastattr.core.files import sha256_file
 from fastattr.index import build as building, choose as choosing, vectors as storing
 from fastattr.index.build import build
-from fastattr.index.choose import IndexConfig, choose, estimate, keeps_vectors
+from fastattr.index.choose import IndexConfig, choose, estimate, keeps_vectors, make
 from fastattr.index.search import Ranked, open_ranked, rerank
 from fastattr.index.tune import exact_neighbours, recall_of
 from fastattr.index.vectors import Read
@@ -63,7 +63,7 @@ def test_every_kind_finds_what_it_promises(tmp_path, vectors, factory, shard_row
     similarities, rows = ranked.search(queries, 20)
     assert ranked.ntotal == len(vectors)
     assert recall_of(rows, exact[1]) > 0.9
-    if keeps_vectors(factory):
+    if keeps_vectors(make(factory, DIM)):
         expected = np.einsum("qd,qkd->qk", queries, vectors[rows])
         np.testing.assert_allclose(similarities, expected, atol=2e-3)
         assert settings["recall_of_search"] >= 0.95
@@ -188,12 +188,12 @@ def test_a_gpu_is_used_where_there_is_one(tmp_path, vectors, monkeypatch):
     assert opened(tmp_path, settings).search(vectors[7:8], 1)[1].tolist() == [[7]]
 
 
-def test_a_wider_search_finds_everything(tmp_path, vectors):
+def test_as_many_are_found_as_are_asked_for(tmp_path, vectors):
     """More images may be asked for than the usual lists hold."""
     settings = build(reader(vectors), len(vectors), DIM, IndexConfig(factory="IVF16,SQ4"), tmp_path)
     ranked = opened(tmp_path, settings)
-    assert (ranked.search(vectors[:2], len(vectors))[1] >= 0).sum() < 2 * len(vectors)
-    rows = ranked.search(vectors[:2], len(vectors), widen=ranked.index.widest)[1]
+    assert (ranked.find(vectors[:2], len(vectors))[1] >= 0).sum() < 2 * len(vectors)
+    rows = ranked.search(vectors[:2], len(vectors) + 5)[1]
     assert all(sorted(row) == list(range(len(vectors))) for row in rows.tolist())
 
 

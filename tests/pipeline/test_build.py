@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fastattr import FastAttributor, InputError
+from fastattr.attributor.folder import seal
 from fastattr.cli.main import main
-from fastattr.core.files import read_json
+from fastattr.core.files import read_json, sha256_file
 from fastattr.corpus.store import Corpus
 from fastattr.generators.queries import Queries
 from fastattr.pipeline import build
@@ -21,6 +22,7 @@ from fastattr.pipeline.config import load_config, save_config
 from fastattr.pipeline.plan import as_table, plan
 from fastattr.pipeline.report import SHOWN, facts, render
 from fastattr.pipeline.stages import FOLDERS
+from fastattr.students.ranking import no_better_than_untuned
 
 CONFIGS = sorted((Path(__file__).parents[2] / "hub_scripts" / "configs").glob("*.yaml"))
 
@@ -40,11 +42,7 @@ def test_the_config_and_the_time_of_every_stage_are_kept(tiny_run: Path, tiny_co
 
 
 def plan_of(seconds: float | None) -> dict[str, Any]:
-    here = (
-        {"problem": "not measured"}
-        if seconds is None
-        else {"seconds": {"in all": seconds}, "peak_memory": 1, "rates": {"denoiser": 1e9}}
-    )
+    here = {"problem": "not measured"} if seconds is None else {"seconds": {"in all": seconds}, "rates": {"denoiser": 1e9}}
     numbers = dict.fromkeys(("forward", "backward", "disk", "peak_memory"), 0)
     hours = {"A100": 1.0}
     ways = dict.fromkeys(("exact_as_published", "exact", "first_order"), hours)
@@ -98,6 +96,9 @@ def test_the_report_stands_alone_and_shows_its_queries(tiny_run: Path, tiny_conf
     for row in shown:
         assert queries.prompts[row] in page
     assert "untuned" in page
+    totals = facts(load_config(tiny_config), tiny_run)["totals"]
+    assert sum(row["share"] for row in totals) == pytest.approx(1, abs=0.01)
+    assert all(row["creator"] in page for row in totals)
 
 
 def test_the_report_escapes_what_others_wrote(tiny_run: Path, tiny_config: Path):
@@ -148,7 +149,6 @@ def test_plan_command_measures_this_machine_and_prints_a_table(tiny_config: Path
     assert here["seconds"]["teach"] == pytest.approx(flops["teach"] / here["rates"]["denoiser"])
     assert here["seconds"]["features"] == pytest.approx(flops["features"] / here["rates"]["dense"])
     assert here["seconds"]["in all"] == pytest.approx(sum(here["seconds"][name] for name in flops))
-    assert here["peak_memory"] > 100e6
     assert "GFLOP/s" in as_table(result)
     config = load_config(tiny_config)
     short = replace(config, plan=replace(config.plan, probe_seconds=1))
@@ -178,3 +178,23 @@ def test_a_new_build_does_not_undo_an_opt_out(tiny_run: Path, tmp_path: Path):
     with pytest.raises(InputError, match="would undo"):
         build.forget(tmp_path / "run", "corpus")
     assert len(FastAttributor.from_pretrained(tmp_path / "run")) == 47
+
+
+def test_a_student_that_may_be_no_better_is_warned_of(tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys):
+    """A gain of 0.041 [-0.093, 0.193] ended with 'done, ready': its user took similarity for influence."""
+    assert no_better_than_untuned({}) == ""
+    assert no_better_than_untuned({"map_gain": {"mean": 0.1, "low": 0.01, "high": 0.2}}) == ""
+    doubtful = {"map_gain": {"mean": 0.041, "low": -0.093, "high": 0.193}, "queries": 6, "split": "test", "methods": {}}
+    assert "0.041 [-0.093, 0.193]" in no_better_than_untuned(doubtful)
+    shutil.copytree(tiny_run / "attributor", tmp_path / "attributor")
+    metrics = read_json(tmp_path / "attributor" / "metrics.json") | doubtful
+    (tmp_path / "attributor" / "metrics.json").write_text(json.dumps(metrics))
+    config = read_json(tmp_path / "attributor" / "config.json")
+    config["sha256"]["metrics.json"] = sha256_file(tmp_path / "attributor" / "metrics.json")
+    (tmp_path / "attributor" / "config.json").write_text(json.dumps(seal(config)))
+    assert main(["info", str(tmp_path)]) == 0
+    assert "not certainly better" in capsys.readouterr().err
+    assert "not certainly better" in build.warning_of(tmp_path)
+    values = facts(load_config(tiny_config), tiny_run)
+    assert "Not certainly" not in render({**values, "warning": ""})
+    assert "The student is not certainly" in render({**values, "warning": no_better_than_untuned(doubtful)})

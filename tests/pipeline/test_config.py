@@ -98,11 +98,9 @@ def test_a_wrong_value_of_any_setting_is_refused_by_its_name(tmp_path: Path, pat
 def test_a_size_of_nothing_is_refused(tmp_path: Path, path: str):
     """A batch of 0 divides by zero, or loops for ever, in the middle of a build."""
     allowed = {
-        "refinement.steps",
         "generator.steps",
         "generator.resolution",
         "teacher.gradient_width",
-        "refinement.warmup_steps",
     }
     if path not in allowed and not path.endswith("warmup_steps"):
         assert path.rpartition(".")[2] in refuse(tmp_path, path, [0] if path.endswith("channels") else 0)

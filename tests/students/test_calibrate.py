@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,13 @@ from fastattr.students.calibration import (
     corpus_weights,
     fit_curves,
     load_calibration,
+    quality_warnings,
     relative_influence,
     save_calibration,
     teacher_percentiles,
 )
 from fastattr.students.distill import open_student
-from fastattr.students.ownness import fit_density
+from fastattr.students.ownness import fit_ownness
 from fastattr.students.shares import divide, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery
@@ -73,7 +75,7 @@ def flat(values: float, *, influence: tuple[float, float], widening: float = 1.0
         queries=50,
         widening=widening,
         feature_mean=np.zeros(2, np.float32),
-        density=None,
+        ownness=None,
     )
 
 
@@ -127,7 +129,7 @@ def test_intervals_hold_the_shares_of_queries_that_took_no_part():
         [families] * 40,
         corpus_size=CORPUS,
         feature_mean=np.zeros(2),
-        density=None,
+        ownness=None,
     )
     held = []
     for similarity, query in zip(*world(5, 40), strict=True):
@@ -142,20 +144,26 @@ def test_save_then_load_changes_nothing_and_damage_is_refused(tmp_path: Path):
     """A curve that falls would call a nearer image less influential."""
     features = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
     curves = fit_curves(*world(6, 12), corpus_size=CORPUS, resamples=20, seed=0)
-    ours = Calibration(
-        **curves, widening=1.5, feature_mean=features.mean(axis=0), density=fit_density(features, features, false_alarms=0.1)
-    )
+    image = np.arange(6) < 3
+    checks = {"measures": np.ones((3, 4)), "captions": ["red ring"], "false_alarms": 0.1}
+    ownness = fit_ownness(features, features, image=image, text=~image, **checks)
+    ours = Calibration(**curves, widening=1.5, feature_mean=features.mean(axis=0), ownness=ownness)
     save_calibration(ours, tmp_path / FILE)
     theirs = load_calibration(tmp_path / FILE, feature_dim=6)
     similarity = np.linspace(-1, 1, 50)
     np.testing.assert_array_equal(theirs.percentile_of(similarity), ours.percentile_of(similarity))
     np.testing.assert_allclose(theirs.draws_of(similarity), ours.draws_of(similarity), rtol=1e-6)
-    np.testing.assert_allclose(theirs.density.distance(features), ours.density.distance(features), rtol=1e-4)
+    assert theirs.ownness.doubts(features, ["ring"] * 80) == ours.ownness.doubts(features, ["ring"] * 80)
     with pytest.raises(ArtifactDamagedError, match="width 7"):
         load_calibration(tmp_path / FILE, feature_dim=7)
     tensors = load_file(tmp_path / FILE)
     assert (theirs.queries, theirs.level.tolist()) == (12, ours.level.tolist())
-    bad = {"percentile": tensors["percentile"][::-1].copy(), "more": np.zeros(1), "level": tensors["level"][:-1].copy()}
+    bad = {
+        "percentile": tensors["percentile"][::-1].copy(),
+        "more": np.zeros(1),
+        "level": tensors["level"][:-1].copy(),
+        "match.more": np.zeros(1),
+    }
     for name, value in bad.items():
         save_file({**tensors, name: value}, tmp_path / "bad", metadata={"format": "fastattr calibration 2"})
         with pytest.raises(ArtifactDamagedError):
@@ -165,7 +173,7 @@ def test_save_then_load_changes_nothing_and_damage_is_refused(tmp_path: Path):
 def test_a_calibration_of_format_1_is_read(tmp_path: Path):
     """Attributors on people's disks say nothing of the level of unrelated images, nor of the number of queries."""
     curves = fit_curves(*world(6, 12), corpus_size=CORPUS, resamples=20, seed=0)
-    ours = Calibration(**curves, widening=1.5, feature_mean=np.zeros(6), density=None)
+    ours = Calibration(**curves, widening=1.5, feature_mean=np.zeros(6), ownness=None)
     save_calibration(ours, tmp_path / FILE)
     old = {name: value for name, value in load_file(tmp_path / FILE).items() if name not in {"level", "queries"}}
     save_file(old, tmp_path / FILE, metadata={"format": "fastattr calibration 1"})
@@ -179,10 +187,22 @@ def test_a_calibration_of_format_1_is_read(tmp_path: Path):
         load_calibration(tmp_path / FILE, feature_dim=6)
 
 
+def test_what_is_not_known_to_work_is_said():
+    """A student no better than untuned features ended with 'done'; a check of two pictures was taken for one."""
+    calibration = flat(1.0, influence=(1.0, 11.0))
+    assert quality_warnings({}, None) == []
+    assert quality_warnings({"map_gain": {"mean": 0.2, "low": 0.1, "high": 0.3}}, replace(calibration, queries=0)) == []
+    [gain] = quality_warnings({"map_gain": {"mean": 0.041, "low": -0.093, "high": 0.193}}, None)
+    assert "+0.041" in gain
+    assert "-0.093 to 0.193" in gain
+    [few] = quality_warnings({}, replace(calibration, queries=2))
+    assert "20 validation queries (there are 2)" in few
+
+
 def test_draws_at_a_similarity_equal_interpolation_of_each_draw():
     """The curve and its uncertainty must be read at the same place."""
     curves = fit_curves(*world(7, 10), corpus_size=CORPUS, resamples=10, seed=0)
-    calibration = Calibration(**curves, widening=1.0, feature_mean=np.zeros(1), density=None)
+    calibration = Calibration(**curves, widening=1.0, feature_mean=np.zeros(1), ownness=None)
     asked = np.linspace(-0.5, 1.5, 200)
     slow = [np.interp(asked, curves["knots"], draw) for draw in curves["influence_draws"]]
     np.testing.assert_allclose(calibration.draws_of(asked), slow, rtol=1e-5, atol=1e-6)

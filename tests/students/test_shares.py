@@ -146,7 +146,7 @@ def test_a_source_is_dominant_only_above_all_others():
 def test_strengths_follow_what_the_calibration_separates():
     """'Strong' for a curve that a coin could have drawn would be a decoration."""
     curves = fit_curves(*world(11, 60), corpus_size=CORPUS, resamples=50, seed=0)
-    calibration = Calibration(**curves, widening=1.0, feature_mean=np.zeros(1), density=None)
+    calibration = Calibration(**curves, widening=1.0, feature_mean=np.zeros(1), ownness=None)
     strengths = calibration.strengths_of(np.linspace(0, 1, 101))
     assert strengths[0] == "weak"
     assert strengths[-1] == "strong"
@@ -155,7 +155,7 @@ def test_strengths_follow_what_the_calibration_separates():
     similarities, scored = world(12, 60)
     shuffled = [np.random.default_rng(row).permutation(part) for row, part in enumerate(similarities)]
     nothing = fit_curves(shuffled, scored, corpus_size=CORPUS, resamples=50, seed=0)
-    unrelated = Calibration(**nothing, widening=1.0, feature_mean=np.zeros(1), density=None)
+    unrelated = Calibration(**nothing, widening=1.0, feature_mean=np.zeros(1), ownness=None)
     assert unrelated.strengths_of(np.linspace(0, 1, 5)) == [None] * 5
 
 

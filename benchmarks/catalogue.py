@@ -1,0 +1,362 @@
+"""Measure whether a living catalogue keeps its word: killed writers, readers beside them, faults, growth, a million images.
+
+    python benchmarks/catalogue.py --json benchmarks/results/catalogue.json      (some twenty minutes on 2 cores)
+    python benchmarks/catalogue.py --quick                                       (two minutes)
+
+The parts and what they put into the result:
+
+    storm     writers (4 processes, 4 threads each) that change one folder and are killed with SIGKILL, with ENOSPC, EIO and
+              ESTALE raised inside them, beside readers that ask all the time: `changes` acknowledged, `kills`, `faults`,
+              `removed_ids_answered` after their removal had returned, `acknowledged_lost`, `versions_backwards`
+    killed    every opening, renaming, making and deleting of a file in compact and in a save over an earlier attributor, the
+              process ended there: `kill_points`, `kill_points_not_loadable`
+    erased    `removed_bytes_found`: files that hold caption, thumbnail or embedding of an image that left, after compact and
+              save; tables are searched column by column, too
+    growth    an inverted file that grows by a fifth in a region that it does not know, then compact: `recall100_after_growth`
+    million   `open_million_seconds`, `change_million_seconds`, `update_million_seconds` (all images at once) and
+              `where_after_million_seconds`
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+import pyarrow.parquet as pq
+from index import write_attributor
+
+from fastattr import FastattrError, FastAttributor
+from fastattr.attributor import bases, changes
+from fastattr.index.build import build
+from fastattr.index.choose import IndexConfig
+
+DIM = 16
+FAULTS = (errno.ENOSPC, errno.EIO, errno.ESTALE)
+STEPS = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.truncate",
+    "shutil.copyfile",
+    "sqlite3.connect",
+}
+"""What Python announces before it does it."""
+
+
+def made(folder: Path, vectors: np.ndarray, factory: str = "SQfp16") -> Path:
+    """An attributor on made features."""
+    folder.mkdir(parents=True)
+    config = IndexConfig(factory=factory, plain="")
+    built = build(lambda start, stop: vectors[start:stop], len(vectors), vectors.shape[1], config, folder)
+    write_attributor(folder, built, len(vectors), vectors.shape[1])
+    return folder
+
+
+def unit(seed: int, rows: int, dim: int = DIM) -> np.ndarray:
+    """(rows, dim) float32 unit vectors."""
+    vectors = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# ---- storm
+
+
+def write(folder: Path, log: Path, seed: int, threads: int) -> None:
+    """Change a folder until killed; every change is noted in a file before it is begun and after it is done."""
+    attributor, notes = FastAttributor.from_pretrained(folder), log.open("a", buffering=1)
+    rng = np.random.default_rng(seed)
+    for where, name in ((changes, "_write_state"), (bases, "_sync"), (bases, "write_config")):
+        real = getattr(where, name)
+
+        def faulty(*arguments: Any, real: Any = real) -> Any:
+            if rng.random() < 0.02:
+                raise OSError(int(rng.choice(FAULTS)), "injected")
+            return real(*arguments)
+
+        setattr(where, name, faulty)
+
+    def work(number: int) -> None:
+        own, step = np.random.default_rng([seed, number]), 0
+        mine = [f"image-{row}" for row in range(seed * threads + number, 2000, 400)]  # no two writers share an image
+        while True:
+            step += 1
+            kind = str(own.choice(["add", "remove", "update", "compact"], p=[0.5, 0.35, 0.13, 0.02]))
+            name = f"w{seed}-{number}-{step}" if kind == "add" else mine.pop(int(own.integers(len(mine)))) if mine else ""
+            if not name:
+                continue
+            notes.write(json.dumps(["begin", kind, name]) + "\n")
+            try:
+                if kind == "add":
+                    attributor.add_features(unit(step, 1), ["c"], [{"image_id": name}])
+                    mine.append(name)
+                elif kind == "remove":
+                    attributor.remove([name])
+                elif kind == "update":
+                    attributor.update({name: {"creator": f"by {seed}"}})
+                    mine.append(name)
+                else:
+                    mine.append(name)
+                    attributor.compact()
+                notes.write(json.dumps(["done", kind, name]) + "\n")
+            except (OSError, FastattrError) as error:
+                notes.write(json.dumps(["fault", kind, str(error)[:60]]) + "\n")
+
+    running = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
+def read(folder: Path, logs: Path, stop: Path) -> None:
+    """Ask until told to stop; print what was wrong."""
+    attributor, gone, last = FastAttributor.from_pretrained(folder), Removed(logs), 0
+    found = {"asked": 0, "removed_ids_answered": 0, "versions_backwards": 0}
+    while not stop.exists():
+        removed = gone.now()
+        attributor = FastAttributor.from_pretrained(folder) if found["asked"] % 7 == 0 else attributor
+        answer = attributor.attribute_features(unit(found["asked"], 1), ["x"], 200)[0]
+        found["asked"] += 1
+        found["removed_ids_answered"] += len({result.image_id for result in answer.results} & removed)
+        found["versions_backwards"] += answer.versions["catalog_version"] < last
+        last = answer.versions["catalog_version"]
+    print(json.dumps(found))
+
+
+class Removed:
+    """Ids whose removal had returned by now, by the writers' notes."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs, self._read, self._ids = logs, dict[Path, int](), set[str]()
+
+    def now(self) -> set[str]:
+        """The ids."""
+        for path in self._logs.glob("*.log"):
+            with path.open() as file:
+                file.seek(self._read.get(path, 0))
+                text = file.read()
+            whole = text[: text.rfind("\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            self._ids |= {
+                name for state, kind, name in map(json.loads, whole.splitlines()) if (state, kind) == ("done", "remove")
+            }
+        return set(self._ids)
+
+
+def done_by(log: Path) -> int:
+    """Changes that a writer has acknowledged."""
+    return log.read_text().count('["done"') if log.exists() else 0
+
+
+def storm(work: Path, quick: bool) -> dict[str, Any]:
+    """Writers, killed again and again, beside readers."""
+    folder, logs, stop = made(work / "storm", unit(0, 2000)), work / "logs", work / "stop"
+    logs.mkdir()
+    writers, wanted = (2, 150) if quick else (4, 5000)
+    kills_wanted, threads = (8, 2) if quick else (200, 4)
+    rng, kills, number = np.random.default_rng(0), 0, 0
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, __file__, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    readers = [start("--read", folder, logs, stop) for _ in range(2 if quick else 4)]
+    running: dict[int, subprocess.Popen[str]] = {}
+    while True:
+        while len(running) < writers:
+            number += 1
+            running[number] = start("--write", folder, logs / f"{number}.log", number, threads)
+        if sum(map(done_by, logs.glob("*.log"))) >= wanted and kills >= kills_wanted:
+            break
+        victim = int(rng.choice(list(running)))
+        due = done_by(logs / f"{victim}.log") + int(rng.integers(3, 30))
+        while done_by(logs / f"{victim}.log") < due and running[victim].poll() is None:
+            time.sleep(rng.uniform(0.0, 0.05))
+        running.pop(victim).send_signal(signal.SIGKILL)
+        kills += 1
+    for process in running.values():
+        process.kill()
+    stop.touch()
+    answers = [json.loads(reader.communicate()[0]) for reader in readers]
+    lines = [json.loads(line) for path in logs.glob("*.log") for line in path.read_text().splitlines() if line.endswith("]")]
+    present = set(FastAttributor.from_pretrained(folder).catalog["image_id"].to_pylist())
+    touched = {name for state, kind, name in lines if kind == "remove" and state == "begin"}
+    added = {name for state, kind, name in lines if (state, kind) == ("done", "add")}
+    gone = {name for state, kind, name in lines if (state, kind) == ("done", "remove")}
+    return {
+        "changes": sum(state == "done" for state, _, _ in lines),
+        "kills": kills,
+        "faults": sum(state == "fault" for state, _, _ in lines),
+        "answers": sum(each["asked"] for each in answers),
+        "acknowledged_lost": len(added - touched - present) + len(gone & present),
+        **{key: sum(each[key] for each in answers) for key in ("removed_ids_answered", "versions_backwards")},
+    }
+
+
+# ---- killed at every step
+
+
+def killed(work: Path, quick: bool) -> dict[str, Any]:
+    """End a process before each step of compact and of a save over an earlier attributor."""
+    points, bad = 0, 0
+    for what in ("compact", "save"):
+        step = 0
+        while True:
+            step += 3 if quick else 1
+            folder = made(work / f"{what}-{step}", unit(0, 50))
+            own, target = FastAttributor.from_pretrained(folder), work / f"{what}-{step}-target"
+            own.save_pretrained(target)
+            own.remove(["image-3"])
+            child = os.fork()
+            if child == 0:
+                _die_at(step)
+                own.compact() if what == "compact" else own.save_pretrained(target)
+                os._exit(0)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            points += ended == 9
+            for place in (folder, target):
+                try:
+                    names = FastAttributor.from_pretrained(place).catalog["image_id"].to_pylist()
+                    bad += len(names) != (50 if place == target and "image-3" in names else 49)
+                except Exception as error:
+                    print(what, step, place.name, error, file=sys.stderr)
+                    bad += 1
+            if ended == 0:
+                break
+    return {"kill_points": points, "kill_points_not_loadable": bad}
+
+
+def _die_at(step: int) -> None:
+    left = [step]
+
+    def hook(event: str, _: object) -> None:
+        if event in STEPS:
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+
+
+# ---- the rest
+
+
+def erased(work: Path, quick: bool) -> dict[str, Any]:
+    """Search every file for what belonged to images that left."""
+    vectors = unit(0, 500)
+    attributor = FastAttributor.from_pretrained(made(work / "erased", vectors))
+    fresh = unit(1, 50)
+    texts = [f"a secret caption, number {i}" for i in range(50)]
+    ids = [{"image_id": f"new-{i}"} for i in range(50)]
+    attributor.add_features(fresh, texts, ids, thumbnails=[f"a secret picture, number {i}".encode() * 9 for i in range(50)])
+    attributor.remove([f"new-{i}" for i in range(25)] + [f"image-{i}" for i in range(25)])
+    attributor.save_pretrained(work / "saved")
+    attributor.compact()
+    marks = [f"secret {kind}, number {i}".encode() for i in range(25) for kind in ("caption", "picture")]
+    marks += [row.astype("<f2").tobytes() for row in (*fresh[:25], *vectors[:25])] + [b"subject number 7 "]
+    marks = [mark + (b"\0" if mark.startswith(b"secret") else b"") for mark in marks]
+    found = 0
+    for path in (*(work / "saved").rglob("*"), *(work / "erased").rglob("*")):
+        data = path.read_bytes() if path.is_file() else b""
+        if path.suffix == ".parquet":
+            table = pq.read_table(path).to_pylist()
+            data += b"\0".join(
+                value if isinstance(value, bytes) else str(value).encode() for row in table for value in row.values()
+            )
+        found += any(mark in data + b"\0" for mark in marks)
+    return {"removed_bytes_found": found}
+
+
+def growth(work: Path, quick: bool) -> dict[str, Any]:
+    """Recall where the index was never trained."""
+    rows, dim = (20_000, 32) if quick else (100_000, 64)
+    rng = np.random.default_rng(0)
+
+    def region(centre: np.ndarray, count: int) -> np.ndarray:
+        vectors = centre + rng.standard_normal((count, dim)).astype(np.float32) * 0.6
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    base = np.concatenate([region(unit(i, 1, dim), rows // 20) for i in range(20)])
+    new = region(unit(99, 1, dim) * 2, rows // 5)
+    attributor = FastAttributor.from_pretrained(made(work / "growth", base, f"IVF{256 if quick else 512},SQ4"))
+    attributor.add_features(new, ["c"] * len(new), [{"image_id": f"new-{i}"} for i in range(len(new))])
+    attributor.compact()
+    every, hits = np.concatenate([base, new]), []
+    ids = np.array([f"image-{i}" for i in range(len(base))] + [f"new-{i}" for i in range(len(new))])
+    for query in region(unit(99, 1, dim) * 2, 50):
+        exact = set(ids[np.argsort(-(every @ query))[:100]])
+        hits.append(
+            len(exact & {result.image_id for result in attributor.attribute_features(query[None], ["x"], 100)[0].results})
+        )
+    return {"recall100_after_growth": float(np.mean(hits)) / 100, "recall_claimed": attributor.config["recall_of_search"]}
+
+
+def million(work: Path, quick: bool) -> dict[str, Any]:
+    """A folder of a million images."""
+    rows = 50_000 if quick else 1_000_000
+    folder = made(work / "million", unit(0, rows), "SQ8")
+    clock, found = time.perf_counter, {}
+    started = clock()
+    attributor = FastAttributor.from_pretrained(folder)
+    found["open_million_seconds"] = clock() - started
+    attributor.update({"image-1": {"creator": "first"}})  # makes the database
+    spent = []
+    for i in range(5):
+        started = clock()
+        attributor.update({f"image-{i + 2}": {"creator": "next"}})
+        spent.append(clock() - started)
+    found["change_million_seconds"] = float(np.median(spent))
+    started = clock()
+    attributor.update({f"image-{i}": {"creator": f"c{i % 100}"} for i in range(rows)})
+    found["update_million_seconds"] = clock() - started
+    attributor.attribute_features(unit(1, 1), ["x"], 10, where={"creator": "c1"})
+    started = clock()
+    attributor.attribute_features(unit(2, 1), ["x"], 10, where={"creator": "c2"})
+    found["where_after_million_seconds"] = clock() - started
+    return found
+
+
+PARTS = {"storm": storm, "killed": killed, "erased": erased, "growth": growth, "million": million}
+
+
+def main() -> int:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--write", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.write:
+        write(Path(options.write[0]), Path(options.write[1]), int(options.write[2]), int(options.write[3]))
+        return 0
+    if options.read:
+        read(*map(Path, options.read))
+        return 0
+    result: dict[str, Any] = {}
+    for part in options.parts:
+        with tempfile.TemporaryDirectory(prefix="fastattr-") as name:
+            result |= PARTS[part](Path(name), options.quick)
+        print(result, file=sys.stderr)
+    machine.report({**result, "seed": 0, "quick": options.quick, **machine.describe()}, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""LoRA: find one, read whatever spelling it has, and lay all of it on a pipeline at its own strength.
+
+A LoRA adds scale x B A to a layer's weight. peft, diffusers, kohya and their checkpoints name layers and scales differently,
+and diffusers leaves out what it does not recognise with a warning at most. So every pair of matrices is counted: a layer
+that is not found refuses the file, and each layer's scale is what the file says (alpha / rank, or 1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, MissingExtraError
+from fastattr.core.files import read_json
+from fastattr.core.models import locate
+
+LORA = r"\.lora_[AB]\."
+"""Matrices of LoRA adapters, by the names that peft gives them."""
+LORA_FILES = ("*.safetensors", "adapter_config.json")
+PARTS = {"unet": "unet", "transformer": "transformer", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+"""kohya's names of a pipeline's networks."""
+WRAPPERS = r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.)*"
+KEY = re.compile(r"(.+?)\.(?:lora_([AB])(?:\.\w+)?\.weight|lora[_.](down|up)\.weight|(alpha))")
+OTHER_KINDS = re.compile(r"\.(?:hada_|lokr_|oft_|dora_scale|lora_magnitude_vector|ia3_)")
+
+
+@dataclass
+class Pair:
+    """What a LoRA adds to one layer."""
+
+    down: torch.Tensor | None = None
+    """(rank, in) A."""
+    up: torch.Tensor | None = None
+    """(out, rank) B."""
+    alpha: float | None = None
+
+
+def locate_lora(name_or_path: str | Path, **hub: Any) -> Path:
+    """The safetensors file of a LoRA: the path of a file, or what a folder or Hub repository holds.
+
+    Of a folder that training wrote: the finished LoRA, else that of the checkpoint-N with the highest number.
+
+    Args:
+        name_or_path: which.
+        hub: arguments of `fastattr.core.models.locate` besides.
+
+    Raises:
+        ArtifactNotFoundError: there is no such file, or there are several.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    folder = locate(name_or_path, "generator", files=LORA_FILES, **hub)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        numbered = sorted(folder.glob("checkpoint-*"), key=lambda found: int(found.name.rpartition("-")[2] or 0))
+        files = sorted(numbered[-1].glob("*.safetensors")) if numbered else []
+    usual = [file for file in files if file.name in {"pytorch_lora_weights.safetensors", "adapter_model.safetensors"}]
+    usual = usual or [file for file in files if not re.search(r"-(\d{6}|step\d+|e\d+)$", file.stem)]
+    if len(usual or files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ArtifactNotFoundError(
+            f"{name_or_path} should hold one LoRA, found {names}; give the path of one safetensors file."
+        )
+    return (usual or files)[0]
+
+
+def load_lora(pipeline: Any, file: Path) -> None:
+    """Lay a LoRA on a pipeline's networks, all of it; it stays apart from their weights.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ArtifactDamagedError: the file is no LoRA, or not one of this pipeline, or only in part.
+    """
+    from diffusers.utils import is_peft_available
+
+    if not is_peft_available():
+        raise MissingExtraError("a LoRA needs peft; install it with `pip install 'fastattr[lora]'`.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type
+        raise ArtifactDamagedError(f"{file} is no safetensors file: {error}") from error
+    other = sorted(name for name in tensors if OTHER_KINDS.search(name))
+    if other:
+        raise ArtifactDamagedError(f"{file} is no plain LoRA ({other[0]}); LoHa, LoKr, DoRA and the like are not supported.")
+    pairs, unknown = pairs_of(pipeline, tensors)
+    if unknown:
+        pairs, unknown = pairs_of(pipeline, _converted(pipeline, tensors)) or (pairs, unknown)
+    if unknown or not pairs:
+        raise ArtifactDamagedError(
+            f"{file} is for another network: {len(unknown)} of its names are not in this {type(pipeline).__name__}, "
+            f"e.g. {sorted(unknown)[:3]}. Name the pipeline that it was trained on."
+        )
+    state = {}
+    for layer, pair in pairs.items():
+        if pair.down is None or pair.up is None:
+            raise ArtifactDamagedError(f"{file} holds half of a pair of matrices, for {layer}; fetch it again.")
+        state |= {f"{layer}.lora_A.weight": pair.down, f"{layer}.lora_B.weight": pair.up}
+    try:
+        pipeline.load_lora_weights(state, adapter_name="lora")
+    except Exception as error:  # diffusers and peft raise many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactDamagedError(f"{file} cannot be laid on {type(pipeline).__name__}: {reason}") from error
+    scales = scales_of(pairs, header, read_json(config) if (config := file.parent / "adapter_config.json").exists() else {})
+    _put_in_force(pipeline, scales, file)
+
+
+def pairs_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Pair], list[str]]:
+    """The pairs by 'NETWORK.LAYER' as the pipeline names them, and the names of tensors that belong to no layer of it."""
+    layers = {
+        f"{part}.{name}"
+        for part in sorted({*PARTS.values(), "text_encoder_3"})
+        if isinstance(network := getattr(pipeline, part, None), nn.Module)
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    kohya = {f"lora_{word}_{name.partition('.')[2].replace('.', '_')}": name for name in layers
+             for word, part in PARTS.items() if part == name.partition(".")[0]}  # fmt: skip
+    pairs: dict[str, Pair] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        match = KEY.fullmatch(name)
+        spelled = match[1] if match else name
+        bare = re.sub(WRAPPERS, "", spelled)
+        known = [kohya.get(spelled, ""), spelled, f"unet.{bare}", f"transformer.{bare}", spelled.replace(".text_model.", ".")]
+        layer = next((one for one in known if one in layers), None)
+        if match is None or layer is None:
+            unknown.append(name)
+            continue
+        pair = pairs.setdefault(layer, Pair())
+        if match[4]:
+            pair.alpha = float(tensor)
+        elif match[2] == "A" or match[3] == "down":
+            pair.down = tensor
+        else:
+            pair.up = tensor
+    return pairs, unknown
+
+
+def _converted(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by the names into which diffusers turns those of other trainers; {} where it knows none."""
+    try:
+        found = pipeline.lora_state_dict(dict(tensors))
+    except Exception:  # of a kind that it does not know, which the caller says
+        return {"": torch.zeros(0)}
+    state, alphas = found if isinstance(found, tuple) else (found, {})
+    return {**state, **{name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}}
+
+
+def scales_of(pairs: Mapping[str, Pair], header: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, float]:
+    """Each layer's factor on B A: from its own alpha, else from peft's config or the file's header, else 1."""
+    said: dict[str, Any] = {**header, **json.loads(header.get("lora_adapter_metadata", "{}"))}
+    scales = {}
+    for layer, pair in pairs.items():
+        assert pair.down is not None
+        part, _, name = layer.partition(".")
+        rank = len(pair.down)
+        alpha = pair.alpha
+        if alpha is None:
+            patterns = config.get("alpha_pattern") or said.get(f"{part}.alpha_pattern") or {}
+            fitting = [value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", name)]
+            alpha = fitting[0] if fitting else config.get("lora_alpha", said.get(f"{part}.lora_alpha", rank))
+        stabilised = config.get("use_rslora") or said.get(f"{part}.use_rslora") in {True, "true", "True"}
+        scales[layer] = float(alpha) / (rank**0.5 if stabilised else rank)
+    return scales
+
+
+def _put_in_force(pipeline: Any, scales: Mapping[str, float], file: Path) -> None:
+    """Give every layer its scale, and see that each has its LoRA."""
+    missing = []
+    for layer, scale in scales.items():
+        part, _, name = layer.partition(".")
+        module = dict(getattr(pipeline, part).named_modules()).get(name)
+        if module is None or "lora" not in getattr(module, "lora_A", {}):
+            missing.append(layer)
+        else:
+            module.scaling["lora"] = scale
+    if missing:
+        raise ArtifactDamagedError(f"{file} took hold of all layers but {len(missing)}, e.g. {missing[:3]}; it is refused.")
+
+
+def lora_scales(network: nn.Module) -> dict[str, float]:
+    """Factor on each LoRA of a network, which its matrices don't say; {} where there is none."""
+    scales = {name: getattr(module, "scaling", None) for name, module in network.named_modules()}
+    return {name: float(scale["lora"]) for name, scale in scales.items() if isinstance(scale, dict) and "lora" in scale}

@@ -1,0 +1,73 @@
+"""Sampling: draw images with a diffusers pipeline, each from a noise of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fastattr.core.errors import InputError
+
+
+def sampling_defaults(pipeline: type) -> dict[str, float]:
+    """'steps' and 'guidance' that a class of pipelines takes where the caller gives none."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    return {name: float(parameters[theirs].default) for name, theirs in names.items()}
+
+
+def check_sampling(prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, float], *, most_steps: int) -> None:
+    """See that prompts, seeds, 'steps' and 'guidance' are within their ranges.
+
+    Raises:
+        InputError: one is not.
+    """
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        if not prompt.strip():
+            raise InputError("the prompt is empty; say what to draw.")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+    if not 1 <= settings["steps"] <= most_steps:
+        raise InputError(f"steps must be between 1 and {most_steps}, got {settings['steps']}")
+    if not settings["guidance"] >= 0:
+        raise InputError(f"guidance must be at least 0, got {settings['guidance']}")
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, float],
+    *,
+    side: int,
+    max_tokens: int,
+    on_step: Callable[[int, int], None] | None,
+) -> list[Image.Image]:
+    """One image of `side` pixels per prompt and seed; `max_tokens` 0 and other arguments as of `Generator.generate_batch`."""
+    steps = int(settings["steps"])
+
+    def after_step(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1, steps)
+        return values
+
+    known = inspect.signature(type(pipeline).__call__).parameters
+    others = {"use_resolution_binning": False, "clean_caption": False, "callback_on_step_end": after_step}
+    if max_tokens:
+        others["max_sequence_length"] = max_tokens
+    if "callback_on_step_end" not in known:  # PixArt keeps diffusers' older form
+        others["callback"] = lambda step, timestep, latents: after_step(None, step, timestep, {})
+    result = pipeline(
+        prompt=list(prompts),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=steps,
+        guidance_scale=float(settings["guidance"]),
+        height=side,
+        width=side,
+        **{name: value for name, value in others.items() if name in known},
+    )
+    images: list[Image.Image] = result.images
+    return images
