@@ -124,13 +124,10 @@ class Compression:
         Args:
             layers: whose gradients come, in this order.
             config: the settings.
-            factors: EKFAC factors of these layers; needed where `config.whiten`.
+            factors: EKFAC factors of these layers; InputError where `config.whiten` and there are none.
             coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as
                 `leading_coordinates` finds them; without them all are sketched, or kept where `config.width` is 0.
             turns: how each layer is rotated and cut, as an earlier compression has it, instead of factors and coordinates.
-
-        Raises:
-            InputError: whitening was asked for and there are no factors.
         """
         if config.whiten and factors is None and turns is None:
             raise InputError("whitened gradient features need EKFAC factors; fit them first, or set whiten to false.")

@@ -152,10 +152,9 @@ def exact_scores(
     Args:
         generator: with base weights, which it has again on return.
         layers: those that the step changes.
-        images: the encoded corpus.
+        images: the encoded corpus; `candidate_rows` (C,) says which of its images.
         base_loss: (N, V) losses of the whole corpus before unlearning.
         step: (out, in) change by layer, as `query_step` gives it.
-        candidate_rows: (C,) rows of the corpus.
         config: the teacher's settings.
 
     Returns:
