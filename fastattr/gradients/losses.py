@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from fastattr.generators.generator import Generator
 from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
-OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output", "mean": "mean_output"}
-"""What can be measured, by name, and the generator's method that measures it: the denoising loss, the mean square of the
-network's prediction (D-TRAK), or its mean (DAS)."""
+OUTPUTS: dict[str, Callable[..., torch.Tensor]] = {
+    "loss": lambda generator, *arguments: generator.training_loss(*arguments),
+    "squared_norm": lambda generator, *arguments: generator.predict(*arguments).square().mean(dim=(1, 2, 3)),
+    "mean": lambda generator, *arguments: generator.predict(*arguments).mean(dim=(1, 2, 3)),
+}
+"""What can be measured, (B,) each: the denoising loss, the mean square of the prediction (D-TRAK), or its mean (DAS)."""
 
 
 def denoising_losses(
@@ -47,7 +51,7 @@ def denoising_losses(
         latent element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions;
         one whose evaluations outnumber `batch_size` comes in several batches.
     """
-    measure = getattr(generator, OUTPUTS[output])
+    measure = partial(OUTPUTS[output], generator)
     pairs = 2 if antithetic else 1
     timesteps = _timesteps(draws // pairs, generator.train_timesteps, span).repeat(pairs)
     captions = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
