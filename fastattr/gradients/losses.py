@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from fastattr.generators.generator import Generator
 from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
-OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output"}
-"""What can be measured, and the generator's method for it: the denoising loss, or the prediction's mean square (D-TRAK)."""
+OUTPUTS: dict[str, Callable[..., torch.Tensor]] = {
+    "loss": lambda generator, *arguments: generator.training_loss(*arguments),
+    "squared_norm": lambda generator, *arguments: generator.predict(*arguments).square().mean(dim=(1, 2, 3)),
+}
+"""What can be measured, (B,) each: the denoising loss, or the mean square of the prediction (D-TRAK)."""
 
 
 def denoising_losses(
@@ -45,7 +49,7 @@ def denoising_losses(
         latent element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions;
         one whose evaluations outnumber `batch_size` comes in several batches.
     """
-    measure = getattr(generator, OUTPUTS[output])
+    measure = partial(OUTPUTS[output], generator)
     pairs = 2 if antithetic else 1
     timesteps = _timesteps(draws // pairs, generator.train_timesteps, span).repeat(pairs)
     captions = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)

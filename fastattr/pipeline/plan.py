@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastattr.core.errors import FastattrError
+from fastattr.core.errors import InputError
 from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.costs import (
@@ -23,7 +23,7 @@ from fastattr.pipeline.costs import (
     teacher_ways,
     training_images,
 )
-from fastattr.pipeline.networks import PEAK_FLOPS
+from fastattr.pipeline.networks import PEAK_FLOPS, Network
 from fastattr.pipeline.probe import measure_machine
 
 DENSE = {"train-encoder", "features", "distill", "index"}
@@ -73,20 +73,16 @@ def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[s
     }
     if measure:
         try:
-            result["here"] = hours_here(config, run_dir, stages)
-        except FastattrError as error:
-            result["here"] = {"problem": " ".join(str(error).split())}
+            result["here"] = hours_here(config, run_dir, network, stages)
+        except InputError as error:
+            result["here"] = {"problem": str(error)}
     return result
 
 
-def hours_here(config: BuildConfig, run_dir: Path, stages: Sequence[StageCost]) -> dict[str, Any]:
-    """Seconds of each counted stage on this machine, and in all, from the rates that a probe measures.
-
-    Raises:
-        FastattrError: the probe failed, or took longer than `plan.probe_seconds`.
-    """
-    shape, limit = denoiser_shape(config, run_dir), config.plan.probe_seconds
-    rates = measure_machine(shape, config.teacher.pattern, config.teacher.batch_size, limit=limit)
+def hours_here(config: BuildConfig, run_dir: Path, network: Network, stages: Sequence[StageCost]) -> dict[str, Any]:
+    """Seconds of each counted stage on this machine, and in all, from the rates that a probe measures; errors as it."""
+    shape, teacher = denoiser_shape(config, run_dir), config.teacher
+    rates = measure_machine(shape, network, teacher.pattern, teacher.batch_size, limit=config.plan.probe_seconds)
     seconds = {stage.name: stage.flops / rates["dense" if stage.name in DENSE else "denoiser"] for stage in stages}
     return {"seconds": {**seconds, "in all": sum(seconds.values())}, "rates": rates}
 
@@ -97,14 +93,11 @@ def as_table(result: Mapping[str, Any]) -> str:
     names = list(result["hours"])
     head = f"{'stage':18s} {'forward':>15s} {'backward':>15s}" + "".join(f"{name + ' h':>11s}" for name in names)
     lines = [head + f" {'memory':>10s} {'disk':>10s} {'here':>10s}"]
-    total = {
-        "name": "in all",
-        "memory": result["peak_memory"],
-        **{key: result[key] for key in ("forward", "backward", "disk", "hours")},
-    }
+    total = {key: result[key] for key in ("forward", "backward", "disk", "hours")}
+    total |= {"name": "in all", "memory": result["peak_memory"]}
     for stage in [*result["stages"], total]:
         hours = "".join(f"{stage['hours'][name]:11,.2f}" for name in names)
-        seconds = here.get(stage["name"] if stage is not total else "in all")
+        seconds = here.get(stage["name"])
         lines.append(
             f"{stage['name']:18s} {stage['forward']:15,d} {stage['backward']:15,d}{hours} {_bytes(stage['memory']):>10s} "
             f"{_bytes(stage['disk']):>10s} {'' if seconds is None else f'{seconds:,.0f} s':>10s}"
@@ -122,11 +115,8 @@ def as_table(result: Mapping[str, Any]) -> str:
     if "problem" in result["here"]:
         lines.append(f"this machine: {result['here']['problem']}")
     else:
-        rate = result["here"]["rates"]["denoiser"] / 1e9
-        lines.append(
-            f"this machine: {here['in all']:,.0f} s in all, at the {rate:,.0f} GFLOP/s that it does in the denoiser; reading, "
-            "searching and writing come on top"
-        )
+        rate = f"{result['here']['rates']['denoiser'] / 1e9:,.0f} GFLOP/s"
+        lines.append(f"this machine: {here['in all']:,.0f} s in all, at {rate}; reading, searching and writing come on top")
     lines.append(f"accelerators: {UTILISATION:.0%} of their dense TF32 peak, one each; memory is host and accelerator together")
     return "\n".join(lines)
 
