@@ -164,8 +164,9 @@ def by_embedding(
         weights = None if calibration else model.student.closeness(similarities)
         described = {"sha256": asked.hashes[query], "embedding": encode(embeddings[query]), "k": k}
         described |= {"where": dict(where)} if where else {}
-        answer = _attribution(model, version, asked.prompts[query], records, similarities, parts[query], described)
-        reach = Reach(table, find, weights, calibration, size, own=not warnings[query])
+        own = not warnings[query]
+        answer = _attribution(model, version, asked.prompts[query], records, similarities, parts[query], described, own=own)
+        reach = Reach(table, find, weights, calibration, size, own=own)
         answers.append(replace(answer, seconds=dict(seconds), warnings=warnings[query], _reach=reach))
     return _with_copies(model, version, asked, answers)
 
@@ -273,10 +274,12 @@ def _attribution(
     query: dict[str, Any],
     *,
     plain: bool = False,
+    own: bool = True,
 ) -> Attribution:
     """An answer without shares, seconds and warnings."""
     calibration = None if plain else model.calibration
     percentiles = calibration.percentile_of(similarities).tolist() if calibration else [None] * len(records)
+    strengths = calibration.strengths_of(similarities) if calibration and own else [None] * len(records)
     image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(records)] * 2
     results = [
         Influence(
@@ -284,6 +287,7 @@ def _attribution(
             similarity=float(similarities[rank]),
             **{column: record.get(column) or "" for column in RESULT_COLUMNS},
             percentile=percentiles[rank],
+            strength=strengths[rank],
             image_part=image_parts[rank],
             text_part=text_parts[rank],
         )

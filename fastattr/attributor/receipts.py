@@ -131,8 +131,8 @@ def result_differences(
     for image_id in was.keys() & found.keys():
         for name, value in was[image_id].items():
             other = found[image_id].get(name)
-            if name == "rank":
-                continue  # follows from the similarities; equal ones may change places
+            if name in {"rank", "strength"}:
+                continue  # they follow from the similarities; equal ones may change places
             if isinstance(value, int | float) and isinstance(other, int | float):
                 same = abs(value - other) <= tolerance * max(1.0, abs(value))
             else:
