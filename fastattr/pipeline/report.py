@@ -76,7 +76,7 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
             for name, prompt, copy in zip(queries.query_ids, queries.prompts, copies, strict=True)
             if copy
         ],
-        "shown": [_shown(*each, copies[row]) for row, *each in list(zip(rows, images, answers, strict=True))[:SHOWN]],
+        "shown": [_shown(images[at], answers[at], copies[row]) for at, row in enumerate(rows[:SHOWN])],
         "totals": _totals(answers),
         "answers": len(answers),
         "metrics": metrics,

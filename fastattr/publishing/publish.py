@@ -44,7 +44,13 @@ class PushConfig:
 
 
 def push_attributor(
-    folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None, message: str = "", **target: Any
+    folder: Path,
+    repo_id: str,
+    *,
+    generator: str | None = None,
+    scores: str | None = None,
+    message: str | None = None,
+    **target: Any,
 ) -> Push:
     """Push an attributor folder with its card to a model repository.
 
@@ -181,7 +187,7 @@ def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str]
     """
     ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
     scores = ids["scores"] if str(source) not in embedded_models() else None
-    refers = {"generator": ids["generator"], "scores": scores}
+    refers: dict[str, Any] = {"generator": ids["generator"], "scores": scores}
 
     def push(kind: str) -> Push:
         if kind == "space":
