@@ -82,7 +82,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4),
+    cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4, gradient_width=4096),
     train_queries=24,
     test_queries=16,
     most_query_draws=16,
@@ -166,7 +166,8 @@ def without_curvature(bench: Bench, query_ids: Sequence[str]) -> np.ndarray:
     """(Q, N) inner products of the gradients themselves."""
     here = bench.lab
     layers, settings = layers_to_unlearn(here.generator, here.settings.pattern), here.settings
-    drawn = GradientConfig(whiten=False, width=0, draws=settings.loss_draws, batch_size=here.cost.batch_size)
+    sizes = {"width": here.cost.gradient_width, "batch_size": here.cost.batch_size}
+    drawn = GradientConfig(whiten=False, draws=settings.loss_draws, **sizes)
     plain = Compression(layers, drawn)
 
     def gradients(images: Any, config: GradientConfig) -> np.ndarray:

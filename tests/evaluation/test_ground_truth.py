@@ -52,7 +52,7 @@ generator:
   vocabulary: 300
   text_width: 16
   text_layers: 1
-  training: {steps: 4, batch_size: 4, warmup_steps: 1, checkpoint_every: 2}
+  training: {steps: 4, batch_size: 4, warmup_steps: 1, checkpoint_every: 2, optimizer: adamw}
 queries: {train: 4, validation: 3, test: 4, steps: 2, caption_share: 0.5, recombined_share: 0.3}
 halves: 4
 second_seeds: 2
@@ -287,13 +287,14 @@ def test_query_losses_equal_a_slow_loop(made, folder, config):
     bench = Retraining(config, folder / "run", jobs.AUTOENCODER)
     generator = bench.generator(bench.full())
     rows = bench.queries.of_split("test")[:2]
-    found = measure.query_losses(generator, bench.queries, rows, timesteps=3, batch_size=4, seed=5)
+    settings = replace(config, loss_timesteps=3, judged=(0.1, 0.9), batch_size=4, seed=5)
+    found = measure.query_losses(generator, bench.queries, rows, settings)
     for position, row in enumerate(rows):
         latent = generator.encode_image([bench.queries.image(row)])
         text = generator.encode_prompt([bench.queries.prompts[row]])
         losses = []
         for draw, timestep in enumerate(spread_timesteps(3, train_timesteps=1000)):
-            noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5, shape=generator.latent_shape)
+            noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5 + measure.LOSS_SEED, shape=generator.latent_shape)
             with torch.no_grad():
                 pair = [generator.training_loss(latent, text, torch.tensor([timestep]), sign * noise) for sign in (1, -1)]
             losses.append(float(sum(pair)) / 2)
