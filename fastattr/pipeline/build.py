@@ -1,13 +1,13 @@
 """Build: the whole line from a config, stage by stage, resuming where the run folder stands.
 
-`stages.STAGES` is the line; `run` plans first (once: plan.json),
-asks above a limit, and keeps the config in config.yaml and what each stage took in spent.json. Under `accelerate launch`
-the stages up to the teacher share all processes; the rest, which is small and whose sums would depend on the number of
-processes, is done by one of its own. `embed_assets` packs a finished run's generator and attributor as an embedded model.
+`run` plans first (once: plan.json), asks above a limit, and keeps the config in config.yaml and what each stage took in
+spent.json. Under `accelerate launch` the stages up to the teacher share all processes; the rest, which is small and whose
+sums would depend on the number of processes, is done by one of its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import subprocess
@@ -32,8 +32,6 @@ from fastattr.pipeline.stages import FOLDERS, SHARED, STAGES
 from fastattr.students.ranking import no_better_than_untuned
 
 logger = logging.getLogger(__name__)
-FIRST_VERSION = 1
-"""Of a catalogue that nobody has changed."""
 
 
 def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -83,7 +81,7 @@ def run(
     # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     state = PartialState()
-    check(config, run_dir)
+    check(config, run_dir / "nothing" if again_from in {"corpus", "train-generator"} else run_dir)
     check_queries(config, run_dir)
     seconds: dict[str, float] = {}
     if state.is_main_process:
@@ -122,12 +120,11 @@ def forget(run_dir: Path, stage: str) -> None:
     if stage not in FOLDERS:
         raise InputError(f"there is no stage {stage!r}{did_you_mean(stage, FOLDERS)}; stages are {', '.join(FOLDERS)}.")
     attributor = run_dir / "attributor"
-    if (attributor / "config.json").exists() and int(read_info(attributor)["versions"]["catalog"]) > FIRST_VERSION:
-        raise InputError(
-            f"{attributor} was changed since it was built, and another build would undo that: "
-            "move it away to keep it, or delete it."
-        )
-    for name in list(FOLDERS)[list(FOLDERS).index(stage) :]:
+    if (attributor / "config.json").exists() and int(
+        read_info(attributor)["versions"]["catalog"]
+    ) > 1:  # the version that is built
+        raise InputError(f"{attributor} was changed since it was built, and another build would undo that: move it away first.")
+    for name in itertools.dropwhile(lambda name: name != stage, FOLDERS):
         for folder in FOLDERS[name]:
             remove(run_dir / folder)
 
@@ -149,18 +146,7 @@ def embed_assets(config: BuildConfig, run_dir: Path, folder: Path) -> dict[str, 
     Returns:
         The manifest; 'bytes' is the size of all files together.
     """
-    stages = (
-        "corpus",
-        "autoencoder",
-        "generator",
-        "encoder",
-        "queries",
-        "candidates",
-        "scores",
-        "student",
-        "calibration",
-        "evaluation",
-    )
+    stages = [folders[0] for name, folders in FOLDERS.items() if name not in {"features", "index", "card", "report"}]
     with atomic_path(folder) as temporary:
         shutil.copytree(run_dir / "generator", temporary / "generator", ignore=shutil.ignore_patterns("checkpoint*"))
         shutil.copytree(run_dir / "attributor", temporary / "attributor")

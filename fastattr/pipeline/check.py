@@ -5,6 +5,7 @@ Each value alone is checked when the file is read (core/settings.py); here are f
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -58,16 +59,12 @@ def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
 
 
 def _settings(config: BuildConfig) -> None:
-    for setting, specifications in (
-        ("features.encoders", config.features.encoders),
-        ("teacher.similarity_features", config.teacher.similarity_features),
-    ):
-        for specification in specifications:
-            kind, _, reference = specification.partition(":")
-            if kind not in KINDS or not reference:
-                raise InputError(
-                    f"{setting}: {specification!r} is not KIND:MODEL{did_you_mean(kind, KINDS)}; kinds are {', '.join(KINDS)}."
-                )
+    known = f"kinds are {', '.join(KINDS)}"
+    encoders = dict.fromkeys(config.features.encoders, "features.encoders")
+    for name, setting in (encoders | dict.fromkeys(config.teacher.similarity_features, "teacher.similarity_features")).items():
+        kind, _, reference = name.partition(":")
+        if kind not in KINDS or not reference:
+            raise InputError(f"{setting}: {name!r} is not KIND:MODEL{did_you_mean(kind, KINDS)}; {known}.")
     if not getattr(config.queries, config.evaluate.split):
         raise InputError(f"evaluate.split is {config.evaluate.split!r}, and queries.{config.evaluate.split} is 0.")
     if not config.queries.train:
@@ -108,16 +105,11 @@ def check_queries(config: BuildConfig, run_dir: Path) -> None:
     """
     if config.queries.prompts or (run_dir / "queries" / MANIFEST).exists():
         return
+    captions: list[str] = []
     if (run_dir / "corpus" / MANIFEST).exists():
         captions = [captions[0] for captions in Corpus(run_dir / "corpus").captions]
     elif config.corpus.kind == "folder" and Path(config.corpus.path).is_dir():
-        captions = []
-        for image in read_folder(Path(config.corpus.path)):
-            if isinstance(image, TrainingImage) and image.captions:
-                captions.append(image.captions[0])
-            if len(captions) > READ_FOR_CAPTIONS:
-                return
-    else:
-        return
-    if captions:
+        images = (image for image in read_folder(Path(config.corpus.path)) if isinstance(image, TrainingImage))
+        captions = [image.captions[0] for image in itertools.islice(images, READ_FOR_CAPTIONS)]
+    if 0 < len(captions) < READ_FOR_CAPTIONS:
         choose_prompts(captions, config.queries)

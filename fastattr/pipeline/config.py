@@ -82,6 +82,10 @@ class BuildConfig:
     thumbnail_quality: int = 40
     """WebP quality of the catalogue's thumbnails, 1 to 100."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.thumbnail_quality <= 100:
+            raise InputError(f"thumbnail_quality must be 1 to 100, got {self.thumbnail_quality}")
+
 
 def load_config(path: str | Path) -> BuildConfig:
     """Read and check the config file of a whole line; see `read_yaml`."""

@@ -97,14 +97,11 @@ def as_table(result: Mapping[str, Any]) -> str:
     names = list(result["hours"])
     head = f"{'stage':18s} {'forward':>15s} {'backward':>15s}" + "".join(f"{name + ' h':>11s}" for name in names)
     lines = [head + f" {'memory':>10s} {'disk':>10s} {'here':>10s}"]
-    total = {
-        "name": "in all",
-        "memory": result["peak_memory"],
-        **{key: result[key] for key in ("forward", "backward", "disk", "hours")},
-    }
+    total = {key: result[key] for key in ("forward", "backward", "disk", "hours")}
+    total |= {"name": "in all", "memory": result["peak_memory"]}
     for stage in [*result["stages"], total]:
         hours = "".join(f"{stage['hours'][name]:11,.2f}" for name in names)
-        seconds = here.get(stage["name"] if stage is not total else "in all")
+        seconds = here.get(stage["name"])
         lines.append(
             f"{stage['name']:18s} {stage['forward']:15,d} {stage['backward']:15,d}{hours} {_bytes(stage['memory']):>10s} "
             f"{_bytes(stage['disk']):>10s} {'' if seconds is None else f'{seconds:,.0f} s':>10s}"
@@ -122,11 +119,8 @@ def as_table(result: Mapping[str, Any]) -> str:
     if "problem" in result["here"]:
         lines.append(f"this machine: {result['here']['problem']}")
     else:
-        rate = result["here"]["rates"]["denoiser"] / 1e9
-        lines.append(
-            f"this machine: {here['in all']:,.0f} s in all, at the {rate:,.0f} GFLOP/s that it does in the denoiser; reading, "
-            "searching and writing come on top"
-        )
+        rate = f"{result['here']['rates']['denoiser'] / 1e9:,.0f} GFLOP/s"
+        lines.append(f"this machine: {here['in all']:,.0f} s in all, at {rate}; reading, searching and writing come on top")
     lines.append(f"accelerators: {UTILISATION:.0%} of their dense TF32 peak, one each; memory is host and accelerator together")
     return "\n".join(lines)
 

@@ -79,6 +79,7 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS, **license_data(entries))
     defaults = manifest.get("defaults", {})
     settings = f", num_inference_steps={int(defaults['steps'])}, guidance_scale={defaults['guidance']}" if defaults else ""
+    numbers = {key: value for key, value in manifest.items() if type(value) in {int, float}}
     ours = bool(manifest.get("config"))
     return str(
         ModelCard.from_template(
@@ -91,7 +92,7 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
             f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
             f"image = pipeline({example[:LONGEST_NAME]!r}{settings}).images[0]",
             provenance=provenance_table(entries),
-            training=settings_table({**manifest.get("config", {}), **_facts(manifest)}),
+            training=settings_table({**manifest.get("config", {}), **numbers}),
             licence=licence_sentence(entries),
         )
     )
@@ -127,14 +128,8 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
     first = next(iter(manifests))
     split = next(iter(manifests[first]["queries"]))
     rows = [
-        [
-            code(name),
-            text(manifest["teacher"]),
-            _counts(manifest["queries"]),
-            f"up to {manifest['candidates']:,}",
-            _cost(manifest),
-        ]
-        for name, manifest in manifests.items()
+        [code(name), text(each["teacher"]), _counts(each["queries"]), f"up to {each['candidates']:,}", _cost(each)]
+        for name, each in manifests.items()
     ]
     methods = "\n\n".join(f"**{text(name)}**\n\n{settings_table(manifest['config'])}" for name, manifest in manifests.items())
     return str(
@@ -209,11 +204,6 @@ def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalRe
         for key, methods in measured(metrics)
         if "student" in methods
     ]
-
-
-def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says beside its config and inputs, as far as it is plain numbers."""
-    return {key: value for key, value in manifest.items() if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:

@@ -4,6 +4,9 @@ Their network is a ReLU MLP whose cosine, times a learned scale plus a bias, is 
 ranking is ascending in scale * cosine + bias. Here higher is more influential: where their scale is positive, the index
 holds the negated embeddings. Orders are theirs exactly, on the same features.
 
+Every function here raises ArtifactNotFoundError where a file is missing, ArtifactDamagedError where it is not what it should
+be, and InputError where files do not fit one another.
+
 Sources: the file formats of github.com/PeterWang512/FastGDA; its code is CC BY-NC-SA 4.0, and none of it is used here.
 """
 
@@ -68,12 +71,7 @@ def _require(path: Path, what: str) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Their state dict, read with torch's own restricted unpickler.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactDamagedError: it holds anything but named tensors.
-    """
+    """Their state dict, read with torch's own restricted unpickler."""
     _require(path, "the released checkpoint, e.g. dino+clip_text.pth")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -94,10 +92,6 @@ def student_of(weights: dict[str, torch.Tensor]) -> tuple[Student, StudentConfig
     Returns:
         The student, its shape, and the sign (1 or -1) by which training images' embeddings are multiplied so that a higher
         similarity is more influential.
-
-    Raises:
-        ArtifactDamagedError: names or shapes are others.
-        InputError: the scale is zero or not finite, which ranks nothing.
     """
     depth = sum(name.startswith("mlp.layers.") and name.endswith(".weight") for name in weights)
     linear = [f"mlp.layers.{number}" for number in range(depth)] + ["mlp.output_layer"]
@@ -137,10 +131,6 @@ def read_ids(path: Path) -> pa.Table:
     Args:
         path: .txt (an id a line), .json (a list), .npy (an array) or .parquet (column image_id and, if known, caption,
             creator, license, source, url).
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        InputError: it is none of these, or an id occurs twice.
     """
     _require(path, "the training images' ids, in the order of the features' rows")
     if path.suffix == ".parquet":
@@ -174,11 +164,6 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         features: e.g. data_feats.npy, (N, F).
         ids: see `read_ids`; N of them.
         folder: where to write.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactDamagedError: a file is not what it should be.
-        InputError: the files do not fit one another.
     """
     student, config, sign = student_of(read_weights(weights))
     _require(features, "the training images' features, e.g. data_feats.npy")
@@ -233,10 +218,6 @@ def read_rankings(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         (Q, C) int64 rows, most influential first, and (Q, C) float64 influence in the same order.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactDamagedError: it is no such pickle, or names anything but arrays and plain containers.
     """
     _require(path, "a released influence_train.pkl or influence_test.pkl")
     try:
@@ -272,11 +253,6 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
 
     Returns:
         The manifest.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactDamagedError: a file is not what it should be.
-        InputError: names or numbers do not fit one another.
     """
     if prompts and len(prompts) != len(files):
         raise InputError(f"{len(files)} rankings came with {len(prompts)} files of prompts; give one each, or none.")

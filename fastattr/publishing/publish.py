@@ -156,10 +156,10 @@ def push_space(
         raise ArtifactNotFoundError("the page's files are not installed; reinstall fastattr.")
     source = Path(spec.submodule_search_locations[0])
     with tempfile.TemporaryDirectory() as name:
-        staged = Path(name) / "space"
+        staged = Path(name)
         for path in [*source.glob("*.py"), *(source / name for name in ("page.css", "requirements.txt", "thumbnail.png"))]:
             if path.name != "__init__.py":  # on a Space the files lie side by side and are no package
-                _copy(path, staged / path.name)
+                shutil.copyfile(path, staged / path.name)
         card = SpaceCard((source / "README.md").read_text(encoding="utf-8"))
         card.data["thumbnail"] = f"{constants.ENDPOINT}/spaces/{repo_id}/resolve/main/thumbnail.png"
         card.data["models"] = [each.partition("@")[0] for each in (generator, attributor)]
@@ -191,22 +191,21 @@ def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str]
     """
     ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
     scores = ids["scores"] if str(source) not in embedded_models() else None
-    pushes = []
-    for kind in KINDS:
-        if kind not in kinds:
-            continue
+    refers = {"generator": ids["generator"], "scores": scores}
+
+    def push(kind: str) -> Push:
+        if kind == "space":
+            return push_space(ids[kind], attributor=ids["attributor"], **refers, **target)
+        folder = part_of(source, kind)
         if kind == "generator":
-            folder = part_of(source, "generator")
-            pushes.append(push_generator(folder, ids[kind], images=training_images(source), **target))
-        elif kind == "scores":
-            pushes.append(push_scores(part_of(source, "scores"), ids[kind], **target))
-        elif kind == "attributor":
-            folder = part_of(source, "attributor")
-            pushes.append(push_attributor(folder, ids[kind], generator=ids["generator"], scores=scores, **target))
-        else:
-            models = {"generator": ids["generator"], "attributor": ids["attributor"]}
-            pushes.append(push_space(ids[kind], **models, scores=scores, **target))
-    return pushes
+            return push_generator(folder, ids[kind], images=training_images(source), **target)
+        return (
+            push_scores(folder, ids[kind], **target)
+            if kind == "scores"
+            else push_attributor(folder, ids[kind], **refers, **target)
+        )
+
+    return [push(kind) for kind in KINDS if kind in kinds]
 
 
 def part_of(source: str | Path, part: str) -> Path:
@@ -250,8 +249,3 @@ def _load_in_full_precision(pipeline: Path) -> None:
         config = read_json(path)
         if config.get("dtype") == "float16":
             write_json(path, {**config, "dtype": "float32"})
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)

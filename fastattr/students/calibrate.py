@@ -7,6 +7,7 @@ Reads scores/ (validation split), queries' and corpus' features, student/; write
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from fastattr.features.store import features_fingerprint, folders, read_features
 from fastattr.generators.queries import Queries
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
-from fastattr.students.ownness import Ownness, fit_ownness, measures_of
+from fastattr.students.ownness import LEAST_HELD_OUT, LEAST_QUERIES, Ownness, fit_ownness, measures_of
 from fastattr.students.shares import divide, families_of, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 5000
 """Training queries whose pictures are looked at."""
@@ -61,15 +64,7 @@ def find_widening(
 ) -> float:
     """By which factor, at least 1, intervals must be widened to hold 95% of held-out queries' shares among their neighbours.
 
-    Args:
-        similarities: of Q queries, each (C,).
-        scored: the queries as the teacher scored them.
-        names: of each query's candidates.
-        families: of each query's candidates.
-        corpus_size: N.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        least_share: names that are expected to hold less are left out.
+    Args: as `fit_calibration`; names that are expected to hold less than `least_share` are left out.
     """
     ratios = []
     for fold in range(min(FOLDS, len(scored))):
@@ -119,15 +114,15 @@ def fit_calibration(
     """Fit everything on validation queries.
 
     Args:
-        similarities: of Q queries, each (C,), to their candidates.
-        scored: the Q queries' candidates as the teacher scored them.
+        similarities: this, `scored`, `corpus_size`, `resamples` and `seed` as `fit_curves` has them.
+        scored: see there.
         names: (C,) names, say creators, of each query's candidates; they find how wide intervals must be.
         families: (C,) families of each query's candidates.
-        corpus_size: N.
+        corpus_size: see there.
         feature_mean: (F,) of the corpus.
         ownness: what tells own images from others.
-        resamples: R.
-        seed: of the bootstraps.
+        resamples: see there.
+        seed: see there.
 
     Raises:
         InputError: there is no query.
@@ -193,6 +188,12 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
             seed=config.seed,
         )
         save_calibration(calibration, folder / FILE)
+        if ownness.match is None:
+            logger.warning(
+                "whether a picture goes with its prompt is not checked: that needs %d training and %d validation queries, "
+                "there are %d and %d, and encoders of picture and prompt apart",
+                *(LEAST_QUERIES, LEAST_HELD_OUT, len(train), len(scored)),
+            )
         return {
             "queries": len(scored),
             "own_or_foreign": ownness.match is not None,

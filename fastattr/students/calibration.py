@@ -12,10 +12,10 @@ Reads and writes calibration.safetensors; calibrate.py is the stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.files import atomic_path
-from fastattr.students.ownness import LEAST_HELD_OUT, LEAST_QUERIES, Ownness
+from fastattr.students.ownness import Ownness
 
 if TYPE_CHECKING:
     from fastattr.teachers.scores import ScoredQuery
@@ -272,25 +272,3 @@ def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
         raise ArtifactDamagedError(wrong) from error
     single = {"widening": plain["widening"].item(), "queries": int(plain["queries"].item())}
     return Calibration(**{**plain, **single}, ownness=ownness)
-
-
-def quality_warnings(metrics: Mapping[str, Any], calibration: Calibration | None) -> list[str]:
-    """What whoever builds or opens an attributor should know of its student.
-
-    Args:
-        metrics: evaluation/metrics.json, or an attributor's; {} where nothing was evaluated.
-        calibration: of the attributor; None where there is none.
-    """
-    found = []
-    gain = metrics.get("map_gain")
-    if gain is not None and gain["low"] <= 0:
-        found.append(
-            f"the student is not shown to be better than untuned features: its mAP is {gain['mean']:+.3f} above theirs, 95% "
-            f"interval {gain['low']:.3f} to {gain['high']:.3f}. Score more training queries, or more draws an image."
-        )
-    if calibration is not None and calibration.queries and (calibration.ownness is None or calibration.ownness.match is None):
-        found.append(
-            f"whether a picture goes with its prompt as the generator's own do is not checked: the check needs {LEAST_QUERIES} "
-            f"training and {LEAST_HELD_OUT} validation queries (there are {calibration.queries}) and features of both apart."
-        )
-    return found

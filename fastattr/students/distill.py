@@ -2,7 +2,7 @@
 
 Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). A step takes some
 training queries and some training images, sends each through the network once and uses every pair of them that the score
-table holds, and a few that it does not, as outsiders (pairs.py); the loss is one of losses.py. The averaged
+table holds (pairs.py); the loss is one of losses.py. The averaged
 weights are judged by mAP(1%) on the validation queries, which stops the training; test queries are not looked at.
 Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
 """
@@ -48,16 +48,13 @@ START_ROWS = 20_000
 class DistillConfig:
     """Settings of the student and its training; `training.batch_size` counts queries."""
 
-    RETIRED: ClassVar[Mapping[str, Any]] = {"targets": "ranks"}
+    RETIRED: ClassVar[Mapping[str, Any]] = {"targets": "ranks", "outsider_share": 0.1}
     """Settings of earlier versions, by the value that remains."""
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: str = "listwise"
     """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise' (losses.py)."""
     images_per_step: int = 1024
     """Training images drawn at each step, of those that the step's queries have as candidates."""
-    outsider_share: float = 0.1
-    """Part of a step's pairs that are outsiders (the paper's 10%), those of the table included, as far as the table holds
-    fewer."""
     judge_every: int = 100
     """Steps between judgements on the validation queries."""
     patience: int = 10
@@ -77,8 +74,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if min(self.images_per_step, self.judge_every, self.patience) < 1 or not 0 <= self.outsider_share < 1:
-            raise InputError("images_per_step, judge_every and patience must be at least 1 and outsider_share in [0, 1)")
+        if min(self.images_per_step, self.judge_every, self.patience) < 1:
+            raise InputError("images_per_step, judge_every and patience must be at least 1")
 
     @property
     def target_kind(self) -> str:
@@ -146,10 +143,10 @@ def distill(
         queries: (Q, F) their features, in the same order.
         images: (N, F) features of the training images.
         config: shape and training.
-        checkpoint: see `training.fit`.
+        checkpoint: this, `made_from` and `accelerator` as `training.fit` has them.
         validation: stops the training and chooses the weights; None trains for all steps.
-        made_from: see `training.fit`.
-        accelerator: see `training.fit`.
+        made_from: see there.
+        accelerator: see there.
         on_judgement: told each validation mAP.
 
     Returns:
@@ -163,16 +160,8 @@ def distill(
     def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         drawn = table.draw(picked, config.images_per_step, generator)
         targets, known = table.block(picked, drawn)
-        weights = torch.from_numpy(known.astype(np.float32))
-        chance = _outsider_chance(table, config.outsider_share, float(known.mean()))
-        if chance > 0:
-            extra = torch.rand(weights.shape, generator=generator) < chance
-            weights = torch.maximum(weights, extra.float())
-            if config.target_kind == "scores":  # an outsider's score is not known: it counts as the query's least
-                lowest = torch.from_numpy(np.where(known, targets, np.inf).min(axis=1)).clamp(max=0.0)
-                targets = np.where(known, targets, lowest[:, None].numpy())
-        arrays = (queries[picked], images[drawn], targets.astype(np.float32))
-        return (*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays), weights)
+        arrays = (queries[picked], images[drawn], targets, known.astype(np.float32))
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
     stopping = None
     if validation is not None:
@@ -205,32 +194,6 @@ def _judge(
     return judge
 
 
-def _outsider_chance(table: PairTable, share: float, known: float) -> float:
-    """With what probability a pair that the table lacks is taken, so that outsiders are `share` of all pairs.
-
-    Args:
-        table: how many outsiders it holds itself.
-        share: wanted.
-        known: part of the pairs that the table holds.
-    """
-    if known in (0.0, 1.0):
-        return 0.0
-    wanted = known * max(0.0, share - table.outsiders) / (1 - share)
-    return min(1.0, wanted / (1 - known))
-
-
-def read_validation(run_dir: Path, corpus: Corpus, query_folders: Sequence[Path]) -> Validation | None:
-    """The validation queries of a run folder; None if it has none."""
-    scored = read_scores(run_dir / "scores", split="validation")
-    if not scored:
-        return None
-    return Validation(
-        read_features(query_folders, [query.query_id for query in scored]),
-        [corpus.rows(query.image_ids) for query in scored],
-        [query.influence for query in scored],
-    )
-
-
 def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
     """Distill run_dir/scores into run_dir/student, on all processes; returns the manifest."""
     corpus = Corpus(run_dir / "corpus")
@@ -252,13 +215,19 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
         accelerator.wait_for_everyone()
         query_ids = split_query_ids(run_dir / "scores", "train")
         features = MappedFeatures(corpus_folders, corpus.image_ids)
+        scored = read_scores(run_dir / "scores", split="validation")
+        validation = Validation(
+            read_features(query_folders, [query.query_id for query in scored]),
+            [corpus.rows(query.image_ids) for query in scored],
+            [query.influence for query in scored],
+        )
         student = distill(
             open_table(mapped),
             MappedFeatures(query_folders, query_ids),
             features,
             config,
             checkpoint=checkpoint,
-            validation=read_validation(run_dir, corpus, query_folders),
+            validation=validation if scored else None,
             made_from=[config, inputs],
             accelerator=accelerator,
         )

@@ -1,8 +1,7 @@
 """Pairs: score tables and features as memory-mapped arrays, and blocks of them in which every pair is used.
 
 A block takes some queries and some training images; each passes through the student once, and each pair whose score the table
-holds is a label. Where the table is sparse the other pairs are outsiders, images from outside of the query's neighbourhood;
-they are labelled worst, at a set probability. Source of the latter: arXiv:2511.10721, sec. 4.
+holds is a label. Outsiders of the table are labelled worst. Source of the latter: arXiv:2511.10721, sec. 4.
 """
 
 from __future__ import annotations
@@ -56,14 +55,12 @@ def standardised(influence: np.ndarray) -> np.ndarray:
 class PairTable:
     """What a teacher says of Q queries' pairs with N training images, as targets of a loss."""
 
-    rows: np.ndarray | None
-    """(Q, C) int32 rows of the corpus, -1 behind the last where a query has fewer; None: targets are of the whole corpus."""
+    rows: np.ndarray
+    """(Q, C) int32 rows of the corpus, -1 behind the last where a query has fewer."""
     targets: np.ndarray
-    """(Q, C) float32, or (Q, N)."""
+    """(Q, C) float32."""
     corpus_size: int
     """N."""
-    outsiders: float = 0.0
-    """Part of its pairs that are outsiders."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -73,8 +70,6 @@ class PairTable:
 
         An image is the likelier to be drawn the more of them have it as a candidate, so that blocks are well filled.
         """
-        if self.rows is None:
-            return torch.randperm(self.corpus_size, generator=generator)[:count].sort().values.numpy()
         width = self.rows.shape[1]
         total = len(queries) * width
         if total > 8 * count:
@@ -96,12 +91,7 @@ class PairTable:
         Returns:
             (B, M) float32 targets, 0 where nothing is known, and (B, M) bool, where something is.
         """
-        if self.rows is None:
-            targets = np.asarray(self.targets[queries], dtype=np.float32)[:, images]
-            return targets, np.ones(targets.shape, dtype=bool)
-        place = np.full(
-            self.corpus_size + 1, len(images)
-        )  # what is not asked for, and padding, goes to a column that is cut off
+        place = np.full(self.corpus_size + 1, len(images))  # padding, and images not asked for: a column that is cut off
         place[images] = np.arange(len(images))
         columns = place[self.rows[queries]]
         targets = np.zeros((len(queries), len(images) + 1), dtype=np.float32)
@@ -128,10 +118,7 @@ def make_table(
     """
     if kind not in TARGETS:
         raise InputError(f"targets must be one of {', '.join(TARGETS)}, got {kind!r}")
-    lengths, outsiders = [], 0
-    for rows, _, is_outsider in labels():
-        lengths.append(len(rows))
-        outsiders += int(is_outsider.sum())
+    lengths = [len(rows) for rows, _, _ in labels()]
     if not lengths:
         raise InputError("there is no training query to distill from; score some with `fastattr teach`.")
     shape = (len(lengths), max(lengths))
@@ -142,10 +129,9 @@ def make_table(
         targets = targets_of(influence, is_outsider) if kind == "ranks" else standardised(influence)
         all_rows[query, : len(rows)], all_rows[query, len(rows) :] = rows, -1
         all_targets[query, : len(rows)], all_targets[query, len(rows) :] = targets, 0.0
-    share = outsiders / sum(lengths)
     if folder is None:
-        return PairTable(all_rows, all_targets, corpus_size, share)
-    write_json(folder / "table.json", {"corpus_size": corpus_size, "outsiders": share})
+        return PairTable(all_rows, all_targets, corpus_size)
+    write_json(folder / "table.json", {"corpus_size": corpus_size})
     return open_table(folder)
 
 

@@ -35,102 +35,17 @@ LEAST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Shares:
-    """How a query's influence divides among G names."""
+    """How a query's influence divides among G names, each with its 95% interval."""
 
     names: np.ndarray
-    """(G,)."""
     share: np.ndarray
-    """(G,) not negative."""
     low: np.ndarray
     high: np.ndarray
-    """(G,) ends of the 95% intervals."""
+    """(G,) each; shares are not negative."""
     images: np.ndarray
     """(G,) images with more than an unrelated image has."""
     unassigned: tuple[float, float, float]
     """What is not named, with its interval; the shares and this sum to 1."""
-
-    def only(self, kept: np.ndarray) -> Shares:
-        """The names of (G,) bool `kept`; the shares of the others become unassigned, and widen its interval."""
-        lost = ~kept
-        middle, low, high = self.unassigned
-        unassigned = (
-            middle + float(self.share[lost].sum()),
-            min(1.0, low + float(self.low[lost].sum())),
-            min(1.0, high + float(self.high[lost].sum())),
-        )
-        return Shares(self.names[kept], self.share[kept], self.low[kept], self.high[kept], self.images[kept], unassigned)
-
-
-def nobody() -> Shares:
-    """Shares that name nobody."""
-    none = np.zeros(0)
-    return Shares(np.zeros(0, dtype=str), none, none, none, np.zeros(0, dtype=np.int64), (1.0, 1.0, 1.0))
-
-
-def estimate_shares(
-    calibration: Calibration,
-    similarity: np.ndarray,
-    names: np.ndarray,
-    families: np.ndarray,
-    *,
-    family_sizes: np.ndarray,
-    copies: np.ndarray | None = None,
-    own: bool = True,
-    seed: int = 0,
-) -> Shares:
-    """Divide a query's influence, above what unrelated images have, among the names of its images.
-
-    The whole is the excess of all images and one unrelated image's level: so much may be chance.
-
-    Args:
-        calibration: the curves.
-        similarity: (M,) of the M most similar images.
-        names: (M,) whose each image is, '' for no one's.
-        families: (M,) near-duplicates share one; their members count once together.
-        family_sizes: (M,) how many images of the corpus share each image's family.
-        copies: (M,) bool, images that the picture is a copy of; None: there is none.
-        own: whether the picture is the generator's own; the calibration says nothing of others, so nobody is named.
-        seed: of the bootstrap over families.
-
-    Returns:
-        Names with any excess; those of less than `LEAST_SHARE` are unassigned.
-    """
-    if not own:
-        return nobody()
-    near = similarity > calibration.reached  # no draw of the curve gives others more than unrelated images have
-    found = divide(
-        calibration,
-        similarity[near],
-        names[near],
-        families[near],
-        weights=1.0 / family_sizes[near],
-        level=calibration.level,
-        rest=float(calibration.level[0]),
-        seed=seed,
-    )
-    if copies is not None and copies.any():
-        found = _with_copies(found, similarity, names, copies)
-    return found.only((found.images > 0) & (found.share >= LEAST_SHARE))
-
-
-def _with_copies(others: Shares, similarity: np.ndarray, names: np.ndarray, copies: np.ndarray) -> Shares:
-    """`others` scaled to the part that copies leave, and `COPY_SHARE` divided among the copies' names."""
-    nearness = 1.0 / (np.maximum(1.0 - similarity[copies], 0.0) + COPY_DISTANCE)
-    held, of_name = np.unique(names[copies], return_inverse=True)
-    part = COPY_SHARE * np.bincount(of_name, weights=nearness) / nearness.sum()
-    given = dict(zip(held.tolist(), part.tolist(), strict=True))
-    left = 1.0 - COPY_SHARE
-    every = [*others.names.tolist(), *(name for name in held.tolist() if name and name not in set(others.names.tolist()))]
-    place = {name: row for row, name in enumerate(others.names.tolist())}
-
-    def scaled(values: np.ndarray) -> np.ndarray:
-        return np.array([given.get(name, 0.0) + left * (values[place[name]] if name in place else 0.0) for name in every])
-
-    images = [int(others.images[place[name]]) if name in place else int((names[copies] == name).sum()) for name in every]
-    free, low, high = (given.get("", 0.0) + left * value for value in others.unassigned)
-    return Shares(
-        np.array(every), scaled(others.share), scaled(others.low), scaled(others.high), np.array(images), (free, low, high)
-    )
 
 
 def divide(
@@ -142,6 +57,8 @@ def divide(
     weights: np.ndarray,
     level: np.ndarray,
     rest: float = 0.0,
+    least: float = 0.0,
+    copies: np.ndarray | None = None,
     seed: int = 0,
 ) -> Shares:
     """Divide expected influence above a level among names; zero levels divide it as it is.
@@ -154,43 +71,42 @@ def divide(
         weights: (M,) what each image counts.
         level: (1 + R,) of the curve and of each of its bootstrap draws.
         rest: influence that belongs to the whole and to no image.
+        least: names with less are unassigned.
+        copies: (M,) bool, images that hold `COPY_SHARE` together, or None.
         seed: of the bootstrap over families.
     """
-    if len(similarity) == 0:
-        return nobody()
-    influence = calibration.influence_of(similarity)
+    excess = np.maximum(np.vstack([calibration.influence_of(similarity), calibration.draws_of(similarity)]) - level[:, None], 0)
     _, family = np.unique(families, return_inverse=True)
     found, of_name = np.unique(names, return_inverse=True)
-    excess = weights * np.maximum(influence - level[0], 0.0)
-    share = np.bincount(of_name, weights=excess, minlength=len(found)) / max(excess.sum() + rest, 1e-12)
-
     rng = np.random.default_rng(seed)
-    resamples = len(calibration.influence_draws)
-    luck = rng.standard_exponential((resamples, int(family.max()) + 1), dtype=np.float32)[:, family]  # Bayesian bootstrap
-    luck *= weights.astype(np.float32)
-    luck *= np.maximum(calibration.draws_of(similarity) - level[1:, None], 0.0).astype(np.float32)
+    luck = rng.standard_exponential((len(level) - 1, len(families)), dtype=np.float32)[:, family]  # Bayesian bootstrap
+    held = excess * weights * np.vstack([np.ones((1, len(family)), np.float32), luck])  # (1 + R, M)
+    if copies is not None and copies.any():
+        nearness = 1 / (np.maximum(1 - similarity[copies], 0) + COPY_DISTANCE)
+        others = held[:, ~copies].sum(axis=1, keepdims=True) + rest
+        held[:, copies] = others * (COPY_SHARE / (1 - COPY_SHARE)) * nearness / nearness.sum()
     order = np.argsort(of_name, kind="stable")
-    starts = np.searchsorted(of_name[order], np.arange(len(found)))
-    totals = np.maximum(luck.sum(axis=1) + rest, 1e-12)
-    draws = np.add.reduceat(luck[:, order], starts, axis=1) / totals[:, None]
+    sums = (
+        np.add.reduceat(held[:, order], np.searchsorted(of_name[order], np.arange(len(found))), axis=1) if len(found) else held
+    )
+    shares = sums / np.maximum(held.sum(axis=1, keepdims=True) + rest, 1e-12)
 
-    def ends(middle: np.ndarray, of_draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        low, high = np.quantile(of_draw, [0.025, 0.975], axis=0)
+    def ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        middle = values[0]
+        low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
         low, high = np.minimum(low, middle), np.maximum(high, middle)
         widened = middle - calibration.widening * (middle - low), middle + calibration.widening * (high - middle)
         return np.clip(widened[0], 0, 1), np.clip(widened[1], 0, 1)
 
-    named = found != ""
-    low, high = ends(share, draws)
-    free = np.array([1 - share[named].sum()])
-    free_low, free_high = ends(free, 1 - draws[:, named].sum(axis=1, keepdims=True))
+    named = (found != "") & (shares[0] >= least)
+    named &= shares[0] > 0 if least else named
+    low, high = ends(shares)
+    free = 1 - shares[:, named].sum(axis=1, keepdims=True)
+    free_low, free_high = ends(free)
+    images = np.bincount(of_name, weights=excess[0] > 0, minlength=len(found)).astype(np.int64)
     return Shares(
-        names=found[named],
-        share=share[named],
-        low=low[named],
-        high=high[named],
-        images=np.bincount(of_name, weights=excess > 0, minlength=len(found)).astype(np.int64)[named],
-        unassigned=(float(free[0]), float(free_low[0]), float(free_high[0])),
+        *(found[named], shares[0, named], low[named], high[named], images[named]),
+        unassigned=(float(free[0, 0]), float(free_low[0]), float(free_high[0])),
     )
 
 
@@ -204,20 +120,20 @@ def share_table(
     family_sizes: np.ndarray,
     copies: np.ndarray | None = None,
     own: bool = True,
-    seed: int = 0,
 ) -> pd.DataFrame:
-    """Shares by one column of the catalogue, as a table.
+    """Shares of a query's influence, above what unrelated images have, by one column of the catalogue.
+
+    The whole is the excess of all images and one unrelated image's level: so much may be chance.
 
     Args:
         calibration: the curves.
         similarity: (M,) of the M most similar images.
-        columns: (M,) texts of the images by name of the column: `by`, and 'source' where `by` is 'creator'.
+        columns: (M,) texts of the images by name of the column, '' for no one's: `by`, and 'source' where `by` is 'creator'.
         by: the column.
-        families: see `estimate_shares`, as the others.
-        family_sizes: (M,).
-        copies: (M,) bool or None.
-        own: whether the picture is the generator's own.
-        seed: of the bootstrap.
+        families: (M,) near-duplicates share one; their members count once together.
+        family_sizes: (M,) how many images of the corpus share each image's family.
+        copies: (M,) bool, images that the picture is a copy of; None: there is none.
+        own: whether the picture is the generator's own; the calibration says nothing of others, so nobody is named.
 
     Returns:
         Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it) and 'named', the largest share first. The
@@ -228,25 +144,29 @@ def share_table(
     """
     import pandas as pd
 
+    near = similarity > (calibration.reached if own else np.inf)  # no draw of the curve gives others any excess
+    near |= copies if copies is not None and own else False
+    similarity, columns = similarity[near], {name: values[near] for name, values in columns.items()}
+
     def estimate(names: np.ndarray) -> Shares:
-        return estimate_shares(
-            calibration, similarity, names, families, family_sizes=family_sizes, copies=copies, own=own, seed=seed
-        )
+        weights, held = 1.0 / family_sizes[near], None if copies is None else copies[near]
+        options = {"weights": weights, "level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE}
+        return divide(calibration, similarity, names, families[near], copies=held, **options)
 
     found = estimate(columns[by])
-    last = pd.DataFrame({by: [UNASSIGNED]}).assign(**_ends(found.unassigned), images=0, named=False)
-    values = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
-    table = pd.DataFrame(values).assign(named=True)
-    order = ["share", by]
+    columns_of = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
+    table, order = pd.DataFrame(columns_of).assign(named=True), ["share", by]
+    last = pd.DataFrame([[UNASSIGNED, *found.unassigned, 0, False]], columns=list(table))
     if by == "creator" and "source" in columns:
         collections = np.where(columns["source"] == "", columns["creator"], columns["source"])
         every = estimate(collections)
         held = dict(zip(every.names.tolist(), every.share.tolist(), strict=True))
-        table["source"] = _main_collections(calibration, similarity, columns["creator"], collections, found.names.tolist())
+        excess = np.maximum(calibration.influence_of(similarity) - calibration.level[0], 0.0) + 1e-9
+        of_pair = pd.Series(excess).groupby([columns["creator"], collections]).sum()
+        table["source"] = [str(of_pair[name].idxmax()) for name in found.names]
         table["of_source"] = [held.get(name, 0.0) for name in table["source"]]
         table["source_leads"] = [_leads(every, name) for name in table["source"]]
-        last = last.assign(source="", source_leads=False)
-        order = ["of_source", *order]
+        last, order = last.assign(source="", source_leads=False), ["of_source", *order]
     table = table.sort_values(order, ascending=[name == by for name in order]).drop(columns="of_source", errors="ignore")
     return pd.concat([table, last], ignore_index=True)
 
@@ -270,22 +190,6 @@ def listed_table(weights: np.ndarray, names: np.ndarray, by: str) -> pd.DataFram
     table = table.assign(named=True).sort_values(["share", by], ascending=[False, True])
     every = pd.concat([table, last], ignore_index=True).assign(low=float("nan"), high=float("nan"))
     return every[[by, "share", "low", "high", "images", "named"]]
-
-
-def _ends(unassigned: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("share", "low", "high"), unassigned, strict=True))
-
-
-def _main_collections(
-    calibration: Calibration, similarity: np.ndarray, creators: np.ndarray, collections: np.ndarray, asked: Sequence[str]
-) -> list[str]:
-    """For each creator asked for, the collection in which its images hold the most influence above the level."""
-    excess = np.maximum(calibration.influence_of(similarity) - calibration.level[0], 0.0) + 1e-9
-    held: dict[str, dict[str, float]] = {}
-    for creator, collection, value in zip(creators.tolist(), collections.tolist(), excess.tolist(), strict=True):
-        of_creator = held.setdefault(creator, {})
-        of_creator[collection] = of_creator.get(collection, 0.0) + value
-    return [max(held[name].items(), key=lambda item: item[1])[0] for name in asked]
 
 
 def dominant(table: pd.DataFrame, by: str) -> str | None:

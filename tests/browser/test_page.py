@@ -244,8 +244,8 @@ def test_example_is_drawn_at_one_click(page: Page, whole: Path) -> None:
 def test_the_last_of_two_examples_is_what_the_page_shows(page: Page, whole: Path) -> None:
     """Clicked while the first was drawn, the second stood in the box above the first one's drawing, link and receipt."""
     first, second = FastAttributor.from_pretrained(whole).info()["examples"][1:3]
-    page.get_by_role("button", name=first, exact=True).click()
-    page.wait_for_timeout(150)
+    with page.expect_request(lambda sent: "queue/join" in sent.url and first in (sent.post_data or ""), timeout=120_000):
+        page.get_by_role("button", name=first, exact=True).click()
     page.get_by_role("button", name=second, exact=True).click()
     wait_for_result(page, second)
     assert page.get_by_label("Prompt", exact=True).first.input_value() == second

@@ -417,7 +417,7 @@ def test_shipped_configs_are_valid(path: Path):
     ("text", "message"),
     [
         ("name: x\nteacher: {dampin: 0.1}", "unknown setting 'dampin'"),
-        ("name: x\nteacher: {damping: much}", "damping: expected float, found 'much'"),
+        ("name: x\nteacher: {damping: much}", "damping: expected a number, found 'much'"),
         ("name: x\nqueries: {train: -1}", "must not be negative"),
         ("name: x\ngenerator: {training: {stepz: 3}}", "unknown setting 'stepz'"),
         ("name: [x", "not valid YAML"),

@@ -17,6 +17,7 @@ from fastattr.features.diffusion import PARTS, TIMESTEPS, DiffusionEncoder
 from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_encoder, open_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
+from fastattr.generators.layers import weight_shape
 from fastattr.generators.noise import noise_for
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.gradients.ekfac import Factors
@@ -83,7 +84,7 @@ def test_gradient_encoder_orders_as_the_linearised_teacher(tiny_run: Path, tmp_p
     plain = Compression(layers, replace(config, whiten=False))
     raw = torch.from_numpy(gradient_features(own, layers, encoded, np.array([3]), plain, replace(config, whiten=False))[0])
     parts = raw.split([layer.weight.numel() for layer in layers.values()])
-    gradient = {name: part.reshape(layer.weight.shape) for (name, layer), part in zip(layers.items(), parts, strict=True)}
+    gradient = {name: part.reshape(weight_shape(layer)) for (name, layer), part in zip(layers.items(), parts, strict=True)}
     step = torch.from_numpy(flat_step(factors.precondition(gradient, damping=config.damping), list(layers)))[None]
     scores = linearised_scores(own, layers, encoded, rows, step, draws=4, batch_size=16, seed=0)[0]
     norms = np.linalg.norm(gradient_features(own, layers, encoded, rows, encoder._compression, whole), axis=1)

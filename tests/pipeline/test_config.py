@@ -93,7 +93,8 @@ def test_a_wrong_value_of_any_setting_is_refused_by_its_name(tmp_path: Path, pat
 
 
 @pytest.mark.parametrize(
-    "path", [path for path, _ in LEAVES if re.search(r"batch_size|steps$|channels|width|per_query|draws$|resolution$", path)]
+    "path",
+    [path for path, _ in LEAVES if re.search(r"batch_size|steps$|channels|width|per_query|draws$|resolution$|quality$", path)],
 )
 def test_a_size_of_nothing_is_refused(tmp_path: Path, path: str):
     """A batch of 0 divides by zero, or loops for ever, in the middle of a build."""

@@ -229,8 +229,9 @@ def test_space_names_its_models_and_pins_what_it_needs(hub: LoopbackHub, tiny_ru
     assert f"gradio=={front['sdk_version']}" in pins
     assert f"fastattr[space]=={__version__}" in pins
     assert repo.variables == {"FASTATTR_GENERATOR": "org/tiny-generator", "FASTATTR_ATTRIBUTOR": "org/tiny-attributor"}
-    files = {"README.md", "requirements.txt", "app.py", "render.py", "strings.py", "page.css", "thumbnail.png"}
-    assert set(repo.files()) == {".gitattributes", *files}
+    modules = {f"{name}.py" for name in ("answers", "app", "inputs", "render", "strings", "tabs")}
+    files = {"README.md", "requirements.txt", "page.css", "thumbnail.png"}
+    assert set(repo.files()) == {".gitattributes", *files, *modules}
     assert front["thumbnail"] == f"{hub.url}/spaces/org/tiny-space/resolve/main/thumbnail.png"
 
 

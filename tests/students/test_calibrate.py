@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,6 @@ from fastattr.students.calibration import (
     corpus_weights,
     fit_curves,
     load_calibration,
-    quality_warnings,
     relative_influence,
     save_calibration,
     teacher_percentiles,
@@ -185,18 +183,6 @@ def test_a_calibration_of_format_1_is_read(tmp_path: Path):
     save_file(old, tmp_path / FILE, metadata={"format": "fastattr calibration 2"})
     with pytest.raises(ArtifactDamagedError):
         load_calibration(tmp_path / FILE, feature_dim=6)
-
-
-def test_what_is_not_known_to_work_is_said():
-    """A student no better than untuned features ended with 'done'; a check of two pictures was taken for one."""
-    calibration = flat(1.0, influence=(1.0, 11.0))
-    assert quality_warnings({}, None) == []
-    assert quality_warnings({"map_gain": {"mean": 0.2, "low": 0.1, "high": 0.3}}, replace(calibration, queries=0)) == []
-    [gain] = quality_warnings({"map_gain": {"mean": 0.041, "low": -0.093, "high": 0.193}}, None)
-    assert "+0.041" in gain
-    assert "-0.093 to 0.193" in gain
-    [few] = quality_warnings({}, replace(calibration, queries=2))
-    assert "20 validation queries (there are 2)" in few
 
 
 def test_draws_at_a_similarity_equal_interpolation_of_each_draw():

@@ -21,7 +21,6 @@ from fastattr.students.distill import DistillConfig, Validation, distill
 from fastattr.students.losses import LOSSES, TOP
 from fastattr.students.pairs import (
     MappedFeatures,
-    PairTable,
     labels_of,
     make_table,
     open_table,
@@ -111,7 +110,6 @@ def test_streamed_and_mapped_table_equals_the_one_in_memory(tiny_run: Path, tmp_
         assert isinstance(mapped.rows, np.memmap)
         np.testing.assert_array_equal(mapped.rows, memory.rows)
         np.testing.assert_array_equal(mapped.targets, memory.targets)
-        assert mapped.outsiders == memory.outsiders > 0
     paths = folders(tiny_run, "features", ["open_clip-image:encoder", "open_clip-text:encoder"])
     mapped_features = MappedFeatures(paths, corpus.image_ids)
     picked = np.array([5, 0, 47])
@@ -260,17 +258,6 @@ def test_two_processes_train_one_student(tmp_path: Path):
     assert np.load(tmp_path / "gain-0.npy") > 0.05
 
 
-def test_outsiders_are_the_wanted_part_of_the_pairs():
-    """Ten per cent of all pairs, or of the unknown ones: a factor of ten."""
-    from fastattr.students.distill import _outsider_chance
-
-    table = PairTable(np.zeros((2, 10), dtype=np.int32), np.zeros((2, 10), dtype=np.float32), 100, outsiders=0.1)
-    chance = _outsider_chance(table, 0.4, known=0.2)
-    extra = chance * 0.8
-    assert (0.2 * 0.1 + extra) / (0.2 + extra) == pytest.approx(0.4)
-    assert _outsider_chance(table, 0.1, known=0.2) == 0
-
-
 def test_test_queries_play_no_part_in_the_student(tiny_run: Path, tiny_config: Path, tmp_path: Path):
     """Selected on what it is judged by, any student looks good."""
     again = tmp_path / "run"
@@ -286,7 +273,7 @@ def test_test_queries_play_no_part_in_the_student(tiny_run: Path, tiny_config: P
 
 def test_unknown_losses_and_targets_are_refused():
     """A misspelt loss must not train something else for an hour."""
-    for options in ({"loss": "bcee"}, {"outsider_share": 1.0}, {"patience": 0}):
+    for options in ({"loss": "bcee"}, {"patience": 0}):
         with pytest.raises(InputError):
             DistillConfig(**options)
     with pytest.raises(InputError, match="no training query"):

@@ -9,7 +9,7 @@ import pytest
 from fastattr import Attribution
 from fastattr.attributor.attribution import Reach
 from fastattr.students.calibration import Calibration, fit_curves
-from fastattr.students.shares import COPY_SHARE, UNASSIGNED, dominant, estimate_shares, share_table
+from fastattr.students.shares import COPY_SHARE, UNASSIGNED, dominant, share_table
 from tests.students.test_calibrate import CORPUS, flat, world
 
 
@@ -17,11 +17,11 @@ def shares(calibration: Calibration, similarity: list[float], names: list[str], 
     """By name, each image a family of its own unless said otherwise; what is not named under None."""
     count = len(names)
     options = {"families": np.arange(count), "family_sizes": np.ones(count), **options}
-    found = estimate_shares(calibration, np.array(similarity), np.array(names), **options)
-    assert found.share.sum() + found.unassigned[0] == pytest.approx(1)
-    assert (found.low <= found.share).all()
-    assert (found.share <= found.high).all()
-    return dict(zip(found.names.tolist(), found.share.tolist(), strict=True)) | {None: found.unassigned[0]}
+    table = share_table(calibration, np.array(similarity), {"creator": np.array(names)}, by="creator", **options)
+    assert table["share"].sum() == pytest.approx(1)
+    assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
+    names = [name if named else None for name, named in zip(table["creator"], table["named"], strict=True)]
+    return dict(zip(names, table["share"], strict=True))
 
 
 def test_shares_are_of_what_exceeds_unrelated_images():
