@@ -163,7 +163,7 @@ def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, tar
         own = {"own_ids": True} if "IVF" in factory else {}
         return {"index_shards": [{"file": file, "first_row": 0, "rows": 0, **own}], "vectors": None}
     dim = int(config["student"]["embed_dim"])
-    if not stored and not shards[0].get("rows", 1) and keeps_vectors(factory):  # there was no image
+    if not stored and not shards[0].get("rows", 1) and keeps_vectors(empty):  # there was no image
         stored = {"dim": dim}
     if stored:
         stored = write_vectors(catalogue.read, len(catalogue), int(stored["dim"]), target, f"index{suffix}")

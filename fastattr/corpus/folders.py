@@ -1,6 +1,6 @@
 r"""Folders: read images whose captions stand in tables or in a text file beside each image.
 
-- metadata.jsonl, metadata.csv or metadata.parquet in any folder: rows of file_name, text or caption, creator, ...
+- metadata.jsonl or metadata.csv in any folder: rows of file_name, text or caption, creator, ...
 - NAME.txt, NAME.caption: a caption a line; NAME.json: a row for that image.
 - kohya's folders, `10_ink style`: the name is the caption of images that have no other.
 
@@ -24,16 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, looks_like_an_image, read_bytes
 from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of, take_captions
 from fastattr.corpus.text import as_captions, as_text, decode_text
 
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLES = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption", ".json")
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 REPEATED = re.compile(r"(\d+)_(.+)")
@@ -63,18 +60,14 @@ def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[
         creator_from_folder: the first folder below `folder` names the creator of images that have none.
 
     Raises:
-        ArtifactNotFoundError: no such folder.
-        InputError: a table is in no known encoding.
+        ArtifactNotFoundError, InputError: see `list_folder`.
     """
-    for part in folder_parts(folder, creator_from_folder=creator_from_folder):
+    for part in folder_parts(list_folder(folder), creator_from_folder=creator_from_folder):
         yield from part.read()
 
 
-def folder_parts(
-    folder: Path, *, creator_from_folder: bool = False, leave_out: Collection[Path] = (), listing: Listing | None = None
-) -> list[Part]:
-    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each; see `read_folder` and `list_folder`."""
-    listing = listing or list_folder(folder, leave_out)
+def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list[Part]:
+    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each; see `read_folder`."""
     ids = _ids(listing.images)
     parts = [Part(fingerprint([vars(skipped) for skipped in listing.skipped]), partial(iter, listing.skipped))]
     names = list(listing.images)
@@ -98,14 +91,14 @@ def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
 
     Raises:
         ArtifactNotFoundError: no such folder.
-        InputError: a table is in no known encoding.
+        InputError: a table cannot be read.
     """
     if not folder.is_dir():
         raise ArtifactNotFoundError(f"{folder} is not a folder. Give the folder that holds the images.")
     listing = Listing()
-    away = {path.resolve() for path in leave_out}
-    for path in _walk(folder, folder, {folder.resolve()}, away, listing.skipped):
-        listing.files[path.relative_to(folder).as_posix()] = path
+    listing.files = {
+        path.relative_to(folder).as_posix(): path for path in walk(folder, leave_out=leave_out, skipped=listing.skipped)
+    }
     tables = [name for name in listing.files if posixpath.basename(name).lower() in TABLES]
     others = [name for name in listing.files if name not in tables]
     images = [name for name in others if _is_image(listing.files[name])]
@@ -116,29 +109,33 @@ def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
     return listing
 
 
-def _walk(folder: Path, root: Path, above: set[Path], away: Collection[Path], skipped: list[Skipped]) -> Iterator[Path]:
-    """The files below a folder, in order; what is no file is added to `skipped`."""
+def walk(root: Path, *, leave_out: Collection[Path] = (), skipped: list[Skipped] | None = None) -> Iterator[Path]:
+    """The files below a folder, in order, or the one file; links are followed, and what is no file is added to `skipped`."""
+    away = {path.resolve() for path in leave_out}
 
     def skip(path: Path, reason: str) -> None:
-        skipped.append(Skipped(name=as_id(path.relative_to(root).as_posix()), reason=reason))
+        if skipped is not None:
+            skipped.append(Skipped(name=as_id(path.relative_to(root).as_posix()), reason=reason))
 
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        skip(folder, f"the folder cannot be read ({error.strerror})")
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if path.is_dir():
-            real = path.resolve()
-            if real in above:
-                skip(path, "a link to a folder that holds it")
-            elif real not in away:
-                yield from _walk(path, root, above | {real}, away, skipped)
-        elif path.is_file():
+    def below(path: Path, above: set[Path]) -> Iterator[Path]:
+        if path.is_file():
             yield path
-        else:
-            skip(path, "a link to a file that does not exist" if entry.is_symlink() else "not a regular file")
+        elif not path.is_dir():
+            skip(path, "a link to a file that does not exist" if path.is_symlink() else "not a regular file")
+        elif (real := path.resolve()) in above:
+            skip(path, "a link to a folder that holds it")
+        elif real not in away:
+            try:
+                inside = sorted(path.iterdir())
+            except OSError as error:
+                skip(path, f"the folder cannot be read ({error.strerror})")
+                return
+            deeper = above | {real}
+            for each in inside:
+                yield from below(each, deeper)
+
+    if root.exists():
+        yield from below(root, set())
 
 
 def _is_image(path: Path) -> bool:
@@ -177,11 +174,8 @@ def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]
 def _read_table(path: Path) -> Iterator[tuple[tuple[int, str], dict[str, Any] | None]]:
     """((line number, what is wrong with it), row or None) of each line of a metadata table."""
     try:
-        if path.suffix.lower() == ".parquet":
-            yield from (((number, ""), row) for number, row in enumerate(pq.read_table(path).to_pylist(), start=1))
-            return
         text = decode_text(path.read_bytes())
-    except (InputError, OSError, pa.ArrowInvalid) as error:
+    except (InputError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if path.suffix.lower() == ".csv":
         head = text.split("\n", 1)[0]

@@ -112,8 +112,8 @@ def looks_like_an_image(path: Path) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes; none if it cannot be read, which `check_image` then reports."""
+    """The file's bytes; none if it cannot be read or is no regular file, which `check_image` then reports."""
     try:
-        return path.read_bytes()
-    except OSError:
+        return path.read_bytes() if path.is_file() else b""
+    except (OSError, ValueError):  # ValueError: it is no path at all
         return b""

@@ -58,40 +58,33 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
-    images = sorted(annotations["images"], key=lambda image: image["id"])
-    parts = []
-    for start in range(0, len(images), ROWS_AT_ONCE):
-        block = [
-            (
-                folder / split / image["file_name"],
-                captions.get(image["id"], []),
-                {
-                    "license": licenses.get(image.get("license", -1)),
-                    "source": f"coco-{split}",
-                    "url": image.get("flickr_url") or image.get("coco_url"),
-                },
-            )
-            for image in images[start : start + ROWS_AT_ONCE]
-        ]
-        state = [(path.name, state_of(path), texts, row) for path, texts, row in block]
-        parts.append(Part(fingerprint(state), partial(_read_coco, block)))
-    return parts
+    rows = [
+        {
+            "path": folder / split / image["file_name"],
+            "captions": as_captions(captions.get(image["id"], [])),
+            "license": licenses.get(image.get("license", -1)),
+            "source": f"coco-{split}",
+            "url": image.get("flickr_url") or image.get("coco_url"),
+        }
+        for image in sorted(annotations["images"], key=lambda image: image["id"])
+    ]
+    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    states = [[(row | {"path": row["path"].name}, state_of(row["path"])) for row in block] for block in blocks]
+    return [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
 
 
-def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[TrainingImage | Skipped]:
-    for path, texts, row in block:
-        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=as_captions(texts), metadata=row)
+def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:
+    for row in block:
+        metadata = {name: row[name] for name in ("license", "source", "url")}
+        yield as_training_image(
+            image_id=row["path"].stem, image=read_bytes(row["path"]), captions=row["captions"], metadata=metadata
+        )
 
 
 def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | None = None, made_of: str = "") -> list[Part]:
     """A part a tar shard; arguments as `read_shard`, and `made_of` identifies `rows`."""
-    return [
-        Part(
-            fingerprint([shard.name, state_of(shard), state_of(shard.with_suffix(".parquet")), made_of]),
-            partial(read_shard, shard, rows),
-        )
-        for shard in shards
-    ]
+    states = [[shard.name, state_of(shard), state_of(shard.with_suffix(".parquet")), made_of] for shard in shards]
+    return [Part(fingerprint(state), partial(read_shard, shard, rows)) for state, shard in zip(states, shards, strict=True)]
 
 
 def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
@@ -123,9 +116,7 @@ def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None)
         metadata["source"] = urlsplit(str(metadata.get("url", ""))).hostname or ""
         image = next((data for suffix, data in files.items() if suffix in IMAGE_SUFFIXES), None)
         if image is None:
-            yield Skipped(
-                name=image_id, reason=f"no image in the sample (it has {', '.join(files)})", url=metadata.get("url", "")
-            )
+            yield Skipped(name=image_id, reason=f"no image in the sample (it has {', '.join(files)})")
             continue
         yield as_training_image(image_id=image_id, image=image, captions=captions, metadata=metadata)
     for key, row in listed.items():
@@ -167,9 +158,9 @@ def _listed(path: Path) -> dict[str, dict[str, Any]]:
     return {str(row["key"]): row for row in rows if row.get("key") is not None}
 
 
-def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not missing, by names in small letters."""
-    return {str(name).lower(): value for name, value in row.items() if value not in (None, "")}
+def _lowered(row: Any) -> dict[str, Any]:
+    """The values of a row that are not missing, by names in small letters; none of what is no row."""
+    return {str(name).lower(): value for name, value in row.items() if value not in (None, "")} if isinstance(row, dict) else {}
 
 
 def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:

@@ -7,9 +7,10 @@ numbers), never on the order in which processes come to them. Parts are kept unt
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
-from fastattr.core.files import atomic_path, sha256_file
+from fastattr.core.files import atomic_path
 from fastattr.core.stages import fingerprint, finished, make
-from fastattr.corpus.folders import as_id, folder_parts, list_folder
+from fastattr.corpus.folders import as_id, folder_parts, list_folder, walk
 from fastattr.corpus.records import Part, Skipped, state_of
 from fastattr.corpus.shards import coco_parts, files_in, not_fetched, rows_by_url, shard_parts
 from fastattr.corpus.store import join_parts, write_part
@@ -31,8 +32,8 @@ from fastattr.corpus.tables import dataset_parts
 logger = logging.getLogger(__name__)
 SOURCE = "source.parquet"
 """In a corpus folder: the local files that it was read from."""
-HASHED = 65_536
-"""Bytes up to which a file's contents are compared, and not only its size and time: captions and tables, small pictures."""
+ENDS = 32_768
+"""Bytes at the start and at the end of a file by which it is known again if its date has changed."""
 KINDS = ("emoji", "folder", "dataset", "coco", "webdataset", "urls")
 
 
@@ -85,8 +86,6 @@ class Source:
     """What a corpus is read from."""
 
     parts: list[Part]
-    files: Sequence[Path] = ()
-    """The local files that it is made of."""
     missing: Callable[[Sequence[Path]], list[Skipped]] = _nothing
     """From all written parts, what the source promised and no part brought."""
 
@@ -98,38 +97,34 @@ def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Sourc
         ArtifactNotFoundError: there is no such folder or file.
         InputError: a dataset lacks the columns.
     """
+    path = Path(config.path)
     if config.kind == "emoji":
         from fastattr.corpus.emoji import read_emoji
 
         return Source([Part("emoji", partial(read_emoji, config.resolution, variants=config.variants))])
-    path = Path(config.path)
-    files = files_of_source(config, leave_out)
     if config.kind == "folder":
-        return Source(folder_parts(path, creator_from_folder=config.creator_from_folder, leave_out=leave_out), files)
+        return Source(folder_parts(list_folder(path, leave_out), creator_from_folder=config.creator_from_folder))
     if config.kind == "coco":
-        return Source(coco_parts(path, config.split), files)
+        return Source(coco_parts(path, config.split))
     if config.kind == "webdataset":
-        return Source(shard_parts(files_in(path, ".tar")), files)
+        return Source(shard_parts(files_in(path, ".tar")))
     if config.kind == "urls":
         rows = rows_by_url(path)
         made_of = fingerprint([state_of(table) for table in files_in(path, ".parquet")])
-        parts = shard_parts(files_in(Path(config.shards), ".tar"), rows, made_of)
-        return Source(parts, files, partial(not_fetched, rows))
+        return Source(shard_parts(files_in(Path(config.shards), ".tar"), rows, made_of), partial(not_fetched, rows))
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
-    return Source(dataset_parts(config.path, config.split, **columns), files)
+    return Source(dataset_parts(config.path, config.split, **columns))
 
 
-def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> list[Path]:
-    """The local files that a source is made of, in order; none of the emoji packages and of the Hub's datasets."""
+def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> dict[str, Path]:
+    """The local files that a source is made of, by name; none of the emoji packages and of the Hub's datasets."""
+    if config.kind == "emoji":
+        return {}
     path = Path(config.path)
-    if config.kind == "emoji" or not path.exists():
-        return []
-    if config.kind == "folder":
-        return list(list_folder(path, leave_out).files.values())
     roots = [path / "annotations" / f"captions_{config.split}.json", path / config.split] if config.kind == "coco" else [path]
     roots += [Path(config.shards)] if config.shards else []
-    found = [[root] if root.is_file() else sorted(root.rglob("*")) for root in roots]
-    return [file for files in found for file in files if file.is_file()]
+    files = [file for root in roots for file in walk(root, leave_out=leave_out)]
+    return {as_id(os.path.relpath(file, path)): file for file in files}
 
 
 def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
@@ -154,7 +149,7 @@ def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         source = open_source(config, leave_out)
-        snapshot = _snapshot(config, source.files) if accelerator.is_main_process else None
+        snapshot = _snapshot(files_of_source(config, leave_out)) if accelerator.is_main_process else None
         parts = scratch / fingerprint(vars(config))
         files = [parts / f"{part.name}.parquet" for part in source.parts]
         with split_between(accelerator, [number for number, file in enumerate(files) if not file.exists()]) as mine:
@@ -171,44 +166,41 @@ def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     return make(folder, work, stage="corpus", config=config, inputs={}, accelerator=accelerator, temporary=[scratch])
 
 
-def _snapshot(config: CorpusConfig, files: Sequence[Path]) -> pa.Table:
-    """(name, size, mtime_ns, sha256) of the source's files; small files are hashed, the others' contents are not read."""
-    names = [os.path.relpath(path, config.path) for path in files]
-    states = [state_of(path) or (0, 0) for path in files]
-    hashes = [sha256_file(path) if size <= HASHED else "" for path, (size, _) in zip(files, states, strict=True)]
-    columns = {"name": [as_id(name) for name in names], "size": [size for size, _ in states]}
-    return pa.table(columns | {"mtime_ns": [time for _, time in states], "sha256": pa.array(hashes, pa.string())})
+def _snapshot(files: Mapping[str, Path]) -> pa.Table:
+    """(name, size, mtime_ns, digest) of files."""
+    states = [state_of(path) or (0, 0) for path in files.values()]
+    columns = {"name": list(files), "size": [size for size, _ in states], "mtime_ns": [time for _, time in states]}
+    return pa.table(columns | {"digest": pa.array([_digest(path) for path in files.values()], pa.string())})
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(ENDS)
+        file.seek(max(0, path.stat().st_size - ENDS))
+        return hashlib.sha256(start + file.read()).hexdigest()
 
 
 def _check_unchanged(config: CorpusConfig, folder: Path, leave_out: Collection[Path]) -> None:
-    """Compare the source's files with what the corpus in `folder` was made of.
+    """Compare the source's files with those that the corpus in `folder` was read from.
 
     Raises:
         ArtifactMismatchError: files came, went, or have other contents.
     """
-    if not (folder / SOURCE).exists():
-        return
-    before = {row["name"]: row for row in pq.read_table(folder / SOURCE).to_pylist()}
-    files = files_of_source(config, leave_out)
-    if before and not files:
+    before = {row["name"]: row for row in pq.read_table(folder / SOURCE).to_pylist()} if (folder / SOURCE).exists() else {}
+    now = files_of_source(config, leave_out) if before else {}
+    if before and not now:
         logger.warning("%s, which %s was read from, is gone; the corpus stays as it was read", config.path, folder)
         return
-    now = {as_id(os.path.relpath(path, config.path)): path for path in files}
-    changed, touched = [], []
-    for name in sorted(before.keys() & now.keys()):
-        known, (size, time) = before[name], state_of(now[name]) or (0, 0)
-        if size != known["size"] or (
-            known["sha256"] and time != known["mtime_ns"] and sha256_file(now[name]) != known["sha256"]
-        ):
-            changed.append(name)
-        elif time != known["mtime_ns"] and not known["sha256"]:
-            touched.append(name)
+    changed = [
+        name
+        for name in before.keys() & now.keys()
+        if state_of(now[name]) != (before[name]["size"], before[name]["mtime_ns"])
+        and (now[name].stat().st_size != before[name]["size"] or _digest(now[name]) != before[name]["digest"])
+    ]
     found = {"new": now.keys() - before.keys(), "gone": before.keys() - now.keys(), "changed": changed}
-    if any(found.values()):
-        told = "; ".join(f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in found.items() if names)
+    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in found.items() if names]
+    if told:
         raise ArtifactMismatchError(
-            f"{config.path} is not what {folder} was read from: {told}. Use another run folder, or delete that folder "
-            "and those of the later stages to read it again."
+            f"{config.path} is not what {folder} was read from: {'; '.join(told)}. Use another run folder, or delete that "
+            "folder and those of the later stages to read it again."
         )
-    if touched:
-        logger.warning("%d files of %s have a new date and their old size, e.g. %s", len(touched), config.path, touched[0])

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -99,15 +97,13 @@ def test_creators_are_found_under_their_other_names_and_other_columns_are_kept(t
     assert manifest["columns"] == {name: "creator", "camera": "metadata", "iso": "metadata", "vector": "metadata"}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "csv;", "parquet", "METADATA.JSONL"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "csv;", "METADATA.JSONL"])
 def test_tables_in_sub_folders_describe_the_files_beside_them(tmp_path, kind):
     """`datasets` reads a table in every folder; an image below was 'no caption'."""
     picture(tmp_path / "train" / "deep" / "a.png")
     row = {"file_name": "deep/a.png", "text": 'a "cat", red'}
     sub = tmp_path / "train"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist([row]), sub / "metadata.parquet")
-    elif kind.startswith("csv"):
+    if kind.startswith("csv"):
         mark = kind[3:] or ","
         (sub / "metadata.csv").write_text(f'file_name{mark}text\r\ndeep/a.png{mark}"a ""cat"", red"\r\n')
     else:
