@@ -118,7 +118,7 @@ def measure(
 
     Args:
         generator: the embedded one.
-        corpus: its training images.
+        corpus: plain images that it was trained on.
         judge: of subjects and sets.
         unseen: rows that the judge was not trained on.
         seen: how many seen prompts.

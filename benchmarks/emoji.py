@@ -2,11 +2,11 @@
 
     python benchmarks/emoji.py --json FILE [--quick] [--part generator|attributor] [--run runs/emoji] [--contact-sheet FILE.png]
 
-Models come from the installed package alone. The part `generator` (drawings.py) says what is drawn; `attributor` how well the
-student follows its teacher, how fast an answer comes and whether a training image finds itself. Real images come from
-RUN/corpus if that is the corpus of the part's model, else from one that is built into a temporary folder (about a minute;
-needs npm). Everything random follows --seed. Accuracies carry a standard error (_se) and a sample size (_n). With --part,
-the other part's numbers in FILE stay.
+Models come from the installed package alone. The part `generator` (drawings.py) says what is drawn; `attributor` how well
+the student follows its teacher, how fast an answer comes and whether a training image finds itself. Real images come from
+RUN/corpus if it is the corpus of the judge (one picture per subject and set; every generator so far has seen all) or of the
+attributor, else from one that is built into a temporary folder (about a minute; needs npm). Everything random follows
+--seed. Accuracies carry a standard error (_se) and a sample size (_n). With --part, the other part's numbers in FILE stay.
 """
 
 from __future__ import annotations
@@ -248,11 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     sizes = QUICK if options.quick else Sizes()
     generator = Generator.from_pretrained(MODEL)
-    results: dict[str, Any] = read_json(options.json) if options.part and options.json and options.json.exists() else {}
+    before: dict[str, Any] = read_json(options.json) if options.part and options.json and options.json.exists() else {}
+    others = tuple(key for part, keys in PART_KEYS.items() if part != options.part for key in keys)
+    results = {name: value for name, value in before.items() if name.startswith(others)}
     if options.part != "attributor":
         judge, facts = judging.load()
-        with open_corpus(options.run, generator.manifest["corpus_fingerprint"]) as corpus:
-            require_same("the corpus of the judge", facts["corpus_fingerprint"], corpus.fingerprint, "Train the judge on it.")
+        with open_corpus(options.run, facts["corpus_fingerprint"]) as corpus:
             figures, drawn = measure_generator(generator, corpus, judge, facts["config"]["held_out_share"], sizes, options.seed)
         results |= figures
         if options.contact_sheet:

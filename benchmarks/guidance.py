@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     scales, seen_count, recombined_count = ((2.0, 3.0, 6.0), 20, 20) if options.quick else (SCALES, 200, 100)
-    judge, _ = judging.load()
+    judge, facts = judging.load()
     generator = Generator.from_pretrained(options.generator)
     results: dict[str, Any] = {}
-    with emoji.open_corpus(options.run, generator.manifest["corpus_fingerprint"]) as corpus:
+    with emoji.open_corpus(options.run, facts["corpus_fingerprint"]) as corpus:
         captions, kinds = [of_image[0] for of_image in corpus.captions], drawings.kinds_of(corpus)
         training = drawings.latents_of(generator, [corpus.image(row) for row in range(len(corpus))])
         kept_apart = set(drawings.choose_seen(captions, REPORTED.seen, seed=0).tolist())

@@ -143,7 +143,9 @@ class Bench:
         if not (run_dir / "candidates" / MANIFEST).exists():
             chosen = [(rows[::-1] if backwards else rows, np.ones(candidates, dtype=bool))] * queries
             found, inputs = Queries(run_dir / "queries"), {"rows": fingerprint(rows.tolist())}
-            write_candidates(run_dir / "candidates", self.corpus, found, chosen, config={"size": candidates}, inputs=inputs)
+            write_candidates(
+                run_dir / "candidates", self.corpus, found, lambda: chosen, config={"size": candidates}, inputs=inputs
+            )
         return run_dir
 
     def teach(self, run_dir: Path, config: TeacherConfig, *, processes: int | None = None, alone: bool = False) -> Taught:

@@ -55,6 +55,9 @@ class Influence:
     """Near-duplicates (e.g. the skin tones of one emoji) share one name; empty where none is known."""
     percentile: float | None = None
     """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
+    strength: str | None = None
+    """'strong', 'medium' or 'weak' (`Calibration.strengths_of`); None where the calibration separates nothing, or the picture
+    does not look like the generator's own."""
     image_part: float | None = None
     """How much of `similarity` is the image's doing, ..."""
     text_part: float | None = None

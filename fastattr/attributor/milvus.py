@@ -17,8 +17,6 @@ from fastattr.attributor.collection import (
     MAX_TOPK,
     STATE,
     TEXT,
-    MilvusClient,
-    MilvusException,
     collection_of,
     connect,
     create,
@@ -29,6 +27,9 @@ from fastattr.attributor.collection import (
 )
 from fastattr.attributor.folder import versions
 from fastattr.core.errors import ArtifactMismatchError
+
+from pymilvus import MilvusClient  # isort: skip  # after `collection`, which says what is missing
+from pymilvus.exceptions import MilvusException  # isort: skip
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastattr.cli.output import AsJson, on_one_line, say, say_json, warn
+from fastattr.cli.output import AsJson, on_one_line, say, say_json, show, warn
 from fastattr.core.errors import InputError, MissingExtraError
 
 app = typer.Typer()
@@ -80,10 +80,7 @@ def generate(
         "generator": loaded.fingerprint,
         "seconds": round(seconds, 3),
     }
-    if as_json:
-        say_json(settings)
-        return
-    say("wrote {out} ({steps} steps, guidance {guidance}, seed {seed}, {seconds:.1f} s)".format(**settings))
+    show(settings, as_json, "wrote {out} ({steps} steps, guidance {guidance}, seed {seed}, {seconds:.1f} s)".format(**settings))
 
 
 @app.command()
@@ -96,9 +93,7 @@ def attribute(
     where: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only such images; repeatable.")] = None,
     since: Annotated[str | None, typer.Option(help="Only images dated so or later, YYYY-MM-DD.")] = None,
     until: Annotated[str | None, typer.Option(help="Only images dated so or earlier.")] = None,
-    index_uri: Annotated[
-        str | None, typer.Option(help="Search Milvus at this address instead of the attributor's own index.")
-    ] = None,
+    index_uri: Annotated[str | None, typer.Option(help="Search Milvus at this address, not the own index.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Name the training images that influenced an image most."""
@@ -158,10 +153,7 @@ def attribute_many(
     from fastattr.attributor import many
 
     result = many.run(model, queries, out, k=top_k)
-    if as_json:
-        say_json(result)
-        return
-    say(f"{result['queries']} queries, in {result['out']}")
+    show(result, as_json, f"{result['queries']} queries, in {result['out']}")
 
 
 @app.command()

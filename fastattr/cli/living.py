@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastattr import FastAttributor
 
 app = typer.Typer()
-Folder = Annotated[Path, typer.Argument(help="Attributor folder.")]
+Folder = Annotated[Path, typer.Argument(help="Attributor or run folder.")]
 AT_ONCE = 256
 """Pictures that are taken in with one change."""
 
@@ -24,7 +24,7 @@ def _own(folder: Path) -> FastAttributor:
     """The attributor in a folder, to be changed there."""
     from fastattr import FastAttributor
 
-    if not (folder / "config.json").exists():
+    if not folder.is_dir():
         raise InputError(f"{folder} is no attributor folder; write one with FastAttributor.save_pretrained.")
     return FastAttributor.from_pretrained(folder)
 

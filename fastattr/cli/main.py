@@ -59,9 +59,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback(help=GUIDE)
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")] = False,
 ) -> None:
     """Options of fastattr itself."""
 

@@ -33,6 +33,14 @@ def say_json(value: Any) -> None:
     print(harmless(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
 
 
+def show(result: Any, as_json: bool, text: str) -> None:
+    """Print a result as JSON, if that is asked for, else in words."""
+    if as_json:
+        say_json(result)
+    else:
+        say(text)
+
+
 def on_one_line(text: object) -> str:
     """A caption or name of several lines as one."""
     return " ".join(str(text).split())

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fastattr.cli.output import AsJson, say, say_json
+from fastattr.cli.output import AsJson, say, show
 from fastattr.core.errors import InputError
 
 app = typer.Typer()
@@ -18,10 +18,7 @@ def push(
     kind: Annotated[Literal["attributor", "generator", "scores", "space"], typer.Argument(help="What to push.")],
     places: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[SOURCE] ORG/NAME",
-            help="'emoji', a run folder or the folder itself (a space has none: it shows what is on the Hub); where to.",
-        ),
+        typer.Argument(metavar="[SOURCE] ORG/NAME", help="'emoji', a run folder or the folder (not for a space); where to."),
     ],
     generator: Annotated[str, typer.Option(help="Of attributor and space: Hub id of the generator it belongs to.")] = "",
     attributor: Annotated[str, typer.Option(help="Of a space: Hub id of the attributor.")] = "",
@@ -63,22 +60,15 @@ def push(
             sent = publish.push_generator(folder, repo_id, images=publish.training_images(source[0]), **options)
         else:
             sent = score_tables.push_scores(folder, repo_id, config_name=config_name or None, **options)
-    if as_json:
-        say_json(vars(sent))
-        return
-    say(sent.in_words())
+    show(vars(sent), as_json, sent.in_words())
 
 
 @app.command("import")
 def import_(
-    kind: Annotated[
-        Literal["fastgda"], typer.Argument(help="fastgda: the paper's authors' checkpoint, features and rankings.")
-    ],
+    kind: Annotated[Literal["fastgda"], typer.Argument(help="The paper's authors' checkpoint, features and rankings.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     ids: Annotated[Path, typer.Option(help="Ids of the training images in order: .txt, .json, .npy, .parquet.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Checkpoint, e.g. dino+clip_text.pth (with --features: an attributor).")
-    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint, e.g. dino+clip_text.pth: with --features.")] = None,
     features: Annotated[Path | None, typer.Option(help="Features of the training images, e.g. data_feats.npy.")] = None,
     influence: Annotated[list[Path] | None, typer.Option(help="influence_SPLIT.pkl: a score table; once a split.")] = None,
     prompts: Annotated[list[Path] | None, typer.Option(help="A query's prompt a line; as often as --influence.")] = None,

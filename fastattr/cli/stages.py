@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastattr.cli.output import AsJson, say, say_json, warn
+from fastattr.cli.output import AsJson, say, say_json, show, warn
 from fastattr.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,24 +44,17 @@ def _run_stage(name: str, config: Path, run_dir: Path | None, as_json: bool) -> 
 
     loaded, folder = _opened(config, run_dir)
     result = STAGES[name](loaded, folder)
-    if as_json:
-        say_json(result)
-        return
-    say(f"{name}: done, in {folder}")
+    show(result, as_json, f"{name}: done, in {folder}")
 
 
 @app.command()
 def build(
     config: ConfigFile,
     run_dir: RunFolder = None,
-    again_from: Annotated[
-        str, typer.Option("--from", metavar="STAGE", help="Build this stage and all later ones again, as the config is now.")
-    ] = "",
+    again_from: Annotated[str, typer.Option("--from", metavar="STAGE", help="Build this stage and later ones again.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Go on without asking, however long it will take.")] = False,
     no_plan: Annotated[bool, typer.Option("--no-plan", help="Make no plan, measure nothing, ask nothing.")] = False,
-    assets: Annotated[
-        Path | None, typer.Option(help="Also pack generator and attributor as an embedded model in this folder.")
-    ] = None,
+    assets: Annotated[Path | None, typer.Option(help="Pack generator and attributor as an embedded model here, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run all stages of a config, resuming."""
@@ -102,9 +95,7 @@ def build(
 def plan(
     config: ConfigFile,
     run_dir: RunFolder = None,
-    no_measure: Annotated[
-        bool, typer.Option("--no-measure", help="Leave out the half minute that measures this machine.")
-    ] = False,
+    no_measure: Annotated[bool, typer.Option("--no-measure", help="Do not measure this machine.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what each stage of a config will cost.
@@ -115,18 +106,13 @@ def plan(
 
     loaded, folder = _opened(config, run_dir)
     result = planning.plan(loaded, folder, measure=not no_measure)
-    if as_json:
-        say_json(result)
-        return
-    say(planning.as_table(result))
+    show(result, as_json, planning.as_table(result))
 
 
 @app.command()
 def corpus(
     kind: Annotated[Literal["emoji", "folder", "dataset", "coco", "webdataset", "urls"], typer.Argument()],
-    places: Annotated[
-        list[str], typer.Argument(metavar="[PATH] OUT", help="Folder, dataset id or data file (not for emoji); where to write.")
-    ],
+    places: Annotated[list[str], typer.Argument(metavar="[PATH] OUT", help="What to read (not for emoji); where to write.")],
     shards: Annotated[str, typer.Option(help="Of urls: the folder of tar shards with the images.")] = "",
     duplicates: Annotated[Literal["", "skip", "family", "keep"], typer.Option(help="What becomes of copies.")] = "",
     split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
@@ -155,8 +141,7 @@ def corpus(
     if as_json:
         say_json(manifest)
         return
-    skipped = sum(manifest["skipped"].values())
-    say(f"{manifest['images']} images in {out}, {skipped} skipped (listed in skipped.parquet)")
+    say(f"{manifest['images']} images in {out}, {sum(manifest['skipped'].values())} skipped (listed in skipped.parquet)")
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -171,9 +156,7 @@ for _name, _text in STAGE_HELP.items():
 
 @app.command()
 def evaluate(
-    config: Annotated[
-        str, typer.Argument(help="YAML file; with --truth an attributor, a score table's folder or MODULE:FUNCTION.")
-    ],
+    config: Annotated[str, typer.Argument(help="YAML file; with --truth an attributor, score table or MODULE:FUNCTION.")],
     run_dir: RunFolder = None,
     truth: Annotated[Path | None, typer.Option(help="Ground truth folder, e.g. benchmarks/truth/emoji-bench.")] = None,
     out: Annotated[Path, typer.Option(help="With --truth: where the results go.")] = Path("evaluation"),
@@ -224,7 +207,4 @@ def index(
     if not uri:
         raise InputError("give --uri: http://HOST:PORT of a Milvus server, or a file ending in .db.")
     result = load(config, uri, token=token)
-    if as_json:
-        say_json(result)
-        return
-    say(f"{result['images']} images in {uri}, version {result['catalog_version']}")
+    show(result, as_json, f"{result['images']} images in {uri}, version {result['catalog_version']}")

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastattr.core.errors import (
     ArtifactNotFoundError,
@@ -24,9 +24,6 @@ from fastattr.core.errors import (
     MissingFileError,
     RevisionNotFoundError,
 )
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -70,17 +67,7 @@ def check_repo_id(repo_id: str) -> None:
         raise InputError(f"{repo_id!r} is no repository id; write 'org/name'.")
 
 
-def locate(
-    name_or_path: str | Path,
-    part: str,
-    *,
-    files: Sequence[str],
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
+def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revision: str | None = None, **hub: Any) -> Path:
     """The folder of a model; of a Hub repository, the cached snapshot with the files asked for.
 
     Args:
@@ -88,10 +75,7 @@ def locate(
         part: which folder of an embedded model or a run folder: 'generator' or 'attributor'.
         files: patterns of the files to fetch from the Hub; others are not downloaded.
         revision: branch, tag or commit on the Hub.
-        cache_dir: where the Hub client keeps downloads.
-        token: Hub access token.
-        local_files_only: take the cached copy, ask no network.
-        force_download: fetch again what the cache holds.
+        hub: cache_dir, token, local_files_only and force_download, as of `huggingface_hub.snapshot_download`.
 
     Raises:
         ArtifactNotFoundError: there is no such model, or it is not in the cache and the network is off.
@@ -111,48 +95,16 @@ def locate(
             f"there is no model {name!r}: it is no embedded model ({', '.join(embedded_models()) or 'none'}), "
             "no local folder and no Hub repository 'org/name'."
         )
-    return fetch(
-        name,
-        "model",
-        files,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
+    return fetch(name, "model", files, revision=revision, **hub)
 
 
-def fetch(
-    repo_id: str,
-    repo_type: str,
-    files: Sequence[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-) -> Path:
+def fetch(repo_id: str, repo_type: str, files: Sequence[str], *, revision: str | None = None, **hub: Any) -> Path:
     """The cached snapshot of a repository with the files that match these patterns; arguments and errors as `locate`."""
     from huggingface_hub import snapshot_download
 
-    with errors_in_words(repo_id, repo_type, revision, token, offline=local_files_only):
-        return Path(
-            with_retries(
-                lambda: snapshot_download(
-                    repo_id,
-                    repo_type=repo_type,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    token=token,
-                    local_files_only=local_files_only,
-                    force_download=force_download,
-                    allow_patterns=list(files),
-                    **library(),
-                )
-            )
-        )
+    wanted = {"repo_type": repo_type, "revision": revision, "allow_patterns": list(files), **hub, **library()}
+    with errors_in_words(repo_id, repo_type, revision, hub.get("token"), offline=hub.get("local_files_only", False)):
+        return Path(with_retries(lambda: snapshot_download(repo_id, **wanted)))
 
 
 def commit_of(folder: Path) -> str | None:

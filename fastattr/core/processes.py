@@ -24,10 +24,11 @@ Item = TypeVar("Item")
 def split_between(accelerator: Accelerator | None, todo: Sequence[Item]) -> Iterator[Sequence[Item]]:
     """The part of `todo` that falls to this process; at the end all wait for each other.
 
+    Every process must list the same unfinished items, so all wait until every list is made.
+
     Args:
         accelerator: the processes; None is this one alone.
-        todo: what is not done yet, as each process found it for itself. All must have found the same, so none starts before
-            all have looked: a file that one has finished already would shift the others' parts.
+        todo: what is not done yet, as this process found it.
     """
     if accelerator is None:
         yield todo

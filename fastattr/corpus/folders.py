@@ -51,23 +51,17 @@ class Listing:
 
 
 def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[TrainingImage | Skipped]:
-    """Read a captioned image folder.
-
-    The image id is the path below `folder` without its suffix, or with it where two files would share an id.
-
-    Args:
-        folder: the folder.
-        creator_from_folder: the first folder below `folder` names the creator of images that have none.
-
-    Raises:
-        ArtifactNotFoundError, InputError: see `list_folder`.
-    """
+    """Read a captioned image folder; see `list_folder` and `folder_parts`."""
     for part in folder_parts(list_folder(folder), creator_from_folder=creator_from_folder):
         yield from part.read()
 
 
 def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list[Part]:
-    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each; see `read_folder`."""
+    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each.
+
+    An image's id is its path below the folder without the suffix, or with it where two files would share an id. With
+    `creator_from_folder`, the first folder of that path names the creator of images that have none.
+    """
     ids = _ids(listing.images)
     parts = [Part(fingerprint([vars(skipped) for skipped in listing.skipped]), partial(iter, listing.skipped))]
     names = list(listing.images)
@@ -83,11 +77,7 @@ def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list
 
 
 def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
-    """What lies below a folder: every file has its place in the result.
-
-    Args:
-        folder: the folder.
-        leave_out: folders below it that are not looked into, such as the one that the corpus is written to.
+    """What lies below a folder, but in `leave_out`: every file has its place in the result.
 
     Raises:
         ArtifactNotFoundError: no such folder.

@@ -63,11 +63,6 @@ def looks_of(looks: Sequence[bytes]) -> Looks:
     return Looks(np.ascontiguousarray(values[:, :SIDE]), values[:, SIDE:])
 
 
-def distance(looks: Looks, row: int, other: int) -> int:
-    """The largest difference of the thumbnails of two pictures, of 255."""
-    return int(np.abs(looks.colours[row].astype(np.int16) - looks.colours[other].astype(np.int16)).max())
-
-
 def near_copies(looks: Looks, among: Looks) -> list[np.ndarray]:
     """For each of Q pictures the rows of the N pictures `among` that are near-copies of it, the likest first."""
     import faiss

@@ -36,11 +36,7 @@ from fastattr.corpus.text import as_captions, as_text, decode_text
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
-    """A file, or all files of a kind in a folder, sorted.
-
-    Raises:
-        ArtifactNotFoundError: there is none.
-    """
+    """A file, or all files of a kind in a folder, sorted; raises ArtifactNotFoundError if there is none."""
     files = [path] if path.is_file() else sorted(path.glob(f"*{suffix}"))
     if not files:
         raise ArtifactNotFoundError(f"{path} is neither a {suffix} file nor a folder that holds one.")
@@ -48,11 +44,7 @@ def files_in(path: Path, suffix: str) -> list[Path]:
 
 
 def coco_parts(folder: Path, split: str) -> list[Part]:
-    """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix.
-
-    Raises:
-        ArtifactNotFoundError: there are no such annotations.
-    """
+    """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix."""
     annotations = read_json(folder / "annotations" / f"captions_{split}.json")
     captions: dict[int, list[str]] = {}
     for annotation in annotations["annotations"]:
@@ -97,7 +89,9 @@ def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None)
         shard: NNNNN.tar; img2dataset's NNNNN.parquet beside it, if there is one, adds columns and the failed downloads.
         rows: metadata by URL, which goes before the shard's own.
     """
-    listed = _listed(shard.with_suffix(".parquet"))
+    beside = shard.with_suffix(".parquet")
+    rows_beside = pq.read_table(beside).to_pylist() if beside.exists() else []
+    listed = {str(row["key"]): row for row in rows_beside if row.get("key") is not None}
     for key, files in _samples(shard):
         if isinstance(files, Skipped):
             yield files
@@ -150,25 +144,13 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes] | Skipped]]:
         yield key, files
 
 
-def _listed(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of img2dataset's parquet by key."""
-    if not path.exists():
-        return {}
-    rows = pq.read_table(path).to_pylist()
-    return {str(row["key"]): row for row in rows if row.get("key") is not None}
-
-
 def _lowered(row: Any) -> dict[str, Any]:
     """The values of a row that are not missing, by names in small letters; none of what is no row."""
     return {str(name).lower(): value for name, value in row.items() if value not in (None, "")} if isinstance(row, dict) else {}
 
 
 def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of one or more parquet files of URLs; all are in memory, about 500 bytes each.
-
-    Raises:
-        InputError: they have no column of URLs.
-    """
+    """The rows of parquet files of URLs, all in memory, about 500 bytes each; raises InputError without a column of URLs."""
     rows: dict[str, dict[str, Any]] = {}
     for file in files_in(path, ".parquet"):
         names = pq.read_schema(file).names

@@ -77,26 +77,17 @@ class CorpusConfig:
             raise InputError(f"resolution must be at least 8 pixels, got {self.resolution}")
 
 
-def _nothing(parts: Sequence[Path]) -> list[Skipped]:
-    return []
-
-
 @dataclass(frozen=True)
 class Source:
     """What a corpus is read from."""
 
     parts: list[Part]
-    missing: Callable[[Sequence[Path]], list[Skipped]] = _nothing
+    missing: Callable[[Sequence[Path]], list[Skipped]] = lambda parts: []
     """From all written parts, what the source promised and no part brought."""
 
 
 def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Source:
-    """The source that a config names; `leave_out` as `list_folder`.
-
-    Raises:
-        ArtifactNotFoundError: there is no such folder or file.
-        InputError: a dataset lacks the columns.
-    """
+    """The source that a config names, without the folders in `leave_out`; errors as of its reader."""
     path = Path(config.path)
     if config.kind == "emoji":
         from fastattr.corpus.emoji import read_emoji

@@ -25,7 +25,7 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path, temporary_folder
 from fastattr.core.stages import fingerprint, open_stage, write_manifest
 from fastattr.corpus.images import load_rgb
-from fastattr.corpus.near_copies import ALIKE, Looks, distance, look_of, looks_of, originals
+from fastattr.corpus.near_copies import ALIKE, Looks, look_of, looks_of, originals
 from fastattr.corpus.records import ROWS_AT_ONCE, TEXT_COLUMNS, Skipped, TrainingImage
 
 logger = logging.getLogger(__name__)
@@ -41,28 +41,14 @@ def corpus_schema() -> pa.Schema:
     """Arrow schema of the corpus, with the metadata by which `datasets` shows the images."""
     from datasets import Features, Image as ImageFeature, List, Value
 
-    text = {column: Value("string") for column in TEXT_COLUMNS}
-    features = Features(
-        {
-            "image_id": Value("string"),
-            "image": ImageFeature(),
-            "captions": List(Value("string")),
-            **text,
-            "sha256": Value("string"),
-        }
-    )
-    schema: pa.Schema = features.arrow_schema
+    text = {name: Value("string") for name in ("image_id", *TEXT_COLUMNS, "sha256")}
+    columns = {"image_id": text.pop("image_id"), "image": ImageFeature(), "captions": List(Value("string")), **text}
+    schema: pa.Schema = Features(columns).arrow_schema
     return schema
 
 
 def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, description: str | None = None) -> None:
-    """Write one part of a corpus: `path`, a parquet file with a look beside each image, and PATH.skipped.
-
-    Args:
-        images: training images and what was skipped, in the order to keep.
-        path: the file; it is there once the part is complete.
-        description: label of a progress bar; None shows none.
-    """
+    """Write one part of a corpus: PATH.skipped, and once it is complete `path`, parquet with a look beside each image."""
     schema = corpus_schema().append(pa.field("look", pa.binary()))
     skipped: list[Skipped] = []
     columns: dict[str, str] = {}
@@ -87,23 +73,14 @@ def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, descrip
                 if len(rows) >= ROWS_AT_ONCE or size >= GROUP_BYTES:
                     flush()
             flush()
-        with atomic_path(_skipped_of(path)) as report:
+        with atomic_path(path.with_suffix(".skipped")) as report:
             _write_skipped(skipped, report, columns)
 
 
 def _row(image: TrainingImage) -> dict[str, Any]:
-    return {
-        "image_id": image.image_id,
-        "image": {"bytes": image.image, "path": None},
-        "captions": image.captions,
-        **{column: getattr(image, column) for column in TEXT_COLUMNS},
-        "sha256": hashlib.sha256(image.image).hexdigest(),
-        "look": look_of(load_rgb(image.image)),
-    }
-
-
-def _skipped_of(part: Path) -> Path:
-    return part.with_suffix(".skipped")
+    row = {name: getattr(image, name) for name in ("image_id", "captions", *TEXT_COLUMNS)}
+    row |= {"image": {"bytes": image.image, "path": None}, "look": look_of(load_rgb(image.image))}
+    return row | {"sha256": hashlib.sha256(image.image).hexdigest()}
 
 
 def _write_skipped(skipped: Sequence[Skipped], path: Path, columns: Mapping[str, str]) -> None:
@@ -143,7 +120,7 @@ def join_parts(
     twice = next((image_id for image_id, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise InputError(f"image id {twice!r} occurs twice; ids must be unique in a corpus.")
-    reports = [_read_skipped(_skipped_of(path)) for path in parts]
+    reports = [_read_skipped(path.with_suffix(".skipped")) for path in parts]
     skipped = [*(item for items, _ in reports for item in items), *more]
     columns = {name: place for _, places in reports for name, place in places.items()}
     if not ids:
@@ -156,9 +133,10 @@ def join_parts(
     kept = np.ones(len(ids), dtype=bool)
     families: list[str] = table["family"].to_pylist()
     captions = table["captions"].to_pylist()
+    apart = np.abs(looks.colours.astype(np.int16) - looks.colours[first]).max(axis=1)
     for row in copies:
         original = first[row]
-        if duplicates == "skip" and (captions[row] == captions[original] or distance(looks, row, original) <= ALIKE):
+        if duplicates == "skip" and (captions[row] == captions[original] or apart[row] <= ALIKE):
             kind = "same bytes as" if digests[row] == digests[original] else "near-copy of"
             skipped.append(Skipped(name=ids[row], reason=f"{kind} another image ({ids[original]})"))
             kept[row] = False
@@ -222,13 +200,7 @@ def _write_shards(parts: Sequence[Path], folder: Path, kept: np.ndarray, familie
 
 
 def write_corpus(images: Iterable[TrainingImage | Skipped], folder: Path, config: Any) -> dict[str, Any]:
-    """Write a corpus folder of these images, copies included; returns its manifest.
-
-    Args:
-        images: training images and what was skipped, in the order to keep.
-        folder: where to write; an unfinished earlier try is replaced.
-        config: kept in the manifest.
-    """
+    """Write a corpus folder of these images, in this order and copies included; returns its manifest."""
     with temporary_folder(folder.parent) as scratch:
         write_part(images, scratch / "part.parquet", description="corpus")
         facts = join_parts([scratch / "part.parquet"], folder)
@@ -239,11 +211,7 @@ class Corpus:
     """A written corpus, opened: ids, captions and metadata in memory; images are read from disk when asked for."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open `folder`.
-
-        Raises:
-            ArtifactNotFoundError: it is not a finished corpus.
-        """
+        """Open `folder`; raises ArtifactNotFoundError if it is not a finished corpus."""
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "corpus")
         files = [pq.ParquetFile(path, memory_map=True) for path in sorted(self.folder.glob("data-*.parquet"))]
@@ -279,8 +247,7 @@ class Corpus:
         """One metadata column, in row order; texts that a corpus of an earlier version does not have are empty."""
         if name in TEXT_COLUMNS and name not in self.table.column_names:
             return [""] * len(self)
-        values: list[str] = self.table[name].to_pylist()
-        return values
+        return list(self.table[name].to_pylist())
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image file of one row."""

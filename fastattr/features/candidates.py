@@ -7,7 +7,7 @@ learns to place last. Source: arXiv:2511.10721, sec. 4 (two-stage curation).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
-from fastattr.core.stages import make, open_stage, write_manifest
+from fastattr.core.stages import make, open_stage
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import check_source, features_fingerprint, folders, read_features
 from fastattr.generators.queries import Queries
@@ -48,13 +48,13 @@ def choose_candidates(
 
     Args:
         similarities: one (N,) array per encoder, higher = closer to the query.
-        size: C, images in the set, at most N.
-        outsiders: how many of them are random.
-        rng: draws the outsiders.
+        size: C, images in the set, at most N; `outsiders` of them are drawn by `rng`.
+        outsiders: how many.
+        rng: draws them.
 
     Returns:
-        (C,) rows and (C,) bool, true for outsiders. Neighbours come first: the encoders take turns, each adding
-        its nearest image not yet chosen.
+        (C,) rows and (C,) bool, true for outsiders. Neighbours come first: the encoders take turns, each adding its nearest
+        image not yet chosen.
     """
     neighbours = size - outsiders
     orders = [np.argsort(-values, kind="stable")[: neighbours * len(similarities)] for values in similarities]
@@ -80,50 +80,41 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
     folder = run_dir / "candidates"
     inputs = {"features": features_fingerprint(corpus_folders), "query_features": features_fingerprint(query_folders)}
 
-    def work() -> dict[str, Any]:
-        similarities = []
-        for ours, theirs in zip(query_folders, corpus_folders, strict=True):
-            similarities.append(read_features([ours], queries.query_ids) @ read_features([theirs], corpus.image_ids).T)
-        chosen = [
-            choose_candidates(
-                [values[query] for values in similarities],
-                size=config.per_query,
-                outsiders=round(config.per_query * config.outsider_share),
-                rng=np.random.default_rng([config.seed, query]),
-            )
-            for query in range(len(queries.query_ids))
+    def choose() -> list[tuple[np.ndarray, np.ndarray]]:
+        similarities = [
+            read_features([ours], queries.query_ids) @ read_features([theirs], corpus.image_ids).T
+            for ours, theirs in zip(query_folders, corpus_folders, strict=True)
         ]
-        return _write_sets(folder, corpus, queries, chosen) | {"encoders": list(encoders)}
+        outsiders = round(config.per_query * config.outsider_share)
+        drawn = (np.random.default_rng([config.seed, query]) for query in range(len(queries.query_ids)))
+        of_query = zip(*similarities, strict=True)
+        return [choose_candidates(values, size=config.per_query, outsiders=outsiders, rng=next(drawn)) for values in of_query]
 
-    return make(folder, work, stage="candidates", config=config, inputs=inputs)
+    return write_candidates(folder, corpus, queries, choose, config=config, inputs=inputs, encoders=list(encoders))
 
 
 def write_candidates(
     folder: Path,
     corpus: Corpus,
     queries: Queries,
-    chosen: Sequence[tuple[np.ndarray, np.ndarray]],
+    choose: Callable[[], Sequence[tuple[np.ndarray, np.ndarray]]],
     *,
     config: Any,
     inputs: Mapping[str, str],
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write a candidates folder: for each query in turn (C,) rows of the corpus and (C,) is_outsider; returns the manifest."""
-    own = _write_sets(folder, corpus, queries, chosen)
-    return write_manifest(folder, stage="candidates", config=config, inputs=inputs, **own, **facts)
+    """Write a candidates folder unless it is finished; `choose` gives each query's (C,) rows of the corpus and is_outsider."""
 
+    def work() -> dict[str, Any]:
+        rows = [
+            {"query_id": query_id, "image_ids": [corpus.image_ids[row] for row in rows], "is_outsider": is_outsider.tolist()}
+            for query_id, (rows, is_outsider) in zip(queries.query_ids, choose(), strict=True)
+        ]
+        with atomic_path(folder / "data.parquet") as temporary:
+            pq.write_table(pa.Table.from_pylist(rows), temporary)
+        return {"corpus_fingerprint": corpus.fingerprint, "queries_fingerprint": queries.fingerprint, **facts}
 
-def _write_sets(
-    folder: Path, corpus: Corpus, queries: Queries, chosen: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> dict[str, Any]:
-    """Write data.parquet; returns what the manifest says of it."""
-    rows = [
-        {"query_id": query_id, "image_ids": [corpus.image_ids[row] for row in rows], "is_outsider": is_outsider.tolist()}
-        for query_id, (rows, is_outsider) in zip(queries.query_ids, chosen, strict=True)
-    ]
-    with atomic_path(folder / "data.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-    return {"corpus_fingerprint": corpus.fingerprint, "queries_fingerprint": queries.fingerprint}
+    return make(folder, work, stage="candidates", config=config, inputs=inputs)
 
 
 def read_candidates(folder: Path) -> dict[str, tuple[list[str], np.ndarray]]:

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from fastattr.core.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    import torch
 
 PROBES = (
     "Red heart, openmoji style",
@@ -24,6 +30,19 @@ PROBES = (
     "the quick brown fox jumps over the lazy dog " * 12,
 )
 """Texts that show how a tokenizer cleans, splits, cuts and pads."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an encoder is opened."""
+
+    folder: Path | None
+    """Where a REF of 'encoder', 'generator' or 'gradients' is found: a run folder or an attributor's folder."""
+    captions: str
+    """'first' or 'mean': how several captions of one image become one text feature."""
+    device: str
+    dtype: torch.dtype
+    """Of weights and activations; features are float32 in any case."""
 
 
 class Encoder(Protocol):
@@ -53,6 +72,23 @@ def encoder_fingerprint(settings: Mapping[str, Any], weights: Iterable[np.ndarra
     ]
     described = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256("\n".join([described, *sorted(digests)]).encode()).hexdigest()[:16]
+
+
+def former_fingerprint(printed: str, weights: Mapping[str, np.ndarray]) -> str:
+    """What earlier versions identified an encoder by: its preprocessing as a library prints it, and all weights by name."""
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", printed).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value, dtype=np.float16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tower(weights: Mapping[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
+    """The weights of an open_clip model that the features of one modality depend on."""
+    names = {name for name in weights if name.startswith("visual.")}
+    if modality == "text":
+        names = set(weights) - names - {"logit_scale", "logit_bias"}
+    return {name: weights[name] for name in weights if name in names}
 
 
 def image_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +167,7 @@ def encode_all(
         captions: of all rows.
         batch_size: images at once.
         rows: which; None is all of them.
-        ids: of all rows, to name an image by whose features are not finite; None calls it by its row.
+        ids: of all rows, to name an image by.
 
     Raises:
         NonFiniteError: an image has features that are not finite, or all zeros.

@@ -81,8 +81,7 @@ class GradientEncoder:
         if kernel is not None:
             after += [recipe.ridge, kernel.factors.tolist()]
         settings = {name: value for name, value in config.identity.items() if name != "batch_size"}
-        self.fingerprint = fingerprint([generator.fingerprint, settings, *after])
-        self.former = fingerprint([generator.fingerprint, config.identity, *after])
+        self.fingerprint = self.former = fingerprint([generator.fingerprint, settings, *after])
         self._generator, self._config, self._kernel = generator, config, kernel
         self._layers = _require_gradients(generator, recipe.pattern)
         self._compression = Compression(self._layers, config, factors, coordinates)
@@ -108,13 +107,8 @@ def _require_gradients(generator: Generator, pattern: str) -> dict[str, Layer]:
 def fit_gradient_encoder(generator: Generator, corpus: Corpus, folder: Path, recipe: Recipe, *, reference: str) -> None:
     """Fit curvature, coordinates and kernel on a part of the corpus and write them to a folder.
 
-    Args:
-        generator: whose gradients.
-        corpus: the training images.
-        folder: gets the factor files, coordinates.npy, maybe kernel.safetensors, and manifest.json; nothing is done if it
-            has them.
-        recipe: of the features.
-        reference: the generator's name, which `open_gradient_encoder` loads.
+    The folder gets the factor files, coordinates.npy, maybe kernel.safetensors, and manifest.json; nothing is done if it has
+    them. `reference` is the generator's name, which `open_gradient_encoder` loads.
     """
     if (folder / MANIFEST).exists():
         return

@@ -8,13 +8,12 @@ A new kind is one more entry of `KINDS`: a function from the reference and the `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastattr.core.errors import InputError
 from fastattr.core.models import ASSETS, embedded_models
-from fastattr.features.encoder import Encoder
+from fastattr.features.encoder import Encoder, Options
 from fastattr.features.light_clip import LightClip, supports
 
 if TYPE_CHECKING:
@@ -24,35 +23,25 @@ BACKENDS = ("numpy", "torch")
 """What computes a small CLIP: NumPy, which a first answer need not wait for, or torch through open_clip."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How an encoder is opened."""
+def _open_clip(modality: str) -> Callable[[str, Options], Encoder]:
+    def opened(reference: str, options: Options) -> Encoder:
+        from fastattr.features.pretrained import OpenClipEncoder
 
-    folder: Path | None
-    """Where a REF of 'encoder', 'generator' or 'gradients' is found: a run folder or an attributor's folder."""
-    captions: str
-    """'first' or 'mean': how several captions of one image become one text feature."""
-    device: str
-    dtype: torch.dtype
-    """Of weights and activations; features are float32 in any case."""
+        return OpenClipEncoder(reference, modality, options)
 
-
-def _open_clip(reference: str, modality: str, options: Options) -> Encoder:
-    from fastattr.features.pretrained import OpenClipEncoder
-
-    return OpenClipEncoder(reference, modality, captions=options.captions, device=options.device, dtype=options.dtype)
+    return opened
 
 
 def _transformers_image(reference: str, options: Options) -> Encoder:
     from fastattr.features.pretrained import TransformersImageEncoder
 
-    return TransformersImageEncoder(reference, device=options.device, dtype=options.dtype)
+    return TransformersImageEncoder(reference, options)
 
 
 def _transformers_text(reference: str, options: Options) -> Encoder:
     from fastattr.features.pretrained import TransformersTextEncoder
 
-    return TransformersTextEncoder(reference, captions=options.captions, device=options.device, dtype=options.dtype)
+    return TransformersTextEncoder(reference, options)
 
 
 def _diffusion(reference: str, options: Options) -> Encoder:
@@ -72,8 +61,8 @@ def _gradient(reference: str, options: Options) -> Encoder:
 
 
 KINDS: dict[str, Callable[[str, Options], Encoder]] = {
-    "open_clip-image": lambda reference, options: _open_clip(reference, "image", options),
-    "open_clip-text": lambda reference, options: _open_clip(reference, "text", options),
+    "open_clip-image": _open_clip("image"),
+    "open_clip-text": _open_clip("text"),
     "transformers-image": _transformers_image,
     "transformers-text": _transformers_text,
     "diffusion": _diffusion,
@@ -121,13 +110,9 @@ def open_encoder(
     elif backend == "numpy":
         raise InputError(f"the NumPy back end does not compute {specification!r} here; leave out backend, or write 'torch'.")
     else:
-        encoder = KINDS[kind](reference, _torch_options(folder, captions, device, dtype))
+        import torch
+
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = KINDS[kind](reference, Options(folder, captions, chosen, dtype or torch.float32))
     encoder.specification = specification
     return encoder
-
-
-def _torch_options(folder: Path | None, captions: str, device: str | None, dtype: Any) -> Options:
-    import torch
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Options(folder, captions, chosen, dtype or torch.float32)

@@ -9,7 +9,6 @@ Reads open_clip_config.json, open_clip_model.safetensors and tokenizer.json of a
 
 from __future__ import annotations
 
-import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,7 +20,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fastattr.core.files import read_json
-from fastattr.features.encoder import encode_captions, encoder_fingerprint, image_settings, text_settings, unit_vectors
+from fastattr.features.encoder import (
+    encode_captions,
+    encoder_fingerprint,
+    former_fingerprint,
+    image_settings,
+    text_settings,
+    tower,
+    unit_vectors,
+)
 
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
@@ -65,27 +72,17 @@ class LightClip:
         self._vision, self._text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
         self._preprocessing = config["preprocess_cfg"]
         stored = load_file(folder / WEIGHTS)
-        visual = {name: value for name, value in stored.items() if name.startswith("visual.")}
+        own = tower(stored, modality)
         if modality == "image":
-            side, own = self._vision["image_size"], visual
+            side = self._vision["image_size"]
             settings = image_settings({**self._preprocessing, "size": (side, side), "mode": "RGB"})
         else:
-            own = {name: value for name, value in stored.items() if name not in {*visual, "logit_scale", "logit_bias"}}
             settings = text_settings(captions, self._tokenizer.get_vocab(), self._token_ids)
         self.fingerprint = encoder_fingerprint(settings, own.values())
-        self.former = self._former_fingerprint(stored)
-        self._weights = {name.removeprefix("visual."): value.astype(np.float32) for name, value in own.items()}
-
-    def _former_fingerprint(self, weights: Mapping[str, np.ndarray]) -> str:
-        """What earlier versions identified this encoder by, see `OpenClipEncoder`."""
-        side = self._vision["image_size"]
         mean, std = self._preprocessing["mean"], self._preprocessing["std"]
-        printed = f"{self._modality}/{self._captions}/{PREPROCESS.format(side=side, mean=mean, std=std)}"
-        digest = hashlib.sha256(printed.encode())
-        for name, value in sorted(weights.items()):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(value, dtype=np.float16).tobytes())
-        return digest.hexdigest()[:16]
+        printed = PREPROCESS.format(side=self._vision["image_size"], mean=mean, std=std)
+        self.former = former_fingerprint(f"{modality}/{captions}/{printed}", stored)
+        self._weights = {name.removeprefix("visual."): value.astype(np.float32) for name, value in own.items()}
 
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """(B, F) float32 unit vectors; an image encoder ignores the captions, a text encoder the images."""

@@ -7,10 +7,8 @@ averages all. docs/encoders.md lists the models that are tested.
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,22 @@ import torch
 from PIL import Image
 
 from fastattr.core.models import locate, split_revision
-from fastattr.features.encoder import encode_captions, encoder_fingerprint, image_settings, text_settings
+from fastattr.features.encoder import (
+    Options,
+    encode_captions,
+    encoder_fingerprint,
+    former_fingerprint,
+    image_settings,
+    text_settings,
+    tower,
+)
 
 PROCESSING = {
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad", "pad_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
 }
 """Settings of transformers' image processors that determine what a model sees."""
+DEFAULTS = Options(None, "first", "cpu", torch.float32)
 OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
 """What open_clip loads a model from: no pickle."""
 
@@ -33,53 +40,34 @@ OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
 class OpenClipEncoder:
     """The image tower or the text tower of a CLIP that open_clip loads."""
 
-    def __init__(
-        self,
-        reference: str,
-        modality: str,
-        *,
-        captions: str = "first",
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Load it.
-
-        Args:
-            reference: folder with open_clip_config.json, 'NAME/PRETRAINED', or a Hub id.
-            modality: 'image' or 'text'.
-            captions: 'first' or 'mean'.
-            device: where to run.
-            dtype: of weights and activations.
-        """
+    def __init__(self, reference: str, modality: str, options: Options = DEFAULTS) -> None:
+        """Load the tower 'image' or 'text' of a folder with open_clip_config.json, of 'NAME/PRETRAINED', or of a Hub id."""
         import open_clip
 
         self.specification = f"open_clip-{modality}:{reference}"
         name, pretrained = _open_clip_name(reference)
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=options.device)
         self._tokenizer = open_clip.get_tokenizer(name)
-        visual = {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
         if modality == "image":
-            settings, weights = image_settings(model.visual.preprocess_cfg), visual
+            settings = image_settings(model.visual.preprocess_cfg)
         else:
-            settings = text_settings(captions, _vocabulary(self._tokenizer), self._tokenizer)
-            left_out = {*visual, "logit_scale", "logit_bias"}
-            weights = {name: value for name, value in model.state_dict().items() if name not in left_out}
-        self.fingerprint = encoder_fingerprint(settings, _arrays(weights))
-        self.former = _former_fingerprint(model, f"{modality}/{captions}/{preprocess}")
-        self._model = model.eval().requires_grad_(False).to(dtype)
-        self._preprocess = preprocess
-        self._modality, self._captions, self._device, self._dtype = modality, captions, device, dtype
+            settings = text_settings(options.captions, _vocabulary(self._tokenizer), self._tokenizer)
+        weights = _arrays(model)
+        self.fingerprint = encoder_fingerprint(settings, tower(weights, modality).values())
+        self.former = former_fingerprint(f"{modality}/{options.captions}/{preprocess}", weights)
+        self._model = model.eval().requires_grad_(False).to(options.dtype)
+        self._preprocess, self._modality, self._options = preprocess, modality, options
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
         if self._modality == "image":
-            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images]).to(self._device, self._dtype)
-            return _unit(self._model.encode_image(pixels))
-        return encode_captions(captions, self._encode_texts, average=self._captions == "mean")
+            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images])
+            return _unit(self._model.encode_image(pixels.to(self._options.device, self._options.dtype)))
+        return encode_captions(captions, self._encode_texts, average=self._options.captions == "mean")
 
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
-        return _unit(self._model.encode_text(self._tokenizer(texts).to(self._device)))
+        return _unit(self._model.encode_text(self._tokenizer(texts).to(self._options.device)))
 
 
 class TransformersImageEncoder:
@@ -89,7 +77,7 @@ class TransformersImageEncoder:
     gives, all others (the DINOs, ViT) their class token.
     """
 
-    def __init__(self, reference: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, reference: str, options: Options = DEFAULTS) -> None:
         """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own image processor."""
         from transformers import AutoImageProcessor
 
@@ -105,24 +93,22 @@ class TransformersImageEncoder:
             model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
             self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
         settings = {name: value for name, value in self._processor.to_dict().items() if name in PROCESSING}
-        self.fingerprint = encoder_fingerprint(json.loads(json.dumps(settings, default=_plainly)), _arrays(model.state_dict()))
-        self.former = _former_fingerprint(model, str(self._processor.to_dict()))
-        model.to(device, dtype)
-        self._device, self._dtype = device, dtype
+        described = json.loads(json.dumps(settings, default=_plainly))
+        self.fingerprint = self.former = encoder_fingerprint(described, _arrays(model).values())
+        model.to(options.device, options.dtype)
+        self._options = options
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
         inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        return _unit(self._features(**inputs.to(self._device, self._dtype)))
+        return _unit(self._features(**inputs.to(self._options.device, self._options.dtype)))
 
 
 class TransformersTextEncoder:
     """The text tower of a CLIP or SigLIP that transformers loads, or a CLIP text encoder alone."""
 
-    def __init__(
-        self, reference: str, *, captions: str = "first", device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, reference: str, options: Options = DEFAULTS) -> None:
         """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own tokenizer."""
         from transformers import AutoTokenizer
 
@@ -135,17 +121,16 @@ class TransformersTextEncoder:
         self._length = int(config.max_position_embeddings)
         # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
         self._masked = not model.config.model_type.startswith("siglip")
-        settings = text_settings(captions, self._tokenizer.get_vocab(), lambda texts: self._tokens(texts)["input_ids"])
-        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("vision_model.")}
-        self.fingerprint = encoder_fingerprint(settings | {"masked": self._masked}, _arrays(weights))
-        self.former = _former_fingerprint(model, f"text/{captions}/{self._length}/{type(self._tokenizer).__name__}")
-        model.to(device, dtype)
-        self._average, self._device = captions == "mean", device
+        settings = text_settings(options.captions, self._tokenizer.get_vocab(), lambda texts: self._tokens(texts)["input_ids"])
+        own = [value for name, value in _arrays(model).items() if not name.startswith("vision_model.")]
+        self.fingerprint = self.former = encoder_fingerprint(settings | {"masked": self._masked}, own)
+        model.to(options.device, options.dtype)
+        self._options = options
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
-        return encode_captions(captions, self._encode_texts, average=self._average)
+        return encode_captions(captions, self._encode_texts, average=self._options.captions == "mean")
 
     def _tokens(self, texts: list[str]) -> Any:
         return self._tokenizer(texts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt")
@@ -153,7 +138,7 @@ class TransformersTextEncoder:
     def _encode_texts(self, texts: list[str]) -> np.ndarray:
         tokens = self._tokens(texts)
         wanted = ("input_ids", "attention_mask") if self._masked else ("input_ids",)
-        return _unit(self._features(**{name: tokens[name].to(self._device) for name in wanted if name in tokens}))
+        return _unit(self._features(**{name: tokens[name].to(self._options.device) for name in wanted if name in tokens}))
 
 
 def _transformers_model(name: str, revision: str | None) -> Any:
@@ -192,19 +177,11 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
     return dict(tokenizer.encoder if wrapped is None else wrapped.get_vocab())
 
 
-def _arrays(weights: Mapping[str, torch.Tensor]) -> Iterator[np.ndarray]:
-    return (value.detach().cpu().half().numpy() for value in weights.values() if value.is_floating_point())
+def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """All weights, by name, in half precision."""
+    return {name: value.detach().cpu().half().numpy() for name, value in model.state_dict().items()}
 
 
 def _plainly(value: Any) -> Any:
     """JSON for the sizes and enumerations that processors hold."""
     return value.value if isinstance(value, enum.Enum) else dict(value)
-
-
-def _former_fingerprint(model: torch.nn.Module, preprocessing: str) -> str:
-    """What earlier versions identified an encoder by: all weights by name, and the preprocessing as the library prints it."""
-    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", preprocessing).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
 
 from fastattr.core.errors import InputError
+from fastattr.core.settings import at_least
 from fastattr.core.stages import MANIFEST, fingerprint, make, open_stage
 from fastattr.corpus.store import Corpus
 from fastattr.features.encoder import Encoder, encode_all
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from fastattr.generators.queries import Queries
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""Precisions in which encoders can run; features are float32, and stored as float16, in any case."""
 PART_ROWS = 4096
 """Images whose features go into one file; a killed run loses at most one part a process."""
 
@@ -40,21 +39,16 @@ class FeaturesConfig:
 
     encoders: tuple[str, ...] = ("open_clip-image:encoder", "open_clip-text:encoder")
     """Specifications; 'encoder' as REF is the run folder's own encoder."""
-    captions: str = "first"
+    captions: Literal["first", "mean"] = "first"
     """'first' or 'mean': how several captions of one image become one text feature."""
     batch_size: int = 256
-    dtype: str = "float32"
-    """Precision of weights and activations: 'float32', 'bfloat16' or 'float16'."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of weights and activations; features are float32, and stored as float16, in any case."""
 
     def __post_init__(self) -> None:
-        if self.captions not in {"first", "mean"}:
-            raise InputError(f"captions must be 'first' or 'mean', got {self.captions!r}")
+        at_least(self, 1, "batch_size")
         if not self.encoders:
             raise InputError("name at least one encoder")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
@@ -69,8 +63,9 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     manifests: dict[str, Any] = {}
     for specification in config.encoders:
         kind, _, reference = specification.partition(":")
-        if kind == "gradient" and accelerator.is_main_process:
-            _fit_gradients(run_dir, corpus, reference)
+        if kind == "gradient" and reference in RECIPES and accelerator.is_main_process:
+            generator = Generator.from_pretrained(run_dir / "generator")
+            fit_gradient_encoder(generator, corpus, run_dir / reference, RECIPES[reference], reference="generator")
         accelerator.wait_for_everyone()
         encoder = open_encoder(
             specification,
@@ -162,10 +157,3 @@ def _as_recorded(
     settings |= {name: found["config"][name] for name in ("encoders", "batch_size") if name in found["config"]}
     same = found["inputs"].get("encoder") == encoder.former
     return settings, inputs | ({"encoder": encoder.former} if same else {})
-
-
-def _fit_gradients(run_dir: Path, corpus: Corpus, name: str) -> None:
-    """Prepare a gradient encoder of the run folder from its generator; one that lies elsewhere was made by someone else."""
-    if name in RECIPES:
-        generator = Generator.from_pretrained(run_dir / "generator")
-        fit_gradient_encoder(generator, corpus, run_dir / name, RECIPES[name], reference="generator")

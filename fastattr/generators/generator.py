@@ -8,31 +8,27 @@ Noise is a function of (id, draw, seed) alone, so losses do not depend on batche
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from fastattr.core.errors import (
     InputError,
 )
-from fastattr.core.stages import fingerprint
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.families import Options, recognise, vae_factor
 from fastattr.generators.layers import Layer, default_pattern, find_layers, put_into_float32
-from fastattr.generators.loading import load_pipeline, read_defaults
+from fastattr.generators.loading import load_pipeline, read_defaults, weights_fingerprint
 from fastattr.generators.lora import LORA, lora_scales
 from fastattr.generators.prompts import unknown_words
-from fastattr.generators.sampling import check_sampling, sample, sampling_defaults
+from fastattr.generators.sampling import check_sampling, encode_pixels, sample, sampling_defaults
 from fastattr.generators.schedules import read_schedule
 
 logger = logging.getLogger(__name__)
@@ -194,21 +190,8 @@ class Generator:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies weights, scheduler and options; two generators with one fingerprint give the same losses."""
-        digest = hashlib.sha256()
-        for part in self._parts():
-            for name, value in sorted(part.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        digest.update(
-            fingerprint(
-                {key: value for key, value in self.pipeline.scheduler.config.items() if not key.startswith("_")}
-            ).encode()
-        )
-        if self.options != Options():
-            digest.update(fingerprint(asdict(self.options)).encode())
-        if scales := [found for part in self._parts() if (found := lora_scales(part))]:
-            digest.update(fingerprint(scales).encode())
-        return digest.hexdigest()[:16]
+        scales = [found for part in self._parts() if (found := lora_scales(part))]
+        return weights_fingerprint(self._parts(), self.pipeline.scheduler.config, self.options, scales)
 
     def generate(
         self,
@@ -268,22 +251,8 @@ class Generator:
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `image_size`."""
-        size, vae = (self.image_size, self.image_size), self.pipeline.vae
-        pixels = np.stack(
-            [
-                np.asarray(image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS))
-                for image in images
-            ]
-        )
-        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device, vae.dtype).div(127.5).sub(1.0)
         with self._at_hand("vae"):
-            encoded = vae.encode(tensor)
-        latents: torch.Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-        mean, spread, shift = (vae.config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
-        if mean is not None and spread is not None:  # channel by channel
-            latents = (latents - latents.new_tensor(mean)[:, None, None]) / latents.new_tensor(spread)[:, None, None]
-        scaled: torch.Tensor = (latents if shift is None else latents - shift) * vae.config.scaling_factor
-        return scaled
+            return encode_pixels(self.pipeline.vae, images, side=self.image_size)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
@@ -325,20 +294,6 @@ class Generator:
         target = prediction.detach() + spread * target_noise.to(prediction.dtype)
         losses: torch.Tensor = (prediction - target).square().mean(dim=(1, 2, 3))
         return losses
-
-    def squared_output(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """(B,) mean square of the network's prediction per latent element; arguments as `training_loss`. For D-TRAK."""
-        squares: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).square().mean(dim=(1, 2, 3))
-        return squares
-
-    def mean_output(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """(B,) mean of the network's prediction over the latent's elements; arguments as `training_loss`. For DAS."""
-        means: torch.Tensor = self.predict(latents, conditioning, timesteps, noise).mean(dim=(1, 2, 3))
-        return means
 
     def predict(
         self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor

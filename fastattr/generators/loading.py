@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastattr.core.errors import ArtifactDamagedError, ArtifactMismatchError
 from fastattr.core.files import read_json, sha256_file
 from fastattr.core.models import PIPELINE_FILES, locate
+from fastattr.core.stages import fingerprint
+from fastattr.generators.families import Options
 from fastattr.generators.lora import load_lora, locate_lora
 from fastattr.generators.prompts import WORDS
 from fastattr.generators.sampling import sampling_defaults
@@ -74,6 +79,23 @@ def read_defaults(name_or_path: str | Path) -> dict[str, float]:
     import diffusers
 
     return sampling_defaults(getattr(diffusers, read_json(folder / "model_index.json")["_class_name"])) | found
+
+
+def weights_fingerprint(
+    networks: Sequence[nn.Module], scheduler: Mapping[str, Any], options: Options, lora_scales: Sequence[Mapping[str, float]]
+) -> str:
+    """Identifies all that losses depend on."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(fingerprint({key: value for key, value in scheduler.items() if not key.startswith("_")}).encode())
+    if options != Options():
+        digest.update(fingerprint(asdict(options)).encode())
+    if lora_scales:
+        digest.update(fingerprint(lora_scales).encode())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

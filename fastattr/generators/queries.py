@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactNotFoundError, InputError
-from fastattr.core.files import atomic_path, read_json, remove
+from fastattr.core.files import atomic_path
 from fastattr.core.processes import split_between
 from fastattr.core.settings import at_least
-from fastattr.core.stages import MANIFEST, fingerprint, finished, open_stage, write_manifest
+from fastattr.core.stages import fingerprint, make, open_stage
 from fastattr.corpus.images import load_rgb
 from fastattr.corpus.near_copies import look_of, looks_of, near_copies
 from fastattr.corpus.store import Corpus
@@ -262,30 +262,25 @@ def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
     generator = Generator.from_pretrained(run_dir / "generator", device=accelerator.device)
     folder = run_dir / "queries"
     inputs = {"corpus": corpus.fingerprint, "generator": generator.fingerprint}
-    if finished(folder, stage="queries", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
-    more = list(read_prompts(config.prompts, config.prompt_column)) if config.prompts else []
-    prompts = choose_prompts([captions[0] for captions in corpus.captions], config, more)
     # Shards of an unfinished run with other settings lie under another name and are never mixed in.
     shards = folder / f"shards-{fingerprint([inputs, vars(config)])}"
-    files = {start: shards / f"{start:06d}.parquet" for start in range(0, len(prompts), config.batch_size)}
-    with split_between(accelerator, [start for start, path in files.items() if not path.exists()]) as mine:
-        for start in tqdm(mine, desc="queries", unit="batch", disable=not accelerator.is_main_process):
-            rows = draw_queries(generator, prompts[start : start + config.batch_size], first=start, config=config)
-            with atomic_path(files[start]) as temporary:
-                pq.write_table(pa.Table.from_pylist(rows, schema=query_schema()), temporary)
-    if accelerator.is_main_process:
-        _finish(folder, shards, config, inputs, corpus, generator)
-    accelerator.wait_for_everyone()
-    manifest = read_json(folder / MANIFEST)
-    return manifest
+
+    def work() -> dict[str, Any]:
+        more = list(read_prompts(config.prompts, config.prompt_column)) if config.prompts else []
+        prompts = choose_prompts([captions[0] for captions in corpus.captions], config, more)
+        files = {start: shards / f"{start:06d}.parquet" for start in range(0, len(prompts), config.batch_size)}
+        with split_between(accelerator, [start for start, path in files.items() if not path.exists()]) as mine:
+            for start in tqdm(mine, desc="queries", unit="batch", disable=not accelerator.is_main_process):
+                rows = draw_queries(generator, prompts[start : start + config.batch_size], first=start, config=config)
+                with atomic_path(files[start]) as temporary:
+                    pq.write_table(pa.Table.from_pylist(rows, schema=query_schema()), temporary)
+        return _joined(folder, shards, corpus, generator) if accelerator.is_main_process else {}
+
+    return make(folder, work, stage="queries", config=config, inputs=inputs, accelerator=accelerator, temporary=[shards])
 
 
-def _finish(
-    folder: Path, shards: Path, config: QueriesConfig, inputs: dict[str, str], corpus: Corpus, generator: Generator
-) -> None:
-    """Put the shards together as one table, name the near-copies and record what made it."""
+def _joined(folder: Path, shards: Path, corpus: Corpus, generator: Generator) -> dict[str, Any]:
+    """Put the shards together as one table, name the near-copies, and say what the table holds."""
     table = pa.concat_tables([pq.read_table(path) for path in sorted(shards.glob("*.parquet"))])
     drawn = [image["bytes"] for image in table["image"].to_pylist()]
     found = near_copies(looks_of([look_of(load_rgb(data)) for data in drawn]), corpus.looks())
@@ -293,26 +288,19 @@ def _finish(
     table = table.set_column(table.schema.get_field_index("near_copy_of"), "near_copy_of", pa.array(copied, pa.string()))
     with atomic_path(folder / "data.parquet") as temporary:
         pq.write_table(table, temporary)
-    near = sum(map(bool, copied))
+    near, splits = sum(map(bool, copied)), table["split"].to_pylist()
     if near:
         logger.warning("%d of %d drawings are near-copies of a training image (column near_copy_of)", near, len(copied))
     images = [hashlib.sha256(data).hexdigest() for data in drawn]
-    identity = [table["query_id"].to_pylist(), table["prompt"].to_pylist(), table["split"].to_pylist(), images]
-    counts = {split: table["split"].to_pylist().count(split) for split in SPLITS}
-    schedule = {key: value for key, value in generator.pipeline.scheduler.config.items() if not key.startswith("_")}
-    write_manifest(
-        folder,
-        stage="queries",
-        config=config,
-        inputs=inputs,
-        queries_fingerprint=fingerprint(identity),
-        queries=counts,
-        near_copies=near,
-        pipeline=type(generator.pipeline).__name__,
-        scheduler=schedule,
-        image_size=generator.image_size,
-    )
-    remove(shards)
+    scheduler = generator.pipeline.scheduler.config
+    return {
+        "queries_fingerprint": fingerprint([table["query_id"].to_pylist(), table["prompt"].to_pylist(), splits, images]),
+        "queries": {split: splits.count(split) for split in SPLITS},
+        "near_copies": near,
+        "pipeline": type(generator.pipeline).__name__,
+        "scheduler": {key: value for key, value in scheduler.items() if not key.startswith("_")},
+        "image_size": generator.image_size,
+    }
 
 
 def draw_queries(generator: Generator, prompts: Sequence[Prompt], *, first: int, config: QueriesConfig) -> list[dict[str, Any]]:

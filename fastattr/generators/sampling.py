@@ -1,4 +1,4 @@
-"""Sampling: draw images with a diffusers pipeline, each from a noise of its own."""
+"""Sampling: draw images with a diffusers pipeline, each from a noise of its own, and encode images."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastattr.core.errors import InputError
 
@@ -71,3 +72,17 @@ def sample(
     )
     images: list[Image.Image] = result.images
     return images
+
+
+def encode_pixels(vae: Any, images: Sequence[Image.Image], *, side: int) -> torch.Tensor:
+    """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `side`."""
+    size = (side, side)
+    fitted = [image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted])).permute(0, 3, 1, 2)
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype).div(127.5).sub(1.0))
+    latents: torch.Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    mean, spread, shift = (vae.config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    if mean is not None and spread is not None:  # channel by channel
+        latents = (latents - latents.new_tensor(mean)[:, None, None]) / latents.new_tensor(spread)[:, None, None]
+    scaled: torch.Tensor = (latents if shift is None else latents - shift) * vae.config.scaling_factor
+    return scaled

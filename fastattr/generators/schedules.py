@@ -18,7 +18,7 @@ class Schedule(Protocol):
 
     def told(self, timesteps: torch.Tensor) -> torch.Tensor:
         """(B,) the timesteps as the denoiser is told them."""
-        ...
+        return timesteps
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """(B, L, h, w) what the scaled prediction should be."""
@@ -26,10 +26,10 @@ class Schedule(Protocol):
 
     def scaled(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The prediction times the square root of its weight in the loss."""
-        ...
+        return prediction
 
 
-class DiffusionSchedule:
+class DiffusionSchedule(Schedule):
     """Noise added by a table of variances; the denoiser predicts the noise, the velocity or the clean latent."""
 
     def __init__(self, config: Any) -> None:
@@ -43,10 +43,6 @@ class DiffusionSchedule:
         """See `Schedule`."""
         noisy: torch.Tensor = self._scheduler.add_noise(latents, noise, timesteps)
         return noisy
-
-    def told(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
-        return timesteps
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Schedule`."""
@@ -66,7 +62,7 @@ class DiffusionSchedule:
         return weighted
 
 
-class FlowSchedule:
+class FlowSchedule(Schedule):
     """Straight lines from latent to noise; the denoiser predicts their direction, noise - latent."""
 
     def __init__(self, config: Any) -> None:
@@ -98,10 +94,6 @@ class FlowSchedule:
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Schedule`."""
         return noise - latents
-
-    def scaled(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
-        return prediction
 
 
 def read_schedule(config: Any) -> Schedule:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 from fastattr.generators.generator import Generator
@@ -48,8 +47,6 @@ class GradientConfig:
     """Take draws in pairs of opposite noise at one timestep."""
     span: tuple[float, float] = (0.0, 1.0)
     """The part of the noise schedule, from little noise to much, that timesteps are spread over."""
-    unit_draws: bool = False
-    """Give each draw's gradient unit length before the mean (DAS, ICLR 2025), so that no timestep outweighs the others."""
     batch_size: int = 128
     seed: int = 0
 
@@ -72,7 +69,7 @@ class GradientConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings for a fingerprint: those that came later count only where they are set, so that old ones stay."""
-        later = {"antithetic": False, "span": (0.0, 1.0), "unit_draws": False}
+        later = {"antithetic": False, "span": (0.0, 1.0)}
         return {name: value for name, value in vars(self).items() if later.get(name, self) != value}
 
     @property
@@ -107,11 +104,10 @@ class Turn:
 
 
 class Compression:
-    """Per-layer gradients to (B, k): whitened in the EKFAC eigenbasis if asked, then cut to some coordinates or count-sketched.
+    """Per-layer gradients to (B, k): whitened in the EKFAC eigenbasis and cut to some coordinates, or count-sketched.
 
-    In the eigenbasis few coordinates carry most of a gradient, so keeping those serves better than sketching all. A count
-    sketch adds each coordinate, with a random sign, to one of k numbers: inner products stay right in expectation, at a cost
-    of one addition a coordinate. Source of the sketch: arXiv:1306.4672.
+    A count sketch adds each coordinate, with a random sign, to one of k numbers: inner products stay right in expectation.
+    Source of the sketch: arXiv:1306.4672.
     """
 
     def __init__(
@@ -128,23 +124,18 @@ class Compression:
         Args:
             layers: whose gradients come, in this order.
             config: the settings.
-            factors: EKFAC factors of these layers; needed where `config.whiten`.
+            factors: EKFAC factors of these layers; InputError where `config.whiten` and there are none.
             coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as
                 `leading_coordinates` finds them; without them all are sketched, or kept where `config.width` is 0.
             turns: how each layer is rotated and cut, as an earlier compression has it, instead of factors and coordinates.
-
-        Raises:
-            InputError: whitening was asked for and there are no factors.
         """
         if config.whiten and factors is None and turns is None:
             raise InputError("whitened gradient features need EKFAC factors; fit them first, or set whiten to false.")
         self._names = list(layers)
-        self._sizes = [layer.weight.numel() for layer in layers.values()]
-        self._coordinates = coordinates
         self.turns: Mapping[str, Turn] = turns or {}
         if config.whiten and factors is not None:
             self.turns = _turns(layers, config, factors, coordinates)
-        size = sum(self._sizes)
+        size = sum(layer.weight.numel() for layer in layers.values())
         kept = sum(turn.width for turn in turns.values()) if turns else None if coordinates is None else len(coordinates)
         self.width = (config.width or size) if kept is None else kept
         self._sketched = bool(config.width) and kept is None
@@ -157,9 +148,9 @@ class Compression:
     def of_records(self, recorded: Mapping[str, Calls], groups: int) -> torch.Tensor:
         """(groups, k) from what `record_layers` recorded; each row is of the sum over a group of consecutive examples."""
         if not self.turns:
-            return self._shortened([example_gradients(recorded[name], groups) for name in self._names])
+            return self._short([example_gradients(recorded[name], groups).flatten(1) for name in self._names])
         kept = [(turn, recorded[name]) for name, turn in self.turns.items()]
-        return self._joined([turn.picked(rotated_gradients(calls, groups, turn.left, turn.right), 1) for turn, calls in kept])
+        return self._short([turn.picked(rotated_gradients(calls, groups, turn.left, turn.right), 1) for turn, calls in kept])
 
     def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, out, in) gradients by layer -> (B, k)."""
@@ -171,20 +162,13 @@ class Compression:
 
     def _of_matrices(self, matrices: Mapping[str, torch.Tensor], power: int) -> torch.Tensor:
         if not self.turns:
-            return self._shortened([matrices[name] for name in self._names])
+            return self._short([matrices[name].flatten(1) for name in self._names])
         kept = [(turn, matrices[name]) for name, turn in self.turns.items()]
-        return self._joined([turn.picked(turn.left.T @ matrix @ turn.right, power) for turn, matrix in kept])
+        return self._short([turn.picked(turn.left.T @ matrix @ turn.right, power) for turn, matrix in kept])
 
-    def _shortened(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Unrotated gradients, cut or sketched."""
-        flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
-        return flat[:, torch.from_numpy(self._coordinates)] if self._coordinates is not None else self._sketch(flat)
-
-    def _joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Rotated gradients of all layers, which are cut already, side by side and sketched if asked."""
-        return self._sketch(torch.cat(list(parts), dim=1))
-
-    def _sketch(self, flat: torch.Tensor) -> torch.Tensor:
+    def _short(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(B, k) of all layers side by side, which are cut already where they are rotated."""
+        flat = torch.cat(list(parts), dim=1)
         if not self._sketched:
             return flat
         sketch = flat.new_zeros(len(flat), self.width)
@@ -229,8 +213,7 @@ def gradient_features(
     Args:
         generator: with base weights.
         layers: whose gradients are taken.
-        images: encoded images, of the corpus or queries.
-        rows: (C,) which of them.
+        images: encoded images, of the corpus or queries; `rows` (C,) says which of them.
         compression: of the same layers.
         config: the settings.
 
@@ -238,17 +221,10 @@ def gradient_features(
         NonFiniteError: a gradient is NaN or infinite; the image is named.
     """
     features = torch.zeros(len(rows) * images.views, compression.width)
-    evaluations = config.draws * (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
-    batches = denoising_losses(generator, images, rows, **config.drawn)
     with record_layers(layers) as recorded:
-        for positions, losses in batches:
+        for positions, losses in denoising_losses(generator, images, rows, **config.drawn):
             losses.sum().backward()
-            if config.unit_draws:
-                each = compression.of_records(recorded, losses.numel())
-                shares = torch.from_numpy(1 / evaluations[positions]).to(each)
-                compressed = F.normalize(each).view(*losses.shape, -1).sum(dim=1) * shares[:, None]
-            else:
-                compressed = compression.of_records(recorded, len(positions))
+            compressed = compression.of_records(recorded, len(positions))
             features.index_add_(0, torch.from_numpy(positions), compressed.float().cpu())
             for calls in recorded.values():
                 calls.clear()
@@ -287,12 +263,7 @@ def leading_coordinates(
 ) -> np.ndarray:
     """(k,) coordinates, of all layers' whitened gradients side by side, with the largest mean square over a sample of images.
 
-    Args:
-        generator: with base weights.
-        layers: whose gradients are taken; their weights must require gradients.
-        images: the encoded corpus.
-        factors: EKFAC factors of the layers.
-        config: the settings; k is its width, or all coordinates if they are fewer.
+    k is the width of the settings, or all coordinates if they are fewer; arguments as of `gradient_features`.
     """
     whole = replace(config, width=0)
     compression = Compression(layers, whole, factors)

@@ -52,15 +52,7 @@ class Factors:
     """Examples that the eigenvalues average over."""
 
     def precondition(self, gradients: Mapping[str, torch.Tensor], *, damping: float) -> dict[str, torch.Tensor]:
-        """Apply (F + damping * mean eigenvalue of the layer)^-1 to gradients.
-
-        Args:
-            gradients: (out, in) per layer.
-            damping: as a fraction of each layer's mean eigenvalue.
-
-        Returns:
-            (out, in) natural gradients, by layer.
-        """
+        """(out, in) natural gradients by layer: (F + damping * mean eigenvalue of the layer)^-1 applied to gradients."""
         natural = {}
         for name, gradient in gradients.items():
             left = self.gradient_eigenvectors[name].to(gradient.device)
@@ -106,12 +98,9 @@ class Factors:
 
     @classmethod
     def load(cls, folder: Path, layers: Mapping[str, Layer], *, made_of: Mapping[str, str] | None = None) -> Factors:
-        """Read kronfluence's factor files.
+        """Read kronfluence's factor files of these layers.
 
-        Args:
-            folder: where they are.
-            layers: those that they must be of.
-            made_of: fingerprints that those saved beside them must agree with; kronfluence's own have none, which is logged.
+        `made_of` are fingerprints that those saved beside them must agree with; kronfluence's own have none, which is logged.
 
         Raises:
             ArtifactNotFoundError: a file is missing.
@@ -130,18 +119,14 @@ class Factors:
             if not path.exists():
                 raise ArtifactNotFoundError(f"{path} does not exist; fit the factors again.")
             contents[file] = load_file(path)
-        wanted = set(layers)
-        if set(contents["lambda_matrix"]) != wanted:
+        found = {name: tuple(value.shape) for name, value in contents["lambda_matrix"].items()}
+        wanted = {name: weight_shape(layer) for name, layer in layers.items()}
+        if found != wanted:
+            different = sorted(set(found.items()) ^ set(wanted.items()))[:4]
             raise ArtifactMismatchError(
-                f"{folder} holds factors of {sorted(contents['lambda_matrix'])[:3]}..., "
-                f"expected those of {sorted(wanted)[:3]}... Fit factors for this generator and pattern."
+                f"{folder} holds factors of other layers than the {len(wanted)} to unlearn; they differ in e.g. {different}. "
+                "Fit factors for this generator and pattern."
             )
-        for name, layer in layers.items():
-            if contents["lambda_matrix"][name].shape != weight_shape(layer):
-                raise ArtifactMismatchError(
-                    f"{folder} holds factors of shape {tuple(contents['lambda_matrix'][name].shape)} for layer {name}, "
-                    f"expected {weight_shape(layer)}. Fit factors for this generator."
-                )
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
         eigenvalues = {name: value.double() / examples for name, value in contents["lambda_matrix"].items()}
         return cls(

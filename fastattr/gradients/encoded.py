@@ -60,8 +60,7 @@ def encode_corpus(
 
     Args:
         generator: whose VAE and text encoder to use.
-        corpus: the images.
-        batch_size: images or captions at once.
+        corpus: the images; `batch_size` of them, or of their captions, are encoded at once.
         folder: what is computed is kept there for the next run; its name must say generator and corpus.
         captions: 'first' or 'all'.
         mirrored: whether to encode the mirror images as a second view.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from fastattr.generators.generator import Generator
 from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 
-OUTPUTS = {"loss": "training_loss", "squared_norm": "squared_output", "mean": "mean_output"}
-"""What can be measured, by name, and the generator's method that measures it: the denoising loss, the mean square of the
-network's prediction (D-TRAK), or its mean (DAS)."""
+OUTPUTS: dict[str, Callable[..., torch.Tensor]] = {
+    "loss": lambda generator, *arguments: generator.training_loss(*arguments),
+    "squared_norm": lambda generator, *arguments: generator.predict(*arguments).square().mean(dim=(1, 2, 3)),
+}
+"""What can be measured, (B,) each: the denoising loss, or the mean square of the prediction (D-TRAK)."""
 
 
 def denoising_losses(
@@ -33,9 +36,8 @@ def denoising_losses(
 
     Args:
         generator: with the weights to measure.
-        images: encoded images.
-        rows: (C,) which of them.
-        draws: timesteps spread evenly over the schedule, each with noise of its own, fixed by (image id, draw, seed).
+        images: encoded images; `rows` (C,) says which of them.
+        draws: timesteps spread evenly over the span, each with noise of its own, fixed by (image id, draw, seed).
         batch_size: network evaluations at once; does not change the losses.
         seed: of the noise.
         output: one of `OUTPUTS`.
@@ -47,7 +49,7 @@ def denoising_losses(
         latent element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions;
         one whose evaluations outnumber `batch_size` comes in several batches.
     """
-    measure = getattr(generator, OUTPUTS[output])
+    measure = partial(OUTPUTS[output], generator)
     pairs = 2 if antithetic else 1
     timesteps = _timesteps(draws // pairs, generator.train_timesteps, span).repeat(pairs)
     captions = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
@@ -115,25 +117,6 @@ def image_losses(
     losses = losses.reshape(len(rows), images.views)
     require_finite(losses, images, rows, "loss")
     return losses
-
-
-@torch.no_grad()
-def error_factors(
-    generator: Generator, images: EncodedImages, *, draws: int, batch_size: int, seed: int, span: tuple[float, float] = (0, 1)
-) -> np.ndarray:
-    """(N,) how much of the corpus' error is each image's own: DAS multiplies its scores by it.
-
-    The root of an image's loss at each draw, divided by the root of the sum of all images' losses there, averaged over
-    draws. Source: DAS (ICLR 2025), its third refinement of D-TRAK.
-    """
-    count = len(images.image_ids)
-    errors = np.zeros((count, draws))
-    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
-    for row in range(count):
-        parts = [losses.flatten() for _, losses in denoising_losses(generator, images, np.array([row]), **drawn)]
-        errors[row] = torch.cat(parts).double().cpu().numpy().reshape(-1, draws).sum(axis=0)
-    shares: np.ndarray = np.sqrt(errors / errors.sum(axis=0)).mean(axis=1)
-    return shares
 
 
 def require_finite(values: np.ndarray, images: EncodedImages, rows: np.ndarray, what: str) -> None:

@@ -77,12 +77,8 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 def joined(calls: Calls, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs (groups, R, in) and output gradients (groups, R, out) of a layer: all rows of all calls of each group.
 
-    Args:
-        calls: of one layer, B examples each.
-        groups: consecutive examples fall into this many groups of equal size; B keeps examples apart.
-
-    Raises:
-        NonFiniteError: the layer took no part in the loss.
+    Consecutive examples fall into groups of equal size; as many groups as examples keep them apart. NonFiniteError if
+    the layer took no part in the loss.
     """
     if not calls:
         raise NonFiniteError("a layer to unlearn took no part in the loss; no gradient reached it.")
@@ -98,16 +94,10 @@ def example_gradients(calls: Calls, groups: int | None = None) -> torch.Tensor:
 
 
 def rotated_gradients(calls: Calls, groups: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(groups, o, i) left^T G right, G the weight gradient of a group of consecutive examples.
+    """(groups, o, i) left^T G right, G the weight gradient of a group, for (out, o) and (in, i) directions.
 
     Rotation is linear: it is done once a group, not once an example, and in the order that multiplies least: of the
     inputs and output gradients where few rows or few directions are wanted, of their product where there are many rows.
-
-    Args:
-        calls: of one layer.
-        groups: as of `joined`.
-        left: (out, o) directions of the outputs.
-        right: (in, i) directions of the inputs.
     """
     inputs, gradients = joined(calls, groups)
     rows, (inner, few_in), (outer, few_out) = inputs.shape[1], right.shape, left.shape

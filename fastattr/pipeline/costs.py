@@ -178,7 +178,7 @@ def teacher_ways(config: BuildConfig, images: int, network: Network) -> dict[str
         the losses before measured once for all queries, as ours does; 'first_order': all of them to first order.
     """
     queries = replace(config.queries, test=0)
-    alone = {"method": "unlearning", "models": (), "retrained": "", "similarity_features": ()}
+    alone: dict[str, Any] = {"method": "unlearning", "models": (), "retrained": "", "similarity_features": ()}
     teacher = replace(config.teacher, linearised=(), **alone)
     exact = replace(config, queries=queries, teacher=teacher)
     sizes = teacher_sizes(exact, images, network)

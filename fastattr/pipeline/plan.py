@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastattr.core.errors import FastattrError
+from fastattr.core.errors import InputError
 from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.costs import (
@@ -23,7 +23,7 @@ from fastattr.pipeline.costs import (
     teacher_ways,
     training_images,
 )
-from fastattr.pipeline.networks import PEAK_FLOPS
+from fastattr.pipeline.networks import PEAK_FLOPS, Network
 from fastattr.pipeline.probe import measure_machine
 
 DENSE = {"train-encoder", "features", "distill", "index"}
@@ -73,20 +73,16 @@ def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[s
     }
     if measure:
         try:
-            result["here"] = hours_here(config, run_dir, stages)
-        except FastattrError as error:
-            result["here"] = {"problem": " ".join(str(error).split())}
+            result["here"] = hours_here(config, run_dir, network, stages)
+        except InputError as error:
+            result["here"] = {"problem": str(error)}
     return result
 
 
-def hours_here(config: BuildConfig, run_dir: Path, stages: Sequence[StageCost]) -> dict[str, Any]:
-    """Seconds of each counted stage on this machine, and in all, from the rates that a probe measures.
-
-    Raises:
-        FastattrError: the probe failed, or took longer than `plan.probe_seconds`.
-    """
-    shape, limit = denoiser_shape(config, run_dir), config.plan.probe_seconds
-    rates = measure_machine(shape, config.teacher.pattern, config.teacher.batch_size, limit=limit)
+def hours_here(config: BuildConfig, run_dir: Path, network: Network, stages: Sequence[StageCost]) -> dict[str, Any]:
+    """Seconds of each counted stage on this machine, and in all, from the rates that a probe measures; errors as it."""
+    shape, teacher = denoiser_shape(config, run_dir), config.teacher
+    rates = measure_machine(shape, network, teacher.pattern, teacher.batch_size, limit=config.plan.probe_seconds)
     seconds = {stage.name: stage.flops / rates["dense" if stage.name in DENSE else "denoiser"] for stage in stages}
     return {"seconds": {**seconds, "in all": sum(seconds.values())}, "rates": rates}
 

@@ -1,23 +1,19 @@
 """Probe: how many operations a second this machine does.
 
-Runs in a process of its own (`python -m fastattr.pipeline.probe REQUEST`), which can be given up. The denoiser is put
-together from its shape with random weights, so neither generator nor network is needed.
+The denoiser is put together from its shape with random weights, so neither generator nor network is needed.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from fastattr.core.errors import FastattrError, InputError
-from fastattr.core.processes import alone
-from fastattr.pipeline.networks import count, network_inputs, new_network, unlearned_layers
+from fastattr.core.errors import InputError
+from fastattr.index.choose import available_memory
+from fastattr.pipeline.networks import Network, network_inputs, new_network, unlearned_layers
 
 SECONDS = 3.0
 """How long each of the two rates is measured."""
@@ -25,13 +21,16 @@ WIDTH, ROWS = 768, 3152
 """Of the layers of a ViT-B/16 with 16 images of 197 tokens: what encoders and student spend their time in."""
 
 
-def measure_machine(shape: Mapping[str, Any], pattern: str, batch_size: int, *, limit: float) -> dict[str, float]:
+def measure_machine(
+    shape: Mapping[str, Any], network: Network, pattern: str, batch_size: int, *, limit: float
+) -> dict[str, float]:
     """Measure this machine with one denoiser.
 
     Args:
         shape: of the denoiser, see `networks.shape_of`.
+        network: the same, counted.
         pattern: of the layers to unlearn.
-        batch_size: latents at once.
+        batch_size: latents at once, fewer where so many would take too long.
         limit: seconds that the probe may take.
 
     Returns:
@@ -39,34 +38,25 @@ def measure_machine(shape: Mapping[str, Any], pattern: str, batch_size: int, *, 
         'seconds' that the probe took.
 
     Raises:
-        InputError: it took longer.
-        FastattrError: it failed; the text is the last that it said.
+        InputError: one latent alone would take too long, or more memory than is free.
     """
     started = time.monotonic()
-    request = json.dumps({"shape": shape, "pattern": pattern, "batch_size": batch_size})
-    command = [sys.executable, "-m", "fastattr.pipeline.probe", request]
-    try:
-        done = subprocess.run(command, env=alone(), capture_output=True, text=True, check=False, timeout=limit)
-    except subprocess.TimeoutExpired as error:
-        raise InputError(f"not measured: one batch takes more than {limit:g} s (plan.probe_seconds)") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it was killed: perhaps memory ran out"])[-1]
-        raise FastattrError(f"not measured: the probe failed ({last})")
-    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": round(time.monotonic() - started, 1)}
-
-
-def measure(shape: Mapping[str, Any], pattern: str, batch_size: int) -> dict[str, float]:
-    """Measure in this process; see `measure_machine`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flops = count("probe", shape, pattern).flops
+    square, rows = torch.randn(WIDTH, WIDTH, device=device), torch.randn(ROWS, WIDTH, device=device)
+    dense = 2.0 * ROWS * WIDTH**2 / _seconds(lambda: rows @ square, device)
+    one = 3 * network.flops / dense
+    if one > limit / 4:
+        raise InputError(f"not measured: one latent takes about {one:,.0f} s here, too long for plan.probe_seconds ({limit:g})")
+    if 4 * network.parameters + network.activations > available_memory():
+        raise InputError("not measured: the denoiser does not fit into the memory that is free")
+    batch_size = max(1, min(batch_size, int(limit / 4 / one)))
     denoiser = new_network(dict(shape["denoiser"])).requires_grad_(False).to(device)
     for layer in unlearned_layers(denoiser, pattern).values():
         layer.weight.requires_grad_(True)
     batch = _repeated(network_inputs(denoiser, shape)[0], batch_size, device)
-    square, rows = torch.randn(WIDTH, WIDTH, device=device), torch.randn(ROWS, WIDTH, device=device)
     there_and_back = _seconds(lambda: denoiser(**batch)[0].square().mean().backward(), device)
-    product = _seconds(lambda: rows @ square, device)
-    return {"denoiser": 3 * flops * batch_size / there_and_back, "dense": 2.0 * ROWS * WIDTH**2 / product}
+    rate = 3 * network.flops * batch_size / there_and_back
+    return {"denoiser": rate, "dense": dense, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _repeated(value: Any, batch_size: int, device: torch.device) -> Any:
@@ -89,10 +79,3 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize()
         if (spent := time.monotonic() - started) > SECONDS:
             return spent / calls
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(json.dumps(measure(**json.loads(sys.argv[1]))))
-    except FastattrError as error:
-        sys.exit(" ".join(str(error).split()))

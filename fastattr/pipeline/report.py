@@ -72,11 +72,11 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
         "skipped": skipped,
         "queries": queries.manifest,
         "near_copies": [
-            {"query_id": queries.query_ids[row], "prompt": queries.prompts[row], "image_id": copy}
-            for row, copy in enumerate(copies)
+            {"query_id": name, "prompt": prompt, "image_id": copy}
+            for name, prompt, copy in zip(queries.query_ids, queries.prompts, copies, strict=True)
             if copy
         ],
-        "shown": [_shown(*each, copies[row]) for row, *each in list(zip(rows, images, answers, strict=True))[:SHOWN]],
+        "shown": [_shown(images[at], answers[at], copies[row]) for at, row in enumerate(rows[:SHOWN])],
         "totals": _totals(answers),
         "answers": len(answers),
         "metrics": metrics,

@@ -33,14 +33,8 @@ def attributor_card(
 ) -> str:
     """The model card of an attributor.
 
-    Args:
-        repo_id: where it is pushed to.
-        config: its config.json.
-        metrics: its metrics.json.
-        entries: `provenance` of its catalogue.
-        example: a caption for the snippet.
-        generator: Hub id of its generator.
-        scores: Hub id of the score table it was distilled from.
+    `config` and `metrics` are its config.json and metrics.json, `entries` the `provenance` of its catalogue, `example` a
+    caption for the snippet, `generator` and `scores` the Hub ids of what it belongs to.
     """
     name = repo_id.split("/")[1]
     imported = config.get("source", {}).get("license")
@@ -101,10 +95,8 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
 def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> str:
     """The dataset card of score tables.
 
-    Args:
-        repo_id: where they are pushed to.
-        manifests: configuration -> the manifest of its scores stage, with 'queries' (count by split), 'candidates' (C, the
-            largest) and 'provenance' of the training images.
+    `manifests` has for each configuration the manifest of its scores stage, with 'queries' (count by split), 'candidates' (C,
+    the largest) and 'provenance' of the training images.
     """
     entries = merged(manifest["provenance"] for manifest in manifests.values())
     imported = sorted({manifest["license"] for manifest in manifests.values() if "license" in manifest})

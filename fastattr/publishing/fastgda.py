@@ -159,11 +159,7 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
     It has no feature encoders of its own: query it by `attribute_features`, with features from the authors' extractors
     (for dino+clip_text: DINO ViT-B/16 and CLIP ViT-B/32 text, side by side, not normalised).
 
-    Args:
-        weights: e.g. dino+clip_text.pth.
-        features: e.g. data_feats.npy, (N, F).
-        ids: see `read_ids`; N of them.
-        folder: where to write.
+    `features` is (N, F), `ids` names N images (see `read_ids`).
     """
     student, config, sign = student_of(read_weights(weights))
     _require(features, "the training images' features, e.g. data_feats.npy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,19 @@ def corpus_table(run_dir: Path) -> pa.Table:
 
 
 def provenance(images: pa.Table) -> list[dict[str, Any]]:
-    """Who made the training images and under which licences, largest part first.
+    """Who made the training images and under which licences, largest part first; from columns of a corpus or catalogue.
 
-    Args:
-        images: a corpus or catalogue with the columns 'source', 'license' and 'creator'.
-
-    Returns:
-        One entry a source and licence: 'source', 'license', 'images' (how many) and 'creators' (names, most images first).
+    One entry a source and licence: 'source', 'license', 'images' (how many) and 'creators' (names, most images first).
     """
-    parts: dict[tuple[str, str], dict[str, int]] = {}
+    parts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     columns = [images[name].to_pylist() for name in ("source", "license", "creator")]
     for source, license_name, creator in zip(*columns, strict=True):
-        counts = parts.setdefault((source, license_name), {})
-        counts[creator] = counts.get(creator, 0) + 1
+        parts[source, license_name][creator] += 1
     entries = [
         {
             "source": source,
             "license": license_name,
-            "images": sum(counts.values()),
+            "images": counts.total(),
             "creators": [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if name],
         }
         for (source, license_name), counts in parts.items()

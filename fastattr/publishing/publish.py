@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from fastattr.attributor.bases import copy_newest
 from fastattr.attributor.folder import read_config
 from fastattr.attributor.version import Parts, open_version
-from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, InputError, MissingFileError
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, MissingFileError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
 from fastattr.publishing.cards import attributor_card, generator_card
@@ -37,14 +37,10 @@ class PushConfig:
 
     namespace: str = ""
     """User or organisation on the Hub; '' pushes nothing."""
-    kinds: tuple[str, ...] = ("scores", "attributor")
-    """Some of 'generator', 'scores', 'attributor' and 'space'; a pretrained generator is not ours to push."""
+    kinds: tuple[Literal["generator", "scores", "attributor", "space"], ...] = ("scores", "attributor")
+    """A pretrained generator is not ours to push."""
     private: bool = True
     """Of repositories that are made."""
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.kinds) - set(KINDS):
-            raise InputError(f"push.kinds names {sorted(unknown)}; there are {', '.join(KINDS)}")
 
 
 def push_attributor(
@@ -191,7 +187,7 @@ def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str]
     """
     ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
     scores = ids["scores"] if str(source) not in embedded_models() else None
-    refers = {"generator": ids["generator"], "scores": scores}
+    refers: dict[str, Any] = {"generator": ids["generator"], "scores": scores}
 
     def push(kind: str) -> Push:
         if kind == "space":

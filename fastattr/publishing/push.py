@@ -150,10 +150,10 @@ def push_folder(
         else:
             operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
             operations += [CommitOperationDelete(path) for path in push.deleted]
-            options = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": head}
+            options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": head}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes, we are
-                commit = api.create_commit(**where, operations=operations, **options)
+                commit = api.create_commit(**where, operations=operations, commit_message=message, **options)
             url, head = commit.pr_url or commit.commit_url, commit.oid
         if tag and not tagged:
             api.create_tag(**where, tag=tag, revision=head)

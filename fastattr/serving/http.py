@@ -17,40 +17,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import io
-import logging
 import os
-import time
-import warnings
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
-from fastattr.attributor.inputs import checked_features
-from fastattr.core.errors import InputError, MissingExtraError
+from fastattr.core.errors import InputError, MissingExtraError, NonFiniteError
 
 try:
     import uvicorn
-    from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+    from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
-    from pydantic import BaseModel, ConfigDict, Field
+    from fastapi.security import HTTPBearer
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, FiniteFloat
+
+    from fastattr.serving.batches import Batcher, BusyError, Room
+    from fastattr.serving.limits import Guard, PatientProtocol, pixels_of, read_upload
 except ImportError as failure:
-    raise MissingExtraError(f"the server needs fastapi ({failure}); run: pip install 'fastattr[serve]'") from failure
+    raise MissingExtraError(f"the server lacks a package ({failure}); run: pip install 'fastattr[serve]'") from failure
 
-logger = logging.getLogger(__name__)
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 LONGEST_PROMPT = 4000
 LONGEST_K = 1000
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Seconds, of the histogram of latencies."""
+PATHS = frozenset({"/attribute", "/attribute/features", "/health", "/metrics", "/info"})
+DECODERS = 2
+"""Uploads that are decoded at once; each takes some 16 bytes a pixel meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,8 @@ class ServeConfig:
     """Of one request."""
     max_pixels: int = 20_000_000
     """Of one image; it is not decoded if it has more."""
+    max_waiting_pixels: int = 100_000_000
+    """Of all images that are decoded and wait for their answer; further ones are decoded once there is room."""
     max_batch: int = 32
     """Requests that are answered together."""
     max_waiting: int = 256
@@ -70,216 +70,99 @@ class ServeConfig:
     token: str = ""
     """Bearer token that requests must carry; '' asks for none."""
 
+    def __post_init__(self) -> None:
+        if self.max_waiting_pixels < self.max_pixels:
+            raise InputError(
+                f"max_waiting_pixels must be at least max_pixels, {self.max_pixels}, got {self.max_waiting_pixels}"
+            )
+
+
+def _encodable(text: str) -> str:
+    text.encode()  # UnicodeEncodeError is a ValueError, which makes the request malformed
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Texts = Annotated[list[Text], Field(max_length=1000)]
+
 
 class FeaturesRequest(BaseModel):
     """Features computed elsewhere."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    features: list[float] = Field(max_length=65_536)
-    prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
+    features: Annotated[list[FiniteFloat], FailFast(), Field(max_length=65_536)]
+    prompt: Text = Field(min_length=1, max_length=LONGEST_PROMPT)
     k: int = Field(default=20, ge=1, le=LONGEST_K)
-    where: dict[str, str | list[str]] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Waiting:
-    """A request in the queue."""
-
-    query: Image.Image | np.ndarray
-    prompt: str
-    k: int
-    where: dict[str, str | list[str]] | None
-    answer: asyncio.Future[Attribution]
-
-
-class Batcher:
-    """Answers requests that wait together, in one thread of their own, one batch after the other."""
-
-    def __init__(self, attributor: FastAttributor, config: ServeConfig) -> None:
-        self._attributor, self._config = attributor, config
-        self._queue: asyncio.Queue[Waiting] = asyncio.Queue(config.max_waiting)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attribute")
-        self._task: asyncio.Task[None] | None = None
-        self.batches = 0
-
-    def start(self) -> None:
-        """Begin to answer."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def stop(self) -> None:
-        """Answer what waits, then end."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._queue.join(), self._config.timeout)
-        if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        self._thread.shutdown()
-
-    async def ask(self, query: Image.Image | np.ndarray, prompt: str, k: int, where: Any = None) -> Attribution:
-        """The answer, once its batch is done.
-
-        Raises:
-            HTTPException: 503 if too many wait, or it takes too long.
-            InputError: the query can't be answered.
-        """
-        waiting = Waiting(query, prompt, k, where, asyncio.get_running_loop().create_future())
-        try:
-            self._queue.put_nowait(waiting)
-        except asyncio.QueueFull:
-            raise HTTPException(503, "too many requests wait; try again later", {"Retry-After": "1"}) from None
-        try:
-            return await asyncio.wait_for(waiting.answer, self._config.timeout)
-        except TimeoutError:
-            raise HTTPException(503, f"no answer within {self._config.timeout:g} s; try again later") from None
-
-    async def _run(self) -> None:
-        while True:
-            batch = [await self._queue.get()]
-            while len(batch) < self._config.max_batch and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            wanted = [each for each in batch if not each.answer.done()]  # not those that gave up
-            try:
-                answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer, self._attributor, wanted)
-            except Exception as error:  # the process must live; the cause goes to who asked, and to the log
-                logger.exception("a batch failed")
-                answers = [error] * len(wanted)
-            for each, found in zip(wanted, answers, strict=True):
-                if each.answer.done():
-                    continue
-                if isinstance(found, Exception):
-                    each.answer.set_exception(found)
-                else:
-                    each.answer.set_result(found)
-            self.batches += 1
-            for _ in batch:
-                self._queue.task_done()
-
-
-def answer(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution | Exception]:
-    """The answer to each, or the error that it alone gets; queries of one kind go through the network together."""
-    answers: list[Attribution | Exception] = [InputError("not answered")] * len(batch)
-    groups: dict[str, list[int]] = {}
-    for number, each in enumerate(batch):
-        kind = "image" if isinstance(each.query, Image.Image) else "features"
-        groups.setdefault(f"{kind} {each.where!r}", []).append(number)
-    for numbers in groups.values():
-        try:
-            found = _answer_together(attributor, [batch[number] for number in numbers])
-        except InputError:  # of one of them: each for itself, then
-            found = []
-            for number in numbers:
-                try:
-                    found += _answer_together(attributor, [batch[number]])
-                except InputError as error:
-                    found.append(error)
-        for number, each_answer in zip(numbers, found, strict=True):
-            answers[number] = each_answer
-    return answers
-
-
-def _answer_together(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution | Exception]:
-    prompts, where = [each.prompt for each in batch], batch[0].where
-    k = max(each.k for each in batch)
-    if isinstance(batch[0].query, Image.Image):
-        found = attributor.attribute([each.query for each in batch], prompts, k, where=where)
-        assert isinstance(found, list)
-    else:
-        found = attributor.attribute_features(np.stack([each.query for each in batch]), prompts, k, where=where)  # type: ignore[misc]
-    return [answer.first(each.k) for answer, each in zip(found, batch, strict=True)]
-
-
-def read_upload(data: bytes, max_pixels: int) -> Image.Image:
-    """A decoded upload.
-
-    Raises:
-        HTTPException: 415 for what is no image of `FORMATS`, 413 for too many pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise HTTPException(
-                        413, f"the image has {image.width} x {image.height} pixels, at most {max_pixels:,} are taken"
-                    )
-                image.seek(0)
-                image.load()
-                return image.copy()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise HTTPException(413, f"the image has too many pixels, at most {max_pixels:,} are taken") from error
-    except HTTPException:
-        raise
-    except Exception as error:  # Pillow's decoders raise anything on hostile bytes
-        raise HTTPException(415, f"the upload is no image in one of the formats {', '.join(FORMATS)}") from error
+    where: dict[Text, Text | Texts] | None = Field(default=None, max_length=16)
 
 
 class Metrics:
-    """Counts for Prometheus."""
+    """Counts for Prometheus, of one server."""
 
-    def __init__(self) -> None:
-        self.requests: dict[tuple[str, int], int] = {}
-        self.buckets = [0] * (len(BUCKETS) + 1)
-        self.seconds = 0.0
-
-    def count(self, path: str, status: int, seconds: float) -> None:
-        """One request more."""
-        self.requests[path, status] = self.requests.get((path, status), 0) + 1
-        self.buckets[sum(seconds > bound for bound in BUCKETS)] += 1
-        self.seconds += seconds
-
-    def text(self, attributor: FastAttributor, batches: int) -> str:
-        """In Prometheus's text format."""
-        lines = ["# TYPE fastattr_requests_total counter"]
-        lines += [
-            f'fastattr_requests_total{{path="{path}",status="{status}"}} {count}'
-            for (path, status), count in sorted(self.requests.items())
-        ]
-        lines.append("# TYPE fastattr_request_seconds histogram")
-        total = 0
-        for bound, count in zip([*map(str, BUCKETS), "+Inf"], self.buckets, strict=True):
-            total += count
-            lines.append(f'fastattr_request_seconds_bucket{{le="{bound}"}} {total}')
-        lines += [f"fastattr_request_seconds_sum {self.seconds:.6f}", f"fastattr_request_seconds_count {total}"]
-        lines += ["# TYPE fastattr_batches_total counter", f"fastattr_batches_total {batches}"]
-        lines += ["# TYPE fastattr_images gauge", f"fastattr_images {len(attributor)}"]
-        lines += [
-            "# TYPE fastattr_catalog_version gauge",
-            f"fastattr_catalog_version {attributor.versions()['catalog_version']}",
-        ]
-        return "\n".join(lines) + "\n"
+    def __init__(self, attributor: FastAttributor, batcher: Batcher) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("fastattr_requests", "Requests answered.", ["path", "status"], registry=self.registry)
+        self.seconds = Histogram("fastattr_request_seconds", "Time to an answer.", registry=self.registry)
+        for name, what, value in (
+            ("fastattr_batches_total", "Batches answered.", lambda: batcher.batches),
+            ("fastattr_images", "Images in the catalogue.", lambda: len(attributor)),
+            ("fastattr_catalog_version", "Version of it.", lambda: attributor.versions()["catalog_version"]),
+        ):
+            Gauge(name, what, registry=self.registry).set_function(value)
 
 
 def create_app(attributor: FastAttributor, config: ServeConfig | None = None) -> FastAPI:
     """The server as an ASGI application."""
     settings = config or ServeConfig()
-    batcher, metrics = Batcher(attributor, settings), Metrics()
+    batcher = Batcher(attributor, max_batch=settings.max_batch, max_waiting=settings.max_waiting, timeout=settings.timeout)
+    metrics, room = Metrics(attributor, batcher), Room(settings.max_waiting_pixels)
+    decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+    bearer = HTTPBearer(auto_error=False)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         batcher.start()
         yield
         await batcher.stop()
+        decoders.shutdown()
 
     app = FastAPI(title="fastattr", lifespan=lifespan, docs_url=None, redoc_url=None)
-    known = {"/attribute", "/attribute/features", "/health", "/metrics", "/info"}
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        started = time.perf_counter()
-        try:
-            async with asyncio.timeout(2 * settings.timeout):  # also for those who send a byte now and then
-                response = _refused(request, settings) or await _limited(request, call_next, settings.max_bytes)
-        except TimeoutError:
-            response = JSONResponse({"detail": "the request did not arrive in time"}, 408)
-        path = request.url.path if request.url.path in known else "other"
-        metrics.count(path, response.status_code, time.perf_counter() - started)
-        return response
+    async def refuse(request: Request) -> JSONResponse | None:
+        if not settings.token or request.url.path == "/health":
+            return None
+        given = await bearer(request)
+        if given is not None and hmac.compare_digest(given.credentials.encode(), settings.token.encode()):
+            return None
+        return JSONResponse({"detail": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
+
+    def report(path: str, status: int) -> None:
+        metrics.requests.labels(path if path in PATHS else "other", str(status)).inc()
+
+    app.add_middleware(
+        Guard,
+        max_bytes=settings.max_bytes,
+        seconds=2 * settings.timeout,
+        refuse=refuse,
+        report=report,
+    )
 
     @app.exception_handler(InputError)
-    async def unusable(_: Request, error: InputError) -> JSONResponse:
+    @app.exception_handler(NonFiniteError)
+    async def unusable(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        # Without the input, which may be long, or hold what UTF-8 can't say.
+        return JSONResponse(
+            {"detail": [f"{'.'.join(map(str, each['loc'][:3]))}: {each['msg']}" for each in error.errors()]}, 422
+        )
+
+    @app.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "1"})
 
     @app.post("/attribute")
     async def attribute(
@@ -287,14 +170,22 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
         prompt: str = Form(min_length=1, max_length=LONGEST_PROMPT),
         k: int = Form(20, ge=1, le=LONGEST_K),
     ) -> Response:
-        opened = await asyncio.to_thread(read_upload, await image.read(), settings.max_pixels)
-        return _receipt(await batcher.ask(opened, prompt, k))
+        data = await image.read()
+        with metrics.seconds.time():
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    wanted = await asyncio.to_thread(pixels_of, data, settings.max_pixels)
+                    await asyncio.wait_for(stack.enter_async_context(room.take(wanted)), settings.timeout)
+                except TimeoutError:
+                    raise BusyError("too many images wait; try again later") from None
+                opened = await asyncio.get_running_loop().run_in_executor(decoders, read_upload, data)
+                return _receipt(await batcher.ask(opened, prompt, k))
 
     @app.post("/attribute/features")
     async def attribute_features(query: FeaturesRequest) -> Response:
-        features = np.array(query.features, dtype=np.float32)
-        checked_features(features[None], 1, attributor.config["feature_dim"])
-        return _receipt(await batcher.ask(features, query.prompt, query.k, query.where))
+        with metrics.seconds.time(), np.errstate(over="ignore"):  # what overflows is refused as not finite
+            features = np.array(query.features, dtype=np.float32)
+            return _receipt(await batcher.ask(features, query.prompt, query.k, query.where))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -302,7 +193,7 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(metrics.text(attributor, batcher.batches), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/info")
     async def info() -> Response:
@@ -315,35 +206,6 @@ def _receipt(found: Attribution) -> Response:
     return Response(found.to_json(), media_type="application/json")
 
 
-def _refused(request: Request, settings: ServeConfig) -> Response | None:
-    """A response to what is refused by its headers alone."""
-    if settings.token and request.url.path != "/health":
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {settings.token}".encode()):
-            return JSONResponse({"detail": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit():
-        return JSONResponse({"detail": "the length of the request is no number"}, 400)
-    if int(length) > settings.max_bytes:
-        return JSONResponse({"detail": f"a request may have {settings.max_bytes:,} bytes"}, 413)
-    return None
-
-
-async def _limited(request: Request, call_next: Any, max_bytes: int) -> Response:
-    """The response; a body that comes without a length is read, at most as far as the limit, before anything else sees it."""
-    if request.method == "POST" and "content-length" not in request.headers:
-        size = 0
-        parts = []
-        async for part in request.stream():
-            size += len(part)
-            if size > max_bytes:
-                return JSONResponse({"detail": f"a request may have {max_bytes:,} bytes"}, 413)
-            parts.append(part)
-        request._body = b"".join(parts)
-    response: Response = await call_next(request)
-    return response
-
-
 def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None) -> None:
     """Serve an attributor until the process is told to end; what is being answered then is answered.
 
@@ -354,16 +216,16 @@ def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeC
     settings = config or ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""))
     if host not in LOCAL and not settings.token:
         raise InputError(f"{host} can be reached by others: set FASTATTR_TOKEN to a secret that requests must carry.")
-
     # In torch, which takes longer to import than the encoders' NumPy form, and less for a batch.
     app = create_app(FastAttributor.from_pretrained(model, thumbnails=False, backend="torch"), settings)
     uvicorn.run(
         app,
         host=host,
         port=port,
+        http=PatientProtocol,
         log_level="warning",
         timeout_graceful_shutdown=int(settings.timeout) + 1,
         timeout_keep_alive=30,
-        limit_concurrency=4 * settings.max_waiting,
+        limit_concurrency=2 * settings.max_waiting,
         h11_max_incomplete_event_size=64 * 1024,
     )

@@ -129,13 +129,9 @@ class Calibration:
 
 
 def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, growth: float = 1.35) -> np.ndarray:
-    """(P,) bin of each pair, 0 for the lowest similarities.
+    """(P,) bin of each pair by its (P,) similarity and weight, 0 for the lowest similarities.
 
-    Args:
-        similarity: (P,).
-        weights: (P,) positive.
-        per_bin: weight of the topmost bin.
-        growth: ratio of a bin's weight to that of the one above, until bins hold a twentieth of the whole.
+    The topmost bin has weight `per_bin`, each next one `growth` times that of the one above, up to a twentieth of all.
     """
     order = np.argsort(-similarity, kind="stable")
     reached = np.cumsum(weights[order])
@@ -159,8 +155,8 @@ def fit_curves(
         similarities: of Q queries, each (C,), to their candidates.
         scored: the Q queries' candidates as the teacher scored them.
         corpus_size: N.
-        resamples: R.
-        seed: of the bootstrap.
+        resamples: R, of the bootstrap; `seed` is its seed.
+        seed: see there.
 
     Returns:
         'knots', 'percentile', 'influence', 'influence_draws', 'unrelated', 'level', 'queries', as `Calibration` has them.

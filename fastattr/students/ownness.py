@@ -232,15 +232,8 @@ def fit_ownness(
 ) -> Ownness:
     """Fit all checks.
 
-    Args:
-        own: (M, F) features of training queries.
-        held_out: (V, F) of validation queries.
-        image: (F,) bool, features of the picture alone.
-        text: (F,) bool, features of the prompt alone.
-        measures: (M + V, 4) `measures_of` the queries' pictures.
-        captions: of the training images.
-        false_alarms: see `fit_match`.
-        seed: see `fit_match`.
+    `measures` are (M + V, 4) `measures_of` the queries' pictures, `captions` those of the training images; the others are
+    `fit_match`'s.
     """
     low, high = measures.min(axis=0), measures.max(axis=0)
     enough = len(own) >= LEAST_QUERIES and len(held_out) >= LEAST_HELD_OUT and image.any() and text.any()

@@ -69,8 +69,6 @@ class TeacherConfig:
     """(image, timestep, noise) triples over which that matrix is taken."""
     span: tuple[float, float] = (0.0, 1.0)
     """The part of the noise schedule, from little noise to much, at which losses and gradients are taken."""
-    ratio: bool = False
-    """Divide the rise of an image's loss by the sum of the losses before and after (arXiv:2605.17938)."""
     symmetric: bool = False
     """Score by half the difference between the losses after the step and after the opposite one: even orders cancel."""
     linearised: tuple[str, ...] = ()
@@ -86,12 +84,6 @@ class TeacherConfig:
     """Memory for the steps of the queries that share one pass."""
     ridge: float = 0.1
     """Of TRAK and D-TRAK, as a fraction of the kernel's mean eigenvalue; emoji-bench's sweep chose 1."""
-    kernel_output: str = "squared_norm"
-    """What D-TRAK differentiates: 'squared_norm' of the network's output, or its 'mean' (DAS, ICLR 2025)."""
-    unit_draws: bool = False
-    """Give each draw's gradient unit length before the mean over draws, in kernel methods and stored gradients (DAS)."""
-    error_factor: bool = False
-    """Multiply kernel scores by each training image's own part of the corpus' error (DAS)."""
     similarity_features: tuple[str, ...] = ()
     """Encoders of the features stage whose features, side by side, 'similarity' compares."""
     allow_failures: int = 0
@@ -104,46 +96,43 @@ class TeacherConfig:
             raise InputError(f"query_loss_rise must be above 0, e.g. 0.02 for 2%, got {self.query_loss_rise}")
         if self.damping <= 0:
             raise InputError(f"damping must be positive, got {self.damping}")
-        sizes = ("factor_examples", "query_draws", "loss_draws", "unlearning_steps", "batch_size")
-        if min(getattr(self, name) for name in sizes) < 1:
-            raise InputError(f"{', '.join(sizes)} must be at least 1")
-        if self.captions not in {"first", "all"}:
-            raise InputError(f"captions must be 'first' or 'all', got {self.captions!r}")
+        sizes = ("factor_examples", "query_draws", "loss_draws", "unlearning_steps", "inverse_examples", "batch_size")
+        if min(getattr(self, name) for name in sizes) < 1 or self.inverse_steps < 0:
+            raise InputError(f"{', '.join(sizes)} must be at least 1, and inverse_steps not negative")
         if self.antithetic and self.query_draws % 2:
             raise InputError(f"antithetic draws come in pairs: query_draws must be even, got {self.query_draws}")
-        if self.curvature not in {"ekfac", "diagonal"} or self.fisher not in {"empirical", "true"}:
-            raise InputError(
-                "curvature must be 'ekfac' or 'diagonal' and fisher 'empirical' or 'true', "
-                f"got {self.curvature!r} and {self.fisher!r}"
-            )
-        if self.method not in METHODS or (self.method == "similarity") != bool(self.similarity_features):
-            raise InputError(
-                f"method must be one of {', '.join(METHODS)}, and 'similarity' alone needs similarity_features; "
-                f"got {self.method!r} with {list(self.similarity_features)}"
-            )
-        if self.kernel_output not in {"squared_norm", "mean"} or not 0 <= self.span[0] < self.span[1] <= 1:
-            raise InputError(
-                "kernel_output must be 'squared_norm' or 'mean', and span a part of the schedule from 0 to 1, "
-                f"got {self.kernel_output!r} and {self.span}"
-            )
-        if (self.method == "retraining") != bool(self.retrained) or self.inverse_steps < 0 or self.inverse_examples < 1:
-            raise InputError(
-                "'retraining' alone needs retrained; inverse_steps must not be negative, inverse_examples at least 1; "
-                f"got {self.method!r} with {self.retrained!r}, {self.inverse_steps} and {self.inverse_examples}"
-            )
+        choices = {"curvature": ("ekfac", "diagonal"), "fisher": ("empirical", "true"), "captions": ("first", "all")}
+        choices |= {"gradients": ("auto", "contracted", "stored"), "method": METHODS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for method, needed in (("similarity", "similarity_features"), ("retraining", "retrained")):
+            if (self.method == method) != bool(getattr(self, needed)):
+                raise InputError(f"{method!r} alone needs {needed}, got {self.method!r} with {getattr(self, needed)!r}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise InputError(f"span must be a part of the schedule from 0 to 1, got {self.span}")
         if not self.members or set(self.members) - set(MEMBERS):
             raise InputError(f"members must be some of {', '.join(MEMBERS)}, got {list(self.members)}")
-        if self.gradients not in {"auto", "contracted", "stored"} or self.memory_gb <= 0 or self.ridge <= 0:
-            raise InputError("gradients must be 'auto', 'contracted' or 'stored'; memory_gb and ridge must be positive")
+        if self.memory_gb <= 0 or self.ridge <= 0:
+            raise InputError(f"memory_gb and ridge must be positive, got {self.memory_gb} and {self.ridge}")
         if self.gradients == "stored" and self.mirrored:
             raise InputError("stored gradients serve one view: with mirrored, set gradients to 'contracted'")
         if unknown := set(self.linearised) - set(SPLITS):
             raise InputError(f"linearised names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}")
 
+    @property
+    def views(self) -> int:
+        """V: the image, and its mirror image where it is scored too."""
+        return 2 if self.mirrored else 1
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods whose scores this teacher takes the mean of; its own alone where it is no mean."""
+        return self.members if self.method in {"averaged", "retraining"} else (self.method,)
+
     def members_of(self) -> tuple[TeacherConfig, ...]:
-        """The settings of each teacher whose scores this one is the mean of; this one alone where it is no mean."""
-        methods = self.members if self.method in {"averaged", "retraining"} else (self.method,)
-        return tuple(replace(self, method=method, models=(), retrained="") for method in methods)
+        """The settings of each of `methods`."""
+        return tuple(replace(self, method=method, models=(), retrained="") for method in self.methods)
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -154,13 +143,12 @@ class TeacherConfig:
         """The gradient features of training images that a first-order or kernel method compares."""
         output, whiten = KERNELS.get(method, ("loss", True))
         return GradientConfig(
-            output=self.kernel_output if output == "squared_norm" else output,
+            output=output,
             whiten=whiten,
             damping=self.damping,
             width=self.gradient_width,
             draws=self.loss_draws,
             span=self.span,
-            unit_draws=self.unit_draws,
             batch_size=self.batch_size,
             seed=self.seed,
         )

@@ -73,7 +73,7 @@ def teacher_plan(config: TeacherConfig, sizes: Sizes, probe: Probe) -> list[Step
     """
     if config.method == "similarity":
         return []
-    held = 4 * (sizes.images * _views(config) * sizes.latent + sizes.captions * sizes.conditioning)
+    held = 4 * (sizes.images * config.views * sizes.latent + sizes.captions * sizes.conditioning)
     steps = [Step(name="encode", forward=0, backward=0, memory=probe.loaded + held, disk=held)]
     known = set()
     for member in config.members_of():
@@ -83,10 +83,6 @@ def teacher_plan(config: TeacherConfig, sizes: Sizes, probe: Probe) -> list[Step
             known.add(step.name)
     models = 1 + len(config.models)
     return [replace(step, forward=models * step.forward, backward=models * step.backward) for step in steps]
-
-
-def _views(config: TeacherConfig) -> int:
-    return 2 if config.mirrored else 1
 
 
 def _member_plan(config: TeacherConfig, sizes: Sizes, probe: Probe, held: int) -> list[Step]:
@@ -99,36 +95,25 @@ def _member_plan(config: TeacherConfig, sizes: Sizes, probe: Probe, held: int) -
         steps.append(Step(name="factors", forward=passes, backward=passes, memory=fitting, disk=sizes.factors // 2))
     if config.method in KERNELS:
         return [*steps, *_kernel_plan(config, sizes, probe, held)]
-    linearised = sizes.linearised
-    exact = sizes.exact
+    exact, linearised = sizes.exact, sizes.linearised
     if config.method == "first-order":
-        exact, linearised = (), (*sizes.exact, *sizes.linearised)
-    if exact:
-        steps += _exact_plan(config, sizes, exact, probe, held)
-    if linearised:
-        steps += _first_order_plan(config, sizes, linearised, probe, held)
-    return steps
+        exact, linearised = (), (*exact, *linearised)
+    steps += _exact_plan(config, sizes, exact, probe, held) if exact else []
+    return steps + (_first_order_plan(config, sizes, linearised, probe, held) if linearised else [])
 
 
 def _per_image(config: TeacherConfig, sizes: Sizes) -> float:
     """Evaluations that the mean loss of one training image takes."""
-    return sizes.captions / sizes.images * _views(config) * config.loss_draws
+    return sizes.captions / sizes.images * config.views * config.loss_draws
 
 
 def _exact_plan(config: TeacherConfig, sizes: Sizes, exact: tuple[int, ...], probe: Probe, held: int) -> list[Step]:
     base, query = round(sizes.images * _per_image(config, sizes)), config.query_draws * config.unlearning_steps
     memory, sides = probe.backward + held, 2 if config.symmetric else 1
     losses = round(sides * sum(exact) * _per_image(config, sizes))
-    return [
-        Step(name="base loss", forward=base, backward=0, memory=memory, disk=8 * sizes.images * _views(config)),
-        Step(
-            name="exact",
-            forward=len(exact) * query + losses,
-            backward=len(exact) * query,
-            memory=memory + _one_query(sizes),
-            disk=_table_bytes(exact),
-        ),
-    ]
+    before = Step(name="base loss", forward=base, backward=0, memory=memory, disk=8 * sizes.images * config.views)
+    steps, memory = len(exact) * query, memory + _one_query(sizes)
+    return [before, Step(name="exact", forward=steps + losses, backward=steps, memory=memory, disk=_table_bytes(exact))]
 
 
 def _one_query(sizes: Sizes) -> int:
@@ -157,7 +142,7 @@ def _first_order_plan(config: TeacherConfig, sizes: Sizes, linearised: tuple[int
     together = min(count, queries_a_pass(config, sizes.parameters))
     spent = count * query + round(-(-count // together) * sizes.union * _per_image(config, sizes))
     gradients = 2 * config.batch_size * row  # each layer's, and all of them side by side
-    scores = 4 * sizes.union * together + 8 * PART_ROWS * _views(config) * together
+    scores = 4 * sizes.union * together + 8 * PART_ROWS * config.views * together
     memory = probe.backward + held + gradients + together * row + scores
     disk = together * row + _table_bytes(linearised) + 4 * sizes.union * together
     return [Step(name="first order", forward=spent, backward=spent, memory=memory, disk=disk)]

@@ -43,13 +43,9 @@ def linearised_scores(
     Args:
         generator: with base weights.
         layers: those that the steps change; their weights must require gradients.
-        images: the encoded corpus.
-        rows: (C,) which of its images.
+        images: the encoded corpus; `rows` (C,) says which of its images.
         steps: (Q, P) change of weights by query, layers one after another in the order of `layers`, as `flat_step`.
-        draws: (timestep, noise) pairs an image, the same as of the exact teacher.
-        batch_size: network evaluations at once; does not change the result.
-        seed: of the noise.
-        span: the part of the schedule that timesteps are spread over.
+        draws: (timestep, noise) pairs an image, the same as of the exact teacher; this and the others as of `image_losses`.
 
     Returns:
         (Q, C) float64 scores, higher = more influential, in the unit of the losses; the larger of two views'.

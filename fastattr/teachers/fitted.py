@@ -9,7 +9,7 @@ A folder holds manifest.json, ids.parquet and, for each member M of the mean, M-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,22 +104,27 @@ class FittedTeacher:
             factors: EKFAC factors of the layers; None fits them where a method needs them.
 
         Raises:
-            InputError: a method has no inner-product form: 'unlearning' measures losses anew for every query.
+            InputError: a method has no inner-product form, or a setting asks for what is measured anew for every query.
         """
-        layers = layers_to_unlearn(generator, config.pattern)
-
-        def computed(settings: GradientConfig, whitened: Factors | None) -> tuple[np.ndarray, float, Compression]:
-            coordinates = None
-            if whitened is not None and settings.width:
-                coordinates = leading_coordinates(generator, layers, images, whitened, settings)
-            compression = Compression(layers, settings, whitened, coordinates)
-            return features_of(generator, layers, images, compression, settings), 1.0, compression
-
-        def curvature() -> Factors:
-            diagonal = config.curvature == "diagonal"
-            return factors or fit_ekfac(layers, factor_batches(generator, images, config), diagonal=diagonal)
-
-        return cls(generator, config, list(images.image_ids), fit_members(config, computed, curvature))
+        if config.inverse_steps or config.models or config.retrained or set(config.methods) - {"first-order", *KERNELS}:
+            raise InputError(
+                f"a teacher for new queries takes first-order, {', '.join(KERNELS)} and their mean, without inverse_steps, "
+                f"models or retrained; {', '.join(config.methods)} can't be fitted for new queries."
+            )
+        layers, members = layers_to_unlearn(generator, config.pattern), []
+        for member in config.members_of():
+            settings, coordinates = member.gradients_of(member.method), None
+            if settings.whiten and factors is None:
+                diagonal = config.curvature == "diagonal"
+                factors = fit_ekfac(layers, factor_batches(generator, images, config), diagonal=diagonal)
+            if settings.whiten and settings.width and factors is not None:
+                coordinates = leading_coordinates(generator, layers, images, factors, settings)
+            compression = Compression(layers, settings, factors if settings.whiten else None, coordinates)
+            rows = features_of(generator, layers, images, compression, settings)
+            if member.method in KERNELS:
+                rows = kernel_rows(rows, ridge=member.ridge)
+            members.append(Member(member.method, replace(settings, draws=member.query_draws), compression, rows))
+        return cls(generator, config, list(images.image_ids), members)
 
     def scores(self, queries: EncodedImages) -> np.ndarray:
         """(Q, N) of encoded queries, whose ids fix their noise; higher = more influential."""
@@ -189,43 +194,8 @@ class FittedTeacher:
         return cls(generator, config, pq.read_table(folder / "ids.parquet")["image_id"].to_pylist(), members)
 
 
-def fit_members(
-    config: TeacherConfig,
-    computed: Callable[[GradientConfig, Factors | None], tuple[np.ndarray, float, Compression]],
-    curvature: Callable[[], Factors],
-) -> list[Member]:
-    """The members of a mean, their kernels applied.
-
-    Args:
-        config: which.
-        computed: settings and, if they whiten, factors -> (N, k) features of the corpus, the factor on them, compression.
-        curvature: the factors, asked for once if any member needs them.
-
-    Raises:
-        InputError: a method has no inner-product form.
-    """
-    if config.error_factor or config.inverse_steps or config.models or config.retrained:
-        raise InputError("a teacher for new queries takes no error_factor, inverse_steps, models or retrained; leave them out.")
-    members, factors = [], None
-    for member in config.members_of():
-        if member.method != "first-order" and member.method not in KERNELS:
-            raise InputError(f"{member.method!r} can't be fitted for new queries; use first-order, {', '.join(KERNELS)}.")
-        settings = member.gradients_of(member.method)
-        if settings.whiten and factors is None:
-            factors = curvature()
-        rows, scale, compression = computed(settings, factors if settings.whiten else None)
-        if member.method in KERNELS:
-            rows, scale = kernel_rows(np.asarray(rows, dtype=np.float32) / np.float32(scale), ridge=member.ridge), 1.0
-        members.append(Member(member.method, replace(settings, draws=member.query_draws), compression, rows, scale))
-    return members
-
-
 def features_of(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    images: EncodedImages,
-    compression: Compression,
-    settings: GradientConfig,
+    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, compression: Compression, settings: GradientConfig
 ) -> np.ndarray:
     """(N, k) float32 gradient features of all of them."""
     found = np.empty((len(images.image_ids), compression.width), np.float32)

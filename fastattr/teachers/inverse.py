@@ -29,7 +29,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class GaussNewton:
-    """The Gauss-Newton matrix of the mean denoising loss over a fixed batch of training examples, by its products."""
+    """The Gauss-Newton matrix of the mean denoising loss over random (image, timestep, noise) triples, by its products."""
 
     def __init__(
         self,
@@ -41,16 +41,7 @@ class GaussNewton:
         batch_size: int,
         seed: int,
     ) -> None:
-        """Choose the examples.
-
-        Args:
-            generator: with base weights.
-            layers: whose weights vary.
-            images: the encoded corpus.
-            examples: random (image, timestep, noise) triples.
-            batch_size: examples at once; does not change the products.
-            seed: of the triples.
-        """
+        """Choose the triples of an encoded corpus; `batch_size` of them are computed at once, which changes no product."""
         self._generator, self._layers, self._images = generator, layers, images
         self._batch_size, self._seed = batch_size, seed
         rng = np.random.default_rng([seed, 13])
@@ -62,25 +53,22 @@ class GaussNewton:
         total = {name: torch.zeros_like(value) for name, value in direction.items()}
         weights = [layer.weight for layer in self._layers.values()]
         for start in range(0, len(self._rows), self._batch_size):
-            part = slice(start, start + self._batch_size)
             # The plain form of attention alone has a forward-mode derivative on a CPU.
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _varied(self._layers, direction):
-                prediction, change = forward_ad.unpack_dual(self._predicted(part))
+                prediction, change = forward_ad.unpack_dual(self.predicted(slice(start, start + self._batch_size)))
                 outputs = change.detach() * (2 / (prediction[0].numel() * len(self._rows)))
-            gradients = torch.autograd.grad(prediction, weights, outputs)
-            for name, gradient in zip(total, gradients, strict=True):
+            for name, gradient in zip(total, torch.autograd.grad(prediction, weights, outputs), strict=True):
                 total[name] += gradient.flatten(1)
         return total
 
-    def _predicted(self, part: slice) -> torch.Tensor:
+    def predicted(self, part: slice) -> torch.Tensor:
+        """(B, L, h, w) predictions for some of the triples."""
         generator, images, rows = self._generator, self._images, self._rows[part]
         ids = [f"curvature/{number}" for number in range(len(self._rows))[part]]
         noise = noise_for(ids, [0] * len(rows), seed=self._seed, shape=generator.latent_shape)
         latents, conditioning = images.latents[rows, 0], images.conditioning[images.first_caption[rows]]
-        device = generator.device
-        return generator.predict(
-            latents.to(device), conditioning.to(device), self._timesteps[part].to(device), noise.to(device, latents.dtype)
-        )
+        drawn = (latents, conditioning, self._timesteps[part], noise.to(latents.dtype))
+        return generator.predict(*(values.to(generator.device) for values in drawn))
 
 
 @contextmanager
@@ -100,7 +88,7 @@ def _varied(layers: Mapping[str, Layer], direction: Weights) -> Iterator[None]:
 def refined_inverse(
     gradients: Weights, factors: Factors, matrix: GaussNewton, *, damping: float, steps: int
 ) -> dict[str, torch.Tensor]:
-    """A query's natural gradient, some steps of conjugate gradients beyond EKFAC's.
+    """A query's (out, in) natural gradient by layer, some steps of conjugate gradients beyond EKFAC's.
 
     Args:
         gradients: the query's.
@@ -109,50 +97,43 @@ def refined_inverse(
         damping: as a fraction of each layer's mean eigenvalue.
         steps: of conjugate gradients; 0 gives EKFAC's own.
 
-    Returns:
-        (out, in) by layer.
-
     Raises:
         NonFiniteError: G has no curvature along EKFAC's solution.
     """
-    names = [name for name in gradients if torch.isfinite(factors.damped(name, damping)).all()]
-    added = {name: damping * float(factors.eigenvalues[name].mean()) for name in names}
-    shapes = {name: value.shape for name, value in gradients.items()}
+    numbers = [value.numel() for value in gradients.values()]
 
     def flat(weights: Weights) -> torch.Tensor:
-        return torch.cat([weights[name].double().flatten() for name in names])
+        return torch.cat([weights[name].double().flatten() for name in gradients])
 
     def unflat(vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = dict(zip(names, vector.split([shapes[name].numel() for name in names]), strict=True))
-        return {
-            name: parts[name].view(shape) if name in parts else torch.zeros(shape, dtype=vector.dtype, device=vector.device)
-            for name, shape in shapes.items()
-        }
-
-    def curved(vector: torch.Tensor) -> torch.Tensor:
-        return flat(matrix.product(unflat(vector)))
+        parts = zip(gradients.items(), vector.split(numbers), strict=True)
+        return {name: part.view(value.shape) for (name, value), part in parts}
 
     def precondition(vector: torch.Tensor) -> torch.Tensor:
         return flat(factors.precondition(unflat(vector), damping=damping))
 
+    def curved(vector: torch.Tensor) -> torch.Tensor:
+        return counted * flat(matrix.product(unflat(vector)))
+
     target = flat(gradients)
-    if steps == 0:
-        return unflat(precondition(target))
-    diagonal = torch.cat([torch.full((shapes[name].numel(),), added[name]) for name in names]).to(target)
-    start = precondition(target)
-    along = curved(start)
-    agreed = float(start @ along)
-    if not agreed > 0:
-        raise NonFiniteError(f"the Gauss-Newton matrix has the curvature {agreed:.4g} along a query's step, not above 0.")
-    factor = float(start @ (target - diagonal * start)) / agreed
-    solution = conjugate_gradients(
-        lambda vector: factor * curved(vector) + diagonal * vector,
-        precondition,
-        target,
-        start=start,
-        image=factor * along + diagonal * start,
-        steps=steps,
-    )
+    start = solution = precondition(target)
+    if steps:
+        heard = {name: torch.isfinite(factors.damped(name, damping)).all() for name in gradients}
+        counted = flat({name: torch.full_like(value, float(heard[name])) for name, value in gradients.items()})
+        added = {name: damping * float(factors.eigenvalues[name].mean()) for name in gradients}
+        diagonal = counted * flat({name: torch.full_like(value, added[name]) for name, value in gradients.items()})
+        target, along = counted * target, curved(start)
+        if not float(start @ along) > 0:
+            raise NonFiniteError(f"the Gauss-Newton matrix has the curvature {float(start @ along):.4g} along a query's step.")
+        factor = float(start @ (target - diagonal * start)) / float(start @ along)
+        solution = conjugate_gradients(
+            lambda vector: factor * curved(vector) + diagonal * vector,
+            precondition,
+            target,
+            start=start,
+            image=factor * along + diagonal * start,
+            steps=steps,
+        )
     return {name: value.to(gradients[name].dtype) for name, value in unflat(solution).items()}
 
 
@@ -165,15 +146,13 @@ def conjugate_gradients(
     image: torch.Tensor,
     steps: int,
 ) -> torch.Tensor:
-    """X near the solution of A x = target.
+    """(P,) x near the solution of A x = target, A and its rough inverse symmetric and positive.
 
     Args:
-        product: v -> A v, A symmetric and positive.
-        precondition: v -> near A^-1 v, symmetric and positive too.
+        product: v -> A v; `steps` of them are spent.
+        precondition: v -> near A^-1 v.
         target: (P,).
-        start: (P,) the first x.
-        image: (P,) A start.
-        steps: products to spend.
+        start: (P,) the first x, and `image`, A start.
     """
     solution, residual = start, target - image
     turned = precondition(residual)

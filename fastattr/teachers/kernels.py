@@ -66,27 +66,6 @@ def kernel_rows(corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:
     return rows
 
 
-def kernel_scores_of_products(query_products: np.ndarray, corpus_products: np.ndarray, *, ridge: float) -> np.ndarray:
-    """`kernel_scores` from inner products alone, for gradients that are wider than the corpus is long and never projected.
-
-    Args:
-        query_products: (Q, N) of queries and training images.
-        corpus_products: (N, N) of training images.
-        ridge: as a fraction of the mean eigenvalue of `corpus_products`.
-
-    Returns:
-        (Q, N) float64.
-
-    Raises:
-        InputError: the ridge is not positive.
-    """
-    _positive(ridge)
-    kernel = corpus_products.astype(np.float64)
-    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / len(kernel)
-    scores: np.ndarray = np.linalg.solve(kernel, query_products.astype(np.float64).T).T
-    return scores
-
-
 def _positive(ridge: float) -> None:
     if ridge <= 0:
         raise InputError(f"ridge must be positive, got {ridge}")

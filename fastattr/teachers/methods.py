@@ -19,7 +19,6 @@ from fastattr.generators.conditioning import Conditioning
 from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import error_factors
 from fastattr.teachers.config import KERNELS, queries_a_pass, stores_gradients
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.first_order import flat_step, linearised_scores
@@ -97,15 +96,8 @@ def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows:
     union = np.unique(np.concatenate([task.rows_of(row) for row in rows]))
 
     def scores_of(positions: range) -> np.ndarray:
-        scores = linearised_scores(
-            task.generator,
-            task.layers,
-            images,
-            union[positions.start : positions.stop],
-            steps,
-            **config.measured,
-        )
-        return scores.T.astype(np.float32)
+        some = union[positions.start : positions.stop]
+        return linearised_scores(task.generator, task.layers, images, some, steps, **config.measured).T.astype(np.float32)
 
     folder = scratch / f"parts-{fingerprint([task.queries.query_ids[row] for row in rows])}"
     with task.timed("linearised pass"):
@@ -160,8 +152,6 @@ def score_by_kernel(task: Task) -> None:
     features = in_parts(task.shards / "features", len(ids), 1, features_of, task.accelerator, description="query gradients")
     if task.accelerator.is_main_process:
         scores = kernel_scores(features, store.astype(np.float32) / scale, ridge=config.ridge)
-        if config.error_factor:
-            scores = scores * error_factors(task.generator, images, **config.measured)
         for row in range(len(ids)):
             task.write(row, scores[row, task.rows_of(row)], 0.0)
     task.accelerator.wait_for_everyone()
@@ -229,5 +219,5 @@ def _corrections(task: Task, members: Sequence[Task]) -> Callable[[int, np.ndarr
     for place, row in enumerate(rows):
         prior[place, task.rows_of(row)] = _mean(task, members, row)[0]
     retrained = read_retrained(Path(task.config.retrained), task.corpus.image_ids, [ids[row] for row in rows])
-    corrected = retraining_scores(prior, retrained).scores
+    corrected, _ = retraining_scores(prior, retrained)
     return lambda row, _: corrected[rows.index(row), task.rows_of(row)]

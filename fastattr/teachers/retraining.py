@@ -5,9 +5,9 @@ log losses of a query (negated: higher = known better) and s0 a teacher's scores
 
     s = c s0 + A^T (A A^T + lambda I)^-1 (f - c A s0),
 
-a ridge regression of f on memberships around the prior c s0; c and lambda are chosen by how well models that are left out
-are foretold. It needs the query's losses under those models, so it serves queries that were measured.
-Source: datamodels (arXiv:2202.00622) with a prior; the prior is ours.
+a ridge regression of f on memberships around the prior c s0. c and lambda are chosen by how well models that are left out
+are foretold. Of scores and losses only what differs between queries counts, as in residual LDS (docs/truth.md).
+Source: datamodels (arXiv:2202.00622); the prior is ours.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
+from fastattr.teachers.ensembles import standardised
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """lambda, as a fraction of the mean eigenvalue of A A^T, that are tried."""
 PRIORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """c that are tried, as a fraction of what makes A s0 vary as f does."""
@@ -39,86 +40,59 @@ class Retrained:
     subsets: Sequence[str]
     """(M,) name of the part; models of one part differ by seed alone and are left out together."""
 
+    def without(self, out: np.ndarray) -> Retrained:
+        """These, less the models that an (M,) mask names."""
+        names = [name for name, gone in zip(self.subsets, out, strict=True) if not gone]
+        return Retrained(self.kept[~out], self.losses[~out], names)
 
-@dataclass(frozen=True)
-class Corrected:
-    """Scores, and what was chosen for them."""
-
-    scores: np.ndarray
-    """(Q, N) float64, higher = more influential, in the unit of the log loss."""
-    prior: float
-    ridge: float
+    def folds(self) -> list[np.ndarray]:
+        """(M,) masks of the models that are left out together; InputError if all were trained on one part."""
+        names = np.unique(list(self.subsets))
+        if len(names) < 2:
+            raise InputError("retraining needs models of at least two parts of the corpus; give the folder of more models.")
+        order = np.random.default_rng(0).permutation(len(names))
+        return [np.isin(list(self.subsets), names[part]) for part in np.array_split(order, min(FOLDS, len(names)))]
 
 
 def retraining_scores(
-    prior: np.ndarray, retrained: Retrained, *, ridges: Sequence[float] = RIDGES, priors: Sequence[float] = PRIORS
-) -> Corrected:
-    """Correct a teacher's scores.
+    teacher: np.ndarray, retrained: Retrained, *, priors: Sequence[float] = PRIORS
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Correct a teacher's (Q, N) scores.
 
-    Args:
-        prior: (Q, N) the teacher's.
-        retrained: the models.
-        ridges: lambda to try.
-        priors: c to try; both are chosen once for all queries.
+    Returns:
+        (Q, N) float64 scores, higher = more influential, and the 'prior' (c) and 'ridge' (lambda) that were chosen.
 
     Raises:
         InputError: shapes differ, a loss is not positive, or all models were trained on one part.
     """
-    kept, outputs = _checked(prior, retrained)
-    folds = _folds(retrained.subsets)
-    tried = {}
-    for share in priors:
-        for ridge in ridges:
-            error = 0.0
-            for held in folds:
-                scores = _fit(prior, kept[~held], outputs[~held], share, ridge)
-                centre = kept[~held].mean(axis=0)
-                # Only what differs between queries and between models is to be foretold.
-                foretold = (kept[held] - centre) @ scores.T
-                error += float(np.square(outputs[held] - outputs[~held].mean(axis=0) - foretold).sum())
-            tried[share, ridge] = error
-    share, ridge = min(tried, key=tried.__getitem__)
-    return Corrected(_fit(prior, kept, outputs, share, ridge), share, ridge)
-
-
-def cross_fitted(prior: np.ndarray, retrained: Retrained, *, parts: int = FOLDS) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows of models, (Q, N) scores) pairs: each part of the models is judged by scores that its models had no say in."""
-    found = []
-    for held in _folds(retrained.subsets, parts):
-        subsets = [name for name, out in zip(retrained.subsets, held, strict=True) if not out]
-        others = Retrained(retrained.kept[~held], retrained.losses[~held], subsets)
-        found.append((np.flatnonzero(held), retraining_scores(prior, others).scores))
-    return found
-
-
-def _checked(prior: np.ndarray, retrained: Retrained) -> tuple[np.ndarray, np.ndarray]:
-    """Memberships and residual outputs: what each model has of its own, for the query and not for every query."""
     kept, losses = retrained.kept.astype(np.float64), retrained.losses
-    if kept.shape != (len(losses), prior.shape[1]) or losses.shape[1] != len(prior) or len(retrained.subsets) != len(kept):
+    if kept.shape != (len(losses), teacher.shape[1]) or losses.shape[1] != len(teacher):
         raise InputError(
-            f"prior (Q, N), kept (M, N) and losses (M, Q) must agree, got {prior.shape}, {kept.shape} and {losses.shape}"
+            f"scores (Q, N), kept (M, N) and losses (M, Q) must agree, got {teacher.shape}, {kept.shape} and {losses.shape}"
         )
     if not (np.isfinite(losses).all() and (losses > 0).all()):
         raise InputError("losses must be positive and finite.")
     outputs = -np.log(losses)
-    outputs = outputs - outputs.mean(axis=0)
-    return kept, outputs - outputs.mean(axis=1, keepdims=True)
+    outputs = outputs - outputs.mean(axis=1, keepdims=True)
+    scores = standardised(teacher)
+    scores = scores - scores.mean(axis=0)
+    tried = {}
+    for share in priors:
+        for ridge in RIDGES:
+            tried[share, ridge] = 0.0
+            for held in retrained.folds():
+                fitted = ridge_scores(scores, kept[~held], outputs[~held], share, ridge)
+                foretold = (kept[held] - kept[~held].mean(axis=0)) @ fitted.T
+                missed = outputs[held] - outputs[~held].mean(axis=0) - foretold
+                tried[share, ridge] += float(np.square(missed).sum())
+    share, ridge = min(tried, key=tried.__getitem__)
+    return ridge_scores(scores, kept, outputs, share, ridge), {"prior": share, "ridge": ridge}
 
 
-def _folds(subsets: Sequence[str], parts: int = FOLDS) -> list[np.ndarray]:
-    """(M,) bool masks of the models that are left out together, as many parts as there are or fewer."""
-    names = np.unique(list(subsets))
-    if len(names) < 2:
-        raise InputError("retraining needs models of at least two parts of the corpus; give the folder of more models.")
-    order = np.random.default_rng(0).permutation(len(names))
-    return [np.isin(list(subsets), names[part]) for part in np.array_split(order, min(parts, len(names)))]
-
-
-def _fit(prior: np.ndarray, kept: np.ndarray, outputs: np.ndarray, share: float, ridge: float) -> np.ndarray:
-    """(Q, N) scores by ridge regression around the prior, for one c and lambda."""
-    memberships = kept - kept.mean(axis=0)
-    outputs = outputs - outputs.mean(axis=0)
-    foretold = memberships @ prior.T.astype(np.float64)  # (M, Q)
+def ridge_scores(prior: np.ndarray, kept: np.ndarray, outputs: np.ndarray, share: float, ridge: float) -> np.ndarray:
+    """(Q, N) scores around a (Q, N) prior from (M, N) memberships and (M, Q) outputs, for one c and lambda."""
+    memberships, outputs = kept - kept.mean(axis=0), outputs - outputs.mean(axis=0)
+    foretold = memberships @ prior.T  # (M, Q)
     spread = foretold.std(axis=0)
     factor = share * outputs.std(axis=0) / np.where(spread > 0, spread, np.inf)
     kernel = memberships @ memberships.T
@@ -128,31 +102,27 @@ def _fit(prior: np.ndarray, kept: np.ndarray, outputs: np.ndarray, share: float,
     return scores
 
 
+def cross_fitted(teacher: np.ndarray, retrained: Retrained) -> np.ndarray:
+    """(M, Q) what corrected scores foretell of each model, by scores that models of its own part had no say in."""
+    foretold = np.empty(retrained.losses.shape)
+    for held in retrained.folds():
+        others = retrained.without(held)
+        scores, _ = retraining_scores(teacher, others)
+        foretold[held] = (retrained.kept[held] - others.kept.mean(axis=0)) @ scores.T
+    return foretold
+
+
 def read_retrained(folder: Path, image_ids: Sequence[str], query_ids: Sequence[str], *, kind: str = "half") -> Retrained:
-    """Read models.parquet and losses.parquet, as a ground truth folder has them.
-
-    Args:
-        folder: with both tables.
-        image_ids: (N,) the corpus.
-        query_ids: (Q,) queries whose losses are wanted.
-        kind: of the models.
-
-    Raises:
-        InputError: no model of this kind has all losses.
-    """
+    """Models of a kind from models.parquet and losses.parquet of a ground truth folder; InputError if none has all losses."""
     measured: dict[str, dict[str, float]] = {}
     for row in pq.read_table(folder / "losses.parquet", columns=["model_id", "query_id", "loss"]).to_pylist():
         measured.setdefault(row["model_id"], {})[row["query_id"]] = row["loss"]
-    models = [
-        row
-        for row in pq.read_table(folder / "models.parquet").to_pylist()
-        if row["kind"] == kind and set(query_ids) <= set(measured.get(row["model_id"], {}))
-    ]
+    models = [row for row in pq.read_table(folder / "models.parquet").to_pylist() if row["kind"] == kind]
+    models = [row for row in models if set(query_ids) <= set(measured.get(row["model_id"], {}))]
     if not models:
         raise InputError(f"{folder} has no model of kind {kind!r} with losses of all {len(query_ids)} queries.")
-    ids = np.array(image_ids)
     return Retrained(
-        np.stack([~np.isin(ids, row["removed_image_ids"]) for row in models]),
+        np.stack([~np.isin(np.array(image_ids), row["removed_image_ids"]) for row in models]),
         np.array([[measured[row["model_id"]][query_id] for query_id in query_ids] for row in models]),
         [row["subset"] for row in models],
     )

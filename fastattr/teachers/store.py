@@ -39,12 +39,7 @@ def write_gradient_features(
 
     Args:
         folder: gets features.npy, (N, k) float16, ids.parquet and manifest.json; if it has them already, nothing is done.
-        generator: with base weights.
-        layers: whose gradients are taken; their weights must require gradients.
-        images: the encoded corpus.
-        compression: of the same layers.
-        config: the settings.
-        accelerator: the processes.
+        generator: this and the next four as of `gradient_features`.
         inputs: fingerprints of what the features are made from besides the generator: 'source' (the corpus) and others.
 
     Returns:

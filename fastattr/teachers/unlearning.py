@@ -21,9 +21,6 @@ from fastattr.gradients.losses import denoising_losses, image_losses
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.inverse import GaussNewton, refined_inverse
 
-RATIO_FLOOR = 1e-3
-"""Added to the sum of two losses that a ratio score divides by."""
-
 
 def query_gradient(
     generator: Generator,
@@ -43,14 +40,9 @@ def query_gradient(
     Args:
         generator: with base weights.
         layers: those to unlearn; their weights must require gradients.
-        latent: (1, L, h, w).
-        conditioning: of one prompt.
+        latent: (1, L, h, w), and `conditioning`, of one prompt.
         query_id: fixes the noise, together with draw number and seed.
-        draws: timesteps spread evenly over the span, one noise each.
-        batch_size: draws at once.
-        seed: of the noise.
-        antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
-        span: the part of the schedule that timesteps are spread over.
+        draws: this and the others as of `denoising_losses`.
 
     Returns:
         (out, in) gradient by layer (a convolution's as `weight_shape`), and the mean loss.
@@ -123,13 +115,12 @@ class unlearned:  # noqa: N801  (a context manager, named as it reads: `with unl
             layer.weight.copy_(self._kept[name])
 
 
-def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray, *, ratio: bool = False) -> np.ndarray:
+def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.ndarray:
     """Score each candidate by how much unlearning the query hurt it.
 
     Args:
         base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
         unlearned_loss: (C, V) the same after unlearning, with the same noise draws.
-        ratio: divide by the sum of the two losses, so that images that are hard to learn count no more than others.
 
     Returns:
         (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
@@ -138,14 +129,11 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray, *, ratio
     Raises:
         InputError: the shapes differ.
 
-    Source: arXiv:2511.10721, sec. 3; the ratio is that of arXiv:2605.17938.
+    Source: arXiv:2511.10721, sec. 3.
     """
     if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
         raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
-    rises = unlearned_loss - base_loss  # positive where unlearning the query hurt
-    if ratio:
-        rises = rises / (unlearned_loss + base_loss + RATIO_FLOOR)
-    rise: np.ndarray = rises.max(axis=1)
+    rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
     return rise
 
 
@@ -164,10 +152,9 @@ def exact_scores(
     Args:
         generator: with base weights, which it has again on return.
         layers: those that the step changes.
-        images: the encoded corpus.
+        images: the encoded corpus; `candidate_rows` (C,) says which of its images.
         base_loss: (N, V) losses of the whole corpus before unlearning.
         step: (out, in) change by layer, as `query_step` gives it.
-        candidate_rows: (C,) rows of the corpus.
         config: the teacher's settings.
 
     Returns:
@@ -183,7 +170,7 @@ def exact_scores(
     if config.symmetric:  # half the difference between the two sides, around the loss before
         with unlearned(layers, {name: -change for name, change in step.items()}):
             after = base + (after - losses()) / 2
-    return influence_scores(base, after, ratio=config.ratio)
+    return influence_scores(base, after)
 
 
 def query_step(

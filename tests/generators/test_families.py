@@ -406,7 +406,7 @@ def test_a_family_goes_through_the_teacher_from_end_to_end(kind: str, corpus: Pa
     assert drawn.image(0).size == (side_of(kind), side_of(kind))
     rows = np.arange(0, 48, 6)
     chosen = [(rows, np.zeros(len(rows), dtype=bool))] * 2
-    write_candidates(run_dir / "candidates", images, drawn, chosen, config=CandidatesConfig(), inputs={})
+    write_candidates(run_dir / "candidates", images, drawn, lambda: chosen, config=CandidatesConfig(), inputs={})
     settings = {"factor_examples": 16, "query_draws": 8, "loss_draws": 2, "batch_size": 8, "query_loss_rise": 0.001}
     teach.run(TeacherConfig(linearised=("train",), **settings), run_dir)
     scores = {row.split: row.influence for row in read_scores(run_dir / "scores")}

@@ -15,7 +15,7 @@ from fastattr.core.captions import split_caption
 from fastattr.generators.prompts import unknown_words
 from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, build_denoiser, build_scheduler
 from fastattr.generators.scratch.examples import TrainingExamples
-from fastattr.generators.scratch.prompts import Shares, draw_prompt, mistype, rows_without_style
+from fastattr.generators.scratch.prompts import draw_prompt, mistype, rows_without_style
 from fastattr.generators.scratch.text import NO_STYLE, CaptionLoss, build_text_encoder, tokenize, train_tokenizer
 
 CAPTIONS = [
@@ -54,7 +54,6 @@ def test_a_learned_tokenizer_gives_back_what_it_read(tmp_path: Path):
 
 
 CONFIG = GeneratorConfig(channels=(32, 32), vocabulary=300, max_tokens=12, text_width=32, text_layers=1)
-SHARES = Shares(empty=0.1, style_alone=0.05, other_captions=0.3, subject_alone=0.2, rewritten=0.15)
 PICTURES = [
     ["red heart, ink style", "love, ink style"],
     ["blue car, ink style"],
@@ -74,7 +73,7 @@ def examples(tmp_path_factory) -> TrainingExamples:
 def test_prompts_come_in_the_shares_asked_for():
     """Without empty prompts guidance has nothing to compare with; without plain captions nothing is learned by its name."""
     random = np.random.default_rng(0)
-    drawn = Counter(draw_prompt(PICTURES[0], SHARES, random)[0] for _ in range(20_000))
+    drawn = Counter(draw_prompt(PICTURES[0], CONFIG, random)[0] for _ in range(20_000))
     share = {prompt: count / 20_000 for prompt, count in drawn.items()}
     assert abs(share[""] - 0.1) < 0.01
     assert abs(share["ink style"] - 0.05) < 0.01
@@ -112,6 +111,13 @@ def test_text_encoder_is_told_subject_and_style_of_the_same_image(examples):
     assert told["blue car"] == {1}
     assert told["red heart"] in ({0}, {2})  # one of both, always the same
     assert told[""] == {0, 1, 2, 3}
+
+
+def test_images_that_share_a_caption_without_style_are_all_learned(examples):
+    """A LoRA's corpus may have one caption for all of its images."""
+    same = TrainingExamples(examples.latents, [["a photo of my dog"]] * 4, examples.tokenizer, CONFIG, 1000)
+    _, rows = same.prompts_of(np.arange(4), torch.Generator().manual_seed(0))
+    assert rows.tolist() == [0, 1, 2, 3]
 
 
 def test_a_keyword_stands_for_the_subject_that_it_tells_most_of():

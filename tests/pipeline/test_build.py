@@ -151,7 +151,7 @@ def test_plan_command_measures_this_machine_and_prints_a_table(tiny_config: Path
     assert here["seconds"]["in all"] == pytest.approx(sum(here["seconds"][name] for name in flops))
     assert "GFLOP/s" in as_table(result)
     config = load_config(tiny_config)
-    short = replace(config, plan=replace(config.plan, probe_seconds=1))
+    short = replace(config, plan=replace(config.plan, probe_seconds=1, network="stable-diffusion-1"))
     assert "plan.probe_seconds" in plan(short, tmp_path / "run", measure=True)["here"]["problem"]
 
 

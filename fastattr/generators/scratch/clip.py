@@ -16,11 +16,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPTokenizer
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path, read_json, temporary_folder, write_json
+from fastattr.core.files import atomic_path, temporary_folder, write_json
 from fastattr.core.settings import at_least
-from fastattr.core.stages import MANIFEST, finished, write_manifest
+from fastattr.core.stages import make
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import load_images, pixel_tensor
@@ -97,22 +98,39 @@ class ContrastiveLoss(nn.Module):
 
 def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
     """Train the encoder on run_dir/corpus; returns the manifest."""
-    from open_clip.model import CLIP
-
     corpus = Corpus(run_dir / "corpus")
     folder = run_dir / "encoder"
     inputs = {"corpus": corpus.fingerprint}
-    if finished(folder, stage="encoder", config=config, inputs=inputs):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
-    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    checkpoint = folder / "checkpoint.safetensors"
+
+    def work() -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        clip, tokenizer, shape = _train(config, corpus, folder, checkpoint, made_from=[config, inputs], accelerator=accelerator)
+        weights = {name: value.half().contiguous() for name, value in clip.state_dict().items()}
+        if accelerator.is_main_process:
+            tokenizer.save_pretrained(folder)
+            preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+            write_json(folder / "open_clip_config.json", {"model_cfg": shape, "preprocess_cfg": preprocess})
+            with atomic_path(folder / "open_clip_model.safetensors") as temporary:
+                save_file(weights, temporary)
+        return {"parameters": sum(value.numel() for value in weights.values())}
+
+    return make(folder, work, stage="encoder", config=config, inputs=inputs, accelerator=accelerator, temporary=[checkpoint])
+
+
+def _train(
+    config: EncoderConfig, corpus: Corpus, folder: Path, checkpoint: Path, *, made_from: object, accelerator: Accelerator
+) -> tuple[nn.Module, CLIPTokenizer, dict[str, Any]]:
+    """The averaged CLIP, its tokenizer, and its shape as open_clip writes it."""
+    from open_clip.model import CLIP
+
     images = load_images(corpus, config.image_size)
     with temporary_folder(folder) as scratch:
         captions = [captions[0] for captions in corpus.captions]
         tokenizer = train_tokenizer(captions, vocabulary=config.vocabulary, max_tokens=config.max_tokens, scratch=scratch)
     tokens = tokenize(tokenizer, captions)
     torch.manual_seed(config.training.seed)
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     shape = model_config(config, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, vocab_size=len(tokenizer))
     text_shape = {key: value for key, value in shape["text_cfg"].items() if key != "hf_tokenizer_name"}
     loss_module = ContrastiveLoss(CLIP(config.embed_dim, shape["vision_cfg"], text_shape))
@@ -122,32 +140,14 @@ def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
         row_shift, column_shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
         return pixels.roll((row_shift, column_shift), dims=(2, 3)), tokens[rows]
 
-    checkpoint = folder / "checkpoint.safetensors"
     average = fit(
         loss_module,
         batch_of,
         config.training,
         examples=len(corpus),
         checkpoint=checkpoint,
-        made_from=[config, inputs],
+        made_from=made_from,
         accelerator=accelerator,
         description="encoder",
     )
-    if accelerator.is_main_process:
-        tokenizer.save_pretrained(folder)
-        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-        write_json(folder / "open_clip_config.json", {"model_cfg": shape, "preprocess_cfg": preprocess})
-        weights = {name: value.half().contiguous() for name, value in average.clip.state_dict().items()}  # type: ignore[union-attr]
-        with atomic_path(folder / "open_clip_model.safetensors") as temporary:
-            save_file(weights, temporary)
-        write_manifest(
-            folder,
-            stage="encoder",
-            config=config,
-            inputs=inputs,
-            parameters=sum(value.numel() for value in weights.values()),
-        )
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    manifest = read_json(folder / MANIFEST)
-    return manifest
+    return average.clip, tokenizer, shape  # type: ignore[return-value]

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from fastattr.core.captions import split_caption
 from fastattr.generators.scratch.denoiser import GeneratorConfig
-from fastattr.generators.scratch.prompts import Shares, draw_prompt, rows_without_style
+from fastattr.generators.scratch.prompts import draw_prompt, rows_without_style
 from fastattr.generators.scratch.text import NO_STYLE, tokenize
 
 
@@ -49,15 +49,7 @@ class TrainingExamples:
     def prompts_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[list[str], np.ndarray]:
         """(B,) prompts, and the (B,) rows that they ask for: the given ones, but for prompts that name no style."""
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        config = self._config
-        shares = Shares(
-            empty=config.caption_dropout,
-            style_alone=config.subject_dropout,
-            other_captions=config.other_captions,
-            subject_alone=config.style_dropout,
-            rewritten=config.rewritten,
-        )
-        drawn = [draw_prompt(self.captions[row], shares, random) for row in rows]
+        drawn = [draw_prompt(self.captions[row], self._config, random) for row in rows]
         asked = [self._without_style[alone] if alone else row for (_, alone), row in zip(drawn, rows, strict=True)]
         return [prompt for prompt, _ in drawn], np.array(asked)
 

@@ -9,66 +9,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from fastattr.core.captions import split_caption
+from fastattr.generators.scratch.denoiser import GeneratorConfig
 
 ARTICLES = ("a", "the", "one", "some", "my")
-BEFORE = (
-    *("a picture of", "a drawing of a", "an emoji of a", "a photo of the", "a piece of", "a pair of"),
-    *(
-        "small",
-        "cute",
-        "a new",
-        "a nice",
-        "funny",
-        "a lovely",
-        "tiny",
-        "great",
-        "a sweet",
-        "pretty",
-        "strange",
-        "a tired",
-        "wild",
-    ),
-)
+FRAMES = ("a picture of", "a drawing of a", "an emoji of a", "a photo of the", "a piece of", "a pair of")
+ADJECTIVES = ("small", "cute", "a new", "a nice", "funny", "a lovely", "tiny", "great", "a sweet", "strange", "a tired", "wild")
 AFTER = ("on a table", "at night", "in the garden", "on the street", "with friends", "in my hand", "for you", "in summer")
 """What visitors write around a subject, and what says nothing that the images show."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """How often a training image is shown under what; the last three are shares of what the first two leave."""
-
-    empty: float
-    style_alone: float
-    other_captions: float
-    """Earlier ones more often."""
-    subject_alone: float
-    rewritten: float
-
-
-def draw_prompt(captions: Sequence[str], shares: Shares, random: np.random.Generator) -> tuple[str, str]:
+def draw_prompt(captions: Sequence[str], config: GeneratorConfig, random: np.random.Generator) -> tuple[str, str]:
     """A prompt for the training image of these captions, the main one first.
 
     Returns:
-        The prompt, and what it asks for if it names no style ('red heart' of 'a rde heart'), else ''.
+        The prompt, and what it asks for if its style was left out ('red heart' of 'a rde heart'), else ''.
     """
     lot = random.random(5)
-    if lot[0] < shares.empty:
+    if lot[0] < config.caption_dropout:
         return "", ""
-    if lot[0] < shares.empty + shares.style_alone:
+    if lot[0] < config.caption_dropout + config.subject_dropout:
         return split_caption(captions[0])[1], ""
     caption = captions[0]
-    if len(captions) > 1 and lot[1] < shares.other_captions:
+    if len(captions) > 1 and lot[1] < config.other_captions:
         weights = 1 / np.arange(1, len(captions))
         caption = captions[1 + random.choice(len(weights), p=weights / weights.sum())]
     subject, style = split_caption(caption)
-    written = rewrite(subject, random) if lot[3] < shares.rewritten else subject
-    return (written, subject) if not style or lot[2] < shares.subject_alone else (f"{written}, {style}", "")
+    written = rewrite(subject, random) if lot[3] < config.rewritten else subject
+    if not style:
+        return written, ""
+    return (written, subject) if lot[2] < config.style_dropout else (f"{written}, {style}", "")
 
 
 def rows_without_style(captions: Sequence[Sequence[str]]) -> dict[str, int]:
@@ -98,7 +72,7 @@ def rewrite(subject: str, random: np.random.Generator) -> str:
         return subject + ("es" if subject.endswith(("s", "x", "ch", "sh")) else "s")
     if kind == 2:
         return mistype(subject, random)
-    before, after = random.choice(BEFORE), random.choice(AFTER)
+    before, after = random.choice(FRAMES + ADJECTIVES), random.choice(AFTER)
     return f"{before} {subject}" if random.random() < 0.6 else f"{random.choice(ARTICLES)} {subject} {after}"
 
 

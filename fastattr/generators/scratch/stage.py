@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from fastattr.core.files import atomic_path, read_json, sha256_file, temporary_folder, write_json
-from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
+from fastattr.core.stages import make, open_stage
 from fastattr.core.training import fit, trapezoid
 from fastattr.corpus.store import Corpus
 from fastattr.generators.prompts import WORDS, words_of
@@ -25,6 +25,8 @@ from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, 
 from fastattr.generators.scratch.examples import TrainingExamples
 from fastattr.generators.scratch.text import CaptionLoss, train_tokenizer
 
+CHECKPOINTS = ("checkpoint-text.safetensors", "checkpoint.safetensors")
+
 
 def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
     """Train the generator on run_dir/corpus with run_dir/autoencoder; returns the manifest."""
@@ -32,31 +34,27 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
     autoencoder_manifest = open_stage(run_dir / "autoencoder", "autoencoder")
     folder = run_dir / "generator"
     inputs = {"corpus": corpus.fingerprint, "autoencoder": autoencoder_manifest["fingerprint"]}
-    if not finished(folder, stage="generator", config=config, inputs=inputs):
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+
+    def work() -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
-        accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
         autoencoder = AutoencoderKL.from_pretrained(run_dir / "autoencoder").to(accelerator.device)
         average, tokenizer = train(config, corpus, autoencoder, folder, inputs=inputs, accelerator=accelerator)
-        if accelerator.is_main_process:
-            save(average, autoencoder, tokenizer, corpus, folder)
-            write_manifest(
-                folder,
-                stage="generator",
-                config=config,
-                inputs=inputs,
-                corpus_fingerprint=corpus.fingerprint,
-                sha256={
-                    path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.glob("*/*.safetensors"))
-                },
-                defaults={"steps": config.steps, "guidance": config.guidance},
-                unet_parameters=sum(parameter.numel() for parameter in average.unet.parameters()),
-                text_parameters=sum(parameter.numel() for parameter in average.text_encoder.parameters()),
-            )
-            for path in folder.glob("checkpoint*.safetensors"):
-                path.unlink()
-        accelerator.wait_for_everyone()
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    return manifest
+        if not accelerator.is_main_process:
+            return {}
+        save(average, autoencoder, tokenizer, corpus, folder)
+        return {
+            "corpus_fingerprint": corpus.fingerprint,
+            "sha256": {
+                path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.glob("*/*.safetensors"))
+            },
+            "defaults": {"steps": config.steps, "guidance": config.guidance},
+            "unet_parameters": sum(parameter.numel() for parameter in average.unet.parameters()),
+            "text_parameters": sum(parameter.numel() for parameter in average.text_encoder.parameters()),
+        }
+
+    checkpoints = [folder / name for name in CHECKPOINTS]
+    return make(folder, work, stage="generator", config=config, inputs=inputs, accelerator=accelerator, temporary=checkpoints)
 
 
 def train(
@@ -85,20 +83,29 @@ def train(
         config, tokenizer=tokenizer, latent_channels=latents.shape[1], latent_side=latents.shape[2]
     )
     made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
-    text_encoder = train_text_encoder(
-        text_encoder,
-        examples,
-        config,
-        checkpoint=folder / "checkpoint-text.safetensors",
+    foretelling = fit(
+        CaptionLoss(
+            text_encoder,
+            latent_shape=latents.shape[1:],
+            subjects=len(examples.subjects),
+            styles=len(examples.styles),
+            name_weight=config.name_weight,
+        ),
+        examples.captions_of,
+        config.text_training,
+        examples=len(corpus),
+        checkpoint=folder / CHECKPOINTS[0],
         made_from=made_from,
         accelerator=accelerator,
+        description="text encoder",
     )
+    text_encoder = foretelling.text_encoder.requires_grad_(False)  # type: ignore[assignment,union-attr]
     average = fit(
-        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder.requires_grad_(False), scheduler),
+        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
         examples.batch_of,
         config.training,
         examples=len(corpus),
-        checkpoint=folder / "checkpoint.safetensors",
+        checkpoint=folder / CHECKPOINTS[1],
         made_from=made_from,
         accelerator=accelerator,
         schedule=trapezoid(config.decay_share),
@@ -106,36 +113,6 @@ def train(
     )
     assert isinstance(average, DenoiserLoss)
     return average, tokenizer
-
-
-def train_text_encoder(
-    text_encoder: CLIPTextModel,
-    examples: TrainingExamples,
-    config: GeneratorConfig,
-    *,
-    checkpoint: Path,
-    made_from: object,
-    accelerator: Accelerator,
-) -> CLIPTextModel:
-    """A copy of the text encoder, trained to foretell what prompts look like; see text.py."""
-    average = fit(
-        CaptionLoss(
-            text_encoder,
-            latent_shape=examples.latents.shape[1:],
-            subjects=len(examples.subjects),
-            styles=len(examples.styles),
-            name_weight=config.name_weight,
-        ),
-        examples.captions_of,
-        config.text_training,
-        examples=len(examples.captions),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="text encoder",
-    )
-    trained: CLIPTextModel = average.text_encoder  # type: ignore[assignment]
-    return trained
 
 
 def save(average: DenoiserLoss, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, corpus: Corpus, folder: Path) -> None:

@@ -1,0 +1,146 @@
+"""Batches: requests that wait are answered together; what one of them does is its own affair."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastattr.attributor.attribution import Attribution
+from fastattr.attributor.attributor import FastAttributor
+from fastattr.core.errors import InputError, NonFiniteError
+
+logger = logging.getLogger(__name__)
+
+
+class BusyError(Exception):
+    """Too many requests wait, or one waited too long."""
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A request in the queue."""
+
+    query: Image.Image | np.ndarray
+    prompt: str
+    k: int
+    where: dict[str, str | list[str]] | None
+    answer: asyncio.Future[Attribution]
+
+
+class Room:
+    """A place for so many decoded pixels at once; who does not find room waits."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._changed = pixels, asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def take(self, pixels: int) -> AsyncIterator[None]:
+        """Hold room for so many pixels."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+class Batcher:
+    """Answers requests that wait together, in one thread of their own, one batch after the other."""
+
+    def __init__(self, attributor: FastAttributor, *, max_batch: int, max_waiting: int, timeout: float) -> None:
+        self._attributor, self._max_batch, self._timeout = attributor, max_batch, timeout
+        self._queue: asyncio.Queue[Waiting] = asyncio.Queue(max_waiting)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attribute")
+        self._task: asyncio.Task[None] | None = None
+        self.batches = 0
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Answer what waits, then end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._queue.join(), self._timeout)
+        if self._task:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._thread.shutdown()
+
+    async def ask(self, query: Image.Image | np.ndarray, prompt: str, k: int, where: Any = None) -> Attribution:
+        """The answer, once its batch is done.
+
+        Raises:
+            BusyError: too many wait, or it takes too long.
+            InputError, NonFiniteError: the query can't be answered.
+        """
+        waiting = Waiting(query, prompt, k, where, asyncio.get_running_loop().create_future())
+        try:
+            self._queue.put_nowait(waiting)
+            return await asyncio.wait_for(waiting.answer, self._timeout)
+        except asyncio.QueueFull:
+            raise BusyError("too many requests wait; try again later") from None
+        except TimeoutError:
+            raise BusyError(f"no answer within {self._timeout:g} s; try again later") from None
+
+    async def _run(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < self._max_batch and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            wanted = [each for each in batch if not each.answer.done()]  # not those that gave up
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer, self._attributor, wanted)
+            for each, found in zip(wanted, answers, strict=True):
+                if each.answer.done():
+                    continue
+                if isinstance(found, Exception):
+                    each.answer.set_exception(found)
+                else:
+                    each.answer.set_result(found)
+            self.batches += 1
+            for _ in batch:
+                self._queue.task_done()
+
+
+def answer(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution | Exception]:
+    """The answer to each, or the error that it alone gets; queries of one kind go through the network together."""
+    answers: dict[int, Attribution | Exception] = {}
+    groups: dict[str, list[int]] = {}
+    for number, each in enumerate(batch):
+        groups.setdefault(f"{type(each.query) is np.ndarray} {each.where!r}", []).append(number)
+    for numbers in groups.values():
+        try:
+            answers.update(zip(numbers, _together(attributor, [batch[number] for number in numbers]), strict=True))
+        except Exception:  # of one of them: each for itself, then
+            for number in numbers:
+                try:
+                    answers[number] = _together(attributor, [batch[number]])[0]
+                except Exception as error:  # the process must live; the cause goes to who asked, and to the log
+                    answers[number] = error
+                    if not isinstance(error, InputError | NonFiniteError):
+                        logger.exception("a request failed")
+    return [answers[number] for number in range(len(batch))]
+
+
+def _together(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution]:
+    prompts, where = [each.prompt for each in batch], batch[0].where
+    k = max(each.k for each in batch)
+    queries: list[Any] = [each.query for each in batch]
+    found: Any
+    if isinstance(queries[0], np.ndarray):
+        found = attributor.attribute_features(np.stack(queries), prompts, k, where=where)
+    else:
+        found = attributor.attribute(queries, prompts, k, where=where)
+    return [one.first(each.k) for one, each in zip(found, batch, strict=True)]
