@@ -173,9 +173,11 @@ class FastAttributor:
         return by_student(self._model, self._newest(), asked, k, where) if len(prompts) else []
 
     def replay(self, embedding: np.ndarray, prompt: str, k: int, *, where: Where | None = None) -> Attribution:
-        """The answer to a query of which only the (D,) embedding is known, as receipts hold it."""
-        asked = Asked(np.zeros((0, self.config["feature_dim"]), dtype=np.float32), [prompt], [""])
-        return by_embedding(self._model, self._newest(), asked, embedding[None], k, where)[0]
+        """The answer to a query of which only the (D,) embedding is known, as receipts hold it; at most k images."""
+        version = self._newest()
+        asked = Asked(np.zeros((0, version.base["feature_dim"]), dtype=np.float32), [prompt], [""])
+        k = min(k, version.catalogue.ntotal) or 1
+        return by_embedding(self._model, version, asked, embedding[None], k, where)[0]
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """(n, D) float32 embeddings of rows of the last `catalog`, as well as they are kept."""

@@ -11,7 +11,7 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import read_bytes
-from fastattr.corpus.records import CAPTION_COLUMNS, Part, Skipped, TrainingImage, as_training_image, state_of
+from fastattr.corpus.records import CAPTION_COLUMNS, ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of
 from fastattr.corpus.text import as_captions, as_text
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
@@ -76,12 +76,15 @@ def _open(source: str, split: str) -> tuple[Any, Any]:
             return saved.to_iterable_dataset(num_shards=max(1, len(saved) // ROWS_PER_PART)), made_of
         if path.is_file() and (kind := KINDS.get(path.suffix.lower())):
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            return load_dataset_builder(kind, data_files=source, **options).as_streaming_dataset(split="train"), made_of
-        builder = load_dataset_builder(source)
+            builder, split = load_dataset_builder(kind, data_files=source, **options), "train"
+        else:
+            builder = load_dataset_builder(source)
+        if hasattr(builder.config, "batch_size"):  # of parquet; its default is the first row group's size, which may be 0
+            builder.config.batch_size = ROWS_AT_ONCE // 10
         files = builder.config.data_files or {}
         made_of = made_of or [source, {str(name): listed.origin_metadata for name, listed in files.items()}]
         return builder.as_streaming_dataset(split=split), made_of
-    except (FileNotFoundError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source!r} cannot be opened as a dataset with a split {split!r} ({reason}).") from error
 
