@@ -260,15 +260,12 @@ def require_finite_queries(queries: np.ndarray) -> None:
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar rows of all, by comparing every one.
+    """(Q, k) similarities, best first, and rows: the k nearest of all, by comparing every one.
 
     Args:
         queries: (Q, D) float32.
         blocks: (n,) rows and their (n, D) vectors, block by block.
         k: how many.
-
-    Returns:
-        (Q, k) similarities, best first, and rows.
     """
     similarities = np.full((len(queries), 0), -np.inf, dtype=np.float32)
     rows = np.zeros((len(queries), 0), dtype=np.int64)
