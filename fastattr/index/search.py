@@ -24,6 +24,10 @@ EXACT_ROWS = 10_000
 """If no more rows than this may be found, all of them are compared."""
 
 
+SETTLED = 1e-3
+"""A search that finds no more than this, in the mean similarity of the last row wanted, by looking twice as far is done."""
+
+
 class Shards:
     """Shards of one index, searched as one; those that are left out are simply not found."""
 
@@ -201,9 +205,13 @@ class Ranked:
         # Of more neighbours, or among fewer rows, each is farther away than the hundredth of all.
         widest = self.index.widest
         widen = min(math.ceil(math.sqrt(wanted * self.ntotal / count / TUNED_K)), widest)
+        # Few rows may lie in other lists than those nearest to the query: then look farther until it changes little.
+        settled = count >= self.ntotal / 2
+        least = -math.inf
         while True:
             similarities, rows = self.find(queries, wanted, allowed=allowed, widen=widen)
-            if (rows >= 0).all():
+            complete, before, least = bool((rows >= 0).all()), least, float(similarities[:, -1].mean())
+            if complete and (settled or widen >= widest or least - before < SETTLED):
                 return similarities, rows
             if widen >= widest:
                 break
