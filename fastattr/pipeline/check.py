@@ -53,8 +53,11 @@ def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
             _model("generator.lora", generator.lora)
     if Path(config.queries.prompts).suffix in PROMPT_FILES and not planned:
         _there("queries.prompts", config.queries.prompts)
-    if config.teacher.factors:
-        _there("teacher.factors", config.teacher.factors)
+    for setting in ("factors", "retrained"):
+        if path := getattr(config.teacher, setting):
+            _there(f"teacher.{setting}", path)
+    for model in config.teacher.models:
+        _model("teacher.models", model)
     _settings(config)
 
 
