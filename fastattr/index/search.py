@@ -24,6 +24,10 @@ EXACT_ROWS = 10_000
 """If no more rows than this may be found, all of them are compared."""
 
 
+SETTLED = 1e-3
+"""A search that finds no more than this, in the mean similarity of the last row wanted, by looking twice as far is done."""
+
+
 class Shards:
     """Shards of one index, searched as one; those that are left out are simply not found."""
 
@@ -201,9 +205,13 @@ class Ranked:
         # Of more neighbours, or among fewer rows, each is farther away than the hundredth of all.
         widest = self.index.widest
         widen = min(math.ceil(math.sqrt(wanted * self.ntotal / count / TUNED_K)), widest)
+        # Few rows may lie in other lists than those nearest to the query: then look farther until it changes little.
+        settled = count >= self.ntotal / 2
+        least = -math.inf
         while True:
             similarities, rows = self.find(queries, wanted, allowed=allowed, widen=widen)
-            if (rows >= 0).all():
+            complete, before, least = bool((rows >= 0).all()), least, float(similarities[:, -1].mean())
+            if complete and (settled or widen >= widest or least - before < SETTLED):
                 return similarities, rows
             if widen >= widest:
                 break
@@ -260,15 +268,12 @@ def require_finite_queries(queries: np.ndarray) -> None:
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar rows of all, by comparing every one.
+    """(Q, k) similarities, best first, and rows: the k nearest of all, by comparing every one.
 
     Args:
         queries: (Q, D) float32.
         blocks: (n,) rows and their (n, D) vectors, block by block.
         k: how many.
-
-    Returns:
-        (Q, k) similarities, best first, and rows.
     """
     similarities = np.full((len(queries), 0), -np.inf, dtype=np.float32)
     rows = np.zeros((len(queries), 0), dtype=np.int64)
