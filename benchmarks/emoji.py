@@ -248,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     sizes = QUICK if options.quick else Sizes()
     generator = Generator.from_pretrained(MODEL)
-    results: dict[str, Any] = read_json(options.json) if options.part and options.json and options.json.exists() else {}
+    before: dict[str, Any] = read_json(options.json) if options.part and options.json and options.json.exists() else {}
+    others = tuple(key for part, keys in PART_KEYS.items() if part != options.part for key in keys)
+    results = {name: value for name, value in before.items() if name.startswith(others)}
     if options.part != "attributor":
         judge, facts = judging.load()
         with open_corpus(options.run, facts["corpus_fingerprint"]) as corpus:

@@ -27,7 +27,6 @@ from fastattr.core.errors import InputError
 from fastattr.core.models import commit_of
 from fastattr.corpus.images import load_rgb
 from fastattr.corpus.near_copies import look_of, looks_of, near_copies
-from fastattr.index.search import search, stored_vectors
 from fastattr.students.calibration import Calibration
 from fastattr.students.light import LightStudent
 from fastattr.students.ownness import measures_of
@@ -181,14 +180,13 @@ def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[At
         )
     queries = plain_vectors(asked.features)
     present = catalogue.rows_of(np.arange(plain.ntotal))  # its rows are those of the base
-    wanted = min(k, int((present >= 0).sum()))
+    similarities, found = plain.search(queries, k, allowed=present >= 0)
     images = model.columns_of({"image", "text"})
     answers = []
-    for query, (own, values) in enumerate(_nearest_present(plain, queries, present, wanted)):
-        vectors = stored_vectors(plain, own)
+    for query, (own, values) in enumerate(zip(found, similarities, strict=True)):
         parts = None
-        if vectors is not None and images is not None:
-            products = vectors * queries[query]
+        if plain.reads_rows and images is not None:
+            products = plain.take(own) * queries[query]
             parts = products[:, images].sum(axis=1), products[:, ~images].sum(axis=1)
         rows = present[own]
         described = {"sha256": asked.hashes[query], "k": k}
@@ -205,15 +203,6 @@ def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[At
 def encode(embedding: np.ndarray) -> str:
     """A (D,) embedding as receipts hold it."""
     return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
-
-
-def _nearest_present(plain: Any, queries: np.ndarray, present: np.ndarray, wanted: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each query the rows of `plain` that are nearest and have not been removed, and their similarities."""
-    if not wanted:
-        return [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)) for _ in queries]
-    slots, similarities = search(plain, queries, min(wanted + int((present < 0).sum()), plain.ntotal))
-    kept = [np.flatnonzero(present[own] >= 0)[:wanted] for own in slots]
-    return [(own[rows], values[rows]) for own, values, rows in zip(slots, similarities, kept, strict=True)]
 
 
 def _reached(catalogue: Catalogue, embedding: np.ndarray, count: int, where: Where | None) -> tuple[np.ndarray, np.ndarray]:
@@ -344,7 +333,6 @@ def _by_picture(model: Model, version: Version, features: np.ndarray) -> list[np
     if version.plain is not None:
         present = catalogue.rows_of(np.arange(version.plain.ntotal))
         queries = plain_vectors(np.where(images, features, 0.0))
-        nearest = _nearest_present(version.plain, queries, present, min(count, int((present >= 0).sum())))
-        found.append(np.array([present[own] for own, _ in nearest]))
+        found.append(present[version.plain.search(queries, count, allowed=present >= 0)[1]])
     none = np.zeros(0, dtype=np.int64)
     return [np.unique(np.concatenate([none, *(rows[query] for rows in found)])) for query in range(len(features))]

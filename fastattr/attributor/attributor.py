@@ -79,11 +79,9 @@ class FastAttributor:
 
         Raises:
             ArtifactNotFoundError: there is no such model, revision or file, or the cache holds a part of it only.
-            ArtifactDamagedError: a file's checksum is not that of config.json.
-            FormatVersionError: it was written by a newer fastattr.
+            ArtifactDamagedError: a file's checksum is not that of config.json; FormatVersionError: a newer fastattr wrote it.
             EncoderMismatchError: its feature encoders have other weights than those the student was trained on.
-            HubError: the Hub refuses, or can't be reached.
-            InputError: there is no such shard.
+            HubError: the Hub refuses, or can't be reached; InputError: there is no such shard.
         """
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
@@ -126,10 +124,7 @@ class FastAttributor:
                 `restrictions.FILTERS`; 'since' and 'until' bound the column 'date'. There may be fewer than k.
 
         Returns:
-            One `Attribution`, or a list if a list was given.
-
-        Raises:
-            InputError: an image can't be read, a prompt is empty, or k is out of range.
+            One `Attribution`, or a list if a list was given. Raises InputError for an image that can't be read and a wrong k.
         """
         return self._answer(image, prompt, k, lambda version, asked: by_student(self._model, version, asked, k, where))
 
@@ -173,9 +168,11 @@ class FastAttributor:
         return by_student(self._model, self._newest(), asked, k, where) if len(prompts) else []
 
     def replay(self, embedding: np.ndarray, prompt: str, k: int, *, where: Where | None = None) -> Attribution:
-        """The answer to a query of which only the (D,) embedding is known, as receipts hold it."""
-        asked = Asked(np.zeros((0, self.config["feature_dim"]), dtype=np.float32), [prompt], [""])
-        return by_embedding(self._model, self._newest(), asked, embedding[None], k, where)[0]
+        """The answer to a query of which only the (D,) embedding is known, as receipts hold it; at most k images."""
+        version = self._newest()
+        asked = Asked(np.zeros((0, version.base["feature_dim"]), dtype=np.float32), [prompt], [""])
+        k = min(k, version.catalogue.ntotal) or 1
+        return by_embedding(self._model, version, asked, embedding[None], k, where)[0]
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """(n, D) float32 embeddings of rows of the last `catalog`, as well as they are kept."""
@@ -263,23 +260,14 @@ class FastAttributor:
     def remove(self, image_ids: Sequence[str], *, reason: str = "") -> None:
         """Take images out of the catalogue for good: no answer names them from now on. Some may have left already.
 
-        Args:
-            image_ids: which.
-            reason: kept in the log.
-
-        Raises:
-            InputError: the catalogue never had one of them, or the removal could not be kept.
+        The log keeps the reason. Raises InputError if the catalogue never had one of them, or the removal can't be kept.
         """
         ids = [image_ids] if isinstance(image_ids, str) else list(dict.fromkeys(image_ids))
         with self._changing() as version:
             edits.remove(version, ids, reason)
 
     def update(self, changes: Mapping[str, Mapping[str, str]]) -> None:
-        """Change what the catalogue says of images: new values by column, by image id. Similarities stay as they are.
-
-        Raises:
-            InputError: the catalogue has no such image, or no such column.
-        """
+        """Change what the catalogue says of images: new values by column, by image id; InputError if there is no such one."""
         with self._changing() as version:
             edits.update(version, changes)
 
@@ -323,13 +311,7 @@ class FastAttributor:
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the attributor to a folder; an earlier attributor there is replaced. What has left is not written.
 
-        Args:
-            folder: where to.
-            overwrite: whether the folder may hold other files, which are kept.
-
-        Raises:
-            InputError: the folder is a file, or holds other files.
-            MissingFileError: the attributor was loaded in part only.
+        A folder that holds other files is refused with an InputError; `overwrite` keeps them and replaces an attributor only.
         """
         if Path(folder).resolve() != self.folder.resolve():
             self.require_whole()

@@ -82,25 +82,21 @@ def verify(
     Raises:
         InputError: the embedding is not as wide as this attributor's.
     """
-    query = receipt["query"]
-    differences = version_differences(receipt["versions"], attributor)
-    embedding = decode_embedding(receipt)
-    if len(embedding) != attributor.config["student"]["embed_dim"]:
-        wide = attributor.config["student"]["embed_dim"]
+    query, embedding, wide = receipt["query"], decode_embedding(receipt), attributor.config["student"]["embed_dim"]
+    if len(embedding) != wide:
         raise InputError(f"the receipt's embedding is {len(embedding)} wide, {attributor.name} makes embeddings {wide} wide.")
+    answer, differences = attributor.replay(embedding, query["prompt"], query["k"], where=query.get("where")), []
     if image is not None:
         opened = open_image(image)
         if image_sha256(opened, query["prompt"]) != query["sha256"]:
+            differences = version_differences(receipt["versions"], answer.versions, attributor.name)
             return [*differences, "the image and prompt are not those of the receipt (their SHA-256 differs)."]
-        answer = attributor.attribute(
-            opened, query["prompt"] or None, k=min(query["k"], len(attributor)), where=query.get("where")
-        )
-        assert isinstance(answer, Attribution)
-        again = decode_embedding(answer.to_dict())
+        asked = attributor.attribute(opened, query["prompt"] or None, k=len(answer) or 1, where=query.get("where"))
+        assert isinstance(asked, Attribution)
+        answer, again = asked, decode_embedding(asked.to_dict())
         if abs(float(again @ embedding) - 1) > tolerance:
             differences.append(f"the image's embedding differs (cosine {float(again @ embedding):.4f} with the receipt's).")
-    else:
-        answer = attributor.replay(embedding, query["prompt"], min(query["k"], len(attributor)), where=query.get("where"))
+    differences += version_differences(receipt["versions"], answer.versions, attributor.name)  # of the version that answered
     # How much is the image's doing and how much the prompt's is known only with the image.
     unknown = PARTS if image is None else ()
     was, now = (
@@ -109,15 +105,10 @@ def verify(
     return differences + result_differences(was, now, attributor, tolerance)
 
 
-def version_differences(versions: Mapping[str, Any], attributor: FastAttributor) -> list[str]:
+def version_differences(receipt: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:
     """A sentence for each part whose version is another."""
-    lines = []
-    for name, found in attributor.versions().items():
-        was = versions.get(name)
-        if was != found:
-            short = [str(value)[:12] for value in (was, found)]
-            lines.append(f"{name}: the receipt has {short[0]}, {attributor.name} has {short[1]}.")
-    return lines
+    parts = ((part, receipt.get(part), found) for part, found in now.items() if receipt.get(part) != found)
+    return [f"{part}: the receipt has {str(was)[:12]}, {name} has {str(found)[:12]}." for part, was, found in parts]
 
 
 def result_differences(

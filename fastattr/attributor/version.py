@@ -19,11 +19,9 @@ from fastattr.attributor.journal import images_of, read_journal
 from fastattr.core.errors import ArtifactDamagedError
 from fastattr.core.files import read_json
 from fastattr.index.files import load_index
-from fastattr.index.search import open_ranked
+from fastattr.index.search import Ranked, Shards, open_ranked
 
 if TYPE_CHECKING:
-    import faiss
-
     from fastattr.attributor.collection import MilvusBackend
 
 
@@ -52,7 +50,7 @@ class Version:
     stamp: tuple[int, ...]
     """Of config.json, when the base was read."""
     catalogue: Catalogue | MilvusBackend
-    plain: faiss.Index | None
+    plain: Ranked | None
     """The index of the untuned features, whose rows are the first of the base."""
     number: int
     """Rises with every change."""
@@ -120,7 +118,7 @@ def open_version(folder: Path, config: dict[str, Any], parts: Parts, *, stamp: t
     catalogue = open_base(folder, config, parts)
     file = file_of(config, "plain")
     with_plain = file in config["sha256"] and parts.shards is None
-    plain = load_index(folder / file, sha256=config["sha256"][file]) if with_plain else None
+    plain = Ranked(Shards([(load_index(folder / file, sha256=config["sha256"][file]), 0)])) if with_plain else None
     current = read_changes(folder, config)
     if current.images:
         catalogue = catalogue.applied(current.images)

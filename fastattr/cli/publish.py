@@ -32,7 +32,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; needs no network.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push an attributor, a generator, a score table or the page to the Hub."""
+    """Push models, score tables or the page to the Hub."""
     from fastattr.publishing import publish, score_tables
 
     *source, repo_id = places

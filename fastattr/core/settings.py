@@ -156,7 +156,10 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where}: expected a list, found {quoted(value)}; write [{quoted(value)}] for one.")
-        return tuple(_convert(typing.get_args(hint)[0], each, where=f"{where}[{row}]") for row, each in enumerate(value))
+        kinds = typing.get_args(hint)
+        if kinds[-1] is not Ellipsis and len(kinds) != len(value):
+            raise InputError(f"{where}: expected a list of {len(kinds)}, found {quoted(value)}.")
+        return tuple(_convert(kinds[0], each, where=f"{where}[{row}]") for row, each in enumerate(value))
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         text = _text(value)

@@ -99,12 +99,9 @@ def image_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_settings(captions: str, vocabulary: Mapping[str, int], tokenize: Callable[[list[str]], Any]) -> dict[str, Any]:
-    """What a caption's preparation depends on.
+    """What a caption's preparation depends on: 'first' or 'mean', token -> id, and what `tokenize` makes of `PROBES`.
 
-    Args:
-        captions: 'first' or 'mean'.
-        vocabulary: token -> id.
-        tokenize: texts -> (B, T) ids; how it cleans, splits, cuts and pads is seen from what it makes of `PROBES`.
+    That shows how a tokenizer cleans, splits, cuts and pads, whatever its class.
     """
     words = hashlib.sha256(json.dumps(sorted(vocabulary.items()), separators=(",", ":")).encode()).hexdigest()
     return {"captions": captions, "vocabulary": words, "probes": [[int(token) for token in row] for row in tokenize([*PROBES])]}
@@ -133,10 +130,7 @@ def encode_captions(
 ) -> np.ndarray:
     """(B, F) unit text features of images that may have several captions each.
 
-    Args:
-        captions: B lists of captions, none empty.
-        encode: texts -> (len(texts), F) unit vectors.
-        average: average all captions of an image and normalise again, instead of taking the first.
+    `encode` turns texts into unit vectors. An image's are averaged and normalised again, or only the first is taken.
     """
     if not average:
         return encode([texts[0] for texts in captions])

@@ -59,13 +59,7 @@ class LightClip:
     """The image tower or the text tower of a small CLIP; an `Encoder`."""
 
     def __init__(self, folder: Path, modality: str, *, captions: str = "first") -> None:
-        """Load it.
-
-        Args:
-            folder: for which `supports` is true.
-            modality: 'image' or 'text'.
-            captions: 'first' or 'mean': how several captions of one image become one feature.
-        """
+        """Load the tower 'image' or 'text' of a folder for which `supports` is true."""
         config = read_json(folder / CONFIG)
         self.specification = f"open_clip-{modality}:{folder}"
         self._folder, self._modality, self._captions = folder, modality, captions

@@ -93,8 +93,8 @@ def load_lora(pipeline: Any, file: Path) -> None:
     if other:
         raise ArtifactDamagedError(f"{file} is no plain LoRA ({other[0]}); LoHa, LoKr, DoRA and the like are not supported.")
     pairs, unknown = pairs_of(pipeline, tensors)
-    if unknown:
-        pairs, unknown = pairs_of(pipeline, _converted(pipeline, tensors)) or (pairs, unknown)
+    if unknown and (converted := _converted(pipeline, tensors)):
+        pairs, unknown = pairs_of(pipeline, converted)
     if unknown or not pairs:
         raise ArtifactDamagedError(
             f"{file} is for another network: {len(unknown)} of its names are not in this {type(pipeline).__name__}, "
@@ -123,15 +123,20 @@ def pairs_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[s
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
-    kohya = {f"lora_{word}_{name.partition('.')[2].replace('.', '_')}": name for name in layers
-             for word, part in PARTS.items() if part == name.partition(".")[0]}  # fmt: skip
+    kohya = {
+        f"lora_{word}_{name.removeprefix(part + '.').replace('.', '_')}": name
+        for name in layers
+        for word, part in PARTS.items()
+        if name.startswith(part + ".")
+    }
     pairs: dict[str, Pair] = {}
     unknown = []
     for name, tensor in tensors.items():
         match = KEY.fullmatch(name)
         spelled = match[1] if match else name
         bare = re.sub(WRAPPERS, "", spelled)
-        known = [kohya.get(spelled, ""), spelled, f"unet.{bare}", f"transformer.{bare}", spelled.replace(".text_model.", ".")]
+        short = re.sub(r"[._]text_model(?=[._])", "", spelled)  # newer text encoders have one module less
+        known = [kohya.get(spelled), kohya.get(short), spelled, short, f"unet.{bare}", f"transformer.{bare}"]
         layer = next((one for one in known if one in layers), None)
         if match is None or layer is None:
             unknown.append(name)
@@ -147,12 +152,14 @@ def pairs_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[s
 
 
 def _converted(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors by the names into which diffusers turns those of other trainers; {} where it knows none."""
+    """The tensors by the names into which diffusers turns those of other trainers; {} where it does not know all of them."""
     try:
         found = pipeline.lora_state_dict(dict(tensors))
     except Exception:  # of a kind that it does not know, which the caller says
-        return {"": torch.zeros(0)}
+        return {}
     state, alphas = found if isinstance(found, tuple) else (found, {})
+    if len(state) < sum(not name.endswith(".alpha") for name in tensors):
+        return {}
     return {**state, **{name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}}
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import read_json, sha256_file
+from fastattr.core.files import sha256_file
 from fastattr.core.models import PIPELINE_FILES, commit_of, locate, split_revision
-from fastattr.core.stages import MANIFEST, finished, write_manifest
+from fastattr.core.stages import make
 from fastattr.generators.families import Options
 from fastattr.generators.generator import Generator
 from fastattr.generators.loading import DTYPES
@@ -73,9 +73,11 @@ def run(config: PretrainedConfig, run_dir: Path) -> dict[str, Any]:
         InputError: the pipeline is of no supported family.
     """
     folder = run_dir / "generator"
-    if finished(folder, stage="generator", config=config, inputs={}):
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        return manifest
+    return make(folder, lambda: _look_up(config), stage="generator", config=config, inputs={})
+
+
+def _look_up(config: PretrainedConfig) -> dict[str, Any]:
+    """What the manifest says of the pipeline."""
     name, revision = split_revision(config.pretrained, None)
     source = locate(name, "generator", files=PIPELINE_FILES, revision=revision)
     lora_name, lora_revision = split_revision(config.lora, None)
@@ -103,13 +105,9 @@ def run(config: PretrainedConfig, run_dir: Path) -> dict[str, Any]:
         options=config.options,
     )
     asked = {"steps": config.steps, "guidance": config.guidance}
-    return write_manifest(
-        folder,
-        stage="generator",
-        config=config,
-        inputs={},
-        reference=reference,
-        family=generator.family.name,
-        generator_fingerprint=generator.fingerprint,
-        defaults=generator.defaults | {key: float(value) for key, value in asked.items() if value is not None},
-    )
+    return {
+        "reference": reference,
+        "family": generator.family.name,
+        "generator_fingerprint": generator.fingerprint,
+        "defaults": generator.defaults | {key: float(value) for key, value in asked.items() if value is not None},
+    }

@@ -72,9 +72,7 @@ def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> faiss.Ind
 
 def on_gpu(index: faiss.Index) -> faiss.Index:
     """The index on FAISS's first GPU, or itself where FAISS sees none."""
-    if not faiss.get_num_gpus():
-        return index
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index) if faiss.get_num_gpus() else index
 
 
 def off_gpu(index: faiss.Index) -> faiss.Index:
@@ -146,8 +144,6 @@ def retune(
     dim: int,
     *,
     name: str = "index",
-    seed: int = 0,
-    queries: np.ndarray | None = None,
     parts: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Tune the search of an index whose rows are no longer those that it was trained on; train it anew where that is better.
@@ -159,8 +155,6 @@ def retune(
         rows: N.
         dim: D.
         name: first part of the files' names.
-        seed: of the choice of training vectors and of rows that serve as queries.
-        queries: (Q, D) queries as they come; None for none.
         parts: first rows of regions that must be served as promised, too, such as the images added last.
 
     Returns:
@@ -168,7 +162,7 @@ def retune(
     """
     recall = float(settings.get("recall_wanted", IndexConfig.recall))
     kept = {key: settings[key] for key in ("index", "index_shards", "vectors")}
-    kept |= tune(folder, kept, read, rows, recall=recall, seed=seed, queries=queries, parts=parts)
+    kept |= tune(folder, kept, read, rows, recall=recall, parts=parts)
     longest = 2 * _effort(settings, rows) if settings.get("search") else math.inf
     served = kept["recall_of_search"] >= recall and _effort(kept, rows) <= longest
     if served or make(kept["index"], dim).is_trained or rows < FEWEST_ROWS:
@@ -176,10 +170,10 @@ def retune(
     work = folder / ".build"
     work.mkdir(exist_ok=True)
     fresh = {**kept, "index": _with_lists_for(kept["index"], rows)}
-    trained = _train_on_sample(read, rows, fresh["index"], dim, work / "trained-again.faiss", seed=seed)
+    trained = _train_on_sample(read, rows, fresh["index"], dim, work / "trained-again.faiss", seed=0)
     size = int(kept["index_shards"][0]["rows"]) if len(kept["index_shards"]) > 1 else 0
     fresh["index_shards"] = add_shards(trained, read, rows, size, work, name=name)
-    fresh |= tune(work, fresh, read, rows, recall=recall, seed=seed, queries=queries, parts=parts)
+    fresh |= tune(work, fresh, read, rows, recall=recall, parts=parts)
     worth = [(min(each["recall_of_search"], recall), -_effort(each, rows)) for each in (fresh, kept)]
     if worth[0] > worth[1]:
         for shard in fresh["index_shards"]:

@@ -7,6 +7,7 @@ structure to the last byte. Nothing may allocate more than the file has.
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from pathlib import Path
@@ -31,6 +32,15 @@ SUPPORTED = (
 """FAISS classes that `search` can make leave out chosen rows, and whose files FAISS checks; alone, or behind PCA, OPQ, ..."""
 _LIMITS = threading.Lock()
 """FAISS's limits on what it reads are the process's."""
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's OpenMP threads, and FAISS would wait for them: it goes on with one."""
+    _LIMITS.release()
+    faiss.omp_set_num_threads(1)
+
+
+os.register_at_fork(before=_LIMITS.acquire, after_in_parent=_LIMITS.release, after_in_child=_after_fork)
 
 
 def inner_of(index: faiss.Index) -> Any:

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import faiss
 import numpy as np
@@ -24,14 +24,8 @@ EXACT_ROWS = 10_000
 """If no more rows than this may be found, all of them are compared."""
 
 
-class Searchable(Protocol):
-    """What `search` needs: a FAISS index, or several as one."""
-
-    ntotal: int
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, k) similarities, best first, and their (Q, k) rows."""
-        ...
+SETTLED = 1e-3
+"""A search that finds no more than this, in the mean similarity of the last row wanted, by looking twice as far is done."""
 
 
 class Shards:
@@ -53,7 +47,7 @@ class Shards:
     def search(
         self, queries: np.ndarray, k: int, *, allowed: np.ndarray | None = None, widen: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Searchable.search`; what is not found has the row -1 and comes last.
+        """(Q, k) similarities, best first, and rows; what is not found has the row -1 and comes last.
 
         Args:
             queries: (Q, D) float32.
@@ -79,7 +73,7 @@ class Shards:
             if isinstance(inner, faiss.IndexIVF):
                 factors.append(math.ceil(inner.nlist / max(inner.nprobe, 1)))
             elif isinstance(inner, faiss.IndexHNSW):
-                factors.append(math.ceil(inner.ntotal / max(inner.hnsw.efSearch, 1)))  # type: ignore[attr-defined]
+                factors.append(math.ceil(inner.ntotal / max(inner.hnsw.efSearch, 1)))
         return max(factors)
 
     def reconstruct(self, start: int, stop: int) -> np.ndarray:
@@ -149,21 +143,19 @@ def _search_one(
 
 def _parameters(index: faiss.Index, k: int, allowed: np.ndarray | None, widen: int) -> Any:
     """How wide to search, and what may be found."""
-    inner = inner_of(index)
-    chosen = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
-    parameters: Any
+    inner: Any = inner_of(index)
+    library: Any = faiss  # its types name few members
+    chosen = {} if allowed is None else {"sel": library.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))}
     if isinstance(inner, faiss.IndexPQ):
         return None
     if isinstance(inner, faiss.IndexIVF):
-        parameters = faiss.SearchParametersIVF(nprobe=min(max(inner.nprobe, 1) * widen, inner.nlist), **chosen)
+        parameters = library.SearchParametersIVF(nprobe=min(max(inner.nprobe, 1) * widen, inner.nlist), **chosen)
     elif isinstance(inner, faiss.IndexHNSW):
-        breadth = min(max(inner.hnsw.efSearch, k) * widen, max(inner.ntotal, 1))  # type: ignore[attr-defined]
-        parameters = faiss.SearchParametersHNSW(efSearch=breadth, **chosen)
+        breadth = min(max(inner.hnsw.efSearch, k) * widen, max(inner.ntotal, 1))
+        parameters = library.SearchParametersHNSW(efSearch=breadth, **chosen)
     else:
-        parameters = faiss.SearchParameters(**chosen)
-    if inner is not index:
-        return faiss.SearchParametersPreTransform(index_params=parameters)  # type: ignore[call-arg]
-    return parameters
+        parameters = library.SearchParameters(**chosen)
+    return library.SearchParametersPreTransform(index_params=parameters) if inner is not index else parameters
 
 
 class Ranked:
@@ -204,7 +196,7 @@ class Ranked:
     def _search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         count = self.ntotal if allowed is None else sum(int(allowed[first : first + n].sum()) for first, n in self.index.ranges)
         wanted = min(k, count)
-        if not wanted:
+        if wanted < 1:
             return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
         if count == self.ntotal:
             allowed = None
@@ -213,9 +205,13 @@ class Ranked:
         # Of more neighbours, or among fewer rows, each is farther away than the hundredth of all.
         widest = self.index.widest
         widen = min(math.ceil(math.sqrt(wanted * self.ntotal / count / TUNED_K)), widest)
+        # Few rows may lie in other lists than those nearest to the query: then look farther until it changes little.
+        settled = count >= self.ntotal / 2
+        least = -math.inf
         while True:
             similarities, rows = self.find(queries, wanted, allowed=allowed, widen=widen)
-            if (rows >= 0).all():
+            complete, before, least = bool((rows >= 0).all()), least, float(similarities[:, -1].mean())
+            if complete and (settled or widen >= widest or least - before < SETTLED):
                 return similarities, rows
             if widen >= widest:
                 break
@@ -272,15 +268,12 @@ def require_finite_queries(queries: np.ndarray) -> None:
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar rows of all, by comparing every one.
+    """(Q, k) similarities, best first, and rows: the k nearest of all, by comparing every one.
 
     Args:
         queries: (Q, D) float32.
         blocks: (n,) rows and their (n, D) vectors, block by block.
         k: how many.
-
-    Returns:
-        (Q, k) similarities, best first, and rows.
     """
     similarities = np.full((len(queries), 0), -np.inf, dtype=np.float32)
     rows = np.zeros((len(queries), 0), dtype=np.int64)
@@ -360,33 +353,4 @@ def set_breadth(shards: Shards, *, nprobe: int = 0, neighbours: int = 0) -> None
         if isinstance(inner, faiss.IndexIVF) and nprobe:
             inner.nprobe = nprobe
         elif isinstance(inner, faiss.IndexHNSW) and neighbours:
-            inner.hnsw.efSearch = neighbours  # type: ignore[attr-defined]
-
-
-def search(index: Searchable, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of each query, best first.
-
-    Args:
-        index: N unit vectors.
-        queries: (Q, D) float32 unit vectors.
-        k: 1 to N.
-
-    Returns:
-        (Q, k) rows and (Q, k) cosine similarities.
-
-    Raises:
-        InputError: k is outside 1 to N.
-    """
-    if not 1 <= k <= index.ntotal:
-        raise InputError(f"top-k must be between 1 and {index.ntotal} (the images in the corpus), got {k}.")
-    similarities, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
-    return rows, similarities
-
-
-def stored_vectors(index: Searchable, rows: np.ndarray) -> np.ndarray | None:
-    """(k, D) float32 vectors of (k,) rows as the index keeps them; None if it is of a kind that cannot give them back."""
-    try:
-        vectors: np.ndarray = index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):
-        return None
-    return vectors
+            inner.hnsw.efSearch = neighbours

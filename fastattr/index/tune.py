@@ -83,18 +83,9 @@ def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int] = (), made: np.ndarray | None = None
+    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int], made: np.ndarray | None
 ) -> Sample:
-    """Queries with their exact neighbours.
-
-    Args:
-        read: gives the vectors.
-        rows: N.
-        seed: of the choice of rows.
-        queries: (Q, D) queries as they come; None for none.
-        parts: first rows of further regions, e.g. of what was added last.
-        made: (M, D) made queries, see `_made_queries`.
-    """
+    """Queries with their exact neighbours: rows of every region, (M, D) made ones, and (Q, D) as they come; see `tune`."""
     rng = np.random.default_rng([seed, 1])
     bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
     picked = [
@@ -136,7 +127,7 @@ def tune(
     rows: int,
     *,
     recall: float,
-    seed: int,
+    seed: int = 0,
     queries: np.ndarray | None = None,
     parts: Sequence[int] = (),
 ) -> dict[str, Any]:
@@ -228,14 +219,7 @@ def breadths(shards: Shards) -> Iterator[tuple[int, int, float]]:
 
 
 def hits(sample: Sample, found: np.ndarray, read: Read, rows: int) -> np.ndarray:
-    """(Q,) how many found rows are among the k nearest of each query, or as near as the k-th.
-
-    Args:
-        sample: the queries.
-        found: (Q, S) rows, -1 where there is none.
-        read: gives the vectors, which are read again if some rows are as near as others.
-        rows: N.
-    """
+    """(Q,) how many of (Q, S) found rows are among the k nearest of each query, or as near as the k-th; -1 is no row."""
     others = (found >= 0) & (found != sample.own[:, None])
     near = np.stack([np.isin(mine, true) for mine, true in zip(found, sample.exact, strict=True)]) & others
     unclear = np.flatnonzero(~sample.clear.all(axis=1))

@@ -26,15 +26,10 @@ Read = Callable[[int, int], np.ndarray]
 
 
 def require_finite(vectors: np.ndarray, image_ids: Sequence[str] = (), *, first: int = 0) -> np.ndarray:
-    """The (n, D) vectors, if every value is finite.
-
-    Args:
-        vectors: of consecutive rows.
-        image_ids: of these rows, for the message; without them rows are named by their numbers.
-        first: number of the first row.
+    """The (n, D) vectors of consecutive rows, if every value is finite.
 
     Raises:
-        NonFiniteError: a vector is NaN or infinite; the text names its image.
+        NonFiniteError: a vector is NaN or infinite; the text has its image's id, or without ids its row, counted from `first`.
     """
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):

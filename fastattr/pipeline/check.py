@@ -31,10 +31,8 @@ READ_FOR_CAPTIONS = 50_000
 def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
     """Refuse a config whose files are not there or whose settings contradict each other.
 
-    Args:
-        config: of the whole line.
-        run_dir: what is finished there is not looked for any more.
-        planned: for a plan, for which `plan.images` and `plan.network` stand for a corpus and a generator that are not there.
+    What is finished in `run_dir` is not looked for any more; where `planned`, `plan.images` and `plan.network` stand for a
+    corpus and a generator that are not there.
 
     Raises:
         ArtifactNotFoundError: a file, folder or model is not there; the text names the setting.
@@ -53,8 +51,11 @@ def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
             _model("generator.lora", generator.lora)
     if Path(config.queries.prompts).suffix in PROMPT_FILES and not planned:
         _there("queries.prompts", config.queries.prompts)
-    if config.teacher.factors:
-        _there("teacher.factors", config.teacher.factors)
+    for setting in ("factors", "retrained"):
+        if path := getattr(config.teacher, setting):
+            _there(f"teacher.{setting}", path)
+    for model in config.teacher.models:
+        _model("teacher.models", model)
     _settings(config)
 
 

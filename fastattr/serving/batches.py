@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from fastapi import HTTPException
 from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
@@ -20,8 +21,9 @@ from fastattr.core.errors import InputError, NonFiniteError
 logger = logging.getLogger(__name__)
 
 
-class BusyError(Exception):
-    """Too many requests wait, or one waited too long."""
+def busy(why: str) -> HTTPException:
+    """The answer to those who come when there is no room."""
+    return HTTPException(503, f"{why}; try again later", {"Retry-After": "1"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +85,7 @@ class Batcher:
         """The answer, once its batch is done.
 
         Raises:
-            BusyError: too many wait, or it takes too long.
+            HTTPException: 503 if too many wait, or it takes too long.
             InputError, NonFiniteError: the query can't be answered.
         """
         waiting = Waiting(query, prompt, k, where, asyncio.get_running_loop().create_future())
@@ -91,9 +93,9 @@ class Batcher:
             self._queue.put_nowait(waiting)
             return await asyncio.wait_for(waiting.answer, self._timeout)
         except asyncio.QueueFull:
-            raise BusyError("too many requests wait; try again later") from None
+            raise busy("too many requests wait") from None
         except TimeoutError:
-            raise BusyError(f"no answer within {self._timeout:g} s; try again later") from None
+            raise busy(f"no answer within {self._timeout:g} s") from None
 
     async def _run(self) -> None:
         while True:

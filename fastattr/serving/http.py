@@ -38,7 +38,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
-    from fastattr.serving.batches import Batcher, BusyError, Room
+    from fastattr.serving.batches import Batcher, Room, busy
     from fastattr.serving.limits import Guard, PatientProtocol, pixels_of, read_upload
 except ImportError as failure:
     raise MissingExtraError(f"the server lacks a package ({failure}); run: pip install 'fastattr[serve]'") from failure
@@ -70,12 +70,6 @@ class ServeConfig:
     token: str = ""
     """Bearer token that requests must carry; '' asks for none."""
 
-    def __post_init__(self) -> None:
-        if self.max_waiting_pixels < self.max_pixels:
-            raise InputError(
-                f"max_waiting_pixels must be at least max_pixels, {self.max_pixels}, got {self.max_waiting_pixels}"
-            )
-
 
 def _encodable(text: str) -> str:
     text.encode()  # UnicodeEncodeError is a ValueError, which makes the request malformed
@@ -97,26 +91,17 @@ class FeaturesRequest(BaseModel):
     where: dict[Text, Text | Texts] | None = Field(default=None, max_length=16)
 
 
-class Metrics:
-    """Counts for Prometheus, of one server."""
-
-    def __init__(self, attributor: FastAttributor, batcher: Batcher) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("fastattr_requests", "Requests answered.", ["path", "status"], registry=self.registry)
-        self.seconds = Histogram("fastattr_request_seconds", "Time to an answer.", registry=self.registry)
-        for name, what, value in (
-            ("fastattr_batches_total", "Batches answered.", lambda: batcher.batches),
-            ("fastattr_images", "Images in the catalogue.", lambda: len(attributor)),
-            ("fastattr_catalog_version", "Version of it.", lambda: attributor.versions()["catalog_version"]),
-        ):
-            Gauge(name, what, registry=self.registry).set_function(value)
-
-
 def create_app(attributor: FastAttributor, config: ServeConfig | None = None) -> FastAPI:
     """The server as an ASGI application."""
     settings = config or ServeConfig()
     batcher = Batcher(attributor, max_batch=settings.max_batch, max_waiting=settings.max_waiting, timeout=settings.timeout)
-    metrics, room = Metrics(attributor, batcher), Room(settings.max_waiting_pixels)
+    room, registry = Room(max(settings.max_waiting_pixels, settings.max_pixels)), CollectorRegistry()
+    requests = Counter("fastattr_requests", "Requests answered.", ["path", "status"], registry=registry)
+    seconds = Histogram("fastattr_request_seconds", "From a complete request to its answer.", registry=registry)
+    Gauge("fastattr_batches_total", "Batches answered.", registry=registry).set_function(lambda: batcher.batches)
+    Gauge("fastattr_images", "Images in the catalogue.", registry=registry).set_function(lambda: len(attributor))
+    version = Gauge("fastattr_catalog_version", "Version of the catalogue.", registry=registry)
+    version.set_function(lambda: attributor.versions()["catalog_version"])
     decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
     bearer = HTTPBearer(auto_error=False)
 
@@ -138,7 +123,7 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
         return JSONResponse({"detail": "a bearer token is needed"}, 401, {"WWW-Authenticate": "Bearer"})
 
     def report(path: str, status: int) -> None:
-        metrics.requests.labels(path if path in PATHS else "other", str(status)).inc()
+        requests.labels(path if path in PATHS else "other", str(status)).inc()
 
     app.add_middleware(
         Guard,
@@ -160,10 +145,6 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
             {"detail": [f"{'.'.join(map(str, each['loc'][:3]))}: {each['msg']}" for each in error.errors()]}, 422
         )
 
-    @app.exception_handler(BusyError)
-    async def busy(_: Request, error: BusyError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "1"})
-
     @app.post("/attribute")
     async def attribute(
         image: UploadFile = File(),  # noqa: B008
@@ -171,19 +152,19 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
         k: int = Form(20, ge=1, le=LONGEST_K),
     ) -> Response:
         data = await image.read()
-        with metrics.seconds.time():
+        with seconds.time():
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     wanted = await asyncio.to_thread(pixels_of, data, settings.max_pixels)
                     await asyncio.wait_for(stack.enter_async_context(room.take(wanted)), settings.timeout)
                 except TimeoutError:
-                    raise BusyError("too many images wait; try again later") from None
+                    raise busy("too many images wait") from None
                 opened = await asyncio.get_running_loop().run_in_executor(decoders, read_upload, data)
                 return _receipt(await batcher.ask(opened, prompt, k))
 
     @app.post("/attribute/features")
     async def attribute_features(query: FeaturesRequest) -> Response:
-        with metrics.seconds.time(), np.errstate(over="ignore"):  # what overflows is refused as not finite
+        with seconds.time(), np.errstate(over="ignore"):  # what overflows is refused as not finite
             features = np.array(query.features, dtype=np.float32)
             return _receipt(await batcher.ask(features, query.prompt, query.k, query.where))
 
@@ -193,7 +174,7 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/info")
     async def info() -> Response:

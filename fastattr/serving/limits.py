@@ -71,7 +71,7 @@ class Guard:
             app: it.
             max_bytes: of one request's body.
             seconds: for a whole request.
-            refuse: gives a response to what is refused by its headers alone, or None.
+            refuse: gives a response to what is refused by its headers alone.
             report: is told path and status of every response.
         """
         self._app, self._max_bytes, self._seconds, self._refuse, self._report = app, max_bytes, seconds, refuse, report

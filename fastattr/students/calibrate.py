@@ -64,7 +64,7 @@ def find_widening(
 ) -> float:
     """By which factor, at least 1, intervals must be widened to hold 95% of held-out queries' shares among their neighbours.
 
-    Args: as `fit_calibration`; names that are expected to hold less than `least_share` are left out.
+    Arguments as `fit_calibration` has them; names that are expected to hold less than `least_share` are left out.
     """
     ratios = []
     for fold in range(min(FOLDS, len(scored))):
@@ -113,16 +113,8 @@ def fit_calibration(
 ) -> Calibration:
     """Fit everything on validation queries.
 
-    Args:
-        similarities: this, `scored`, `corpus_size`, `resamples` and `seed` as `fit_curves` has them.
-        scored: see there.
-        names: (C,) names, say creators, of each query's candidates; they find how wide intervals must be.
-        families: (C,) families of each query's candidates.
-        corpus_size: see there.
-        feature_mean: (F,) of the corpus.
-        ownness: what tells own images from others.
-        resamples: see there.
-        seed: see there.
+    Of Q queries, the similarities, names (say creators) and families are (C,) arrays of their candidates; names find how wide
+    intervals must be. `feature_mean` is (F,) of the corpus; the others are as `fit_curves` has them.
 
     Raises:
         InputError: there is no query.

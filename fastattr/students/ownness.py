@@ -69,10 +69,10 @@ def fit_match(
     """Learn to tell own pictures with their prompts from own pictures with other prompts.
 
     Args:
-        own: (M, F) features of generated images and prompts.
-        held_out: (V, F) of others, on which the threshold is set.
-        image: (F,) bool, features of the picture alone.
-        text: (F,) bool, features of the prompt alone.
+        own: (M, F) features of generated images and prompts; on `held_out` (V, F) of others the threshold is set.
+        held_out: see there.
+        image: (F,) bool, features of the picture alone; `text` those of the prompt alone.
+        text: see there.
         false_alarms: part of own images that may be called foreign, in (0, 1); with V held-out ones no less than 1 / V.
         seed: of the network's start and of the prompts that are exchanged.
     """
@@ -161,12 +161,9 @@ class Ownness:
     def doubts(
         self, features: np.ndarray, prompts: Sequence[str], measures: Sequence[np.ndarray] | None = None
     ) -> list[list[str]]:
-        """For each query why it does not look like this generator's output: a sentence a check that fails.
+        """For each query why it does not look like this generator's output: a sentence for each check that fails.
 
-        Args:
-            features: (Q, F).
-            prompts: Q texts; an empty one is not looked at.
-            measures: Q arrays (4,) of the pictures; None where there are none.
+        Features are (Q, F), measures Q arrays (4,) of the pictures, if there are any; an empty prompt is not looked at.
         """
         distances = self.match.distance(features) if self.match is not None else []
         found: list[list[str]] = [[] for _ in prompts]

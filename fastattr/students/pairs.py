@@ -29,14 +29,9 @@ Labels = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def targets_of(influence: np.ndarray, is_outsider: np.ndarray) -> np.ndarray:
-    """Targets of one query's candidates.
+    """(C,) float32 targets of one query's candidates with (C,) scores and is_outsider.
 
-    Args:
-        influence: (C,) teacher's scores, higher = more influential.
-        is_outsider: (C,) bool.
-
-    Returns:
-        (C,) float32 in [0, 1]: 1 for the most influential, towards 0 for the least; outsiders 0.
+    1 for the most influential, falling towards 0 for the least; outsiders have 0.
     """
     closeness = 1.0 - ranks_of(influence) / len(influence)
     return np.where(is_outsider, 0.0, closeness).astype(np.float32)
@@ -82,14 +77,9 @@ class PairTable:
         return np.sort(distinct[distinct >= 0][:count])
 
     def block(self, queries: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Targets of all pairs of some queries and images.
+        """(B, M) float32 targets of all pairs of (B,) rows of the table and (M,) distinct rows of the corpus.
 
-        Args:
-            queries: (B,) rows of the table.
-            images: (M,) distinct rows of the corpus.
-
-        Returns:
-            (B, M) float32 targets, 0 where nothing is known, and (B, M) bool, where something is.
+        0 where nothing is known; with them (B, M) bool, where something is.
         """
         place = np.full(self.corpus_size + 1, len(images))  # padding, and images not asked for: a column that is cut off
         place[images] = np.arange(len(images))
@@ -110,7 +100,7 @@ def make_table(
         labels: gives the queries in order, as often as it is called.
         corpus_size: N.
         kind: 'ranks' (1 for the first, outsiders 0) or 'scores' (standardised).
-        folder: where rows.npy, targets.npy and table.json are written, to be mapped into memory; None keeps them there.
+        folder: where the table is written, to be mapped into memory; None keeps it there.
 
     Raises:
         InputError: there is no query, or the kind is unknown.
@@ -154,13 +144,7 @@ def labels_of(scored: Sequence[ScoredQuery], rows: Sequence[np.ndarray]) -> Call
 
 
 def stream_labels(folder: Path, image_ids: Sequence[str], *, split: str = "train") -> Callable[[], Iterator[Labels]]:
-    """For `make_table`, from a score table folder, a few queries in memory at a time.
-
-    Args:
-        folder: the score table.
-        image_ids: of the corpus, in row order.
-        split: whose queries.
-    """
+    """For `make_table`, from a score table, a few queries in memory at a time; `image_ids` are the corpus', in row order."""
     open_stage(folder, "scores")
     known = pa.array(image_ids)
 
@@ -188,11 +172,7 @@ class MappedFeatures:
     """Feature folders side by side, mapped into memory; `features[rows]` is (B, F) float32."""
 
     def __init__(self, folders: Sequence[Path], ids: Sequence[str]) -> None:
-        """Open them; rows are those of `ids`.
-
-        Raises:
-            InputError: an id has no features in one of the folders.
-        """
+        """Open them; rows are those of `ids`. Raises InputError for an id without features in one of the folders."""
         self._stored = [np.load(folder / "features.npy", mmap_mode="r") for folder in folders]
         self._rows = [require_rows(folder, ids) for folder in folders]
         self.shape = (len(ids), sum(stored.shape[1] for stored in self._stored))

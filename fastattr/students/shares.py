@@ -6,7 +6,7 @@ the largest share first: a community of many people is compared as one with the 
 the picture copies comes before any statistics: no validation query has shown how much so near an image holds, so copies hold
 `COPY_SHARE`.
 
-A name with less than `LEAST_SHARE` is not named. Of a picture that is not the generator's own, nobody is named.
+A name with less than `LEAST_SHARE` is not named. Of a picture that is not the generator's own, only copies are named.
 Intervals are bootstraps over validation queries and families of images, widened by the calibration's factor.
 """
 
@@ -27,6 +27,8 @@ UNASSIGNED = "spread too thinly to name"
 """What the last row of a table of shares is called; its `named` is false, whatever creators are called."""
 COPY_SHARE = 0.9
 """What training images hold together that the picture copies, by convention; the others divide the rest."""
+SAME = 0.999
+"""Similarity above which an image is a copy whatever it looks like: its features are the query's."""
 COPY_DISTANCE = 0.01
 """Copies divide their part in inverse proportion to 1 - similarity + COPY_DISTANCE."""
 LEAST_SHARE = 0.01
@@ -132,8 +134,8 @@ def share_table(
         by: the column.
         families: (M,) near-duplicates share one; their members count once together.
         family_sizes: (M,) how many images of the corpus share each image's family.
-        copies: (M,) bool, images that the picture is a copy of; None: there is none.
-        own: whether the picture is the generator's own; the calibration says nothing of others, so nobody is named.
+        copies: (M,) bool, images that the picture looks like a copy of; None: nobody has looked.
+        own: whether the picture is the generator's own; the calibration says nothing of others, so only copies are named.
 
     Returns:
         Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it) and 'named', the largest share first. The
@@ -144,14 +146,14 @@ def share_table(
     """
     import pandas as pd
 
-    near = similarity > (calibration.reached if own else np.inf)  # no draw of the curve gives others any excess
-    near |= copies if copies is not None and own else False
+    copies = (similarity > SAME) | (False if copies is None else copies)
+    near = copies | (similarity > (calibration.reached if own else np.inf))  # no draw of the curve gives others any excess
     similarity, columns = similarity[near], {name: values[near] for name, values in columns.items()}
 
     def estimate(names: np.ndarray) -> Shares:
-        weights, held = 1.0 / family_sizes[near], None if copies is None else copies[near]
+        weights = 1.0 / family_sizes[near]
         options = {"weights": weights, "level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE}
-        return divide(calibration, similarity, names, families[near], copies=held, **options)
+        return divide(calibration, similarity, names, families[near], copies=copies[near], **options)
 
     found = estimate(columns[by])
     columns_of = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}

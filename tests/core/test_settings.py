@@ -20,6 +20,7 @@ class Inner:
     rate: float = 0.5
     steps: int = 10
     widths: tuple[int, ...] = (1, 2)
+    span: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ def test_a_value_is_read_as_its_field_means_it(tmp_path: Path, text: str, expect
         ("inner: {steps: 1.5}", "inner: steps: expected a whole number, found 1.5"),
         ("inner: {steps: yes}", "inner: steps"),
         ("inner: {widths: [1, x]}", "inner: widths[1]"),
+        ("inner: {span: [0.1]}", "inner: span: expected a list of 2"),
         ("inner: {stpes: 1}", "unknown setting 'stpes' (did you mean 'steps'?)"),
         ("inner: 3", "inner: expected a mapping"),
         ("inner: {rate: {a: 1}}", "inner: rate"),

@@ -72,7 +72,7 @@ def test_gradient_encoder_orders_as_the_linearised_teacher(tiny_run: Path, tmp_p
     """Whitened on one side only, or with another damping, it would be a gradient similarity and no teacher's."""
     generator, corpus = Generator.from_pretrained(tiny_run / "generator"), Corpus(tiny_run / "corpus")
     config = GradientConfig(width=0, draws=4, batch_size=16)
-    whole = replace(config, width=100_000)
+    whole = replace(config, width=10**7)
     fit_gradient_encoder(generator, corpus, tmp_path / "g", Recipe(config=whole), reference=str(tiny_run / "generator"))
     encoder = open_gradient_encoder(tmp_path / "g")
     rows = np.arange(24)

@@ -162,3 +162,28 @@ def test_the_finished_lora_of_a_training_folder_is_found(tmp_path):
     (tmp_path / "another.safetensors").touch()
     with pytest.raises(ArtifactNotFoundError, match="one LoRA, found another"):
         locate_lora(tmp_path)
+
+
+@pytest.mark.parametrize("kohya", [False, True])
+def test_a_text_encoders_share_takes_hold_too(base, kohya, tmp_path):
+    """Half of a LoRA is another model; only what the pipeline hears of a prompt tells."""
+    bare, expected = Generator.from_pretrained(base), Generator.from_pretrained(base)
+    named = {
+        name: layer for name, layer in expected.pipeline.text_encoder.named_modules() if name.endswith(("q_proj", "v_proj"))
+    }
+    pairs = matrices(named)
+    with torch.no_grad():
+        for name, (down, up) in pairs.items():
+            named[name].weight += up @ down
+    written = {name if name.startswith("text_model.") else f"text_model.{name}": pair for name, pair in pairs.items()}
+    state = peft_names(written, "text_encoder.")
+    if kohya:
+        state = {}
+        for name, (down, up) in written.items():
+            stem = "lora_te_" + name.replace(".", "_")
+            state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(state, tmp_path / "lora.safetensors")
+    found = Generator.from_pretrained(base, lora=tmp_path / "lora.safetensors")
+    texts = [generator.encode_prompt(["red ring"]).tensors["text"] for generator in (bare, expected, found)]
+    assert (texts[1] - texts[0]).abs().max() > 0.01
+    torch.testing.assert_close(texts[2], texts[1], atol=1e-4, rtol=1e-3)

@@ -172,3 +172,19 @@ def test_an_index_that_grew_in_another_region_serves_it_as_promised(tmp_path):
     assert recall() >= 0.95
     assert 0.95 <= settings["recall_of_search"] <= recall() + 0.02
     assert sorted(path.name for path in grown.iterdir()) == ["index.faiss", "vectors.f16", "vectors.sha256"]
+
+
+def test_a_restriction_to_a_far_region_finds_its_nearest(tmp_path):
+    """The lists nearest to a query hold enough images of another region's edge, not its nearest ones: recall was 0.7."""
+    rng = np.random.default_rng(8)
+    centres = unit(rng, 300, DIM)
+    of = rng.integers(300, size=40_000)
+    vectors = centres[of] + 0.06 * rng.standard_normal((40_000, DIM))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    settings = build(lambda low, high: vectors[low:high], len(vectors), DIM, IndexConfig(factory="IVF256,SQ4"), tmp_path)
+    ranked = opened(tmp_path, settings)
+    allowed = vectors @ centres[0] > np.quantile(vectors @ centres[0], 0.7)
+    queries = vectors[vectors @ centres[0] < 0][:20]
+    found = ranked.search(queries, 50, allowed=allowed)[1]
+    exact = np.argsort(-np.where(allowed, queries @ vectors.T, -9), axis=1)[:, :50]
+    assert np.mean([np.isin(true, mine).mean() for mine, true in zip(found, exact, strict=True)]) > 0.95

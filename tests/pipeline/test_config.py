@@ -102,6 +102,7 @@ def test_a_size_of_nothing_is_refused(tmp_path: Path, path: str):
         "generator.steps",
         "generator.resolution",
         "teacher.gradient_width",
+        "teacher.inverse_steps",
     }
     if path not in allowed and not path.endswith("warmup_steps"):
         assert path.rpartition(".")[2] in refuse(tmp_path, path, [0] if path.endswith("channels") else 0)

@@ -433,7 +433,7 @@ def test_a_body_that_does_not_come_ends(listening):
 
 
 def test_honest_clients_are_answered_beside_hostile_ones(listening, attributor):
-    """What one sends must not be felt by others; `benchmarks/index.py` does this for a minute."""
+    """What one sends must not be felt by others; `benchmarks/serve.py` does this for a minute."""
     ended = threading.Event()
     hostile = [
         [HEAD + b"Content-Length: 60000\r\n\r\n" + b"[" * 60_000],

@@ -14,7 +14,7 @@ from fastattr.core.training import TrainingConfig
 from fastattr.features.candidates import choose_candidates
 from fastattr.index.build import build_index
 from fastattr.index.files import load_index, save_index
-from fastattr.index.search import search
+from fastattr.index.search import Ranked, Shards
 from fastattr.students.distill import DistillConfig, distill, load_student, save_student
 from fastattr.students.pairs import labels_of, make_table, targets_of
 from fastattr.students.ranking import (
@@ -131,18 +131,19 @@ def test_search_equals_brute_force():
     """Ids and similarities, best first."""
     rng = np.random.default_rng(5)
     vectors, queries = unit(rng, 200, 16), unit(rng, 5, 16)
-    rows, similarities = search(build_index(vectors, "Flat"), queries, 10)
+    similarities, rows = Ranked(Shards([(build_index(vectors, "Flat"), 0)])).search(queries, 10)
     expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(similarities, np.take_along_axis(queries @ vectors.T, expected, axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("k", [0, -1, 201])
-def test_k_out_of_range_is_refused(k: int):
+@pytest.mark.parametrize(("k", "found"), [(0, 0), (-1, 0), (201, 200)])
+def test_k_out_of_range_finds_what_there_is(k: int, found: int):
     """FAISS itself fills up with id -1, which would index the last row of the catalogue."""
     vectors = unit(np.random.default_rng(6), 200, 8)
-    with pytest.raises(InputError, match="between 1 and 200"):
-        search(build_index(vectors, "SQfp16"), vectors[:1], k)
+    rows = Ranked(Shards([(build_index(vectors, "SQfp16"), 0)])).search(vectors[:1], k)[1]
+    assert rows.shape == (1, found)
+    assert (rows >= 0).all()
 
 
 def test_unknown_index_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,10 +16,13 @@ from tests.students.test_calibrate import CORPUS, flat, world
 
 
 def shares(calibration: Calibration, similarity: list[float], names: list[str], **options: object) -> dict[str, float]:
-    """By name, each image a family of its own unless said otherwise; what is not named under None."""
-    count = len(names)
+    """By name, each image a family of its own unless said otherwise; what is not named under None.
+
+    The curve is read at half the similarity: 1 is its upper end, and only 2 is the picture itself.
+    """
+    count, calibration = len(names), replace(calibration, knots=calibration.knots / 2)
     options = {"families": np.arange(count), "family_sizes": np.ones(count), **options}
-    table = share_table(calibration, np.array(similarity), {"creator": np.array(names)}, by="creator", **options)
+    table = share_table(calibration, np.array(similarity) / 2, {"creator": np.array(names)}, by="creator", **options)
     assert table["share"].sum() == pytest.approx(1)
     assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
     names = [name if named else None for name, named in zip(table["creator"], table["named"], strict=True)]
@@ -59,8 +64,10 @@ def test_names_below_a_hundredth_are_spread_too_thinly():
 
 def test_nobody_is_named_for_a_picture_that_is_not_the_generators():
     """The calibration holds for generated pictures; noise resembles some training image too."""
-    found = shares(flat(1.0, influence=(1.0, 11.0)), [1.0, 0.9], ["Ada", "Bob"], own=False)
-    assert found == {None: 1.0}
+    calibration = flat(1.0, influence=(1.0, 11.0))
+    assert shares(calibration, [0.99, 0.9], ["Ada", "Bob"], own=False) == {None: 1.0}
+    assert shares(calibration, [0.99, 0.9], ["Ada", "Bob"], own=False, copies=np.array([True, False]))["Ada"] >= COPY_SHARE
+    assert shares(calibration, [2.0, 0.9], ["Ada", "Bob"], own=False)["Ada"] >= COPY_SHARE  # its features are the picture's
 
 
 def test_a_copy_of_the_picture_is_named_before_any_statistics():
@@ -86,7 +93,7 @@ def test_a_copy_of_the_picture_is_named_before_any_statistics():
 
 def test_two_copies_divide_by_nearness():
     """The older drawing that the picture resembles must not take half from the one that it equals."""
-    found = shares(flat(1.0, influence=(1.0, 2.0)), [1.0, 0.95], ["Ann", "Bob"], copies=np.array([True, True]))
+    found = shares(flat(1.0, influence=(1.0, 2.0)), [2.0, 1.9], ["Ann", "Bob"], copies=np.array([True, True]))
     assert found["Ann"] > 0.75 > 0.1 > found["Bob"] - 0.1
     unknown = shares(flat(1.0, influence=(1.0, 2.0)), [1.0, 0.2], ["", "Bob"], copies=np.array([True, False]))
     assert unknown[None] > COPY_SHARE  # the copy's creator is not known: that is not Bob's
@@ -96,8 +103,8 @@ def table_of(similarity: list[float], creators: list[str], sources: list[str], b
     """A table of images that are families of their own."""
     count = len(creators)
     return share_table(
-        flat(level, influence=(1.0, 11.0)),
-        np.array(similarity),
+        replace(flat(level, influence=(1.0, 11.0)), knots=np.array([0.0, 0.5])),
+        np.array(similarity) / 2,
         {"creator": np.array(creators), "source": np.array(sources)},
         by=by,
         families=np.arange(count),

@@ -61,22 +61,16 @@ class GeneratorConfig:
     """Default number of denoising steps."""
     guidance: float = 3.0
     """Default classifier-free guidance scale."""
-    decay_share: float = 0.25
+    decay_share: float = 0.3
     """Share of the steps over which the learning rate falls to zero."""
     text_training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=1200, batch_size=256, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, optimizer="muon"
+            steps=1000, batch_size=256, learning_rate=3e-3, warmup_steps=50, ema_decay=0.99, optimizer="muon"
         )
     )
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=6500,
-            batch_size=256,
-            learning_rate=5e-3,
-            warmup_steps=100,
-            ema_decay=0.998,
-            checkpoint_every=250,
-            optimizer="muon",
+            steps=6000, batch_size=256, learning_rate=5e-3, warmup_steps=100, ema_decay=0.998, optimizer="muon"
         )
     )
 

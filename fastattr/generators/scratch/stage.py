@@ -40,8 +40,9 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         autoencoder = AutoencoderKL.from_pretrained(run_dir / "autoencoder").to(accelerator.device)
         average, tokenizer = train(config, corpus, autoencoder, folder, inputs=inputs, accelerator=accelerator)
-        if accelerator.is_main_process:
-            save(average, autoencoder, tokenizer, corpus, folder)
+        if not accelerator.is_main_process:
+            return {}
+        save(average, autoencoder, tokenizer, corpus, folder)
         return {
             "corpus_fingerprint": corpus.fingerprint,
             "sha256": {
