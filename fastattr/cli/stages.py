@@ -119,6 +119,7 @@ def corpus(
     image_column: Annotated[str, typer.Option(help="Of a dataset.")] = "image",
     caption_column: Annotated[str, typer.Option(help="Of a dataset.")] = "caption",
     resolution: Annotated[int, typer.Option(help="Side at which emoji are drawn.")] = 64,
+    creator_from_folder: Annotated[bool, typer.Option("--creator-from-folder", help="Folders name creators.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read training images into a corpus folder."""
@@ -134,6 +135,7 @@ def corpus(
         image_column=image_column,
         caption_column=caption_column,
         resolution=resolution,
+        creator_from_folder=creator_from_folder,
         shards=shards,
         duplicates=duplicates,
     )

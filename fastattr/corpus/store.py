@@ -180,7 +180,7 @@ def _write_shards(parts: Sequence[Path], folder: Path, kept: np.ndarray, familie
     shard, rows, start = 0, 0, 0
     writer: pq.ParquetWriter | None = None
     for path in parts:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path)
         for group in range(file.num_row_groups):
             table = file.read_row_group(group).drop_columns(["look"])
             own = slice(start, start + len(table))
@@ -214,7 +214,7 @@ class Corpus:
         """Open `folder`; raises ArtifactNotFoundError if it is not a finished corpus."""
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "corpus")
-        files = [pq.ParquetFile(path, memory_map=True) for path in sorted(self.folder.glob("data-*.parquet"))]
+        files = [pq.ParquetFile(path) for path in sorted(self.folder.glob("data-*.parquet"))]
         names = [name for name in files[0].schema_arrow.names if name != "image"]
         self.table = pa.concat_tables([file.read(columns=names) for file in files])
         self._groups = [(file, group) for file in files for group in range(file.num_row_groups)]
