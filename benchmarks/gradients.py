@@ -12,6 +12,7 @@ shared part of the first 1%, means over queries with 95% bootstrap intervals.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -44,7 +45,9 @@ from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.fitted import FittedTeacher, Member, features_of
 from fastattr.teachers.task import layers_to_unlearn
 
-KEPT = (256, 1024, 4096, 16_384, 65_536, 262_144)
+BLOCK = 200_000
+"""Numbers of each gradient that are in single precision at once."""
+KEPT = (1024, 4096, 16_384, 65_536, 262_144)
 """Numbers an image in half precision; int8 keeps twice as many in the same bytes."""
 
 
@@ -198,81 +201,73 @@ def new_query(embedded: Embedded, coordinates: np.ndarray, sizes: Sizes, seed: i
     }
 
 
-def shortened(rows: np.ndarray, energy: np.ndarray, sizes: Sequence[int], way: str, count: int) -> np.ndarray:
-    """(B, count) of (B, P) whitened gradients.
+def kept_coordinates(energy: np.ndarray, sizes: Sequence[int], way: str, count: int) -> np.ndarray:
+    """(count,) sorted numbers of the coordinates to keep.
 
     Args:
-        rows: the gradients.
         energy: (P,) mean square of each coordinate over the training images.
         sizes: numbers of each layer.
-        way: 'leading' coordinates of all layers; 'per_layer', the leading ones of each in equal parts of its numbers;
-            'shares', the leading ones of each in parts of its energy; or a count 'sketch' of all.
-        count: numbers to keep.
+        way: 'leading' ones of all layers; 'per_layer', the leading ones of each, in equal parts of its numbers; 'shares', the
+            same in parts of its energy.
+        count: numbers to keep, up to rounding.
     """
-    if way == "sketch":
-        rng = np.random.default_rng(11)
-        buckets, signs = rng.integers(0, count, rows.shape[1]), rng.choice(np.array([-1, 1], np.float32), rows.shape[1])
-        found = torch.zeros(len(rows), count)
-        return found.index_add_(1, torch.from_numpy(buckets), torch.from_numpy(rows * signs)).numpy()
     if way == "leading":
-        kept = np.argpartition(-energy, count - 1)[:count]
-        return rows[:, np.sort(kept)]
-    parts = np.split(energy, np.cumsum(sizes)[:-1])
+        return np.sort(np.argpartition(-energy, count - 1)[:count])
+    parts, starts = np.split(energy, np.cumsum(sizes)[:-1]), np.concatenate([[0], np.cumsum(sizes)[:-1]])
     weights = np.array([part.sum() if way == "shares" else len(part) for part in parts], dtype=np.float64)
-    counts = np.minimum(np.round(count * weights / weights.sum()).astype(int), [len(part) for part in parts])
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    kept = np.concatenate(
-        [start + np.argsort(-part, kind="stable")[:own] for start, part, own in zip(starts, parts, counts, strict=True)]
-    )
-    return rows[:, np.sort(kept)]
-
-
-def in_int8(rows: np.ndarray) -> np.ndarray:
-    """(B, k) rows rounded to 255 levels each, as int8 with a factor a row would hold them."""
-    factor = np.abs(rows).max(axis=1, keepdims=True) / 127
-    rounded: np.ndarray = np.round(rows / factor) * factor
-    return rounded
+    counts = np.minimum(np.round(count * weights / weights.sum()).astype(int), sizes)
+    chosen = [start + np.argsort(-part)[:own] for start, part, own in zip(starts, parts, counts, strict=True)]
+    return np.sort(np.concatenate(chosen))
 
 
 def curve(
     queries: np.ndarray, images: np.ndarray, sizes: Sequence[int], kept: Sequence[int], seed: int
 ) -> list[dict[str, Any]]:
-    """Agreement with whole gradients by numbers kept, way and precision.
+    """Agreement with whole gradients by numbers kept, way and precision; a column block at a time, for they are gigabytes.
 
     Args:
-        queries: (Q, P) whitened gradients.
+        queries: (Q, P) whitened gradients in half precision.
         images: (N, P) those of the training images.
         sizes: numbers of each layer.
         kept: numbers an image in half precision.
         seed: of the bootstrap.
     """
-    energy = np.square(images, dtype=np.float64).mean(axis=0)
-    whole, rows = queries @ images.T, []
+    width, rng, rows = images.shape[1], np.random.default_rng(11), []
+    energy, whole = np.zeros(width), np.zeros((len(queries), len(images)), np.float32)
+    sketches = {count: [torch.zeros(len(part), count) for part in (queries, images)] for count in kept[:-1]}
+    for start in range(0, width, BLOCK):
+        block = [part[:, start : start + BLOCK].astype(np.float32) for part in (queries, images)]
+        energy[start : start + BLOCK] = np.square(block[1], dtype=np.float64).mean(axis=0)
+        whole += block[0] @ block[1].T
+        for count, sketch in sketches.items():
+            buckets = torch.from_numpy(rng.integers(0, count, block[0].shape[1]))
+            signs = rng.choice(np.array([-1, 1], np.float32), block[0].shape[1])
+            for total, part in zip(sketch, block, strict=True):
+                total.index_add_(1, buckets, torch.from_numpy(part * signs))
     draws = np.random.default_rng([seed, 6]).integers(0, len(queries), (2000, len(queries)))
-    top = max(1, round(images.shape[0] / 100))
+    top = max(1, round(len(images) / 100))
     first = np.argsort(-whole, axis=1)[:, :top]
-    for count in [count for count in kept if count < images.shape[1] // 2]:
-        cases = [(way, count, "float16") for way in ("leading", "shares", "per_layer", "sketch")]
-        for way, width, precision in [*cases, ("leading", 2 * count, "int8"), ("shares", 2 * count, "int8")]:
-            own, theirs = (shortened(part, energy, sizes, way, width) for part in (queries, images))
-            theirs = in_int8(theirs) if precision == "int8" else theirs.astype(np.float16).astype(np.float32)
-            scores = own @ theirs.T
-            correlations = np.array([spearmanr(one, other).statistic for one, other in zip(scores, whole, strict=True)])
-            best = np.argsort(-scores, axis=1)[:, :top]
-            overlap = np.mean([len(np.intersect1d(one, other)) / top for one, other in zip(best, first, strict=True)])
-            low, high = interval(correlations[draws].mean(axis=1))
-            rows.append(
-                {
-                    "bytes": 2 * count,
-                    "numbers": width,
-                    "way": way,
-                    "precision": precision,
-                    "spearman": float(correlations.mean()),
-                    "spearman_low": low,
-                    "spearman_high": high,
-                    "top1pct": float(overlap),
-                }
-            )
+
+    def judge(own: np.ndarray, theirs: np.ndarray, **facts: Any) -> None:
+        scores = own @ theirs.T
+        correlations = np.array([spearmanr(one, other).statistic for one, other in zip(scores, whole, strict=True)])
+        best = np.argsort(-scores, axis=1)[:, :top]
+        overlap = np.mean([len(np.intersect1d(one, other)) / top for one, other in zip(best, first, strict=True)])
+        low, high = interval(correlations[draws].mean(axis=1))
+        agreement = {"spearman": float(correlations.mean()), "spearman_low": low, "spearman_high": high}
+        rows.append({**facts, **agreement, "top1pct": float(overlap)})
+
+    for count in (count for count in kept if 2 * count < width):
+        for way, precision in itertools.product(("leading", "shares", "per_layer"), ("float16", "int8")):
+            chosen = kept_coordinates(energy, sizes, way, count if precision == "float16" else 2 * count)
+            own, theirs = (part[:, chosen].astype(np.float32) for part in (queries, images))
+            if precision == "int8":
+                levels = np.abs(theirs).max(axis=1, keepdims=True) / 127
+                theirs = np.round(theirs / levels) * levels
+            judge(own, theirs, bytes=2 * count, numbers=len(chosen), way=way, precision=precision)
+        if count in sketches:
+            own, theirs = (part.numpy() for part in sketches[count])
+            judge(own, theirs, bytes=2 * count, numbers=count, way="sketch", precision="float16")
     return rows
 
 
@@ -286,7 +281,8 @@ def bench_curve(bench: lab.Bench, sizes: Sizes, seed: int) -> list[dict[str, Any
     images = bench.lab.corpus.first(sizes.curve_images)
     theirs = features_of(generator, layers, images, compression, config)
     own = features_of(generator, layers, queries, compression, replace(config, draws=sizes.query_draws, antithetic=True))
-    return curve(own, theirs, [layer.weight.numel() for layer in layers.values()], KEPT, seed)
+    halves = [(part / np.sqrt(np.mean(np.square(part[:8])))).astype(np.float16) for part in (own, theirs)]
+    return curve(*halves, [layer.weight.numel() for layer in layers.values()], KEPT, seed)
 
 
 def measure(corpus: Corpus, sizes: Sizes, seed: int) -> dict[str, Any]:

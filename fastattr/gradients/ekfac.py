@@ -124,7 +124,7 @@ class Factors:
         if found != wanted:
             different = sorted(set(found.items()) ^ set(wanted.items()))[:4]
             raise ArtifactMismatchError(
-                f"{folder} holds factors of other layers than the {len(wanted)} to unlearn; they differ in e.g. {different}. "
+                f"{folder} holds factors of other layers, or of shapes other than those to unlearn, e.g. {different}. "
                 "Fit factors for this generator and pattern."
             )
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator
+from fastattr.generators.layers import Layer
 from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.recording import Calls, record_layers
 
 OUTPUTS: dict[str, Callable[..., torch.Tensor]] = {
     "loss": lambda generator, *arguments: generator.training_loss(*arguments),
@@ -73,6 +76,18 @@ def denoising_losses(
         yield positions, (losses * share.to(losses.device, losses.dtype)).view(shape)
 
 
+def recorded_losses(
+    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, rows: np.ndarray, **drawn: Any
+) -> Iterator[tuple[np.ndarray, int, Mapping[str, Calls]]]:
+    """Positions of a batch of `denoising_losses`, its number of evaluations, and what its backward pass gave each layer."""
+    with record_layers(layers) as recorded:
+        for positions, losses in denoising_losses(generator, images, rows, **drawn):
+            losses.sum().backward()
+            yield positions, losses.numel(), recorded
+            for calls in recorded.values():
+                calls.clear()
+
+
 def _timesteps(draws: int, train_timesteps: int, span: tuple[float, float]) -> np.ndarray:
     """(draws,) timesteps in the middles of equal parts of that part of the schedule."""
     low, high = span
@@ -95,23 +110,13 @@ def _batches(evaluations: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, n
 
 
 @torch.no_grad()
-def image_losses(
-    generator: Generator,
-    images: EncodedImages,
-    rows: np.ndarray,
-    *,
-    draws: int,
-    batch_size: int,
-    seed: int,
-    span: tuple[float, float] = (0.0, 1.0),
-) -> np.ndarray:
-    """(C, V) float64 denoising losses of training images, averaged over draws and captions; see `denoising_losses`.
+def image_losses(generator: Generator, images: EncodedImages, rows: np.ndarray, **drawn: Any) -> np.ndarray:
+    """(C, V) float64 denoising losses of training images, averaged over draws and captions, as `denoising_losses` draws them.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite; the image is named.
     """
     losses: np.ndarray = np.zeros(len(rows) * images.views)
-    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
     for positions, part in denoising_losses(generator, images, rows, **drawn):
         np.add.at(losses, positions, part.sum(dim=1, dtype=torch.float64).cpu().numpy())
     losses = losses.reshape(len(rows), images.views)

@@ -9,6 +9,7 @@ step's length converges to this one's. Source: arXiv:2511.10721, sec. 3 (the exa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ import torch
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses, require_finite
-from fastattr.gradients.recording import example_gradients, record_layers
+from fastattr.gradients.losses import recorded_losses, require_finite
+from fastattr.gradients.recording import example_gradients
 
 
 def flat_step(step: Mapping[str, torch.Tensor], layers: Sequence[str]) -> np.ndarray:
@@ -32,11 +33,7 @@ def linearised_scores(
     images: EncodedImages,
     rows: np.ndarray,
     steps: torch.Tensor,
-    *,
-    draws: int,
-    batch_size: int,
-    seed: int,
-    span: tuple[float, float] = (0.0, 1.0),
+    **drawn: Any,
 ) -> np.ndarray:
     """First-order loss change of training images under each query's step.
 
@@ -45,7 +42,7 @@ def linearised_scores(
         layers: those that the steps change; their weights must require gradients.
         images: the encoded corpus; `rows` (C,) says which of its images.
         steps: (Q, P) change of weights by query, layers one after another in the order of `layers`, as `flat_step`.
-        draws: (timestep, noise) pairs an image, the same as of the exact teacher; this and the others as of `image_losses`.
+        drawn: draws, batch_size, seed and span, as of `image_losses` in the exact teacher.
 
     Returns:
         (Q, C) float64 scores, higher = more influential, in the unit of the losses; the larger of two views'.
@@ -55,14 +52,9 @@ def linearised_scores(
     """
     scores = torch.zeros(len(rows) * images.views, len(steps), dtype=torch.float64)
     steps = steps.to(generator.device)
-    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "span": span}
-    with record_layers(layers) as recorded:
-        for positions, losses in denoising_losses(generator, images, rows, **drawn):
-            losses.sum().backward()
-            gradients = torch.cat([example_gradients(recorded[name], len(positions)).flatten(1) for name in layers], dim=1)
-            scores.index_add_(0, torch.from_numpy(positions), (gradients @ steps.T).double().cpu())
-            for calls in recorded.values():
-                calls.clear()
+    for positions, _, recorded in recorded_losses(generator, layers, images, rows, **drawn):
+        gradients = torch.cat([example_gradients(recorded[name], len(positions)).flatten(1) for name in layers], dim=1)
+        scores.index_add_(0, torch.from_numpy(positions), (gradients @ steps.T).double().cpu())
     largest: np.ndarray = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).numpy()
     require_finite(largest, images, rows, "first-order score")
     return largest.T

@@ -6,7 +6,9 @@ Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +31,7 @@ def query_gradient(
     conditioning: Conditioning,
     *,
     query_id: str,
-    draws: int,
-    batch_size: int,
-    seed: int,
-    antithetic: bool = False,
-    span: tuple[float, float] = (0.0, 1.0),
+    **drawn: Any,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Mean gradient of the query's denoising loss.
 
@@ -42,7 +40,7 @@ def query_gradient(
         layers: those to unlearn; their weights must require gradients.
         latent: (1, L, h, w), and `conditioning`, of one prompt.
         query_id: fixes the noise, together with draw number and seed.
-        draws: this and the others as of `denoising_losses`.
+        drawn: draws, batch_size, seed, antithetic and span, as of `denoising_losses`.
 
     Returns:
         (out, in) gradient by layer (a convolution's as `weight_shape`), and the mean loss.
@@ -51,7 +49,6 @@ def query_gradient(
         NonFiniteError: a gradient is missing or not finite; the layer is named.
     """
     query, total = EncodedImages([query_id], latent[None], conditioning, np.arange(2)), 0.0
-    drawn = {"draws": draws, "batch_size": batch_size, "seed": seed, "antithetic": antithetic, "span": span}
     for layer in layers.values():
         layer.weight.grad = None
     for _, losses in denoising_losses(generator, query, np.array([0]), **drawn):
@@ -80,8 +77,7 @@ def unlearning_step(
     Args:
         gradients: (out, in) gradient of the query's loss, by layer.
         natural: the same, preconditioned by the curvature.
-        loss: the query's loss.
-        rise: the relative rise of that loss that the step should give, to first order.
+        loss: the query's loss, and `rise`, the part of itself by which the step should raise it, to first order.
         step_size: a fixed factor instead, or None.
 
     Returns:
@@ -97,22 +93,19 @@ def unlearning_step(
     return {name: factor * value for name, value in natural.items()}, factor * slope / loss
 
 
-class unlearned:  # noqa: N801  (a context manager, named as it reads: `with unlearned(layers, step):`)
+@contextmanager
+def unlearned(layers: Mapping[str, Layer], step: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
-
-    def __init__(self, layers: Mapping[str, Layer], step: Mapping[str, torch.Tensor]) -> None:
-        self._layers, self._step = layers, step
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self._kept = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
-        for name, layer in self._layers.items():
-            layer.weight += self._step[name].view(layer.weight.shape)
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for name, layer in self._layers.items():
-            layer.weight.copy_(self._kept[name])
+    kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.weight += step[name].view(layer.weight.shape)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.weight.copy_(kept[name])
 
 
 def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.ndarray:

@@ -148,7 +148,13 @@ def test_leading_coordinates_are_those_of_most_energy(setting):
     kept = leading_coordinates(generator, layers, images, factors, config)
     assert kept.shape == (128,)
     energy = np.square(whole.astype(np.float64)).sum(axis=0)
-    assert energy[kept].sum() == pytest.approx(np.sort(energy)[-128:].sum(), rel=1e-6)  # of all 48 images
+    start = 0
+    for layer in layers.values():  # each layer keeps the same part of its numbers
+        own = energy[start : start + layer.weight.numel()]
+        chosen = kept[(kept >= start) & (kept < start + len(own))] - start
+        assert len(chosen) == pytest.approx(128 * len(own) / len(energy), abs=1)
+        assert own[chosen].sum() == pytest.approx(np.sort(own)[-len(chosen) :].sum(), rel=1e-6)  # of all 48 images
+        start += len(own)
     cut = Compression(layers, config, factors, kept)
     short = gradient_features(generator, layers, images, rows, cut, config)
     np.testing.assert_allclose(short, whole[:, kept], rtol=1e-5, atol=1e-8)
