@@ -10,16 +10,13 @@ then `fastattr build` runs on a ten-line config, twice:
 - uninterrupted, with its plan: seconds, and how far the plan's time and memory were from what was measured;
 - killed with SIGKILL at random moments and run again each time: its attributor must be the same, file for file.
 
-All runs have one thread a process, so that they can be compared. A near-copy of a training image (squeezed, re-encoded,
-brightened) with its caption is asked for the training images that it owes most to. `plan_coco_a100_hours` and
-`plan_sd15_a100_hours` are what `fastattr plan` says of the paper's teacher; the paper: 1,250 and 15,150.
+Both runs have one thread a process, so that they can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import random
@@ -35,7 +32,7 @@ from typing import Any
 
 import machine
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 from tqdm import tqdm
 
 from fastattr.core.files import read_json, sha256_file
@@ -76,9 +73,7 @@ index: {{factory: Flat}}
 """
 FULL = {"images": 300, "train": 72, "validation": 10, "test": 14, "candidates": 150, "factors": 1024, "steps": 200}
 QUICK = {"images": 48, "train": 10, "validation": 4, "test": 6, "candidates": 30, "factors": 256, "steps": 5}
-PARTS = ("prepare", "build", "kills", "plans")
-COPIES = 20
-"""Training images of which a near-copy is asked for; the first is `planted_copy_rank`."""
+PARTS = ("prepare", "build", "kills")
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -204,7 +199,7 @@ def build_with_kills(config: Path, run_dir: Path, *, seconds: float, kills: int,
             hit.append(list(spent)[-1] if spent else "corpus")
         process.wait()
     peak_of(start(config, run_dir, "--no-plan"))
-    return {"kills": len(hit), "kills_asked": kills, "killed_after_stage": ", ".join(hit)}
+    return {"kills_survived": len(hit), "kills_asked": kills, "killed_after_stage": ", ".join(hit)}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -219,45 +214,6 @@ def same_scores(first: Path, second: Path) -> dict[str, Any]:
     spread = max(float(np.abs(a.influence).max()) for a in ours)
     difference = max(float(np.abs(a.influence - b.influence).max()) for a, b in zip(ours, theirs, strict=True))
     return {"same_rows": same, "difference": difference / spread}
-
-
-def near_copy(image: Image.Image) -> Image.Image:
-    """The picture squeezed to 58 x 61 pixels, brightened by 4%, saved as a JPEG of quality 80, and 64 x 64 again."""
-    buffer = io.BytesIO()
-    ImageEnhance.Brightness(image.resize((58, 61), Image.Resampling.LANCZOS)).enhance(1.04).save(buffer, "JPEG", quality=80)
-    return Image.open(buffer).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
-
-
-def planted_copies(run_dir: Path, *, seed: int, copies: int = COPIES) -> dict[str, Any]:
-    """Where near-copies of training images find their originals; 0 is first."""
-    from fastattr import FastAttributor
-    from fastattr.corpus.store import Corpus
-
-    corpus = Corpus(run_dir / "corpus")
-    attributor = FastAttributor.from_pretrained(run_dir / "attributor")
-    rows = np.random.default_rng(seed).choice(len(corpus), size=min(copies, len(corpus)), replace=False)
-    prompts = [corpus.captions[row][0] for row in rows]
-    answers = attributor.attribute([near_copy(corpus.image(row)) for row in rows], prompts, k=len(corpus))
-    ranks = [
-        next(result.rank for result in answer.results if result.image_id == corpus.image_ids[row])  # type: ignore[union-attr]
-        for row, answer in zip(rows, answers, strict=True)  # type: ignore[arg-type]
-    ]
-    first = machine.share("planted_copies_first", np.array(ranks) == 0)
-    return {"planted_copy_rank": ranks[0], "planted_copy_worst_rank": max(ranks), **first}
-
-
-def paper_plans() -> dict[str, Any]:
-    """What `fastattr plan` says of the paper's teachers, in A100-hours; no run folder is there."""
-    values: dict[str, Any] = {}
-    for name, key in (("coco", "plan_coco"), ("sd15-laion", "plan_sd15")):
-        command = [sys.executable, "-m", "fastattr", "plan", str(CONFIGS / f"{name}.yaml"), "--no-measure", "--json"]
-        with tempfile.TemporaryDirectory() as nowhere:
-            done = subprocess.run([*command, "--run", nowhere + "/run"], env=environment(), capture_output=True, check=True)
-        hours = json.loads(done.stdout)["teacher_hours"]
-        values[f"{key}_a100_hours"] = hours["exact_as_published"]["A100"]
-        values[f"{key}_exact_ours_a100_hours"] = hours["exact"]["A100"]
-        values[f"{key}_first_order_a100_hours"] = hours["first_order"]["A100"]
-    return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,22 +271,13 @@ def run_part(part: str, work: Path, sizes: dict[str, int], results: dict[str, An
             "planned_peak_memory": plan["peak_memory"],
             "plan_memory_error": abs(plan["peak_memory"] / peak - 1),
             "load_average": os.getloadavg()[1],  # above the number of cores, the seconds are those of a shared machine
-            **planted_copies(plain, seed=seed),
         }
-    if part == "kills":
-        shutil.rmtree(work / "killed", ignore_errors=True)
-        (work / "killed.log").unlink(missing_ok=True)
-        killed = build_with_kills(config, work / "killed", seconds=results["stages_seconds"], kills=kills, seed=seed)
-        identical = contents(work / "killed" / "attributor") == contents(plain / "attributor")
-        scores = same_scores(work / "killed", plain)
-        return {
-            "kills_survived": killed["kills"],
-            "kills_asked": killed["kills_asked"],
-            "killed_after_stage": killed["killed_after_stage"],
-            "identical_after_kill": identical,
-            "largest_score_difference_after_kill": scores["difference"],
-        }
-    return paper_plans()
+    shutil.rmtree(work / "killed", ignore_errors=True)
+    (work / "killed.log").unlink(missing_ok=True)
+    killed = build_with_kills(config, work / "killed", seconds=results["stages_seconds"], kills=kills, seed=seed)
+    identical = contents(work / "killed" / "attributor") == contents(plain / "attributor")
+    scores = same_scores(work / "killed", plain)
+    return {**killed, "identical_after_kill": identical, "largest_score_difference_after_kill": scores["difference"]}
 
 
 if __name__ == "__main__":

@@ -29,21 +29,14 @@ import faiss
 import machine
 import numpy as np
 import population
-import pyarrow as pa
 import threadpoolctl
-import torch
 
-from fastattr.attributor.catalogue import COLUMNS
-from fastattr.attributor.folder import write_table
-from fastattr.attributor.make import seal_folder
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig, coarse_lists
 from fastattr.index.search import open_ranked
 from fastattr.index.tune import exact_neighbours, recall_of
 from fastattr.index.vectors import Read
-from fastattr.students.distill import save_student
-from fastattr.students.student import Student, StudentConfig
 
 SIZES = {"118k": 118_287, "1m": 1_000_000, "10m": 10_000_000}
 QUICK_SIZES = {"118k": 6_000, "1m": 8_000, "10m": 12_000}
@@ -146,7 +139,7 @@ def peak_gb() -> float:
 
 
 def part_real(work: Path, quick: bool) -> dict[str, Any]:
-    """The real 15,351 embeddings, 128 wide; and how like them the made ones are.
+    """The real 15,351 embeddings, 128 wide.
 
     mAP(L) is of the L images that a search gives, against the exact ranking's first L, 1% and 5% of the images.
     """
@@ -171,11 +164,6 @@ def part_real(work: Path, quick: bool) -> dict[str, Any]:
             found = zip(ranked.search(queries, count)[1], order, strict=True)
             figures = [average_precision(mine, true[:count]) for mine, true in found]
             results[f"15k_{name}_map_{percent}pct"] = float(np.mean(figures))
-    made = population.Population(real, seed=0)
-    lifted = made.lift(real)
-    for name, vectors in (("real_lifted", lifted), ("made", made.read(0, len(real)))):
-        results |= {f"{name}_{key}": value for key, value in population.describe(vectors).items()}
-    results |= {f"real_{key}": value for key, value in population.describe(real).items()}
     return results
 
 
@@ -226,85 +214,12 @@ def part_latency(work: Path, quick: bool) -> dict[str, Any]:
     return results
 
 
-def part_opening(work: Path, quick: bool) -> dict[str, Any]:
-    """From a saved attributor of 1 M images on the disk to the first answer."""
-    folder, attributor = work / "1m" / "ivf_rabitq", work / "1m-attributor"
-    if not attributor.exists():
-        with atomic_path(attributor) as temporary:
-            temporary.mkdir()
-            for path in folder.iterdir():
-                if path.suffix != ".json":
-                    os.link(path, temporary / path.name)
-            rows = (QUICK_SIZES if quick else SIZES)["1m"]
-            write_attributor(temporary, read_json(folder / "settings.json"), rows, population.DIM)
-    results = {}
-    for state in ("cold", "warm"):
-        times = [first_answer(attributor, cold=state == "cold") for _ in range(1 if quick else 5)]
-        for number, what in enumerate(("", "_cpu", "_index_only")):
-            results[f"{state}_first_answer{what}_s_1m"] = float(np.median([each[number] for each in times]))
-    return results
-
-
-def write_attributor(folder: Path, built: dict[str, Any], rows: int, dim: int) -> None:
-    """Finish an attributor around an index in a folder: features pass as they are, catalogue texts have usual lengths."""
-    shape = StudentConfig(embed_dim=dim, hidden=())
-    student = Student(dim, shape)
-    with torch.no_grad():
-        student.linear.weight.copy_(torch.eye(dim))
-        student.linear.bias.zero_()
-    save_student(student, folder / "model.safetensors")
-    table = {name: pa.array([f"{name} {row % 1000}" for row in range(rows)]) for name in COLUMNS}
-    table["image_id"] = pa.array([f"image-{row}" for row in range(rows)])
-    table["caption"] = pa.array([f"a photograph of subject number {row} in a street at night" for row in range(rows)])
-    files = {"catalog": write_table(pa.table(table), folder, "catalog")}
-    write_json(folder / "metrics.json", {})
-    facts = {"corpus_fingerprint": "made", "generator_fingerprint": "", "teacher": "none", "captions": "first"}
-    features = {"encoders": [], "encoder_fingerprints": [], "feature_dim": dim}
-    seal_folder(folder, student=vars(shape), files=files, **built, **facts, **features)
-
-
-FIRST_ANSWER = """
-import sys, time
-from pathlib import Path
-import numpy as np
-import torch, faiss, pyarrow
-from fastattr import FastAttributor
-from fastattr.index.search import open_ranked
-from fastattr.core.files import read_json
-query = np.random.default_rng(0).standard_normal((1, 768)).astype(np.float32)
-folder = Path(sys.argv[1])
-started, spent = time.perf_counter(), time.process_time()
-if sys.argv[2] == "index":
-    config = read_json(folder / "config.json")
-    open_ranked(folder, config, config["sha256"]).search(query / np.linalg.norm(query), 100)
-else:
-    FastAttributor.from_pretrained(folder).attribute_features(query, ["x"], 100)
-print(time.perf_counter() - started, time.process_time() - spent)
-"""
-
-
-def first_answer(folder: Path, *, cold: bool) -> tuple[float, float, float]:
-    """Seconds from a folder on disk to 100 names, in fresh processes, imports not counted: whole, its processor time, index."""
-    seconds = []
-    for what in ("attributor", "index"):
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                if cold:
-                    os.fsync(file.fileno())
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        command = [sys.executable, "-c", FIRST_ANSWER, str(folder), what]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        seconds.append([float(value) for value in done.stdout.split()])
-    return seconds[0][0], seconds[0][1], seconds[1][0]
-
-
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "real": part_real,
     "118k": lambda work, quick: part_size("118k", work, quick),
     "1m": lambda work, quick: part_size("1m", work, quick),
     "10m": lambda work, quick: part_size("10m", work, quick),
     "latency": part_latency,
-    "opening": part_opening,
 }
 
 

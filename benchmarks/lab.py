@@ -109,6 +109,8 @@ class Cost:
     """(timestep, noise) pairs of a query's gradient for the exact teacher, whose time goes into other things."""
     exact_draws: int = 16
     """(timestep, noise) pairs of a training image's loss under the exact teacher."""
+    gradient_width: int = 0
+    """Numbers kept of a gradient; 0 keeps all, which takes some gigabytes."""
     batch_size: int = 64
     seed: int = 0
 
@@ -129,9 +131,9 @@ class Lab:
         return EncodedImages(list(query_ids), torch.cat(latents)[:, None], conditioning, np.arange(len(query_ids) + 1))
 
     def config(self, **settings: Any) -> TeacherConfig:
-        """Of a teacher that keeps whole gradients; what is not named is as everywhere here."""
-        common = {"gradient_width": 0, "antithetic": True, "loss_draws": self.settings.loss_draws}
-        shared = {name: getattr(self.cost, name) for name in ("factor_examples", "batch_size", "seed")}
+        """Of a teacher; what is not named is as everywhere here."""
+        common = {"antithetic": True, "loss_draws": self.settings.loss_draws}
+        shared = {name: getattr(self.cost, name) for name in ("factor_examples", "gradient_width", "batch_size", "seed")}
         return TeacherConfig(**{**common, **shared, **settings})
 
     def factors(self, *, diagonal: bool = False) -> Factors:

@@ -9,7 +9,7 @@ stays on the same curved sheet of low dimension:
 To get the 768 dimensions of DINO or CLIP, y is followed by 640 smooth functions of it, cos(w y + b) with w normal of scale
 1 / LENGTH (random Fourier features), weighted by TAIL. The inner product of two such vectors is
 (y y' + TAIL k(y, y')) / (1 + TAIL) with k the Gaussian kernel, a rising function of y y': the order of neighbours is that of
-the real space, while all 768 dimensions carry something. `describe` compares made and real ones.
+the real space, while all 768 dimensions carry something.
 """
 
 from __future__ import annotations
@@ -88,29 +88,3 @@ def stored(rows: int, path: Path) -> Read:
             for start in range(0, rows, BLOCK):
                 out.write(made.read(start, min(start + BLOCK, rows)).astype(np.float16).tobytes())
     return reader(path, DIM)
-
-
-def describe(vectors: np.ndarray, *, sample: int = 1000) -> dict[str, float]:
-    """How a set of unit vectors is spread.
-
-    Returns:
-        Median cosine to the nearest, 10th and 100th nearest other vector; the intrinsic dimension of neighbourhoods of 20
-        and of 100 (maximum likelihood, Levina and Bickel 2004); the share of variance in the leading 32 directions.
-    """
-    flat = faiss.IndexFlatIP(vectors.shape[1])
-    flat.add(vectors)
-    similarities = flat.search(vectors[:: max(1, len(vectors) // sample)], 101)[0][:, 1:]
-    distances = np.sqrt(np.maximum(2 - 2 * similarities, 1e-7))
-    spectrum = np.linalg.eigvalsh(np.cov(vectors[:20_000].T))[::-1]
-
-    def dimension(k: int) -> float:
-        return float(np.median(-1 / np.log(distances[:, : k - 1] / distances[:, k - 1 : k]).mean(axis=1)))
-
-    return {
-        "cosine_1": float(np.median(similarities[:, 0])),
-        "cosine_10": float(np.median(similarities[:, 9])),
-        "cosine_100": float(np.median(similarities[:, 99])),
-        "dimension_20": dimension(20),
-        "dimension_100": dimension(100),
-        "variance_32": float(spectrum[:32].sum() / spectrum.sum()),
-    }

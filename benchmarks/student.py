@@ -1,14 +1,14 @@
-"""The student: how much of the teacher it keeps, and what its degrees of influence are worth, on a run's score tables.
+"""The student: how much of the teacher it keeps, and how often its own-or-foreign check is wrong, on a run's score tables.
 
     python benchmarks/student.py --json benchmarks/results/student.json [--quick]
 
 Parts, each of which adds its keys to the JSON file:
-    features diffusion features of the run's corpus and queries, written to the work folder (only if named; 4 minutes)
     tables   mAP(L) of feature spaces and losses; the best student
-    degrees  the best student's shares, percentiles and own-or-foreign check against the exact teacher's test queries
+    foreign  how often the own-or-foreign check is wrong
 Students are chosen on validation queries; test queries are scored once, by what was chosen. mAP(L) is taken within each test
-query's candidates, with L in percent of the corpus. Students against retrained models: benchmarks/student_truth.py. With
---card FOLDER the main figures of the JSON file go into an attributor's metrics.json instead, from where its card shows them.
+query's candidates, with L in percent of the corpus. Further features that the run has (`features.encoders` in its config) are
+feature spaces of their own. Students against retrained models: benchmarks/student_truth.py. With --card FOLDER the main figures
+of the JSON file go into an attributor's metrics.json instead, from where its card shows them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ import document
 import machine
 import numpy as np
 import torch
-from accelerate import Accelerator
-from student_degrees import measure_degrees
-from torch.nn import functional as F
+from foreign import measure_foreign
 from tqdm import tqdm
 
 from fastattr.attributor.folder import read_config, write_config
@@ -37,10 +35,8 @@ from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.stages import MANIFEST
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
-from fastattr.features.kinds import open_encoder
-from fastattr.features.stage import FeaturesConfig, encode_sets
+from fastattr.features.encoder import unit_vectors
 from fastattr.features.store import folders, read_features
-from fastattr.generators.queries import Queries
 from fastattr.students.distill import DistillConfig, Validation, distill
 from fastattr.students.losses import LOSSES
 from fastattr.students.pairs import labels_of, make_table
@@ -50,7 +46,7 @@ from fastattr.teachers.scores import ScoredQuery, read_scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results" / "student.json"
-PARTS = ("features", "tables", "degrees")
+PARTS = ("tables", "foreign")
 PERCENTS = {"half_pct": 0.5, "1pct": 1.0, "4pct": 4.0}
 """L of mAP(L), in percent of the corpus, by the ending of its keys."""
 SPACES = {
@@ -71,7 +67,6 @@ MEANINGS = {
     "map_half_pct": "mAP(0.5% of the corpus), best student on the tables of docs/student.md against the exact teacher",
     "map_1pct": "the same, mAP(1%)",
     "map_4pct": "the same, mAP(4%)",
-    "share_calibration_error": "expected calibration error of creators' shares, same student and tables",
     "gap_closed_lds": "emoji-bench: part of the gap in residual LDS from untuned features to the best teacher that the best "
     "student closes",
     "gap_closed_lds_fast": "the same by the best student that needs no gradient at query time",
@@ -126,7 +121,6 @@ class Tables:
     """By feature space (N, F)."""
     queries: dict[tuple[str, str], np.ndarray]
     """By feature space and split (Q, F)."""
-    students: dict[str, Student] = field(default_factory=dict)
 
     def validation(self, space: str) -> Validation:
         """The validation queries in a feature space."""
@@ -143,11 +137,8 @@ class Tables:
 
     def similarities(self, space: str, split: str, student: Student | None = None) -> list[np.ndarray]:
         """Q arrays (C,) of similarities of a split's queries to their candidates, by a student or by the untuned features."""
-        own, theirs = self.queries[space, split], self.images[space]
-        if student is not None:
-            own, theirs = embed(student, own), embed(student, theirs)
-        else:
-            own, theirs = (F.normalize(torch.from_numpy(part), dim=1).numpy() for part in (own, theirs))
+        both = self.queries[space, split], self.images[space]
+        own, theirs = (unit_vectors(part) if student is None else embed(student, part) for part in both)
         return [theirs[rows] @ query for rows, query in zip(self.rows[split], own, strict=True)]
 
     def precision(self, similarities: Sequence[np.ndarray], split: str, percent: float) -> np.ndarray:
@@ -159,8 +150,8 @@ class Tables:
         )
 
 
-def open_tables(run_dir: Path, work_dir: Path) -> Tables:
-    """Open a finished run; feature folders may also lie in `work_dir`.
+def open_tables(run_dir: Path) -> Tables:
+    """Open a finished run, with the feature spaces that it has.
 
     Raises:
         ArtifactNotFoundError: a stage has not finished.
@@ -169,20 +160,14 @@ def open_tables(run_dir: Path, work_dir: Path) -> Tables:
     scored = {split: read_scores(run_dir / "scores", split=split) for split in ("train", "validation", "test")}
     images, queries = {}, {}
     for space, encoders in SPACES.items():
-        found = []
-        for encoder in encoders:
-            here = [base for base in (run_dir, work_dir) if (folders(base, "features", [encoder])[0] / MANIFEST).exists()]
-            found += here[:1]
-        if len(found) < len(encoders):
+        paths = folders(run_dir, "features", encoders)
+        if not all((path / MANIFEST).exists() for path in paths):
             print(f"no features for {space}: left out", file=sys.stderr)
             continue
-        paths = {
-            name: [folders(base, name, [encoder])[0] for base, encoder in zip(found, encoders, strict=True)]
-            for name in ("features", "query_features")
-        }
-        images[space] = read_features(paths["features"], corpus.image_ids)
+        images[space] = read_features(paths, corpus.image_ids)
         for split, of_split in scored.items():
-            queries[space, split] = read_features(paths["query_features"], [query.query_id for query in of_split])
+            ids = [query.query_id for query in of_split]
+            queries[space, split] = read_features(folders(run_dir, "query_features", encoders), ids)
     rows = {split: [corpus.rows(query.image_ids) for query in of_split] for split, of_split in scored.items()}
     return Tables(corpus, scored, rows, images, queries)
 
@@ -197,7 +182,7 @@ def variants(sizes: Sizes, spaces: Sequence[str]) -> dict[str, tuple[str, Distil
     return found
 
 
-def measure_tables(tables: Tables, sizes: Sizes, folder: Path) -> dict[str, Any]:
+def measure_tables(tables: Tables, sizes: Sizes) -> dict[str, Any]:
     """mAP(L) of every student and of untuned features; chooses the best student by validation mAP(1%)."""
     found: dict[str, Any] = {}
     precision: dict[str, dict[str, np.ndarray]] = {}
@@ -219,10 +204,9 @@ def measure_tables(tables: Tables, sizes: Sizes, folder: Path) -> dict[str, Any]
     tried = variants(sizes, list(tables.images))
     for name, (space, config) in tqdm(tried.items(), desc="students", unit="student"):
         started = time.perf_counter()
-        tables.students[name] = tables.train(space, config)
+        student = tables.train(space, config)
         found[f"seconds_{name}"] = round(time.perf_counter() - started, 1)
-        note(name, space, tables.students[name])
-        write_json(folder / "tables.json", found)
+        note(name, space, student)
     eligible = [name for name, (space, _) in tried.items() if space == "both" and name != PAPER_RECIPE]
     best = max(eligible, key=lambda name: valid[name])
     found["best_student"] = best
@@ -255,8 +239,7 @@ def parts_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
             for name in sorted(names, key=lambda name: -results[f"validation_map_1pct_{name}"])
         ]
         found["tables"] = document.table(header, rows)
-    if "share_calibration_error" in results:
-        found["degrees"] = document.pairs(results, *beginning("share_", "percentile_calibration", "influence_"))
+    if "foreign_false_alarms" in results:
         kinds = [name for name in beginning("foreign_") if f"{name}_se" in results]
         rows = [[f"`{name}`", document.with_error(results, name, digits=2), str(results[f"{name}_n"])] for name in kinds]
         found["foreign"] = document.table(["key", "part", "queries"], rows)
@@ -285,9 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the student.")
     parser.add_argument("--json", type=Path, default=RESULTS, help="file that gains the parts' keys (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="short trainings, no document: about 2 minutes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[1:], help="default: all but features")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="finished emoji run folder (%(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/student"), help="further features, results (%(default)s)")
     parser.add_argument("--card", type=Path, help="only write the figures of --json into this attributor's metrics.json")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = read_json(options.json) if options.json.exists() else {}
@@ -295,19 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return write_card(options.card, results)
     sizes = replace(QUICK if options.quick else Sizes(), precision=fast_precision())
     started = time.perf_counter()
-    if "features" in options.parts:
-        encoder = open_encoder("diffusion:generator", folder=options.run)
-        corpus, queries = Corpus(options.run / "corpus"), Queries(options.run / "queries")
-        encode_sets(encoder, corpus, queries, options.work, FeaturesConfig(), Accelerator(mixed_precision=sizes.precision))
-    tables = open_tables(options.run, options.work)
+    tables = open_tables(options.run)
     if "tables" in options.parts:
-        results |= measure_tables(tables, sizes, options.work)
-    if "degrees" in options.parts:
-        best = results.get("best_student")
-        if best is None:
-            raise InputError("the degrees are those of the best student; measure the part 'tables' first.")
-        student = tables.students.get(best) or tables.train(*variants(sizes, list(tables.images))[best])
-        results |= measure_degrees(tables, student, options.run, seed=sizes.seed)
+        results |= measure_tables(tables, sizes)
+    if "foreign" in options.parts:
+        results |= measure_foreign(tables, options.run, seed=sizes.seed)
     results |= {f"{split}_queries": len(scored) for split, scored in tables.scored.items()}
     results |= {"corpus_images": len(tables.corpus), "candidates_per_query": len(tables.rows["test"][0])}
     results |= {"seed": sizes.seed, "quick": options.quick, **machine.describe()}

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import lab
 import machine
 import numpy as np
 from lab import EXACT, FEATURES, Bench, options_of
+from safetensors.torch import load_file
 from student import DOCS, PAPER, PAPER_RECIPE, RESULTS, Sizes, recipe
 from tqdm import tqdm
 from truth import AVERAGED, Sizes as TruthSizes, train
@@ -31,17 +32,17 @@ from fastattr.core.settings import read_yaml
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig
-from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
+from fastattr.features.gradient import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
+from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.similarity import similarity_scores
-from fastattr.teachers.task import layers_to_unlearn
 
 SPLITS = ("train", "validation", "test")
-GRADIENTS = {"gradient": ("loss", 2048), "output_gradient": ("squared_norm", 4096)}
-"""What a gradient space differentiates, and the coordinates that it keeps."""
+GRADIENTS = RECIPES
+"""The library's gradient features, by name."""
 KEYS = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct")
 
 
@@ -95,24 +96,17 @@ def learn(bench: Bench, train_queries: int, queries: int) -> Learned:
     ids = {split: bench.truth.of_split(split)[: counts[split]] for split in SPLITS}
     seconds: dict[str, float] = {}
 
-    def of_queries(space: str, encode: Callable[[Sequence[str]], np.ndarray]) -> dict[str, np.ndarray]:
-        found = {}
+    bench.encoders.update({name: gradient_encoder(bench, name) for name in GRADIENTS})
+    spaces: dict[str, dict[str, np.ndarray]] = {}
+    for space in (*FEATURES, *GRADIENTS):
+        spaces[space] = {"images": bench.images(space)}
         for split in SPLITS:
             started = time.perf_counter()
-            found[split] = encode(ids[split])
+            spaces[space][split] = bench.queries(ids[split], space)
             seconds[space] = (time.perf_counter() - started) / len(ids[split])
-        return found
-
-    def frozen(space: str) -> Callable[[Sequence[str]], np.ndarray]:
-        return lambda query_ids: bench.queries(query_ids, space)
-
-    spaces = {space: {"images": bench.images(space), **of_queries(space, frozen(space))} for space in FEATURES}
     for name, members in (("both", FEATURES[:2]), ("all", FEATURES)):
         spaces[name] = {kind: np.concatenate([spaces[one][kind] for one in members], axis=1) for kind in ("images", *SPLITS)}
         seconds[name] = sum(seconds[member] for member in members)
-    for name in GRADIENTS:
-        images, encode = gradient_space(bench, name)
-        spaces[name] = {"images": images, **of_queries(name, encode)}
     teachers = {}
     for name in ("abu_plus_linearised", "d_trak", "d_trak_ekfac"):
         teacher = bench.lab.fit(name)
@@ -122,34 +116,14 @@ def learn(bench: Bench, train_queries: int, queries: int) -> Learned:
     return Learned(bench, ids, teachers, spaces, seconds)
 
 
-def gradient_space(bench: Bench, name: str) -> tuple[np.ndarray, Callable[[Sequence[str]], np.ndarray]]:
-    """(N, k) what `fastattr.features.gradient` stores of the training images' gradients, and the encoder of queries."""
-    here, chosen = bench.lab, bench.lab.settings
-    output, width = GRADIENTS[name]
-    layers, factors = layers_to_unlearn(here.generator, chosen.pattern), here.factors()
-    config = GradientConfig(
-        output=output, width=width, damping=chosen.damping, draws=chosen.loss_draws, batch_size=here.cost.batch_size
-    )
-    compression = Compression(
-        layers, config, factors, leading_coordinates(here.generator, layers, here.corpus, factors, config)
-    )
-    rows = np.arange(len(here.corpus.image_ids))
-    images = gradient_features(here.generator, layers, here.corpus, rows, compression, config)
-    kernel = RidgeKernel.fit(images, ridge=chosen.d_trak_ridge) if output == "squared_norm" else None
-    method = chosen.methods["d_trak" if kernel else "abu_plus_linearised"]
-    asked = replace(config, draws=method["query_draws"], antithetic=True)
-
-    def encode(query_ids: Sequence[str]) -> np.ndarray:
-        queries = here.queries(query_ids)
-        found = gradient_features(here.generator, layers, queries, np.arange(len(query_ids)), compression, asked)
-        return unit(kernel(found) if kernel else found)
-
-    return unit(kernel(images) if kernel else images), encode
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """(N, F) rows divided by their lengths."""
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+def gradient_encoder(bench: Bench, name: str) -> GradientEncoder:
+    """The library's gradient features of the bench's generator, fitted once in the run folder."""
+    recipe, generator = GRADIENTS[name], bench.lab.generator
+    folder = bench.run_dir / "gradients" / f"{name}-{generator.fingerprint}"
+    fit_gradient_encoder(generator, bench.corpus, folder, recipe, reference="generator")
+    factors = Factors.load(folder, generator.modules_to_unlearn(recipe.pattern))
+    kernel = RidgeKernel(**load_file(folder / KERNEL)) if recipe.ridge else None
+    return GradientEncoder(generator, factors, np.load(folder / "coordinates.npy"), recipe, kernel)
 
 
 def students(sizes: Sizes) -> dict[str, Setting]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from document import number, span, with_error
 from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
-from truth_sweep import sweep_parts
 
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
@@ -82,7 +82,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4),
+    cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4, gradient_width=4096),
     train_queries=24,
     test_queries=16,
     most_query_draws=16,
@@ -166,7 +166,8 @@ def without_curvature(bench: Bench, query_ids: Sequence[str]) -> np.ndarray:
     """(Q, N) inner products of the gradients themselves."""
     here = bench.lab
     layers, settings = layers_to_unlearn(here.generator, here.settings.pattern), here.settings
-    drawn = GradientConfig(whiten=False, width=0, draws=settings.loss_draws, batch_size=here.cost.batch_size)
+    sizes = {"width": here.cost.gradient_width, "batch_size": here.cost.batch_size}
+    drawn = GradientConfig(whiten=False, draws=settings.loss_draws, **sizes)
     plain = Compression(layers, drawn)
 
     def gradients(images: Any, config: GradientConfig) -> np.ndarray:
@@ -327,6 +328,28 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
         "table": document.table(header, rows),
         "gains": document.table(["difference in residual LDS", "middle of the schedule", "all timesteps"], gains),
         "removals": document.table(["difference", *titles], removed),
+    }
+
+
+def sweep_parts(swept: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What docs/truth.md shows of the sweep, by the name of its mark."""
+    figures = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}
+    rows = [
+        [
+            row["method"],
+            ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures),
+            span(row, "lds_residual"),
+            number(row["lds"]),
+            str(row["queries"]),
+        ]
+        for row in swept["tried"]
+    ]
+    edges = np.linspace(0, 1, len(swept["noise_ceilings"]) + 1)
+    header = ["part of the schedule", *(f"{low:.1%} to {high:.1%}" for low, high in pairwise(edges))]
+    ceilings = [[f"noise ceiling ({swept['models']} models)", *map(number, swept["noise_ceilings"])]]
+    return {
+        "ceilings": document.table(header, ceilings),
+        "sweep": document.table(["method", "settings", "residual LDS", "plain LDS", "queries"], rows),
     }
 
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
-import document
 import machine
 import numpy as np
-from document import number, span
 from lab import ALL_LAYERS, SETTINGS, Bench, Cost, Settings, open_bench, options_of
 
 from fastattr.core.errors import NonFiniteError
@@ -113,28 +111,6 @@ def ceilings_by_part(truth: GroundTruth, query_ids: Sequence[str], parts: int = 
         first, second = halves.seed_pairs()
         found.append(noise_ceiling(outputs[first], outputs[second]))
     return found
-
-
-def sweep_parts(swept: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What docs/truth.md shows of the sweep, by the name of its mark."""
-    ceilings = swept["noise_ceilings"]
-    spans = [f"{low:.1%} to {high:.1%}" for low, high in pairwise(np.linspace(0, 1, len(ceilings) + 1))]
-    figures = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}
-    rows = [
-        [
-            row["method"],
-            ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures),
-            span(row, "lds_residual"),
-            number(row["lds"]),
-            str(row["queries"]),
-        ]
-        for row in swept["tried"]
-    ]
-    found = [[f"noise ceiling ({swept['models']} models)", *map(number, ceilings)]]
-    return {
-        "ceilings": document.table(["part of the schedule", *spans], found),
-        "sweep": document.table(["method", "settings", "residual LDS", "plain LDS", "queries"], rows),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -144,10 +144,9 @@ def plain_drawings(drawings: Sequence[Drawing]) -> list[Drawing]:
     taken: set[str] = set()
     for drawing in drawings:
         image, caption = drawing.image, drawing.image.captions[0]
+        flag = image.subgroup == "flags" or (image.subgroup == "country-flag" and image.source != FLAG_SET)
         variant = any((image.source, code) in codes for code in plainer_codes(_code(image)))
-        other_flag = image.subgroup == "country-flag" and image.source != FLAG_SET
-        extra_flag = image.group.startswith("extras") and image.subgroup == "flags"
-        if not (variant or other_flag or extra_flag or image.subgroup in NO_PICTURES or not image.group or caption in taken):
+        if image.group and not (variant or flag or image.subgroup in NO_PICTURES or caption in taken):
             taken.add(caption)
             kept.append(drawing)
     subjects: dict[str, set[str]] = {}
@@ -167,9 +166,8 @@ def _captioned(drawing: Drawing, subjects: dict[str, int]) -> Drawing:
     """The drawing with more captions: its words that few subjects have, the most telling first."""
     image, subject = drawing.image, subject_of(drawing.image)
     kind, _, name = subject.partition(": ")
-    words = [f"{name} {kind}"] if name else []
-    telling = sorted(word for word in subjects if subjects[word] <= MOST_SUBJECTS)
-    words += sorted(telling, key=lambda word: subjects[word])
+    telling = [word for word in subjects if subjects[word] <= MOST_SUBJECTS]
+    words = [f"{name} {kind}"] * bool(name) + sorted(telling, key=lambda word: (subjects[word], word))
     captions = [caption_of(word, image.source) for word in dict.fromkeys(words) if word != subject][: MOST_CAPTIONS - 1]
     return replace(drawing, image=TrainingImage(**{**vars(image), "captions": image.captions + captions}))
 

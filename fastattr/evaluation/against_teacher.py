@@ -7,8 +7,9 @@ relevant, with L in percent of the whole corpus. Standard errors are over querie
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from fastattr.core.files import read_json, write_json
 from fastattr.core.settings import at_least
 from fastattr.core.stages import finished, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
+from fastattr.features.encoder import unit_vectors
 from fastattr.features.store import features_fingerprint, folders, read_features, slug
 from fastattr.students.distill import open_student
 from fastattr.students.ranking import ndcg, paired_bootstrap, spearman, standard_error, teacher_average_precision, top_k_overlap
@@ -47,17 +49,10 @@ class EvaluateConfig:
 def compare(
     scored: Sequence[ScoredQuery], methods: Mapping[str, Sequence[np.ndarray]], *, positives: int, overlap_k: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Per-query metrics of several methods.
+    """By method and metric (Q,) values, of Q queries and for each method Q arrays of (C,) scores of the same candidates.
 
-    Args:
-        scored: Q queries with their teacher's scores.
-        methods: for each method Q arrays of (C,) scores of the same candidates, higher = more influential.
-        positives: L of mAP(L).
-        overlap_k: k of the top-k overlap.
-
-    Returns:
-        method -> metric -> (Q,) values; metrics 'map', 'spearman', 'top_k_overlap', and 'ndcg', where an image is as
-        relevant as its influence above the query's least.
+    Metrics are 'map' (mAP(L), L = `positives`), 'spearman', 'top_k_overlap', and 'ndcg', where an image is as relevant as its
+    influence above the query's least.
     """
     table = {}
     for name, scores in methods.items():
@@ -69,6 +64,12 @@ def compare(
             "ndcg": np.array([ndcg(own, teacher - teacher.min()) for own, teacher in pairs]),
         }
     return table
+
+
+def _means(of_method: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Of (Q,) values by metric, their mean and standard error, METRIC_se."""
+    means = {metric: float(values.mean()) for metric, values in of_method.items()}
+    return means | {f"{metric}_se": standard_error(values) for metric, values in of_method.items()}
 
 
 def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
@@ -85,20 +86,24 @@ def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> di
         "features": features_fingerprint(corpus_folders),
     }
     if finished(folder, stage="evaluation", config=config, inputs=inputs):
-        metrics: dict[str, Any] = read_json(folder / "metrics.json")
-        return metrics
+        return dict(read_json(folder / "metrics.json"))
     scored = read_scores(run_dir / "scores", split=config.split)
     if not scored:
         raise InputError(f"the score table has no {config.split!r} query to evaluate on.")
     rows = [corpus.rows(query.image_ids) for query in scored]
     query_ids = [query.query_id for query in scored]
-    methods = {"student": _student_scores(run_dir, corpus, query_ids, rows, corpus_folders, query_folders)}
-    methods["untuned"] = _cosines(
-        read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids), rows
-    )
-    for specification, ours, theirs in zip(encoders, query_folders, corpus_folders, strict=True):
-        features = read_features([ours], query_ids), read_features([theirs], corpus.image_ids)
-        methods[f"untuned {slug(specification)}"] = _cosines(*features, rows)
+    student = open_student(run_dir)
+
+    def cosines(paths: Sequence[tuple[Path, Path]], embedded: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        """Q arrays of cosines of each query and its candidates, by the features in pairs of query and corpus folders."""
+        ours, theirs = zip(*paths, strict=True)
+        own, of_corpus = embedded(read_features(ours, query_ids)), embedded(read_features(theirs, corpus.image_ids))
+        return [of_corpus[part] @ query for part, query in zip(rows, own, strict=True)]
+
+    both = list(zip(query_folders, corpus_folders, strict=True))
+    methods = {"student": cosines(both, partial(embed, student)), "untuned": cosines(both, unit_vectors)}
+    for specification, pair in zip(encoders, both, strict=True):
+        methods[f"untuned {slug(specification)}"] = cosines([pair], unit_vectors)
     rng = np.random.default_rng(config.seed)
     methods["random"] = [rng.random(len(part)) for part in rows]
     positives = max(1, round(len(corpus) * config.positives_percent / 100))
@@ -112,38 +117,9 @@ def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> di
         "positives": positives,
         "overlap_k": config.overlap_k,
         "teacher": scores_manifest["teacher"],
-        "methods": {
-            name: {
-                key: value
-                for metric, values in of_method.items()
-                for key, value in ((metric, float(values.mean())), (f"{metric}_se", standard_error(values)))
-            }
-            for name, of_method in table.items()
-        },
+        "methods": {name: _means(of_method) for name, of_method in table.items()},
         "map_gain": {"mean": gain, "low": low, "high": high},
     }
     write_json(folder / "metrics.json", metrics)
     write_manifest(folder, stage="evaluation", config=config, inputs=inputs)
     return metrics
-
-
-def _student_scores(
-    run_dir: Path,
-    corpus: Corpus,
-    query_ids: Sequence[str],
-    rows: Sequence[np.ndarray],
-    corpus_folders: Sequence[Path],
-    query_folders: Sequence[Path],
-) -> list[np.ndarray]:
-    """Q arrays of the student's similarities to each query's candidates."""
-    features = read_features(query_folders, query_ids), read_features(corpus_folders, corpus.image_ids)
-    student = open_student(run_dir)
-    ours, theirs = (embed(student, part) for part in features)
-    return [theirs[part] @ query for part, query in zip(rows, ours, strict=True)]
-
-
-def _cosines(queries: np.ndarray, corpus: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Q arrays of cosines between each query's features and those of its candidates."""
-    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-    corpus = corpus / np.linalg.norm(corpus, axis=1, keepdims=True)
-    return [corpus[part] @ query for part, query in zip(rows, queries, strict=True)]

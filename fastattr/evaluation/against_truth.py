@@ -146,7 +146,7 @@ def compare_with_truth(
         methods: by name (Q, N) scores of all training images, in the order of the truth's images.
         truth: the ground truth.
         query_ids: the Q queries.
-        seconds: by name, seconds a query, where they were measured.
+        seconds: by name, a query's, where they were measured.
         teacher: the method whose first 1% of the corpus are the relevant images of mAP(1%).
         pairs: (first, second) methods whose difference in LDS gets an interval.
         resamples: of the bootstrap, over models (by subset) and queries at once.
@@ -165,53 +165,35 @@ def compare_with_truth(
     halves = truth.retrained("half", query_ids)
     if not len(halves.kept):
         raise InputError(f"{truth.folder} holds no models on random halves; run benchmarks/ground_truth.py first.")
-    outputs = outputs_of(halves.losses)
     at_all = outputs_of(truth.losses_by_timestep(halves.model_ids, query_ids).mean(axis=2))
-    targets = {
-        "lds": outputs,
-        "lds_residual": residual_outputs(outputs),
-        "lds_residual_all_timesteps": residual_outputs(at_all),
-    }
+    outputs = outputs_of(halves.losses)
+    plain = {name: predictions_of(scores, halves.kept) for name, scores in methods.items()}
     residual = {name: predictions_of(residual_scores(scores), halves.kept) for name, scores in methods.items()}
-    predicted = {
-        "lds": {name: predictions_of(scores, halves.kept) for name, scores in methods.items()},
-        "lds_residual": residual,
-        "lds_residual_all_timesteps": residual,
-    }
-    drawn = {
-        metric: bootstrap(predicted[metric], target, halves.subsets, resamples=resamples, seed=seed)
-        for metric, target in targets.items()
-    }
-    means = {
-        metric: {name: float(rank_correlations(values, targets[metric]).mean()) for name, values in of_metric.items()}
-        for metric, of_metric in predicted.items()
-    }
-    table: dict[str, dict[str, Any]] = {}
-    for name, scores in methods.items():
-        row: dict[str, Any] = {}
-        for metric in targets:
-            low, high = interval(drawn[metric][name])
-            row |= {metric: means[metric][name], f"{metric}_low": low, f"{metric}_high": high}
-        row["map_1pct"] = None if teacher is None else _mean_average_precision(scores, methods[teacher])
-        row |= leave_k_out(truth, name, query_ids) | {"group_spearman_residual": _group_agreement(truth, scores, query_ids)}
-        table[name] = row | {"seconds_per_query": (seconds or {}).get(name)}
+    table: dict[str, dict[str, Any]] = {name: {} for name in methods}
     gains: dict[str, dict[str, Any]] = {f"{first} - {second}": {} for first, second in pairs}
-    for first, second in pairs:
-        for metric in targets:
-            ends = interval(drawn[metric][first] - drawn[metric][second])
-            gains[f"{first} - {second}"][metric] = _ends(means[metric][first] - means[metric][second], *ends)
     ceilings = {}
-    for metric, key in (("lds_residual", ""), ("lds", "_plain"), ("lds_residual_all_timesteps", "_all_timesteps")):
-        one, other = (targets[metric][part] for part in halves.seed_pairs())
-        ceilings[f"noise_ceiling{key}"] = noise_ceiling(one, other) if len(one) > 1 else None
-    return {
-        "n_models": len(halves.kept),
-        "n_subsets": len(set(halves.subsets)),
-        "n_queries": len(query_ids),
-        **ceilings,
-        "methods": table,
-        "gains": gains,
-    }
+    for metric, ceiling, predicted, target in (
+        ("lds", "noise_ceiling_plain", plain, outputs),
+        ("lds_residual", "noise_ceiling", residual, residual_outputs(outputs)),
+        ("lds_residual_all_timesteps", "noise_ceiling_all_timesteps", residual, residual_outputs(at_all)),
+    ):
+        drawn = bootstrap(predicted, target, halves.subsets, resamples=resamples, seed=seed)
+        means = {name: float(rank_correlations(values, target).mean()) for name, values in predicted.items()}
+        for name in methods:
+            low, high = interval(drawn[name])
+            table[name] |= {metric: means[name], f"{metric}_low": low, f"{metric}_high": high}
+        for first, second in pairs:
+            ends = interval(drawn[first] - drawn[second])
+            gains[f"{first} - {second}"][metric] = _ends(means[first] - means[second], *ends)
+        one, other = (target[rows] for rows in halves.seed_pairs())
+        ceilings[ceiling] = noise_ceiling(one, other) if len(one) > 1 else None
+    for name, scores in methods.items():
+        table[name]["map_1pct"] = None if teacher is None else _mean_average_precision(scores, methods[teacher])
+        table[name] |= leave_k_out(truth, name, query_ids)
+        table[name]["group_spearman_residual"] = _group_agreement(truth, scores, query_ids)
+        table[name]["seconds_per_query"] = (seconds or {}).get(name)
+    counts = {"n_models": len(halves.kept), "n_subsets": len(set(halves.subsets)), "n_queries": len(query_ids)}
+    return {**counts, **ceilings, "methods": table, "gains": gains}
 
 
 def _ends(mean: float, low: float, high: float) -> dict[str, float]:
@@ -257,9 +239,8 @@ def leave_k_out(truth: GroundTruth, method: str, query_ids: Sequence[str]) -> di
     found: dict[str, float | None] = {}
     for column in LEAVE_K_OUT:
         values, key = by_query[column].to_numpy(), f"leave_k_out_{column}"
-        found |= (
-            {key: float(values.mean()), f"{key}_se": standard_error(values)} if len(values) else {key: None, f"{key}_se": None}
-        )
+        found[key] = float(values.mean()) if len(values) else None
+        found[f"{key}_se"] = standard_error(values) if len(values) else None
     return found
 
 
@@ -294,11 +275,7 @@ def _group_agreement(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence
 def run_truth(method: str, truth_dir: Path, out: Path, *, split: str = "test") -> dict[str, Any]:
     """Evaluate one method against a ground truth, with chance beside it; writes `out`, returns what metrics.json gains.
 
-    Args:
-        method: an attributor (folder or Hub id), a score table folder, or a score function 'MODULE:FUNCTION'.
-        truth_dir: the ground truth folder.
-        out: where metrics.json and the figures go.
-        split: 'test' or 'validation'.
+    `method` is an attributor (folder or Hub id), a score table folder, or a score function 'MODULE:FUNCTION'.
 
     Raises:
         ArtifactMismatchError: the method belongs to another corpus.

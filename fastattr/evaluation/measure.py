@@ -18,7 +18,7 @@ from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.stages import MANIFEST, fingerprint
 from fastattr.evaluation.retrain import Retraining, planned, train, training_identity
-from fastattr.evaluation.subsets import WHAT, Model
+from fastattr.evaluation.subsets import WHAT, Model, RetrainConfig
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.generator import Generator
 from fastattr.generators.noise import noise_for, spread_timesteps
@@ -54,9 +54,7 @@ def read_measured(run: Retraining, model: Model) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def query_losses(
-    generator: Generator, queries: Queries, rows: Sequence[int], *, timesteps: int, batch_size: int, seed: int
-) -> np.ndarray:
+def query_losses(generator: Generator, queries: Queries, rows: Sequence[int], config: RetrainConfig) -> np.ndarray:
     """(Q, T) denoising losses of queries at T evenly spaced timesteps, mean squared error per latent element.
 
     Each is the mean over one noise, which depends on the query's id and the seed alone, and its negative.
@@ -64,6 +62,7 @@ def query_losses(
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
+    timesteps, batch_size, seed = config.loss_timesteps, config.batch_size, config.seed + LOSS_SEED
     latents = torch.cat([generator.encode_image([queries.image(row)]) for row in rows])
     conditioning = generator.encode_prompt([queries.prompts[row] for row in rows])
     ids = [queries.query_ids[row] for row in rows]
@@ -94,17 +93,14 @@ def regenerations(
         row = queries.query_ids.index(query_id)
         record = queries.table.drop_columns(["image"]).slice(row, 1).to_pylist()[0]
         before = queries.image(row)
-        after = generator.generate(
-            record["prompt"], seed=record["seed"], steps=record["steps"], guidance=float(record["guidance"])
-        )
+        settings = {"seed": record["seed"], "steps": record["steps"], "guidance": float(record["guidance"])}
+        after = generator.generate(record["prompt"], **settings)
         with atomic_path(folder / f"{query_id}.png") as temporary:
             after.save(temporary, format="PNG")
         pixels = [np.asarray(image, dtype=np.float64) / 255 for image in (before, after)]
         features = encoder.encode([before, after], [[record["prompt"]]] * 2)
-        found[query_id] = {
-            "mse": float(np.mean((pixels[0] - pixels[1]) ** 2)),
-            "similarity": float(features[0] @ features[1]),
-        }
+        mse, similarity = np.mean((pixels[0] - pixels[1]) ** 2), features[0] @ features[1]
+        found[query_id] = {"mse": float(mse), "similarity": float(similarity)}
     return found
 
 
@@ -112,30 +108,17 @@ def measure(run: Retraining, model: Model) -> None:
     """Measure a trained model on its queries (`measured_rows`), and draw again what it shall; does nothing if that is done."""
     if read_measured(run, model):
         return
-    folder, config = run.folder(model), run.config
-    started = time.monotonic()
+    started, folder, queries, rows = time.monotonic(), run.folder(model), run.queries, measured_rows(run, model)
     generator = run.generator(model)
-    rows = measured_rows(run, model)
-    losses = query_losses(
-        generator,
-        run.queries,
-        rows,
-        timesteps=config.loss_timesteps,
-        batch_size=config.batch_size,
-        seed=config.seed + LOSS_SEED,
-    )
-    write_json(
-        folder / "measured.json",
-        {
-            "identity": measurement_identity(run, model),
-            "losses": {run.queries.query_ids[row]: loss for row, loss in zip(rows, losses.tolist(), strict=True)},
-            "regenerated": regenerations(generator, run.queries, model.regenerate, folder),
-            "seconds": {
-                "train": read_json(folder / "training.json")["seconds"],
-                "measure": round(time.monotonic() - started, 1),
-            },
-        },
-    )
+    losses = query_losses(generator, queries, rows, run.config)
+    found = {
+        "identity": measurement_identity(run, model),
+        "losses": {queries.query_ids[row]: loss for row, loss in zip(rows, losses.tolist(), strict=True)},
+        "regenerated": regenerations(generator, queries, model.regenerate, folder),
+    }
+    trained = read_json(folder / "training.json")["seconds"]
+    found["seconds"] = {"train": trained, "measure": round(time.monotonic() - started, 1)}
+    write_json(folder / "measured.json", found)
 
 
 def run_one(run: Retraining, model_id: str) -> None:

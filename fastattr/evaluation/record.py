@@ -32,14 +32,10 @@ OTHER = "half-000-s1"
 def make_ground_truth(
     run: Retraining, out: Path, what: Sequence[str], train_all: Callable[[Sequence[Model], str], None], **facts: Any
 ) -> dict[str, Any]:
-    """Train what is missing, draw the queries, and write the ground truth; returns its manifest.
+    """Train what is missing, draw the queries, and write the ground truth to `out`; returns its manifest, which keeps `facts`.
 
-    Args:
-        run: prepared.
-        out: the ground truth folder. What it holds already, of the same recipe, images and queries, is not trained again.
-        what: of `WHAT`, the parts whose models are wanted now.
-        train_all: trains and measures models (`retrain.run_all`), under a description; raises if one fails.
-        facts: kept in the manifest.
+    `what` names the parts whose models are wanted now; `train_all` trains and measures models, under a description. What
+    `out` holds already, of the same recipe, images and queries, is not trained again.
     """
     other = next(model for model in halves(run.corpus.image_ids, run.config) if model.model_id == OTHER)
     drawn = run.run_dir / "queries"
@@ -73,8 +69,7 @@ def restore(run: Retraining, out: Path) -> bool:
     if truth.corpus_fingerprint != run.corpus.fingerprint or not _agree(made, json.loads(json.dumps(wanted, default=plain))):
         return False
     folder = run.run_dir / "queries"
-    with atomic_path(folder / "data.parquet") as temporary:
-        shutil.copyfile(out / "queries.parquet", temporary)
+    _copy(out / "queries.parquet", folder / "data.parquet")
     write_manifest(
         folder,
         stage="queries",
@@ -84,9 +79,8 @@ def restore(run: Retraining, out: Path) -> bool:
     )
     if not any((run.run_dir / "models").glob("*/weights.safetensors")):  # ids must be those of the kept models
         shutil.copytree(out / "generator" / "tokenizer", run.run_dir / "shared" / "tokenizer", dirs_exist_ok=True)
-    if (out / RANKINGS).exists() and not run.rankings.exists():
-        with atomic_path(run.rankings) as temporary:
-            shutil.copyfile(out / RANKINGS, temporary)
+    if (out / RANKINGS).exists() and not (run.run_dir / RANKINGS).exists():
+        _copy(out / RANKINGS, run.run_dir / RANKINGS)
     records = {record["model_id"]: record for record in truth.models}
     spent = {name: round(total / len(records), 1) for name, total in truth.manifest["seconds"].items()}
     drawn = {(row["model_id"], row["query_id"]): row for row in truth.counterfactuals.to_dict("records")}
@@ -111,6 +105,11 @@ def restore(run: Retraining, out: Path) -> bool:
             },
         )
     return True
+
+
+def _copy(path: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def _agree(made: Any, wanted: Any) -> bool:
@@ -170,11 +169,9 @@ def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -
     write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
         pq.write_table(run.corpus.table.drop_columns(["url"]), temporary, compression="zstd")
-    with atomic_path(out / "queries.parquet") as temporary:
-        shutil.copyfile(run.run_dir / "queries" / "data.parquet", temporary)
-    if run.rankings.exists():
-        with atomic_path(out / RANKINGS) as temporary:
-            shutil.copyfile(run.rankings, temporary)
+    _copy(run.run_dir / "queries" / "data.parquet", out / "queries.parquet")
+    if (run.run_dir / RANKINGS).exists():
+        _copy(run.run_dir / RANKINGS, out / RANKINGS)
     by_id = {model.model_id: model for model in present}
     for name, model_id in (("generator", "full"), ("other_generator", OTHER)):
         if not (run.folder(by_id[model_id]) / "weights.safetensors").exists():  # restored from the ground truth

@@ -1,10 +1,9 @@
 """Retrain: a small generator, trained from scratch again and again on parts of its images.
 
-Each model is a process of its own with one thread. A process trains, resuming from its last checkpoint, keeps the weights
-and measures the model (measure.py); both are written atomically, and what is there is not done again, so that the work may
-be killed and started again at any time. Two trainings with one seed on one machine
-and one thread are the same bit for bit (tests/evaluation/test_ground_truth.py); on other processors or library versions they
-are as two seeds are, for rounding errors grow in training.
+Each model is a process of its own with one thread, which trains, resuming from its last checkpoint, and measures (measure.py).
+What is there is not done again, so that the work may be killed and started again at any time. Two trainings with one seed on
+one machine and one thread are the same bit for bit; on other processors or library versions they are as two seeds are, for
+rounding errors grow in training.
 
 Reads RUN/corpus and a trained autoencoder; writes RUN/shared (latents, tokenizer) and RUN/models. The full model draws
 RUN/queries. record.py makes a ground truth folder of a run.
@@ -50,8 +49,7 @@ class Retraining:
 
     config: RetrainConfig
     run_dir: Path
-    autoencoder: Path
-    """Folder of the trained autoencoder whose latents all models are trained on."""
+    autoencoder: Path  # folder of the one whose latents all models are trained on
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -72,11 +70,6 @@ class Retraining:
     def tokenizer(self) -> CLIPTokenizer:
         """Learned from the captions of all images."""
         return CLIPTokenizer.from_pretrained(self.run_dir / "shared" / "tokenizer")
-
-    @property
-    def rankings(self) -> Path:
-        """Whom leave-K-out removes."""
-        return self.run_dir / RANKINGS
 
     def folder(self, model: Model) -> Path:
         """Where a model's weights and measurements are."""
@@ -116,11 +109,7 @@ class Retraining:
 def prepare(config: RetrainConfig, run_dir: Path, *, autoencoder: Path, source: Path) -> Retraining:
     """Choose the images, encode them and learn the tokenizer, once; later calls check that the recipe is still the same.
 
-    Args:
-        config: the settings.
-        run_dir: where to write.
-        autoencoder: folder of a trained autoencoder.
-        source: a finished corpus, read only where `run_dir` has none yet.
+    `source` is a finished corpus, read only where `run_dir` has none yet; `autoencoder` the folder of a trained one.
 
     Raises:
         ArtifactMismatchError: the run was begun with another recipe, corpus or autoencoder.
@@ -214,7 +203,7 @@ def planned(run: Retraining, what: str) -> list[Model]:
         return halves(run.corpus.image_ids, run.config)
     if what == "groups":
         return groups(run.corpus, run.config)
-    return removals(run.corpus, run.queries, run.rankings, run.config)
+    return removals(run.corpus, run.queries, run.run_dir / RANKINGS, run.config)
 
 
 def run_all(

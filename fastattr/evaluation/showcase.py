@@ -212,16 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counterfactuals = kinds.add_parser("counterfactuals", help="queries drawn by retrained models")
     counterfactuals.add_argument("attributor", type=Path, help="folder of the attributor")
     counterfactuals.add_argument("--truth", type=Path, required=True, help="ground truth folder with images")
-    for method, default in METHODS.items():
-        counterfactuals.add_argument(f"--{method}", default=default, help="its name in the ground truth (%(default)s)")
     options = parser.parse_args(arguments)
     if options.kind == "generated":
         attributor = FastAttributor.from_pretrained(options.attributor)
         generator = Generator.from_pretrained(options.generator)
         table, name = pack_generated(generator, attributor, count=options.count, first=options.first), GENERATED_FILE
     else:
-        methods = {method: getattr(options, method) for method in METHODS}
-        table, name = pack_counterfactuals(GroundTruth(options.truth), methods), COUNTERFACTUALS_FILE
+        table, name = pack_counterfactuals(GroundTruth(options.truth)), COUNTERFACTUALS_FILE
     attach(table, options.attributor, name)
     return 0
 

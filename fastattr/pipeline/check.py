@@ -31,10 +31,8 @@ READ_FOR_CAPTIONS = 50_000
 def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
     """Refuse a config whose files are not there or whose settings contradict each other.
 
-    Args:
-        config: of the whole line.
-        run_dir: what is finished there is not looked for any more.
-        planned: for a plan, for which `plan.images` and `plan.network` stand for a corpus and a generator that are not there.
+    What is finished in `run_dir` is not looked for any more; where `planned`, `plan.images` and `plan.network` stand for a
+    corpus and a generator that are not there.
 
     Raises:
         ArtifactNotFoundError: a file, folder or model is not there; the text names the setting.

@@ -199,13 +199,7 @@ def _teacher_flops(config: TeacherConfig, sizes: Sizes, network: Network) -> flo
 
 
 def stage_costs(config: BuildConfig, images: int, network: Network) -> list[StageCost]:
-    """What each stage will need, in the order in which they run.
-
-    Args:
-        config: of the whole line.
-        images: N, training images.
-        network: its denoiser.
-    """
+    """What each stage will need, in the order in which they run."""
     queries = config.queries.train + config.queries.validation + config.queries.test
     encoders, student, training = config.features.encoders, config.distill.student, config.distill.training
     weights = LIBRARIES + 4 * network.parameters

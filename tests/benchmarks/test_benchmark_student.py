@@ -26,28 +26,20 @@ def benchmark():
     sys.path.remove(str(BENCHMARKS))
 
 
-def test_calibration_error_of_a_hand_computed_case(benchmark):
-    """Two bins of equal weight: 0.15 foretold and 0.15 found in the mean, then 0.6 foretold and 0.9 found."""
-    expected, actual = np.array([0.1, 0.2, 0.6]), np.array([0.3, 0.0, 0.9])
-    error = importlib.import_module("student_degrees").calibration_error(expected, actual, np.array([1.0, 1.0, 2.0]), bins=2)
-    assert error == pytest.approx(0.5 * 0.0 + 0.5 * 0.3)
-
-
 def test_every_part_runs_and_fills_the_document(benchmark, tiny_run: Path, tmp_path: Path):
     """A part that fails after hours of the others has cost them, too."""
-    tables = benchmark.open_tables(tiny_run, tmp_path)
-    results = benchmark.measure_tables(tables, replace(benchmark.QUICK, steps=2), tmp_path)
+    tables = benchmark.open_tables(tiny_run)
+    results = benchmark.measure_tables(tables, replace(benchmark.QUICK, steps=2))
     for space in tables.images:  # six training queries are too few for the density of own images
         tables.queries[space, "train"] = np.concatenate([tables.queries[space, "train"]] * 2)
-    best = tables.students[results["best_student"]]
-    results |= benchmark.measure_degrees(tables, best, tiny_run, seed=0)
-    promised = {"map_half_pct", "map_1pct", "map_4pct", "share_calibration_error"}
+    results |= benchmark.measure_foreign(tables, tiny_run, seed=0)
+    promised = {"map_half_pct", "map_1pct", "map_4pct", "foreign_false_alarms", "foreign_missed_noise"}
     assert promised <= set(results)
     assert not [name for name, value in results.items() if not isinstance(value, str | int | float | bool)]
     facts = {"command": "x", "seed": 0, "cpu": "x", "cores": 2, "date": "2026-01-01T00:00:00"}
     lines = benchmark.parts_of({**results, **facts})
     document = (BENCHMARKS.parent / "docs" / "student.md").read_text(encoding="utf-8")
-    assert set(lines) == {"tables", "degrees", "foreign"}
+    assert set(lines) == {"tables", "foreign"}
     for name in lines:
         assert f"<!-- {name} -->" in document
         assert f"<!-- end {name} -->" in document
@@ -77,9 +69,9 @@ def test_the_best_student_is_chosen_without_the_test_queries(benchmark, tiny_run
     sizes = replace(benchmark.QUICK, steps=2)
     chosen = []
     for shuffled in (False, True):
-        tables = benchmark.open_tables(tiny_run, tmp_path)
+        tables = benchmark.open_tables(tiny_run)
         if shuffled:
             tables.scored["test"] = [replace(query, influence=query.influence[::-1].copy()) for query in tables.scored["test"]]
-        results = benchmark.measure_tables(tables, sizes, tmp_path)
+        results = benchmark.measure_tables(tables, sizes)
         chosen.append((results["best_student"], {key: value for key, value in results.items() if key.startswith("validation")}))
     assert chosen[0] == chosen[1]
