@@ -24,6 +24,8 @@ FORMAT_VERSION = 4
 """4 keeps changes in changes.sqlite; 3 kept them in a journal; 1 and 2 had no seal on config.json. All are read."""
 PARTS = {"catalog": "parquet", "thumbnails": "parquet", "plain": "faiss", "removed": "json"}
 """Parts of a base, with their files' endings; 'plain' is the index of the untuned features, 'removed' the ids that had left."""
+OPTIONAL = ("thumbnails.parquet", "plain.faiss", "calibration.safetensors", "generated.parquet", "counterfactuals.parquet")
+"""Files that an attributor may lack, but not hold without a checksum."""
 ARROW_ROWS = 100_000
 """From here on the catalogue is an Arrow file, larger, but mapped into memory and not read."""
 
@@ -74,11 +76,13 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
     named = {*index_files(config), *config.get("files", {}).values(), *([stored["file"]] if stored else [])}
     named |= {"model.safetensors", "metrics.json", file_of(config, "catalog")}
     own = {specification.partition(":")[2] for specification in config.get("encoders", [])} - {""}
-    missing = sorted(named - sha256.keys()) + sorted(
-        part for part in own if not any(file.startswith(f"{part}/") for file in sha256)
-    )
+    missing = sorted(named - sha256.keys())
+    missing += sorted(part for part in own if not any(file.startswith(f"{part}/") for file in sha256))
+    there = {name for name in OPTIONAL if (path.parent / name).exists()}
+    there |= {file.relative_to(path.parent).as_posix() for part in own for file in (path.parent / part).rglob("*.*")}
+    missing += sorted(there - sha256.keys() - set(config.get("replaced", [])))
     if missing:
-        raise ArtifactDamagedError(f"{path} names {missing[0]!r} without a checksum; do not use it.")
+        raise ArtifactDamagedError(f"{path} has no checksum of {missing[0]!r}, which is read; do not use it.")
     roots = [path.parent.resolve()]
     if commit_of(path.parent):
         roots.append(path.parents[3].resolve())
