@@ -32,25 +32,16 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     Raises:
         InputError: it cannot be opened, or lacks one of the two columns.
     """
-    from datasets import Image, List
-
     dataset, made_of = _open(source, split)
     features = dataset.features or {}
+    dataset = dataset.decode(False) if features else dataset
     columns = list(features) or list(next(iter(dataset), {}))  # a CSV or JSON file says with its first row
     names = {
         "image_column": _column(source, columns, image_column, IMAGE_COLUMNS),
         "caption_column": _column(source, columns, caption_column, CAPTION_COLUMNS),
     }
-    classes = {}
-    for name, feature in features.items():
-        inner = feature.feature if isinstance(feature, List) else feature
-        if hasattr(inner, "names"):
-            classes[name] = inner.names
-        if hasattr(inner, "decode_example") and name != names["image_column"]:
-            dataset = dataset.remove_columns(name)  # other media would be decoded for nothing
-        elif isinstance(inner, Image):
-            stored = Image(decode=False)
-            dataset = dataset.cast_column(name, stored if inner is feature else List(stored))
+    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}  # of a list, its elements'
+    classes = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
     path = Path(source)
     base = path.parent if path.is_file() else path
     count = dataset.num_shards
