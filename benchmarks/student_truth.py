@@ -22,7 +22,7 @@ import lab
 import machine
 import numpy as np
 from lab import EXACT, FEATURES, Bench, options_of
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 from student import DOCS, PAPER, PAPER_RECIPE, RESULTS, Sizes, recipe
 from tqdm import tqdm
 from truth import AVERAGED, Sizes as TruthSizes, train

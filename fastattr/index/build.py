@@ -149,12 +149,9 @@ def retune(
     """Tune the search of an index whose rows are no longer those that it was trained on; train it anew where that is better.
 
     Args:
-        folder: with the index's files, which may be replaced (under the same names).
+        folder: with the index's files, which may be replaced (under the same names, that begin with `name`).
         settings: what config.json says: 'index', 'index_shards', 'vectors', and 'search' as it was tuned before.
-        read: gives the vectors.
-        rows: N.
-        dim: D.
-        name: first part of the files' names.
+        read: gives the (N, D) vectors; `rows` is N, `dim` is D.
         parts: first rows of regions that must be served as promised, too, such as the images added last.
 
     Returns:
@@ -197,18 +194,10 @@ def _effort(settings: dict[str, Any], rows: int) -> float:
 
 
 def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str) -> list[dict[str, Any]]:
-    """Add N vectors to copies of an empty trained index and write these shards; those that are there are left alone.
+    """Add N vectors to copies of the empty index in the file `trained`, `shard_rows` (0: all) to a file in `folder`.
 
-    Args:
-        trained: the file of the empty index.
-        read: gives the vectors.
-        rows: N.
-        shard_rows: rows in one file, 0 for all.
-        folder: where the files go.
-        name: first part of their names.
-
-    Returns:
-        'file', 'first_row' and 'rows' of each; 'own_ids' where rows are counted over the whole index.
+    Shards that are there are left alone. Returns 'file', 'first_row' and 'rows' of each; 'own_ids' where rows are counted
+    over the whole index.
     """
     inverted = is_inverted(faiss.read_index(str(trained)))
     size = shard_rows or (BUILD_ROWS if inverted else rows)
@@ -236,19 +225,14 @@ def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, 
         return path
     index = make(factory, dim)
     if not index.is_trained:
+        lists = int(faiss.extract_index_ivf(index).nlist) if is_inverted(index) else 1024
         blocks = np.array_split(np.arange(rows), max(1, rows // 4096))
-        wanted = min(rows, max(TRAINING_ROWS // 4, min(TRAINING_ROWS, 40 * _lists(index))))
-        order = np.random.default_rng(seed).permutation(len(blocks))
+        wanted = min(rows, max(TRAINING_ROWS // 4, min(TRAINING_ROWS, 40 * lists)))
         each = math.ceil(wanted / len(blocks))
         parts = []
-        for number in tqdm(np.sort(order), desc="training vectors", unit="block", disable=len(blocks) < 100):
-            block = blocks[number]
-            picked = np.random.default_rng([seed, int(number)]).permutation(len(block))[:each]
+        for number, block in enumerate(tqdm(blocks, desc="training vectors", unit="block", disable=len(blocks) < 100)):
+            picked = np.random.default_rng([seed, number]).permutation(len(block))[:each]
             parts.append(read(int(block[0]), int(block[-1]) + 1)[np.sort(picked)])
         index = train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
     save_index(index, path)
     return path
-
-
-def _lists(index: faiss.Index) -> int:
-    return int(faiss.extract_index_ivf(index).nlist) if is_inverted(index) else 1024

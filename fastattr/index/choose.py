@@ -41,12 +41,11 @@ class IndexConfig:
     """FAISS factory string of a second index, of the untuned features, for `FastAttributor.plain`; '' leaves it out."""
 
     def __post_init__(self) -> None:
-        if self.shard_rows < 0:
-            raise InputError(f"shard_rows must be at least 0, got {self.shard_rows}")
+        for name in ("shard_rows", "memory_gb"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 < self.recall <= 1:
             raise InputError(f"recall must be above 0 and at most 1, got {self.recall}")
-        if self.memory_gb < 0:
-            raise InputError(f"memory_gb must be at least 0, got {self.memory_gb}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,11 +49,7 @@ class Shards:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(Q, k) similarities, best first, and rows; what is not found has the row -1 and comes last.
 
-        Args:
-            queries: (Q, D) float32.
-            k: how many.
-            allowed: (N,) bool, which rows may be found; None for all.
-            widen: look at so many times as many lists, or neighbours, as usual.
+        Of (N,) bool `allowed` rows only; at `widen` times as many lists, or neighbours, as usual.
         """
         found = []
         for index, first in self.shards:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
@@ -148,7 +148,7 @@ def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, g
 
 def fit_curves(
     similarities: Sequence[np.ndarray], scored: Sequence[ScoredQuery], *, corpus_size: int, resamples: int, seed: int
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The curves of a `Calibration` and their bootstrap over queries.
 
     Args:
@@ -204,7 +204,7 @@ def _quantiles(values: np.ndarray, query: np.ndarray, counts: np.ndarray, weight
     """(R,) quantiles of (P,) weighted values in R resamples of their queries; counts is (R, Q), how often each was drawn."""
     order = np.argsort(values, kind="stable")
     values, query, weights = values[order], query[order], weights[order]
-    found = []
+    found: list[float] = []
     for drawn in counts:
         mass = np.cumsum(drawn[query] * weights)
         found.append(values[np.searchsorted(mass, part * mass[-1])] if mass[-1] > 0 else found[0])

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -84,8 +85,9 @@ def fit_match(
         left, _, right = np.linalg.svd(own[:, image].T @ own[:, text], full_matrices=False)
         axes = [left.astype(np.float32), right.T.astype(np.float32)]
     none = np.zeros(0, np.float32)
-    masks = [part.astype(np.float32) for part in (image, text)]
-    start = Match(*masks, *axes, none, none, none, np.array(np.inf))
+    compared: dict[str, Any] = {"image": image.astype(np.float32), "text": text.astype(np.float32)}
+    compared |= {"image_axes": axes[0], "text_axes": axes[1], "threshold": np.array(np.inf)}
+    start = Match(**compared, hidden=none, bias=none, out=none)
     width = start.inputs(own[:1]).shape[1]
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     hidden = (torch.randn(width, HIDDEN, generator=random) / width**0.5).requires_grad_()
@@ -101,11 +103,11 @@ def fit_match(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    match = Match(*masks, *axes, *(value.detach().numpy() for value in (hidden, bias, out)), threshold=np.array(np.inf))
+    match = Match(**compared, hidden=hidden.detach().numpy(), bias=bias.detach().numpy(), out=out.detach().numpy())
     distances = np.sort(match.distance(held_out))
     # The quantile that own images exceed with this probability, their number taken into account (split conformal).
     place = min(len(distances) - 1, int(np.ceil((len(distances) + 1) * (1 - false_alarms))) - 1)
-    return Match(**{**vars(match), "threshold": np.array(distances[max(place, 0)])})
+    return replace(match, threshold=np.array(distances[max(place, 0)]))
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Ownness:
 
         Features are (Q, F), measures Q arrays (4,) of the pictures, if there are any; an empty prompt is not looked at.
         """
-        distances = self.match.distance(features) if self.match is not None else []
+        distances = self.match.distance(features) if self.match is not None else np.zeros(0)
         found: list[list[str]] = [[] for _ in prompts]
         for row, prompt in enumerate(prompts):
             words = words_of([prompt]) if self.words is not None else set()

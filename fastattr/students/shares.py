@@ -151,9 +151,17 @@ def share_table(
     similarity, columns = similarity[near], {name: values[near] for name, values in columns.items()}
 
     def estimate(names: np.ndarray) -> Shares:
-        weights = 1.0 / family_sizes[near]
-        options = {"weights": weights, "level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE}
-        return divide(calibration, similarity, names, families[near], copies=copies[near], **options)
+        return divide(
+            calibration,
+            similarity,
+            names,
+            families[near],
+            weights=1.0 / family_sizes[near],
+            level=calibration.level,
+            rest=float(calibration.level[0]),
+            least=LEAST_SHARE,
+            copies=copies[near],
+        )
 
     found = estimate(columns[by])
     columns_of = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
