@@ -1,6 +1,7 @@
 """Small inputs that once failed: does each give the expected result now?
 
-    python benchmarks/cases.py --cases ../shared/cases --json benchmarks/results/cases.json [--only pictures/csv ...] [--list]
+    python benchmarks/cases.py --cases ../shared/cases --json benchmarks/results/cases.json [--jobs 2]
+        [--only pictures/csv ...] [--list]
 
 The cases lie outside the repository, one folder a case; what is expected of each is in tests/cases. Each runs in a process and
 an empty folder of its own, so that a crash is a wrong answer. Those under reports/ are scripts that exit 0 where all is right.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument("--cases", type=Path, default=CASES, help="folder of the cases")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--only", nargs="+", default=[""], help="cases to run, by folder or by the beginning of it")
+    parser.add_argument("--jobs", type=int, default=1, help="cases to run at a time")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
     options = parser.parse_args()
     cases = options.cases.resolve()
@@ -34,9 +38,11 @@ def main() -> None:
         print("\n".join(names))
         return
     found: dict[str, str] = {}
-    for name in tqdm(names, desc="cases", unit="case"):
-        found[name] = wrong_with(name, cases)
-        print(f"{name}: {found[name] or 'right'}", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        answers = pool.map(partial(wrong_with, cases=cases), names)
+        for name, wrong in tqdm(zip(names, answers, strict=True), desc="cases", unit="case", total=len(names)):
+            found[name] = wrong
+            print(f"{name}: {wrong or 'right'}", flush=True)
     kinds = sorted({name.partition("/")[0] for name in found})
     results: dict[str, object] = {
         "cases": len(found),

@@ -41,7 +41,7 @@ ALIASES = {
     "build": ("pipeline.build", "pipeline.stages"),
     "catalogue": ("attributor.catalogue", "attributor.folder"),
     "config": ("pipeline.config",),
-    "corpus": ("corpus.stage", "corpus.store", "corpus.images", "corpus.records"),
+    "corpus": ("corpus.stage", "corpus.store", "corpus.images", "corpus.records", "corpus.shards"),
     "corpus_sources": ("corpus.folders",),
     "errors": ("core.errors",),
     "index": ("index.build", "index.choose", "index.search", "index.tune"),
@@ -52,15 +52,31 @@ ALIASES = {
 """Names under which the cases' scripts import our modules, and where their contents are now."""
 
 
+class Together(types.ModuleType):
+    """Several modules under one name: what a script replaces is replaced in each of them that has it."""
+
+    def __init__(self, name: str, modules: Sequence[types.ModuleType]) -> None:
+        """Take over the modules' names."""
+        super().__init__(name)
+        for module in modules:
+            vars(self).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+        vars(self)["_modules"] = tuple(modules)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Replace a name here and in the modules; a submodule that is imported is no replacement."""
+        super().__setattr__(name, value)
+        for module in self._modules:
+            if name in vars(module) and not name.startswith("__") and not isinstance(value, types.ModuleType):
+                setattr(module, name, value)
+
+
 def old_names() -> None:
     """Let `fastattr.NAME` be what `ALIASES` says: one module itself, several together."""
     import fastattr
 
     for name, parts in ALIASES.items():
         modules = [importlib.import_module(f"fastattr.{part}") for part in parts]
-        found = modules[0] if len(modules) == 1 else types.ModuleType(f"fastattr.{name}")
-        for module in modules if len(modules) > 1 else []:
-            vars(found).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+        found = modules[0] if len(modules) == 1 else Together(f"fastattr.{name}", modules)
         package = REPOSITORY / "fastattr" / name
         if package.is_dir():  # a package keeps its modules
             found.__path__ = [str(package)]  # type: ignore[attr-defined]
