@@ -30,6 +30,7 @@ autoencoder:
 generator:
   channels: [32, 32]
   head_width: 8
+  norm_groups: 32
   vocabulary: 300
   text_width: 16
   text_layers: 1

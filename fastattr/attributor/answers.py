@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,8 @@ def by_embedding(
     for query, (rows, similarities) in enumerate(nearest):
         records = catalogue.fetch(rows)
         if not isinstance(catalogue, Catalogue):  # a server's catalogue stays there: shares are of what was found
-            table, find = partial(pa.Table.from_pylist, records), partial(known, np.arange(len(records)), similarities)
+            table: Callable[[], pa.Table] = partial(pa.Table.from_pylist, records)
+            find: Callable[[], Any] = partial(known, np.arange(len(records)), similarities)
         elif calibration:  # shares are of everything that may be named
             table, find = catalogue.as_table, partial(_reached, catalogue, embeddings[query], min(max(k, REACH), size), where)
         else:
@@ -314,8 +315,10 @@ def _with_copies(model: Model, version: Version, asked: Asked, answers: list[Att
         pictures = {result.image_id: answer._thumbnails.get(result.image_id) for result in answer.results[:LOOKED_AT]}
         pictures |= {record["image_id"]: record["thumbnail"] for record in catalogue.fetch(rows)}
         named = [(name, load_rgb(data)) for name, data in pictures.items() if data]
-        copies = near_copies(looks_of([look]), looks_of([look_of(picture) for _, picture in named]))[0] if named else []
-        checked.append(replace(answer, near_copies=[named[copy][0] for copy in copies.tolist()]))
+        copies: list[int] = []
+        if named:
+            copies = near_copies(looks_of([look]), looks_of([look_of(picture) for _, picture in named]))[0].tolist()
+        checked.append(replace(answer, near_copies=[named[copy][0] for copy in copies]))
     return checked
 
 

@@ -202,7 +202,7 @@ class Attribution:
         if by not in known:
             raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
         if reach.calibration is None:
-            return listed_table(reach.weights, reach.names(by), by)
+            return listed_table(np.asarray(reach.weights), reach.names(by), by)
         every = families_of(catalog["family"].to_pylist()) if "family" in known else np.arange(len(catalog))
         return share_table(
             reach.calibration,

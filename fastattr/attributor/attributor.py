@@ -83,9 +83,9 @@ class FastAttributor:
             EncoderMismatchError: its feature encoders have other weights than those the student was trained on.
             HubError: the Hub refuses, or can't be reached; InputError: there is no such shard.
         """
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
-        encoders = {"device": device, "dtype": dtype, "backend": backend}
+        encoders: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
         return cls(*load(name_or_path, parts=Parts(thumbnails, shards), index_uri=index_uri, **encoders, **hub))
 
     @property

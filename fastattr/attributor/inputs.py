@@ -30,7 +30,8 @@ def open_image(image: ImageLike | Any) -> Image.Image:
         InputError: it is none of these, or can't be read.
     """
     if isinstance(image, Image.Image):
-        return _read(lambda: to_rgb(ImageOps.exif_transpose(image)), "the image")
+        picture = image
+        return _read(lambda: to_rgb(ImageOps.exif_transpose(picture)), "the image")
     if hasattr(image, "detach"):
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):

@@ -82,8 +82,9 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     """What `FastAttributor.from_pretrained(name_or_path).info()` says, without loading encoders, network and index."""
 
     def once() -> dict[str, Any]:
-        few = {"thumbnails": False, "index": False, "model": False}
-        folder, config = open_folder(name_or_path, lambda found: needed_files(found, **few))
+        folder, config = open_folder(
+            name_or_path, lambda found: needed_files(found, thumbnails=False, index=False, model=False)
+        )
         catalog = read_table(folder / file_of(config, "catalog"))
         if (folder / FILE).exists() or journal_of(config):
             folder, config = open_folder(name_or_path, lambda found: needed_files(found, thumbnails=False))

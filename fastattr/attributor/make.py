@@ -71,7 +71,8 @@ def build_attributor(
         embeddings = embed(student, features)
         built = build(
             lambda start, stop: embeddings[start:stop],
-            *embeddings.shape,
+            len(embeddings),
+            embeddings.shape[1],
             config,
             temporary,
             queries=_query_embeddings(run_dir, encoders, student),

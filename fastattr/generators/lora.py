@@ -100,7 +100,7 @@ def load_lora(pipeline: Any, file: Path) -> None:
             f"{file} is for another network: {len(unknown)} of its names are not in this {type(pipeline).__name__}, "
             f"e.g. {sorted(unknown)[:3]}. Name the pipeline that it was trained on."
         )
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for layer, pair in pairs.items():
         if pair.down is None or pair.up is None:
             raise ArtifactDamagedError(f"{file} holds half of a pair of matrices, for {layer}; fetch it again.")

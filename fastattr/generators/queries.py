@@ -164,7 +164,7 @@ def numbers_that_fit(captions: Sequence[str], config: QueriesConfig, more: Seque
     best = None
     while low < high:  # a smaller share always fits where a larger one does, but for a few subjects that change splits
         share = (low + high + 1) // 2
-        numbers = {split: max(1, count * share // 1000) if count else 0 for split, count in wanted.items()}
+        numbers: dict[str, Any] = {split: max(1, count * share // 1000) if count else 0 for split, count in wanted.items()}
         try:
             _choose(captions, replace(config, **numbers), more)
         except InputError:

@@ -101,7 +101,11 @@ class TeacherConfig:
             raise InputError(f"{', '.join(sizes)} must be at least 1, and inverse_steps not negative")
         if self.antithetic and self.query_draws % 2:
             raise InputError(f"antithetic draws come in pairs: query_draws must be even, got {self.query_draws}")
-        choices = {"curvature": ("ekfac", "diagonal"), "fisher": ("empirical", "true"), "captions": ("first", "all")}
+        choices: dict[str, tuple[str, ...]] = {
+            "curvature": ("ekfac", "diagonal"),
+            "fisher": ("empirical", "true"),
+            "captions": ("first", "all"),
+        }
         choices |= {"gradients": ("auto", "contracted", "stored"), "method": METHODS}
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -75,7 +75,7 @@ def teacher_plan(config: TeacherConfig, sizes: Sizes, probe: Probe) -> list[Step
         return []
     held = 4 * (sizes.images * config.views * sizes.latent + sizes.captions * sizes.conditioning)
     steps = [Step(name="encode", forward=0, backward=0, memory=probe.loaded + held, disk=held)]
-    known = set()
+    known: set[str] = set()
     for member in config.members_of():
         for step in _member_plan(member, sizes, probe, held):
             if step.name not in {"factors", "base loss"} & known:  # members share what only the generator determines

@@ -67,18 +67,20 @@ class GaussNewton:
         ids = [f"curvature/{number}" for number in range(len(self._rows))[part]]
         noise = noise_for(ids, [0] * len(rows), seed=self._seed, shape=generator.latent_shape)
         latents, conditioning = images.latents[rows, 0], images.conditioning[images.first_caption[rows]]
-        drawn = (latents, conditioning, self._timesteps[part], noise.to(latents.dtype))
-        return generator.predict(*(values.to(generator.device) for values in drawn))
+        device, timesteps = generator.device, self._timesteps[part]
+        return generator.predict(
+            latents.to(device), conditioning.to(device), timesteps.to(device), noise.to(device, latents.dtype)
+        )
 
 
 @contextmanager
 def _varied(layers: Mapping[str, Layer], direction: Weights) -> Iterator[None]:
     """While open, each weight carries a tangent, so that what is computed with it has a forward-mode derivative."""
-    kept = {name: layer.weight for name, layer in layers.items()}
+    kept = {name: layer._parameters["weight"] for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             tangent = direction[name].view(layer.weight.shape).to(layer.weight)
-            layer._parameters["weight"] = forward_ad.make_dual(layer.weight, tangent)  # type: ignore[assignment]
+            layer._parameters["weight"] = forward_ad.make_dual(layer.weight, tangent)
         yield
     finally:
         for name, layer in layers.items():

@@ -62,5 +62,5 @@ def write_gradient_features(
             write_features(folder, stored, images.image_ids)
         return {"layers": sorted(layers), "scale": scale, "bytes_per_image": stored[0].nbytes}
 
-    stage = {"stage": "features", "config": config, "inputs": {"generator": generator.fingerprint, **inputs}}
-    return make(folder, work, **stage, accelerator=accelerator, temporary=[parts])
+    made_of = {"generator": generator.fingerprint, **inputs}
+    return make(folder, work, stage="features", config=config, inputs=made_of, accelerator=accelerator, temporary=[parts])

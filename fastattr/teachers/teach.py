@@ -69,8 +69,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
         facts = _write_table(task, folder)
         return {**facts, "seconds": round(time.monotonic() - started, 1)}
 
-    stage = {"stage": "scores", "config": config, "inputs": inputs}
-    return make(folder, work, **stage, accelerator=accelerator, temporary=[shards])
+    return make(folder, work, stage="scores", config=config, inputs=inputs, accelerator=accelerator, temporary=[shards])
 
 
 def _joined_processes() -> Accelerator:

@@ -210,7 +210,7 @@ def rotated_draw_by_draw(setting, rows, config: GradientConfig) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def whole_network(setting):
-    """The same generator with all layers, convolutions included."""
+    """The same generator with all layers, convolutions included; its normalisations have one channel a group."""
     generator, images, _, _ = setting
     layers = layers_to_unlearn(generator, "")
     config = TeacherConfig(factor_examples=12, batch_size=12)

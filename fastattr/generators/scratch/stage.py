@@ -99,7 +99,7 @@ def train(
         accelerator=accelerator,
         description="text encoder",
     )
-    text_encoder = foretelling.text_encoder.requires_grad_(False)  # type: ignore[assignment,union-attr]
+    text_encoder = foretelling.text_encoder.requires_grad_(False)
     average = fit(
         DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
         examples.batch_of,
