@@ -10,7 +10,9 @@ an empty folder of its own, so that a crash is a wrong answer. Those under repor
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,7 +40,8 @@ def main() -> None:
         print("\n".join(names))
         return
     found: dict[str, str] = {}
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with tempfile.TemporaryDirectory() as shared, ThreadPoolExecutor(options.jobs) as pool:
+        os.environ.setdefault("FASTATTR_CASES_TINY", str(Path(shared) / "tiny"))
         answers = pool.map(partial(wrong_with, cases=cases), names)
         for name, wrong in tqdm(zip(names, answers, strict=True), desc="cases", unit="case", total=len(names)):
             found[name] = wrong

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -222,7 +223,8 @@ def card(case: Path, work: Path) -> str:
     with hub_of(work) as (hub, client):
         client(f"A.from_pretrained({str(work / 'scratch' / 'page' / 'evil')!r}).push_to_hub('org/evil')")
         files = hub.repo("org/evil").files()
-        texts = {name: file.data.decode() for name, file in files.items() if name.endswith(".md")}
+        escaped = re.compile(r"\\.")  # what stands behind a backslash marks nothing up
+        texts = {name: escaped.sub("", file.data.decode()) for name, file in files.items() if name.endswith(".md")}
     live = {
         f"{part} in {name}"
         for name, text in texts.items()
