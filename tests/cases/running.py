@@ -51,7 +51,7 @@ ALIASES = {
     "index": ("index.build", "index.choose", "index.search", "index.tune"),
     "pretrained": ("generators.pretrained",),
     "receipts": ("attributor.receipts",),
-    "serve": ("serving.http",),
+    "serve": ("serving.http", "serving.batches"),
 }
 """Names under which the cases' scripts import our modules, and where their contents are now."""
 
@@ -126,7 +126,11 @@ def script(name: str) -> Check:
 
 
 if __name__ == "__main__":  # a case's script, under the names of its time
+    from fastattr.generators.generator import Generator
+
     old_names()
+    Generator._predict = Generator.predict  # type: ignore[attr-defined]
     mkdtemp = tempfile.mkdtemp
-    tempfile.mkdtemp = lambda *args, **kwargs: os.path.abspath(mkdtemp(*args, **kwargs))  # as from Python 3.12 on
-    runpy.run_path(sys.argv[1], run_name="__main__")
+    tempfile.mkdtemp = lambda *args, **kwargs: str(Path(mkdtemp(*args, **kwargs)).resolve())  # as from Python 3.12 on
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
