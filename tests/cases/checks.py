@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,17 @@ def reports(cases: Path) -> dict[str, Check]:
             return ""
 
         found[f"reports/{case.name}"] = check
-    return found
+    return found | {"reports/13-lora-keys": lora_keys}
+
+
+def lora_keys(case: Path, work: Path) -> str:
+    """Each spelling of a LoRA is taken whole or refused; the script, which is older, lets none be taken."""
+    (work / "try.py").mkdir()
+    wrong = script("try.py")(case, work / "try.py")
+    told = (work / "try.py" / "told.txt").read_text(encoding="utf-8")
+    lines = [line for line in told.splitlines() if "taken;" in line or "refused:" in line]
+    whole = re.compile(r"refused:|in force: (\d+) of \1; .*bare model: False")
+    return "" if len(lines) == 4 and all(map(whole.search, lines)) else wrong or f"of 4 LoRAs: {told}"
 
 
 def all_checks(cases: Path) -> dict[str, Check]:
