@@ -34,12 +34,10 @@ PIPELINE_FILES = ("*.json", "*/*.txt", "*/*.model", "*/model[.-][s0]*", "*/diffu
 """What a diffusers pipeline is loaded from: no pickle, no second precision, no single-file checkpoint beside the folders."""
 
 TRIES = 5
-REFUSED = frozenset({412, 429})
-"""Nothing was done: another commit came first, or too many requests."""
+REFUSED = frozenset({412, 429})  # nothing was done: another commit came first, or too many requests
 TRANSIENT = REFUSED | {408, 500, 502, 503, 504}
 """May or may not have been done; safe to ask again where the second time does nothing new."""
-LONGEST_WAIT = 60.0
-"""Seconds between two tries, whatever the server asks for."""
+LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
 
 
 def embedded_models() -> list[str]:

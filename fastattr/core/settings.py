@@ -21,8 +21,7 @@ import yaml
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 
 Config = TypeVar("Config")
-LONGEST_QUOTE = 60
-"""Characters of a wrong value that an error repeats."""
+LONGEST_QUOTE = 60  # characters of a wrong value that an error repeats
 
 
 @dataclasses.dataclass(frozen=True)

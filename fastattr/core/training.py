@@ -97,12 +97,9 @@ def trapezoid(decay_share: float) -> Callable[[int, TrainingConfig], float]:
 class EarlyStopping:
     """Keep the averaged weights that are best by some judgement, and stop once they have not improved for a while."""
 
-    judge: Callable[[nn.Module], float]
-    """Of the averaged weights, higher = better; the same on every process."""
-    every: int
-    """Steps between judgements."""
-    patience: int
-    """Judgements without improvement after which to stop."""
+    judge: Callable[[nn.Module], float]  # of the averaged weights, higher = better; the same on every process
+    every: int  # steps between judgements
+    patience: int  # judgements without improvement after which to stop
 
 
 @dataclass

@@ -40,11 +40,9 @@ SHAKING_HANDS = "1FAF1-200D-1FAF2"
 COUPLE_KISSING, COUPLE_WITH_HEART, FAMILY, HOLDING_HANDS = "1F48F", "1F491", "1F46A", "1F9D1-200D-1F91D-200D-1F9D1"
 NO_PICTURES = {"regional-indicator", "subdivision-flag", "skin-tone", "hair-style"}
 """Subgroups of letters, swatches and the flags of parts of countries."""
-FLAG_SET = "twemoji"
-"""The set whose flags of countries are kept."""
+FLAG_SET = "twemoji"  # the set whose flags of countries are kept
 MOST_CAPTIONS = 8
-MOST_SUBJECTS = 12
-"""A keyword that more subjects have than this says too little to be a caption."""
+MOST_SUBJECTS = 12  # A keyword that more subjects have than this says too little to be a caption
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,9 @@ ICONIFY = (
 class Drawing:
     """An image still to be drawn."""
 
-    image: TrainingImage
-    """Without its bytes."""
+    image: TrainingImage  # without its bytes
     svg: str
-    words: tuple[str, ...] = ()
-    """Keywords and other names of its subject."""
+    words: tuple[str, ...] = ()  # keywords and other names of its subject
 
 
 def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingImage | Skipped]:

@@ -33,20 +33,16 @@ from fastattr.corpus.text import as_captions, as_text, decode_text
 TABLES = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption", ".json")
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
-REPEATED = re.compile(r"(\d+)_(.+)")
-"""A kohya folder: how often its images were shown to the trainer, and what they show."""
+REPEATED = re.compile(r"(\d+)_(.+)")  # A kohya folder: how often its images were shown to the trainer, and what they show
 
 
 @dataclass
 class Listing:
     """What a folder holds."""
 
-    files: dict[str, Path] = field(default_factory=dict)
-    """Every readable file by its path below the folder."""
-    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Image file -> its rows in tables."""
-    sidecars: dict[str, list[str]] = field(default_factory=dict)
-    """Image file -> the files beside it that describe it."""
+    files: dict[str, Path] = field(default_factory=dict)  # every readable file by its path below the folder
+    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # image file -> its rows in tables
+    sidecars: dict[str, list[str]] = field(default_factory=dict)  # image file -> the files beside it that describe it
     skipped: list[Skipped] = field(default_factory=list)
 
 

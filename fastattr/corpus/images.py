@@ -17,14 +17,12 @@ from fastattr.core.errors import InputError
 FORMATS = (
     *("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000"),
     *("TGA", "DIB", "ICO", "ICNS", "DDS", "QOI", "PCX", "PSD", "SGI"),
-)
-"""Pillow's names of the formats that are read. Formats that run a program (EPS) or a network request are not among them."""
+)  # Pillow's names of the formats that are read. Formats that run a program (EPS) or a network request are not among them.
 IMAGE_SUFFIXES = {
     *(".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".heic", ".heif", ".icns", ".ico", ".j2c", ".j2k", ".jfif"),
     *(".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"),
     *(".qoi", ".sgi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
-}
-"""File names that promise a picture; one that cannot be read is reported as such."""
+}  # file names that promise a picture; one that cannot be read is reported as such
 ORIENTATION = 0x0112
 
 

@@ -17,31 +17,24 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-MAX_BITS = 6
-"""Of 64; at most 7, for with eight bands of eight bits two hashes that differ in 7 bits agree in one band."""
-MAX_COLOUR = 40
-"""Of 255; emoji shrunk to 40 pixels and saved as JPEG of quality 60 differ by 34 at most."""
+MAX_BITS = 6  # of 64; at most 7, for with eight bands of eight bits two hashes that differ in 7 bits agree in one band
+MAX_COLOUR = 40  # of 255; emoji shrunk to 40 pixels and saved as JPEG of quality 60 differ by 34 at most
 STANDS_OUT = 3.0
 """Largest difference of two thumbnails, in units of `NOISE` plus their 60th percentile. Of emoji that were shrunk to 40
 pixels, brightened or saved as JPEG of quality 60 to 75, 99% have less than 3.5."""
 NOISE = 4
-ALIKE = 14
-"""Largest difference of two thumbnails up to which other captions do not make another picture."""
-FLAT = 2
-"""Steps of brightness up to this count as none, so that the noise of a JPEG's plain areas makes no bits."""
+ALIKE = 14  # largest difference of two thumbnails up to which other captions do not make another picture
+FLAT = 2  # steps of brightness up to this count as none, so that the noise of a JPEG's plain areas makes no bits
 SIDE = 8
-AT_ONCE = 1024
-"""Pictures whose pairs are in memory at once; a corpus may hold one picture ten thousand times."""
+AT_ONCE = 1024  # pictures whose pairs are in memory at once; a corpus may hold one picture ten thousand times
 
 
 @dataclass(frozen=True)
 class Looks:
     """What N pictures look like."""
 
-    signs: np.ndarray
-    """(N, 8) uint8, the 64 bits of each dHash."""
-    colours: np.ndarray
-    """(N, 192) uint8, the 8 x 8 RGB thumbnails."""
+    signs: np.ndarray  # (N, 8) uint8, the 64 bits of each dHash
+    colours: np.ndarray  # (N, 192) uint8, the 8 x 8 RGB thumbnails
 
     def __len__(self) -> int:
         return len(self.signs)

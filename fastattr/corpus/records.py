@@ -14,48 +14,35 @@ from typing import Any
 from fastattr.corpus.images import check_image
 from fastattr.corpus.text import as_captions, as_text
 
-ROWS_AT_ONCE = 1000
-"""Images that are held in memory at once while a part is written, and rows of a parquet row group."""
+ROWS_AT_ONCE = 1000  # images that are held in memory at once while a part is written, and rows of a parquet row group
 TEXT_COLUMNS = ("creator", "license", "source", "url", "group", "subgroup", "family", "nsfw", "similarity", "metadata")
 CAPTION_COLUMNS = ("captions", "caption", "text", "alt", "prompt")
 SYNONYMS = {
     "creator": ("artist", "author", "photographer", "illustrator", "painter", "creators", "artists", "authors"),
     "license": ("licence",),
-}
-"""Names that sources give our columns, in any case of letters; the first that has a value counts."""
+}  # names that sources give our columns, in any case of letters; the first that has a value counts
 USED = frozenset({"image_id", "image", "bytes", "path", "file_name", "filename", "file", "key", "status", "error_message"})
 """Columns that say which image a row is of; they are read, but not kept."""
-LONGEST = 4000
-"""Characters of a value in `metadata`; longer ones (embeddings, whole EXIF blocks) are left out."""
+LONGEST = 4000  # characters of a value in `metadata`; longer ones (embeddings, whole EXIF blocks) are left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingImage:
     """One image of the corpus with its captions and provenance."""
 
-    image_id: str
-    """Stable name, unique in the corpus."""
-    image: bytes
-    """An encoded image file (PNG, JPEG, WebP, ...)."""
-    captions: list[str]
-    """At least one; the first is the main caption."""
+    image_id: str  # stable name, unique in the corpus
+    image: bytes  # an encoded image file (PNG, JPEG, WebP, ...)
+    captions: list[str]  # at least one; the first is the main caption
     creator: str = ""
     license: str = ""
-    source: str = ""
-    """The set or site it comes from."""
+    source: str = ""  # the set or site it comes from
     url: str = ""
-    group: str = ""
-    """Coarse subject class, where the corpus has one."""
-    subgroup: str = ""
-    """Fine subject class."""
-    family: str = ""
-    """Shared by near-duplicates (skin tones of one design, crops of one photo)."""
-    nsfw: str = ""
-    """LAION's word for it: UNLIKELY, UNSURE, NSFW, or empty."""
-    similarity: str = ""
-    """LAION's cosine of image and caption, as it was given."""
-    metadata: str = ""
-    """JSON object of the source's other columns, or empty."""
+    group: str = ""  # coarse subject class, where the corpus has one
+    subgroup: str = ""  # fine subject class
+    family: str = ""  # shared by near-duplicates (skin tones of one design, crops of one photo)
+    nsfw: str = ""  # LAION's word for it: UNLIKELY, UNSURE, NSFW, or empty
+    similarity: str = ""  # LAION's cosine of image and caption, as it was given
+    metadata: str = ""  # JSON object of the source's other columns, or empty
     columns: tuple[tuple[str, str], ...] = ()
     """(column of the source, what became of it): one of our columns, 'metadata' or 'left out'. Reported, not stored."""
 
@@ -73,8 +60,7 @@ class Skipped:
 class Part:
     """A piece of a source that is read on its own, by one process."""
 
-    name: str
-    """What it is of; another name is another part, so it holds sizes and times of files, too."""
+    name: str  # what it is of; another name is another part, so it holds sizes and times of files, too
     read: partial[Iterator[TrainingImage | Skipped]]
 
 

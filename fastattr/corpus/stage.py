@@ -30,10 +30,8 @@ from fastattr.corpus.store import join_parts, write_part
 from fastattr.corpus.tables import dataset_parts
 
 logger = logging.getLogger(__name__)
-SOURCE = "source.parquet"
-"""In a corpus folder: the local files that it was read from."""
-ENDS = 32_768
-"""Bytes at the start and at the end of a file by which it is known again if its date has changed."""
+SOURCE = "source.parquet"  # in a corpus folder: the local files that it was read from
+ENDS = 32_768  # bytes at the start and at the end of a file by which it is known again if its date has changed
 KINDS = ("emoji", "folder", "dataset", "coco", "webdataset", "urls")
 
 

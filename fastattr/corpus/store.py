@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_SHARD = 50_000
 GROUP_BYTES = 4_000_000
 """Image bytes of a parquet row group, which is what reading one image reads; a single image may be larger."""
-GROUPS_KEPT = 16
-"""Row groups that an open corpus holds in memory."""
+GROUPS_KEPT = 16  # row groups that an open corpus holds in memory
 
 
 def corpus_schema() -> pa.Schema:

@@ -16,8 +16,7 @@ from fastattr.corpus.text import as_captions, as_text
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "file_name", "image_path", "path", "file")
-ROWS_PER_PART = 10_000
-"""Of a dataset saved with `save_to_disk`, which can be split anywhere."""
+ROWS_PER_PART = 10_000  # of a dataset saved with `save_to_disk`, which can be split anywhere
 
 
 def dataset_parts(source: str, split: str, *, image_column: str, caption_column: str) -> list[Part]:

@@ -24,10 +24,8 @@ from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.generators.noise import noise_for
 
-TIMESTEPS = (0.1, 0.3, 0.5)
-"""Noise levels, as parts of the training schedule."""
-PARTS = 2
-"""Activations are averaged over PARTS x PARTS parts of the picture."""
+TIMESTEPS = (0.1, 0.3, 0.5)  # noise levels, as parts of the training schedule
+PARTS = 2  # activations are averaged over PARTS x PARTS parts of the picture
 
 
 class DiffusionEncoder:

@@ -28,31 +28,25 @@ PROBES = (
     "  Caf&eacute;  AU   lait 123,456.7 (50%) \N{THUMBS UP SIGN} don't & can't!",
     '\N{LATIN SMALL LETTER SHARP S}\N{LATIN CAPITAL LETTER E WITH ACUTE} \N{CJK UNIFIED IDEOGRAPH-732B}_x-y/z\t"quoted"',
     "the quick brown fox jumps over the lazy dog " * 12,
-)
-"""Texts that show how a tokenizer cleans, splits, cuts and pads."""
+)  # texts that show how a tokenizer cleans, splits, cuts and pads
 
 
 @dataclass(frozen=True)
 class Options:
     """How an encoder is opened."""
 
-    folder: Path | None
-    """Where a REF of 'encoder', 'generator' or 'gradients' is found: a run folder or an attributor's folder."""
-    captions: str
-    """'first' or 'mean': how several captions of one image become one text feature."""
+    folder: Path | None  # where a REF of 'encoder', 'generator' or 'gradients' is found: a run folder or an attributor's folder
+    captions: str  # 'first' or 'mean': how several captions of one image become one text feature
     device: str
-    dtype: torch.dtype
-    """Of weights and activations; features are float32 in any case."""
+    dtype: torch.dtype  # of weights and activations; features are float32 in any case
 
 
 class Encoder(Protocol):
     """A frozen encoder of images or of captions."""
 
     specification: str
-    fingerprint: str
-    """Identifies what determines the features: weights, preprocessing, vocabulary; see `encoder_fingerprint`."""
-    former: str
-    """The fingerprint that earlier versions gave the same encoder."""
+    fingerprint: str  # identifies what determines the features: weights, preprocessing, vocabulary; see `encoder_fingerprint`
+    former: str  # the fingerprint that earlier versions gave the same encoder
 
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """(B, F) float32 unit vectors; an image encoder ignores the captions, a text encoder the images."""

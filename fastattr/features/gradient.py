@@ -41,10 +41,8 @@ class Recipe:
     """What is differentiated, where, and how it is compared."""
 
     config: GradientConfig
-    pattern: str = ""
-    """Layers whose gradients are taken; '' as of `Generator.modules_to_unlearn`."""
-    ridge: float = 0.0
-    """Of the `RidgeKernel` that follows; 0 is none."""
+    pattern: str = ""  # layers whose gradients are taken; '' as of `Generator.modules_to_unlearn`
+    ridge: float = 0.0  # of the `RidgeKernel` that follows; 0 is none
 
 
 RECIPES = {
@@ -52,8 +50,7 @@ RECIPES = {
     "output-gradients": Recipe(
         config=GradientConfig(output="squared_norm", width=4096, draws=8), pattern=r".", ridge=1.0
     ),  # layers and ridge as emoji-bench's sweep chose for D-TRAK (docs/truth.md)
-}
-"""By the name that a feature specification and a run folder give them."""
+}  # by the name that a feature specification and a run folder give them
 
 
 def encode_plainly(generator: Generator, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> EncodedImages:
@@ -67,12 +64,7 @@ class GradientEncoder:
     """Compressed gradients of a generator's loss as a feature encoder."""
 
     def __init__(
-        self,
-        generator: Generator,
-        factors: Factors,
-        coordinates: np.ndarray,
-        recipe: Recipe,
-        kernel: RidgeKernel | None = None,
+        self, generator: Generator, factors: Factors, coordinates: np.ndarray, recipe: Recipe, kernel: RidgeKernel | None = None
     ) -> None:
         """Wrap a generator; its layers that match the recipe's pattern are made to require gradients."""
         config = recipe.config

@@ -67,8 +67,7 @@ KINDS: dict[str, Callable[[str, Options], Encoder]] = {
     "transformers-text": _transformers_text,
     "diffusion": _diffusion,
     "gradient": _gradient,
-}
-"""By the first word of a specification; a kind that ends in '-image' or '-text' looks at nothing else."""
+}  # by the first word of a specification; a kind that ends in '-image' or '-text' looks at nothing else
 
 
 def open_encoder(

@@ -36,8 +36,7 @@ TEXT_KEYS = {"context_length", "vocab_size", "hf_tokenizer_name", "width", "head
 PREPROCESS = (
     "Compose(\n    Resize(size=({side}, {side}), interpolation=bicubic, max_size=None, antialias=True)\n"
     "    MaybeConvertMode()\n    MaybeToTensor()\n    Normalize(mean={mean}, std={std})\n)"
-)
-"""How torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave."""
+)  # how torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave
 
 
 def supports(folder: Path) -> bool:

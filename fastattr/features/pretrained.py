@@ -30,11 +30,9 @@ from fastattr.features.encoder import (
 PROCESSING = {
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad", "pad_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
-}
-"""Settings of transformers' image processors that determine what a model sees."""
+}  # settings of transformers' image processors that determine what a model sees
 DEFAULTS = Options(None, "first", "cpu", torch.float32)
-OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
-"""What open_clip loads a model from: no pickle."""
+OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")  # what open_clip loads a model from: no pickle
 
 
 class OpenClipEncoder:

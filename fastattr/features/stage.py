@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from fastattr.generators.queries import Queries
 
-PART_ROWS = 4096
-"""Images whose features go into one file; a killed run loses at most one part a process."""
+PART_ROWS = 4096  # images whose features go into one file; a killed run loses at most one part a process
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,7 @@ from fastattr.generators.queries import choose_prompts
 from fastattr.pipeline.config import BuildConfig
 
 PROMPT_FILES = {".txt", ".parquet", ".csv", ".json", ".jsonl"}
-READ_FOR_CAPTIONS = 50_000
-"""Captions of a larger folder are not read for a plan."""
+READ_FOR_CAPTIONS = 50_000  # captions of a larger folder are not read for a plan
 
 
 def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:

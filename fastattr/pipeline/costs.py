@@ -24,14 +24,11 @@ from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.cost import Probe, Sizes, Step, teacher_plan
 
-UTILISATION = 0.20
-"""Part of the peak that float32 diffusers code reaches, the same for every network and accelerator."""
-LIBRARIES = 1_000_000_000
-"""Bytes of a process that has loaded PyTorch, diffusers and transformers."""
+UTILISATION = 0.20  # part of the peak that float32 diffusers code reaches, the same for every network and accelerator
+LIBRARIES = 1_000_000_000  # bytes of a process that has loaded PyTorch, diffusers and transformers
 ENCODER_FLOPS = {"image": 35.1e9, "text": 5.9e9}
 """Of one image or caption: ViT-B/16 at 224 pixels (17.6 GMACs, arXiv:2010.11929), CLIP's text tower of 12 layers, 512 wide."""
-FEATURE_WIDTH = 768
-"""Assumed of an encoder that is not loaded yet."""
+FEATURE_WIDTH = 768  # assumed of an encoder that is not loaded yet
 THUMBNAIL_BYTES = 1000
 PNG_BYTES_PER_PIXEL = 1.5
 
@@ -41,16 +38,11 @@ class StageCost:
     """What one stage will need, over all processes together; memory is one process', host and accelerator together."""
 
     name: str
-    forward: int = 0
-    """Latents that pass through the denoiser."""
-    backward: int = 0
-    """Those of them whose gradient is taken."""
-    flops: float = 0.0
-    """Operations, a multiply-add is two."""
-    memory: int = LIBRARIES
-    """Peak bytes."""
-    disk: int = 0
-    """Bytes it leaves in the run folder."""
+    forward: int = 0  # latents that pass through the denoiser
+    backward: int = 0  # those of them whose gradient is taken
+    flops: float = 0.0  # operations, a multiply-add is two
+    memory: int = LIBRARIES  # peak bytes
+    disk: int = 0  # bytes it leaves in the run folder
 
     def hours(self, accelerator: str) -> float:
         """Hours of one accelerator; see `UTILISATION`."""

@@ -68,8 +68,7 @@ HUB_IDS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable-diffusion-1",
     "CompVis/stable-diffusion-v1-4": "stable-diffusion-1",
     "black-forest-labs/FLUX.1-dev": "flux-dev",
-}
-"""Pipelines whose shape is known without fetching them."""
+}  # pipelines whose shape is known without fetching them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +76,17 @@ class Network:
     """What one latent costs in the denoiser of a generator."""
 
     name: str
-    flops: float
-    """Of one evaluation, forward; its gradient costs twice as much again."""
-    parameters: int
-    """Weights of the denoiser."""
+    flops: float  # of one evaluation, forward; its gradient costs twice as much again
+    parameters: int  # weights of the denoiser
     activations: int
     """Bytes that one evaluation keeps for the gradient of the weights to unlearn, in float32, without checkpointing."""
-    latent: int
-    """Numbers of a latent."""
-    conditioning: int
-    """Numbers of a prompt's conditioning."""
-    unlearned: int
-    """P, weights to unlearn."""
-    factors: int
-    """Bytes of their curvature while it is fitted."""
-    encode_flops: float
-    """Of turning one image into a latent; drawing one from its latent costs about twice as much."""
-    image_side: int
-    """Pixels."""
-    guided: bool
-    """Whether an image is drawn with two evaluations a step (classifier-free guidance)."""
+    latent: int  # numbers of a latent
+    conditioning: int  # numbers of a prompt's conditioning
+    unlearned: int  # P, weights to unlearn
+    factors: int  # bytes of their curvature while it is fitted
+    encode_flops: float  # of turning one image into a latent; drawing one from its latent costs about twice as much
+    image_side: int  # pixels
+    guided: bool  # whether an image is drawn with two evaluations a step (classifier-free guidance)
 
 
 def shape_of(source: str | Path) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from fastattr.core.errors import InputError
 from fastattr.index.choose import available_memory
 from fastattr.pipeline.networks import Network, network_inputs, new_network, unlearned_layers
 
-SECONDS = 3.0
-"""How long each of the two rates is measured."""
+SECONDS = 3.0  # how long each of the two rates is measured
 WIDTH, ROWS = 768, 3152
 """Of the layers of a ViT-B/16 with 16 images of 197 tokens: what encoders and student spend their time in."""
 

@@ -24,10 +24,8 @@ from fastattr.pipeline.config import BuildConfig
 from fastattr.students.ranking import no_better_than_untuned
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
-SHOWN = 8
-"""Queries on the page."""
-NAMED = 8
-"""Training images named for each."""
+SHOWN = 8  # queries on the page
+NAMED = 8  # training images named for each
 CREATORS_SHOWN = 20
 PICTURE_SIDE = 160
 SKIPPED_SHOWN = 50

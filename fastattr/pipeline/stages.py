@@ -112,8 +112,7 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "card": run_card,
     "push": run_push,
     "report": report.run,
-}
-"""Stage name -> function of (config, run folder), in the order in which they run."""
+}  # stage name -> function of (config, run folder), in the order in which they run
 FOLDERS = {
     "corpus": ("corpus", "corpus-parts"),
     "train-autoencoder": ("autoencoder",),
@@ -129,7 +128,6 @@ FOLDERS = {
     "index": ("attributor", "attributor-manifest"),
     "card": ("card",),
     "report": ("report",),
-}
-"""Folders of the run that a stage writes; what teachers share (ekfac/, encoded/, base_loss/) is named for what it is of."""
+}  # folders of the run that a stage writes; what teachers share (ekfac/, encoded/, base_loss/) is named for what it is of
 SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
 """Stages that all processes of `accelerate launch` do together."""
