@@ -1,8 +1,7 @@
-"""Models: find one and fetch just the files asked for; say the Hub's errors in words.
+"""Models: find one (embedded, in a folder or on the Hub) and fetch just the files asked for; say the Hub's errors in words.
 
-A model is an embedded one by name, a local folder, or a repository on the Hugging Face Hub ('org/name', or
-'org/name@revision'). A call to the Hub is tried again if the failure may pass by itself (a burst of server errors, a rate
-limit, a commit that came in between); every other failure becomes one of fastattr's errors.
+A call to the Hub is tried again if the failure may pass by itself (a burst of server errors, a rate limit, a commit that
+came in between); every other failure becomes one of fastattr's errors.
 """
 
 from __future__ import annotations
@@ -46,11 +45,7 @@ def embedded_models() -> list[str]:
 
 
 def split_revision(name_or_path: str | Path, revision: str | None) -> tuple[str, str | None]:
-    """'org/name@revision' as ('org/name', 'revision'); anything else unchanged.
-
-    Raises:
-        InputError: `revision` names another one.
-    """
+    """'org/name@revision' as ('org/name', 'revision'), else unchanged; InputError if `revision` names another one."""
     name, _, pinned = str(name_or_path).partition("@")
     if not pinned or not REPO_ID.fullmatch(name) or Path(str(name_or_path)).exists():
         return str(name_or_path), revision
@@ -76,8 +71,7 @@ def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revisio
         hub: cache_dir, token, local_files_only and force_download, as of `huggingface_hub.snapshot_download`.
 
     Raises:
-        ArtifactNotFoundError: there is no such model, or it is not in the cache and the network is off.
-        RevisionNotFoundError: the repository has no such revision.
+        ArtifactNotFoundError, RevisionNotFoundError: no such model or revision, or not in the cache and the network is off.
         IncompleteDownloadError: a part of it is in the cache, and the rest can't be fetched.
         HubError: the Hub refuses, or can't be reached.
     """
@@ -173,26 +167,20 @@ def _in_words(
     what = f"{repo_type} repository {repo_id!r}"
     login = "log in with `hf auth login`, or pass a token that may"
     if isinstance(error, errors.RevisionNotFoundError):
-        found = _revisions(repo_id, repo_type, token)
-        return RevisionNotFoundError(f"the {what} has no revision {revision!r}; {found}")
+        return RevisionNotFoundError(f"the {what} has no revision {revision!r}; {_revisions(repo_id, repo_type, token)}")
     if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repo_id}"
-        return HubError(f"the {what} is gated: accept its conditions at {page}, then {login} read it.")
+        return HubError(f"the {what} is gated: accept its conditions at {constants.ENDPOINT}/{repo_id}, then {login} read it.")
     if isinstance(error, errors.RepositoryNotFoundError):
         return ArtifactNotFoundError(f"the Hub has no {what}, or it is private: check the name, or {login} read it.")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return MissingFileError(f"the {what} lacks a file: {_first_line(error)}. Take another revision.")
     if isinstance(error, errors.IncompleteSnapshotError):
-        return IncompleteDownloadError(
-            f"only a part of the {what} is in the cache ({error.snapshot_path}), and the Hub can't be asked for the rest. "
-            "Run once with network access: the download goes on where it stopped."
-        )
+        where = f"only a part of the {what} is in the cache ({error.snapshot_path}), and the Hub can't be asked for the rest"
+        return IncompleteDownloadError(f"{where}. Run once with network access: the download goes on where it stopped.")
     if isinstance(error, errors.LocalEntryNotFoundError):
         if offline or constants.is_offline_mode():
-            return ArtifactNotFoundError(
-                f"the {what} at revision {revision or 'main'!r} is not in the cache, and the network is switched off "
-                "(local_files_only or HF_HUB_OFFLINE). Run once with network access."
-            )
+            why = "is not in the cache, and the network is switched off (local_files_only or HF_HUB_OFFLINE)"
+            return ArtifactNotFoundError(f"the {what} at revision {revision or 'main'!r} {why}. Run once with network access.")
         return HubError(f"the Hub can't be reached for the {what}, and the cache does not hold it; try again later.")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
@@ -204,15 +192,13 @@ def _in_words(
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError(f"the {what} can't be reached: HF_HUB_OFFLINE is set; unset it.")
     if isinstance(error, TransportError):
-        return HubError(
-            f"the connection to the Hub broke on the {what} ({_first_line(error)}); run again, it goes on where it stopped."
-        )
+        broke = f"the connection to the Hub broke on the {what} ({_first_line(error)})"
+        return HubError(f"{broke}; run again, it goes on where it stopped.")
     if isinstance(error, errors.HFValidationError) or "Invalid metadata in README.md" in str(error):
         return InputError(f"the Hub would refuse the {what}: {' '.join(str(error).split())}")
     if "Consistency check failed" in str(error):
-        return IncompleteDownloadError(
-            f"a file of the {what} came shorter or longer than the Hub says; fetch it again with force_download=True."
-        )
+        wrong = f"a file of the {what} came shorter or longer than the Hub says"
+        return IncompleteDownloadError(f"{wrong}; fetch it again with force_download=True.")
     return None
 
 

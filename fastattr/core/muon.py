@@ -20,22 +20,17 @@ class Muon(torch.optim.Optimizer):
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in looked_up]
         chosen = {id(parameter) for parameter in matrices}
-        groups = [
-            {"params": matrices, "matrices": True},
-            {"params": [parameter for parameter in trained if id(parameter) not in chosen], "matrices": False},
-        ]
+        others = [parameter for parameter in trained if id(parameter) not in chosen]
+        groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
         super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step along the gradients; `closure` is not used."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                direction = (
-                    _muon(parameter, self.state[parameter]) if group["matrices"] else _adam(parameter, self.state[parameter])
-                )
+            direction_of = _muon if group["matrices"] else _adam
+            for parameter in (each for each in group["params"] if each.grad is not None):
+                direction = direction_of(parameter, self.state[parameter])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
 
 
@@ -53,11 +48,9 @@ def _adam(parameter: torch.Tensor, state: dict[str, torch.Tensor], betas: tuple[
     if not state:
         state["step"] = torch.zeros(())
         state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    gradient = parameter.grad
-    assert gradient is not None
     state["step"] += 1
-    state["mean"].lerp_(gradient, 1 - betas[0])
-    state["square"].lerp_(gradient.square(), 1 - betas[1])
+    state["mean"].lerp_(parameter.grad, 1 - betas[0])  # type: ignore[arg-type]
+    state["square"].lerp_(parameter.grad.square(), 1 - betas[1])  # type: ignore[union-attr]
     mean_share, square_share = (1 - beta ** float(state["step"]) for beta in betas)
     return state["mean"] / mean_share / ((state["square"] / square_share).sqrt() + 1e-8)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -58,10 +59,7 @@ class TrainingConfig:
 
 
 def batch_rows(step: int, *, examples: int, batch_size: int, seed: int) -> np.ndarray:
-    """(batch_size,) rows of step `step`: consecutive slices of one random permutation per epoch.
-
-    Depends on nothing but its arguments, so that a resumed run draws the same batches.
-    """
+    """(batch_size,) rows of step `step`: consecutive slices of one random permutation per epoch."""
     start = step * batch_size
     rows: list[int] = []
     while len(rows) < batch_size:
@@ -82,8 +80,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 def trapezoid(decay_share: float) -> Callable[[int, TrainingConfig], float]:
     """A schedule: linear warm-up, the peak, then linearly to zero over the last `decay_share` of all steps.
 
-    Unlike a cosine it does not depend on the number of steps before its decay starts, so a run can be made longer
-    from any checkpoint before that. Source: arXiv:2405.18392.
+    A run can be made longer from any checkpoint before the decay, unlike with a cosine. Source: arXiv:2405.18392.
     """
 
     def rate(step: int, config: TrainingConfig) -> float:
@@ -103,12 +100,74 @@ class EarlyStopping:
 
 
 @dataclass
-class _Best:
-    """The best averaged weights so far."""
+class _State:
+    """What a checkpoint keeps of a run, with the best averaged weights so far."""
 
-    value: float = -math.inf
-    waited: int = 0
-    weights: dict[str, torch.Tensor] | None = None
+    config: TrainingConfig
+    made_from: object
+    model: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    best: float = -math.inf
+    waited: int = 0  # judgements since the best
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)  # the best; empty before the first judgement
+
+    def judge(self, stopping: EarlyStopping) -> None:
+        """Note the averaged weights if they are the best so far."""
+        average = self.average.module
+        training = average.training
+        value = stopping.judge(average.eval())
+        average.train(training)
+        self.waited += 1
+        if value > self.best:
+            self.best, self.waited = value, 0
+            self.weights = {name: tensor.detach().clone() for name, tensor in average.state_dict().items()}
+
+    def identity(self) -> str:
+        """What a checkpoint must agree in; the number of steps is looked at apart."""
+        return fingerprint([{**vars(self.config), "steps": None, "checkpoint_every": None}, self.made_from])
+
+    def save(self, path: Path, step: int) -> None:
+        """Write a checkpoint from which a run goes on at `step`."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        tensors |= {f"best.{name}": value for name, value in self.weights.items()}
+        metadata = {"step": str(step), "config": json.dumps(vars(self.config)), "fingerprint": self.identity()}
+        metadata |= {"best": str(self.best), "waited": str(self.waited)}
+        with atomic_path(path) as temporary:
+            save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata)
+
+    def load(self, path: Path, schedule: Callable[[int, TrainingConfig], float]) -> int:
+        """Restore everything and return the step to go on from; 0 without a checkpoint."""
+        if not path.exists():
+            return 0
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        step = int(metadata["step"])
+        same = metadata["fingerprint"] == self.identity()
+        before = TrainingConfig(**json.loads(metadata["config"])) if same else self.config
+        if not same or any(schedule(past, before) != schedule(past, self.config) for past in range(step)):
+            wanted = json.dumps(vars(self.config))
+            raise ArtifactMismatchError(
+                f"{path} was written with {metadata['config']}, now {wanted} is wanted, or its inputs differ. "
+                "Delete it to start afresh, or run with the old settings."
+            )
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}, "best": {}}
+        for name, value in load_file(path).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.model.load_state_dict(parts["model"])
+        self.average.load_state_dict(parts["average"])
+        self.best, self.waited = float(metadata.get("best", "-inf")), int(metadata.get("waited", "0"))
+        self.weights = parts["best"]
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        return step
 
 
 def fit(
@@ -148,25 +207,23 @@ def fit(
         raise InputError(f"batch_size {config.batch_size} does not divide over {accelerator.num_processes} processes")
     optimizer = _optimizer(loss_module, config)
     average = AveragedModel(loss_module, multi_avg_fn=_moving_average(config.ema_decay)).to(accelerator.device)
-    best = _Best()
-    start = _load_checkpoint(checkpoint, config, made_from, schedule, loss_module, average, optimizer, best)
+    state = _State(config, made_from, loss_module, average, optimizer)
+    start = state.load(checkpoint, schedule)
     model, optimizer = accelerator.prepare(loss_module, optimizer)
     model.train()
     per_process = config.batch_size // accelerator.num_processes
-    bar = tqdm(
-        range(start, config.steps), initial=start, total=config.steps, desc=description, disable=not accelerator.is_main_process
-    )
+    steps, quiet = range(start, config.steps), not accelerator.is_main_process
+    bar = tqdm(steps, initial=start, total=config.steps, desc=description, disable=quiet)
     running = float("nan")
     for step in bar:
-        if stopping and best.waited >= stopping.patience:
+        if stopping and state.waited >= stopping.patience:
             break
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, config)
         rows = batch_rows(step, examples=examples, batch_size=config.batch_size, seed=config.seed)
         mine = rows[accelerator.process_index * per_process :][:per_process]
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([config.seed, step, accelerator.process_index]).generate_state(1)[0])
-        )
+        seed = np.random.SeedSequence([config.seed, step, accelerator.process_index]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
         batch = [tensor.to(accelerator.device) for tensor in batch_of(mine, generator)]
         with accelerator.autocast():
             loss = model(*batch)
@@ -175,10 +232,8 @@ def fit(
         value = float(loss.detach())
         # Before the step, so that no weight or checkpoint takes it. fp16's scaler meets infinite gradients and skips them.
         if not math.isfinite(value) or (accelerator.mixed_precision != "fp16" and not math.isfinite(float(norm))):
-            raise NonFiniteError(
-                f"{description}: loss is {value}, gradient norm {float(norm)} at step {step}; "
-                "lower the learning rate and resume."
-            )
+            bad = f"{description}: loss is {value}, gradient norm {float(norm)} at step {step}"
+            raise NonFiniteError(f"{bad}; lower the learning rate and resume.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(accelerator.unwrap_model(model))
@@ -186,15 +241,14 @@ def fit(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if stopping and ((step + 1) % stopping.every == 0 or step + 1 == config.steps):
-            _judge(stopping, average.module, best)
-            bar.set_postfix(loss=f"{running:.4f}", best=f"{best.value:.4f}", refresh=False)
+            state.judge(stopping)
+            bar.set_postfix(loss=f"{running:.4f}", best=f"{state.best:.4f}", refresh=False)
         if (step + 1) % config.checkpoint_every == 0 and accelerator.is_main_process:
-            _save_checkpoint(checkpoint, config, made_from, step + 1, accelerator.unwrap_model(model), average, optimizer, best)
+            state.save(checkpoint, step + 1)
     accelerator.wait_for_everyone()
-    if best.weights is not None:
-        average.module.load_state_dict(best.weights)
-    result: nn.Module = average.module
-    return result.eval()
+    if state.weights:
+        average.module.load_state_dict(state.weights)
+    return average.module.eval()
 
 
 def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -203,17 +257,6 @@ def _optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimiz
         return Muon(module, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
-
-
-def _judge(stopping: EarlyStopping, average: nn.Module, best: _Best) -> None:
-    """Note the averaged weights if they are the best so far."""
-    training = average.training
-    value = stopping.judge(average.eval())
-    average.train(training)
-    best.waited += 1
-    if value > best.value:
-        best.value, best.waited = value, 0
-        best.weights = {name: tensor.detach().clone() for name, tensor in average.state_dict().items()}
 
 
 def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -225,68 +268,3 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_(list(averages), list(currents), 1 - now)
 
     return update
-
-
-def _identity(config: TrainingConfig, made_from: object) -> str:
-    """What a checkpoint must agree in; the number of steps is looked at apart."""
-    return fingerprint([{**vars(config), "steps": None, "checkpoint_every": None}, made_from])
-
-
-def _save_checkpoint(
-    path: Path,
-    config: TrainingConfig,
-    made_from: object,
-    step: int,
-    model: nn.Module,
-    average: AveragedModel,
-    optimizer: Any,
-    best: _Best,
-) -> None:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-    tensors |= {f"best.{name}": value for name, value in (best.weights or {}).items()}
-    metadata = {"step": str(step), "config": json.dumps(vars(config)), "fingerprint": _identity(config, made_from)}
-    metadata |= {"best": str(best.value), "waited": str(best.waited)}
-    with atomic_path(path) as temporary:
-        save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
-
-
-def _load_checkpoint(
-    path: Path,
-    config: TrainingConfig,
-    made_from: object,
-    schedule: Callable[[int, TrainingConfig], float],
-    model: nn.Module,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    best: _Best,
-) -> int:
-    """Restore everything and return the step to go on from; 0 without a checkpoint."""
-    if not path.exists():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    step = int(metadata["step"])
-    same = metadata["fingerprint"] == _identity(config, made_from)
-    before = TrainingConfig(**json.loads(metadata["config"])) if same else config
-    if not same or any(schedule(past, before) != schedule(past, config) for past in range(step)):
-        raise ArtifactMismatchError(
-            f"{path} was written with {metadata['config']}, now {json.dumps(vars(config))} is wanted, or its inputs differ. "
-            "Delete it to start afresh, or run with the old settings."
-        )
-    tensors = load_file(path)
-    for prefix, module in (("model.", model), ("average.", average)):
-        module.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
-    best.value, best.waited = float(metadata.get("best", "-inf")), int(metadata.get("waited", "0"))
-    best.weights = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")} or None
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
