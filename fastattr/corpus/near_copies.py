@@ -1,11 +1,9 @@
 """Near-copies: pictures that show the same thing although their bytes differ (re-encoded, resized, retouched).
 
-A picture becomes a `Look`: the 64 signs of its horizontal brightness steps (dHash) and an 8 x 8 colour thumbnail. Two
-pictures are near-copies if at most `MAX_BITS` of the signs differ and no value of the thumbnails by more than `MAX_COLOUR`:
-the signs alone would call a red circle and a green one the same. Saving again and resizing change a picture everywhere; a
-difference that stands out in a few places (`STANDS_OUT`) is another skin tone, flag or sign. Looks are taken of the whole
-picture squashed to a small square, so crops and mirror images are not found. Comparing all pairs of N pictures takes time of
-order N^2 / 32: seconds for ten thousand, hours for millions.
+A picture's look is the 64 signs of its horizontal brightness steps (dHash) and an 8 x 8 colour thumbnail, of the whole
+picture: crops and mirror images are not found. Two are near-copies if at most `MAX_BITS` of the signs differ, no value of
+the thumbnails by more than `MAX_COLOUR`, and none stands out (`STANDS_OUT`), which would be another skin tone, flag or sign.
+Comparing all pairs of N pictures takes time of order N^2 / 32: seconds for ten thousand, hours for millions.
 Source of dHash: Neal Krawetz, "Kind of Like That" (2013); pairs are found by FAISS' multi-index hashing (arXiv:1307.2982).
 """
 
@@ -78,10 +76,7 @@ def near_copies(looks: Looks, among: Looks) -> list[np.ndarray]:
 
 
 def originals(looks: Looks) -> np.ndarray:
-    """(N,) for each picture the row of the first picture that it is a near-copy of, or its own row if it is the first.
-
-    Groups are not chains: a picture joins an earlier one only if it is a near-copy of that one itself.
-    """
+    """(N,) for each picture the row of the first picture that it is itself a near-copy of, or its own if it is the first."""
     first = np.arange(len(looks))
     for row, rows in enumerate(near_copies(looks, looks)):
         earlier = rows[(rows < row) & (first[rows] == rows)]

@@ -17,10 +17,10 @@ from fastattr.corpus.text import as_captions, as_text
 ROWS_AT_ONCE = 1000  # images that are held in memory at once while a part is written, and rows of a parquet row group
 TEXT_COLUMNS = ("creator", "license", "source", "url", "group", "subgroup", "family", "nsfw", "similarity", "metadata")
 CAPTION_COLUMNS = ("captions", "caption", "text", "alt", "prompt")
-SYNONYMS = {
+SYNONYMS = {  # names that sources give our columns, in any case of letters; the first that has a value counts
     "creator": ("artist", "author", "photographer", "illustrator", "painter", "creators", "artists", "authors"),
     "license": ("licence",),
-}  # names that sources give our columns, in any case of letters; the first that has a value counts
+}
 USED = frozenset({"image_id", "image", "bytes", "path", "file_name", "filename", "file", "key", "status", "error_message"})
 """Columns that say which image a row is of; they are read, but not kept."""
 LONGEST = 4000  # characters of a value in `metadata`; longer ones (embeddings, whole EXIF blocks) are left out
@@ -78,12 +78,8 @@ def as_training_image(
 ) -> TrainingImage | Skipped:
     """A training image, or why there is none.
 
-    Args:
-        image_id: its name.
-        image: the encoded file.
-        captions: the first is the main one.
-        metadata: the source's row. Columns of `TEXT_COLUMNS` and `SYNONYMS` go to their place, other texts and numbers to
-            `TrainingImage.metadata`.
+    Columns of the source's row, `metadata`, that `TEXT_COLUMNS` and `SYNONYMS` name go to their place, other texts and
+    numbers to `TrainingImage.metadata`.
     """
     fields, columns = _sort_columns(metadata)
     problem = check_image(image) if captions else "no caption"
@@ -114,8 +110,7 @@ def _sort_columns(row: Mapping[str, Any]) -> tuple[dict[str, str], tuple[tuple[s
             if name in lower and ours not in fields:
                 fields[ours] = texts[lower[name]]
                 places[lower[name]] = ours
-    more = {name: text for name, text in texts.items() if name not in places and len(text) <= LONGEST}
-    if more:
+    if more := {name: text for name, text in texts.items() if name not in places and len(text) <= LONGEST}:
         fields["metadata"] = json.dumps(more, ensure_ascii=False, sort_keys=True)
     places |= {name: "metadata" if name in more else "left out" for name in texts if name not in places}
     return fields, tuple(sorted(places.items()))
@@ -123,8 +118,6 @@ def _sort_columns(row: Mapping[str, Any]) -> tuple[dict[str, str], tuple[tuple[s
 
 def _is_plain(value: Any) -> bool:
     """Whether a value is a text, a number, a date, or made of such: no bytes, no picture."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_is_plain, value.values() if isinstance(value, Mapping) else value))
     return value is None or isinstance(value, str | int | float | Decimal | date)

@@ -67,10 +67,8 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
 
 def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:
     for row in block:
-        metadata = {name: row[name] for name in ("license", "source", "url")}
-        yield as_training_image(
-            image_id=row["path"].stem, image=read_bytes(row["path"]), captions=row["captions"], metadata=metadata
-        )
+        path, metadata = row["path"], {name: row[name] for name in ("license", "source", "url")}
+        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=row["captions"], metadata=metadata)
 
 
 def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | None = None, made_of: str = "") -> list[Part]:
@@ -80,14 +78,10 @@ def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | 
 
 
 def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
-    """Read one tar shard, a sample at a time.
+    """Read one tar shard, a sample at a time, with img2dataset's NNNNN.parquet of columns and failures if it is beside it.
 
     The image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys
-    count from 0 in every shard.
-
-    Args:
-        shard: NNNNN.tar; img2dataset's NNNNN.parquet beside it, if there is one, adds columns and the failed downloads.
-        rows: metadata by URL, which goes before the shard's own.
+    count from 0 in every shard. `rows` is metadata by URL, which goes before the shard's own.
     """
     beside = shard.with_suffix(".parquet")
     rows_beside = pq.read_table(beside).to_pylist() if beside.exists() else []
@@ -135,13 +129,11 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes] | Skipped]]:
                     key, files = found, dict[str, bytes]()
                 content = archive.extractfile(member)
                 files[f".{suffix.lower()}"] = content.read() if content else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
-        # The last sample may lack its end, so it is not taken.
+        if files:
+            yield key, files
+    except (tarfile.TarError, EOFError, OSError) as error:  # the last sample may lack its end, so it is not taken
         reason = f"the shard breaks off here ({type(error).__name__}: {error})"
-        yield f"{shard.name}", Skipped(name=f"{shard.name}: after {key or 'its start'}", reason=reason)
-        return
-    if files:
-        yield key, files
+        yield shard.name, Skipped(name=f"{shard.name}: after {key or 'its start'}", reason=reason)
 
 
 def _lowered(row: Any) -> dict[str, Any]:

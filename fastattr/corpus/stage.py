@@ -1,8 +1,7 @@
 """Corpus stage: read the training images of a generator, with their creators and licences, into run_dir/corpus.
 
-Reads an image folder, a `datasets` dataset, COCO, webdataset shards, or the emoji packages. The source is a list of parts,
-each of which one process reads on its own and streams; ids depend on the source's own names (keys, file names, row
-numbers), never on the order in which processes come to them. Parts are kept until all are there, so a killed run resumes.
+The source is a list of parts, each of which one process reads on its own and streams; ids depend on the source's own names
+(keys, file names, row numbers). Parts are kept until all are there, so a killed run resumes.
 """
 
 from __future__ import annotations
@@ -119,11 +118,8 @@ def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> d
 def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest.
 
-    A finished folder is kept. The parts lie beside it until all are there: another run does what is missing, and what was
-    read from files that have changed since.
-
-    Raises:
-        ArtifactMismatchError: `folder` is finished, and the source's files have changed since.
+    The parts lie beside it until all are there: another run does what is missing, and what was read from files that have
+    changed since. Raises ArtifactMismatchError if `folder` is finished, and the source's files have changed since.
     """
     from accelerate import Accelerator
 
@@ -170,11 +166,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_unchanged(config: CorpusConfig, folder: Path, leave_out: Collection[Path]) -> None:
-    """Compare the source's files with those that the corpus in `folder` was read from.
-
-    Raises:
-        ArtifactMismatchError: files came, went, or have other contents.
-    """
+    """Raise ArtifactMismatchError if files of the source came, went, or have other contents than the corpus was read from."""
     before = {row["name"]: row for row in pq.read_table(folder / SOURCE).to_pylist()} if (folder / SOURCE).exists() else {}
     now = files_of_source(config, leave_out) if before else {}
     if before and not now:
@@ -189,7 +181,6 @@ def _check_unchanged(config: CorpusConfig, folder: Path, leave_out: Collection[P
     found = {"new": now.keys() - before.keys(), "gone": before.keys() - now.keys(), "changed": changed}
     told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in found.items() if names]
     if told:
-        raise ArtifactMismatchError(
-            f"{config.path} is not what {folder} was read from: {'; '.join(told)}. Use another run folder, or delete that "
-            "folder and those of the later stages to read it again."
-        )
+        wrong = f"{config.path} is not what {folder} was read from: {'; '.join(told)}"
+        fix = "Use another run folder, or delete that folder and those of the later stages to read it again."
+        raise ArtifactMismatchError(f"{wrong}. {fix}")

@@ -14,13 +14,10 @@ BOMS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", 
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file in UTF-8, UTF-16, UTF-32 or Windows-1252 (Latin-1), without its byte order mark.
+    """The text of a file in UTF-8, UTF-16, UTF-32 or Windows-1252 (Latin-1), without its mark; InputError for another encoding.
 
     Windows-1252 has no mark. Bytes count as such if no three accented letters and no four bytes beyond ASCII follow
     each other, as they do in Cyrillic, Greek or Chinese encodings.
-
-    Raises:
-        InputError: the encoding is another one.
     """
     try:
         for mark, encoding in BOMS:
@@ -30,12 +27,10 @@ def decode_text(data: bytes) -> str:
             return data.decode("utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")) or re.search(rb"[\xc0-\xff]{3}|[\x80-\xff]{4}", data):
+        marked = b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        if marked or re.search(rb"[\xc0-\xff]{3}|[\x80-\xff]{4}|[\x81\x8d\x8f\x90\x9d]", data):  # the last: none of cp1252
             raise InputError(f"the text is in no known encoding ({error}); save it as UTF-8.") from error
-    try:
-        return data.decode("cp1252")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the text is in no known encoding ({error}); save it as UTF-8.") from error
+    return data.decode("cp1252")
 
 
 def as_text(value: Any) -> str:
