@@ -8,8 +8,7 @@ Source of the idea: arXiv:2306.03881 (DIFT) and arXiv:2303.11681, which read oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,7 @@ class DiffusionEncoder:
     """A generator's middle block as a feature encoder of images with their captions."""
 
     def __init__(self, generator: Generator, *, specification: str = "diffusion", captions: str = "first") -> None:
-        """Wrap a loaded generator.
-
-        Args:
-            generator: whose denoiser has a middle block.
-            specification: its name in a config.
-            captions: 'first' or 'mean': how several captions of one image condition the denoiser.
-        """
+        """Wrap a generator whose denoiser has a middle block; 'first' or 'mean': how several captions condition it."""
         self.specification = specification
         self.fingerprint = self.former = fingerprint([generator.fingerprint, TIMESTEPS, PARTS, captions])
         self._generator, self._average = generator, captions == "mean"
@@ -47,70 +40,45 @@ class DiffusionEncoder:
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """(B, F) float32 unit vectors; see `fastattr.features.encoder.Encoder`."""
         latents = self._generator.encode_image(images)
-        if not self._average:
-            return middle_activations(self._generator, latents, self._generator.encode_prompt([texts[0] for texts in captions]))
-        owners = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
-        flat = self._generator.encode_prompt([text for texts in captions for text in texts])
-        every = middle_activations(self._generator, latents[owners], flat)
-        rows = iter(every)
-        return encode_captions(captions, lambda texts: np.stack([next(rows) for _ in texts]), average=True)
+        counts = [len(texts) if self._average else 1 for texts in captions]
+        latents = latents[np.repeat(np.arange(len(captions)), counts)]
+
+        def encode(texts: list[str]) -> np.ndarray:
+            return middle_activations(self._generator, latents, self._generator.encode_prompt(texts))
+
+        return encode_captions(captions, encode, average=self._average)
 
 
 @torch.no_grad()
 def middle_activations(generator: Generator, latents: torch.Tensor, conditioning: Conditioning) -> np.ndarray:
     """(B, F) float32 unit vectors: the middle block's activations at each timestep, normalised, side by side.
 
-    Args:
-        generator: whose denoiser.
-        latents: (B, L, h, w) scaled, clean.
-        conditioning: of B prompts.
+    `latents` are (B, L, h, w), scaled and clean, and `conditioning` is of B prompts.
     """
-    parts = []
-    with _listening(generator) as heard:
+    parts: list[torch.Tensor] = []
+
+    def hear(_block: torch.nn.Module, _given: Any, output: Any) -> None:
+        activation = output[-1] if isinstance(output, tuple) else output  # (B, C, h, w) or (B, T, C)
+        pooled = F.adaptive_avg_pool2d(activation, PARTS).flatten(1) if activation.ndim == 4 else activation.mean(dim=1)
+        parts.append(F.normalize(pooled.float(), dim=1))
+
+    handle = _middle_block(generator).register_forward_hook(hear)
+    try:
         for draw, level in enumerate(TIMESTEPS):
             noise = noise_for(["diffusion features"], [draw], seed=0, shape=generator.latent_shape).to(latents.device)
-            timestep = int(level * generator.train_timesteps)
-            timesteps = torch.full((len(latents),), timestep, device=latents.device)
-            heard.clear()
+            timesteps = torch.full((len(latents),), int(level * generator.train_timesteps), device=latents.device)
             generator.training_loss(latents, conditioning, timesteps, noise.expand_as(latents).to(latents.dtype))
-            parts.append(F.normalize(_pooled(heard[-1]).float(), dim=1))
-    features: np.ndarray = F.normalize(torch.cat(parts, dim=1), dim=1).cpu().numpy()
-    return features
-
-
-def _pooled(activation: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) or (B, T, C) -> (B, C x parts)."""
-    if activation.ndim == 4:
-        return F.adaptive_avg_pool2d(activation, PARTS).flatten(1)
-    return activation.mean(dim=1)
-
-
-@contextmanager
-def _listening(generator: Generator) -> Iterator[list[torch.Tensor]]:
-    """What the middle block puts out while the block of code runs."""
-    heard: list[torch.Tensor] = []
-    handle = _middle_block(generator).register_forward_hook(
-        lambda _block, _given, output: heard.append(output[-1] if isinstance(output, tuple) else output)
-    )
-    try:
-        yield heard
     finally:
         handle.remove()
+    return F.normalize(torch.cat(parts, dim=1), dim=1).cpu().numpy()
 
 
 def _middle_block(generator: Generator) -> torch.nn.Module:
-    """A U-Net's middle block, or the middle one of a transformer's blocks.
-
-    Raises:
-        InputError: the denoiser has neither.
-    """
+    """A U-Net's middle block, or the middle one of a transformer's blocks; InputError if the denoiser has neither."""
     pipeline: Any = generator.pipeline
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    block = getattr(denoiser, "mid_block", None)
-    blocks = getattr(denoiser, "transformer_blocks", None)
-    if isinstance(block, torch.nn.Module):
-        return block
-    if blocks is not None and len(blocks):
-        middle: torch.nn.Module = blocks[len(blocks) // 2]
-        return middle
-    raise InputError(f"{type(denoiser).__name__} has no middle block to take diffusion features from.")
+    blocks = getattr(denoiser, "transformer_blocks", None) or [None]
+    block = getattr(denoiser, "mid_block", None) or blocks[len(blocks) // 2]
+    if not isinstance(block, torch.nn.Module):
+        raise InputError(f"{type(denoiser).__name__} has no middle block to take diffusion features from.")
+    return block

@@ -19,29 +19,18 @@ from fastattr.features.light_clip import LightClip, supports
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("numpy", "torch")
-"""What computes a small CLIP: NumPy, which a first answer need not wait for, or torch through open_clip."""
+BACKENDS = ("numpy", "torch")  # what computes a small CLIP: NumPy, so that a first answer need not load torch, or open_clip
 
 
-def _open_clip(modality: str) -> Callable[[str, Options], Encoder]:
+def _pretrained(name: str, *modality: str) -> Callable[[str, Options], Encoder]:
+    """What opens a class of `pretrained`, which loads torch, by its name."""
+
     def opened(reference: str, options: Options) -> Encoder:
-        from fastattr.features.pretrained import OpenClipEncoder
+        from fastattr.features import pretrained
 
-        return OpenClipEncoder(reference, modality, options)
+        return getattr(pretrained, name)(reference, *modality, options)
 
     return opened
-
-
-def _transformers_image(reference: str, options: Options) -> Encoder:
-    from fastattr.features.pretrained import TransformersImageEncoder
-
-    return TransformersImageEncoder(reference, options)
-
-
-def _transformers_text(reference: str, options: Options) -> Encoder:
-    from fastattr.features.pretrained import TransformersTextEncoder
-
-    return TransformersTextEncoder(reference, options)
 
 
 def _diffusion(reference: str, options: Options) -> Encoder:
@@ -60,14 +49,14 @@ def _gradient(reference: str, options: Options) -> Encoder:
     return open_gradient_encoder(path, run_dir=options.folder, device=options.device)
 
 
-KINDS: dict[str, Callable[[str, Options], Encoder]] = {
-    "open_clip-image": _open_clip("image"),
-    "open_clip-text": _open_clip("text"),
-    "transformers-image": _transformers_image,
-    "transformers-text": _transformers_text,
+KINDS: dict[str, Callable[[str, Options], Encoder]] = {  # a kind that ends in '-image' or '-text' looks at nothing else
+    "open_clip-image": _pretrained("OpenClipEncoder", "image"),
+    "open_clip-text": _pretrained("OpenClipEncoder", "text"),
+    "transformers-image": _pretrained("TransformersImageEncoder"),
+    "transformers-text": _pretrained("TransformersTextEncoder"),
     "diffusion": _diffusion,
     "gradient": _gradient,
-}  # by the first word of a specification; a kind that ends in '-image' or '-text' looks at nothing else
+}
 
 
 def open_encoder(
@@ -79,18 +68,11 @@ def open_encoder(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Encoder:
-    """Load the encoder that a specification names.
+    """Load the encoder that a specification, KIND:REF, names; folder, captions, device and dtype as of `Options`.
 
-    Args:
-        specification: KIND:REF, see `fastattr.features.encoder`.
-        folder: where a REF of 'encoder', 'generator' or 'gradients' is found (a run folder or an attributor's folder).
-        captions: 'first' or 'mean', for encoders that read text.
-        device: where to run; None is CUDA if there is one, but for the NumPy back end.
-        dtype: of weights and activations; None is float32.
-        backend: 'numpy' or 'torch'; None takes NumPy for a small CLIP on the CPU in float32, torch for everything else.
-
-    Raises:
-        InputError: the specification is not of a known form, or the NumPy back end does not compute this encoder.
+    A device of None is CUDA if there is one, but for the NumPy back end; a dtype of None is float32; a back end of None is
+    NumPy for a small CLIP on the CPU in float32, torch for everything else. Raises InputError if the specification is not of
+    a known form, or the NumPy back end does not compute this encoder.
     """
     kind, _, reference = specification.partition(":")
     if not reference:

@@ -1,10 +1,7 @@
 """Light CLIP: small CLIPs in NumPy, so that a first answer need not wait for torch and open_clip to be imported.
 
-Importing torch and open_clip takes longer than everything else that a first answer needs (benchmarks/startup.py). This module
-computes the forward pass of a CLIP of open_clip's plain shape (vision transformer, text transformer);
-tests/features/test_light_clip.py compares it with open_clip. open_clip and torch compute any other shape, device or
-precision (`fastattr.features.kinds.open_encoder` decides).
-Reads open_clip_config.json, open_clip_model.safetensors and tokenizer.json of an encoder folder.
+Computes the forward pass of a CLIP of open_clip's plain shape (vision transformer, text transformer) from the files that
+open_clip writes. open_clip computes any other shape, device or precision (`fastattr.features.kinds.open_encoder` decides).
 """
 
 from __future__ import annotations
@@ -33,10 +30,10 @@ from fastattr.features.encoder import (
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
 TEXT_KEYS = {"context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "pool_type", "eos_id", "pad_id"}
-PREPROCESS = (
+PREPROCESS = (  # how torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave
     "Compose(\n    Resize(size=({side}, {side}), interpolation=bicubic, max_size=None, antialias=True)\n"
     "    MaybeConvertMode()\n    MaybeToTensor()\n    Normalize(mean={mean}, std={std})\n)"
-)  # how torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave
+)
 
 
 def supports(folder: Path) -> bool:
@@ -139,9 +136,8 @@ def _transformer(hidden: np.ndarray, weights: Mapping[str, np.ndarray], *, layer
         block = f"transformer.resblocks.{layer}"
         joint = layer_norm(hidden, weights, f"{block}.ln_1") @ weights[f"{block}.attn.in_proj_weight"].T
         joint += weights[f"{block}.attn.in_proj_bias"]
-        query, key, value = (
-            part.reshape(*part.shape[:2], heads, -1).transpose(0, 2, 1, 3) for part in np.split(joint, 3, axis=2)
-        )  # each (B, heads, T, width of a head)
+        parts = np.split(joint, 3, axis=2)
+        query, key, value = (part.reshape(*part.shape[:2], heads, -1).transpose(0, 2, 1, 3) for part in parts)
         attention = query @ key.transpose(0, 1, 3, 2) / np.float32(np.sqrt(query.shape[-1])) + mask
         attention = np.exp(attention - attention.max(axis=-1, keepdims=True))
         attention /= attention.sum(axis=-1, keepdims=True)

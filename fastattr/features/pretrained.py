@@ -1,8 +1,4 @@
-"""Pretrained encoders: image and text towers that open_clip and transformers load.
-
-Images are prepared as the model's own config says. A text encoder reads the first caption (as the authors' code does) or
-averages all. docs/encoders.md lists the models that are tested.
-"""
+"""Pretrained encoders: image and text towers that open_clip and transformers load; docs/encoders.md lists those tested."""
 
 from __future__ import annotations
 
@@ -27,10 +23,10 @@ from fastattr.features.encoder import (
     tower,
 )
 
-PROCESSING = {
+PROCESSING = {  # settings of transformers' image processors that determine what a model sees
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad", "pad_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
-}  # settings of transformers' image processors that determine what a model sees
+}
 DEFAULTS = Options(None, "first", "cpu", torch.float32)
 OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")  # what open_clip loads a model from: no pickle
 
@@ -69,11 +65,7 @@ class OpenClipEncoder:
 
 
 class TransformersImageEncoder:
-    """A vision model of transformers (DINO, DINOv2, DINOv3, CLIP, SigLIP, ...).
-
-    Two towers give what they compare with text, an image model with a pooling head of its own (CLIP, SigLIP) what that
-    gives, all others (the DINOs, ViT) their class token.
-    """
+    """A vision model of transformers (DINO, DINOv2, DINOv3, CLIP, SigLIP, ...)."""
 
     def __init__(self, reference: str, options: Options = DEFAULTS) -> None:
         """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own image processor."""
@@ -83,11 +75,11 @@ class TransformersImageEncoder:
         name, revision = split_revision(reference, None)
         self._processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
         model = _transformers_model(name, revision)
-        if hasattr(model, "get_image_features"):
+        if hasattr(model, "get_image_features"):  # two towers: what they compare with text
             self._features = _pooled(model.get_image_features)
-        elif model.config.model_type.startswith(("clip", "siglip")):
+        elif model.config.model_type.startswith(("clip", "siglip")):  # its pooling head
             self._features = _pooled(model)
-        else:
+        else:  # the class token
             model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
             self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
         settings = {name: value for name, value in self._processor.to_dict().items() if name in PROCESSING}
@@ -159,9 +151,9 @@ def _open_clip_name(reference: str) -> tuple[str, str | None]:
     """open_clip's (model name, pretrained tag) for a reference."""
     if Path(reference).is_dir():
         return f"local-dir:{reference}", None
-    name, _, tag = reference.partition("/")
     import open_clip
 
+    name, _, tag = reference.partition("/")
     if name in open_clip.list_models():
         return name, tag or None
     if split_revision(reference, None)[1]:  # open_clip itself knows no revisions

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -27,7 +28,6 @@ from fastattr.generators.generator import Generator
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fastattr.generators.queries import Queries
 
 PART_ROWS = 4096  # images whose features go into one file; a killed run loses at most one part a process
 
@@ -66,33 +66,19 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
             generator = Generator.from_pretrained(run_dir / "generator")
             fit_gradient_encoder(generator, corpus, run_dir / reference, RECIPES[reference], reference="generator")
         accelerator.wait_for_everyone()
-        encoder = open_encoder(
-            specification,
-            folder=run_dir,
-            captions=config.captions,
-            device=str(accelerator.device),
-            dtype=getattr(torch, config.dtype),
-            backend="torch",
-        )
-        manifests |= encode_sets(encoder, corpus, queries, run_dir, config, accelerator)
-    return manifests
-
-
-def encode_sets(
-    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig, accelerator: Accelerator
-) -> dict[str, dict[str, Any]]:
-    """Write an encoder's features of corpus and queries under `folder`, as `run` has them; returns the manifests."""
-    manifests = {}
-    sets = (
-        ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
-        ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
-    )
-    for name, source, ids, images, captions in sets:
-        target = folder / name / slug(encoder.specification)
-        inputs = {"source": source, "encoder": encoder.fingerprint}
-        manifests[f"{name}/{target.name}"] = _encode_set(
-            config, target, encoder, ids, images, captions, accelerator, inputs=inputs
-        )
+        where: dict[str, Any] = {"folder": run_dir, "device": str(accelerator.device), "backend": "torch"}
+        encoder = open_encoder(specification, captions=config.captions, dtype=getattr(torch, config.dtype), **where)
+        prompts = [[prompt] for prompt in queries.prompts]
+        for name, source, ids, captions in (
+            ("features", corpus, corpus.image_ids, corpus.captions),
+            ("query_features", queries, queries.query_ids, prompts),
+        ):
+            target, inputs = (
+                run_dir / name / slug(specification),
+                {"source": source.fingerprint, "encoder": encoder.fingerprint},
+            )
+            made = _encode_set(config, target, encoder, ids, source.image, captions, accelerator, inputs=inputs)
+            manifests[f"{name}/{target.name}"] = made
     return manifests
 
 
@@ -115,16 +101,12 @@ def _encode_set(
     parts = folder / f"parts-{fingerprint([settings, inputs, encoder.specification])}"
 
     def work() -> dict[str, Any]:
+        def encode(rows: range) -> np.ndarray:
+            return encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows, ids=ids)
+
         ready = len(list(parts.glob("*.npy"))) * PART_ROWS
-        started = time.monotonic()
-        features = in_parts(
-            parts,
-            len(ids),
-            PART_ROWS,
-            lambda rows: encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows, ids=ids),
-            accelerator,
-            description=f"{folder.parent.name} {encoder.specification}",
-        )
+        started, label = time.monotonic(), f"{folder.parent.name} {encoder.specification}"
+        features = in_parts(parts, len(ids), PART_ROWS, encode, accelerator, description=label)
         seconds = time.monotonic() - started
         if accelerator.is_main_process:
             write_features(folder, features, ids)
@@ -146,10 +128,7 @@ def _encode_set(
 def _as_recorded(
     folder: Path, settings: dict[str, Any], inputs: dict[str, str], encoder: Encoder
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs as a finished folder of an earlier version names them, if they are the same.
-
-    Earlier versions recorded batch size and other encoders, which change no feature, and gave encoders other fingerprints.
-    """
+    """Settings and inputs as a finished folder of an earlier version names them, if they are the same but for other words."""
     if not (folder / MANIFEST).exists():
         return settings, inputs
     found = open_stage(folder, "features")
