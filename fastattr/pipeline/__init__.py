@@ -6,6 +6,6 @@ Reads a YAML config and the stages' folders of a run; writes config.yaml, plan.j
 - `stages`: `STAGES`, the line as a table of functions of (config, run folder).
 - `build`: `run` (all stages, resuming), `run_stage`, `planned`, `embed_assets`.
 - `plan`: `plan` and `as_table`, what `fastattr plan` prints.
-- `costs`, `networks`, `probe`: counts from the config, operations of a denoiser's shape, rates of this machine.
+- `costs`, `networks`: counts from the config; operations of a denoiser's shape, and how many this machine does.
 - `report`: `run`, one static page about a finished build.
 """

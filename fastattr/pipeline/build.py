@@ -43,37 +43,31 @@ def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def planned(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same.
-
-    Where nothing says how many training images there are, the corpus is read first.
-    """
+    """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same."""
     file, identity = run_dir / "plan.json", fingerprint(config)
-    if file.exists():
-        kept: dict[str, Any] = read_json(file)
-        if kept["config"] == identity:
-            return kept
+    if (kept := _json(file)).get("config") == identity:
+        return kept
     try:
         training_images(config, run_dir)
-    except InputError:
+    except InputError:  # nothing says how many there are
         STAGES["corpus"](config, run_dir)
     made = plan(config, run_dir, measure=True) | {"config": identity}
     write_json(file, made)
     return made
 
 
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON file of a run; empty if there is none."""
+    return read_json(file) if file.exists() else {}
+
+
 def run(
     config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
-    """Run every stage that is not finished yet, on all processes.
+    """Run every stage that is not finished yet, on all processes; returns the seconds that each stage took now.
 
-    Args:
-        config: of the whole line.
-        run_dir: where the stages' folders are.
-        confirm: is given the plan, and raises if nothing shall be built; None makes no plan.
-        again_from: stage from which on everything is built again, as by another config; '' builds what is not there.
-
-    Returns:
-        The seconds each stage took now; run_dir/spent.json adds up what finished stages took in all runs.
+    `confirm` is given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on
+    everything is built again, as by another config.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import InitProcessGroupKwargs
@@ -100,8 +94,7 @@ def run(
         state.wait_for_everyone()
         seconds[name] = round(time.monotonic() - started, 2)
         if state.is_main_process and _manifests(run_dir) != before:
-            spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
-            write_json(run_dir / "spent.json", spent | {name: seconds[name]})
+            write_json(run_dir / "spent.json", _json(run_dir / "spent.json") | {name: seconds[name]})
     if state.num_processes > 1 and state.is_main_process:
         command = [sys.executable, "-m", "fastattr", "build", str(run_dir / "config.yaml"), "--run", str(run_dir), "--no-plan"]
         if subprocess.run(command, env=alone(), check=False).returncode:
@@ -113,16 +106,14 @@ def run(
 def forget(run_dir: Path, stage: str) -> None:
     """Remove what a stage and all later ones wrote into a run folder.
 
-    Raises:
-        InputError: there is no such stage, or the run's attributor was changed since it was built (images added, removed or
-            described anew), which another build would undo.
+    Raises InputError if there is no such stage, or the run's attributor was changed since it was built (images added, removed
+    or described anew), which another build would undo.
     """
     if stage not in FOLDERS:
         raise InputError(f"there is no stage {stage!r}{did_you_mean(stage, FOLDERS)}; stages are {', '.join(FOLDERS)}.")
     attributor = run_dir / "attributor"
-    if (attributor / "config.json").exists() and int(
-        read_info(attributor)["versions"]["catalog"]
-    ) > 1:  # the version that is built
+    version = int(read_info(attributor)["versions"]["catalog"]) if (attributor / "config.json").exists() else 1
+    if version > 1:  # 1 is the version that is built
         raise InputError(f"{attributor} was changed since it was built, and another build would undo that: move it away first.")
     for name in itertools.dropwhile(lambda name: name != stage, FOLDERS):
         for folder in FOLDERS[name]:
@@ -141,20 +132,15 @@ def _manifests(run_dir: Path) -> set[tuple[str, int]]:
 
 
 def embed_assets(config: BuildConfig, run_dir: Path, folder: Path) -> dict[str, Any]:
-    """Copy a finished run's generator and attributor to `folder` with a manifest of how they were made.
-
-    Returns:
-        The manifest; 'bytes' is the size of all files together.
-    """
+    """Copy a finished run's generator and attributor to `folder`; returns its manifest, which says how they were made."""
     stages = [folders[0] for name, folders in FOLDERS.items() if name not in {"features", "index", "card", "report"}]
     with atomic_path(folder) as temporary:
         shutil.copytree(run_dir / "generator", temporary / "generator", ignore=shutil.ignore_patterns("checkpoint*"))
         shutil.copytree(run_dir / "attributor", temporary / "attributor")
-        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         manifest = {
             "name": config.name,
             "command": f"fastattr build hub_scripts/configs/{config.name}.yaml --assets fastattr/assets/{config.name}",
-            "bytes": size,
+            "bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
             "stages": {stage: open_stage(run_dir / stage, stage) for stage in stages},
         }
         write_json(temporary / "manifest.json", manifest)

@@ -28,14 +28,10 @@ READ_FOR_CAPTIONS = 50_000  # captions of a larger folder are not read for a pla
 
 
 def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
-    """Refuse a config whose files are not there or whose settings contradict each other.
+    """Raise ArtifactNotFoundError if files or models of a config are not there, InputError if its settings contradict.
 
     What is finished in `run_dir` is not looked for any more; where `planned`, `plan.images` and `plan.network` stand for a
     corpus and a generator that are not there.
-
-    Raises:
-        ArtifactNotFoundError: a file, folder or model is not there; the text names the setting.
-        InputError: settings contradict each other.
     """
     if not (run_dir / "corpus" / MANIFEST).exists() and not (planned and config.plan.images):
         if config.corpus.kind not in {"emoji", "dataset"}:
@@ -59,12 +55,12 @@ def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
 
 
 def _settings(config: BuildConfig) -> None:
-    known = f"kinds are {', '.join(KINDS)}"
     encoders = dict.fromkeys(config.features.encoders, "features.encoders")
     for name, setting in (encoders | dict.fromkeys(config.teacher.similarity_features, "teacher.similarity_features")).items():
         kind, _, reference = name.partition(":")
         if kind not in KINDS or not reference:
-            raise InputError(f"{setting}: {name!r} is not KIND:MODEL{did_you_mean(kind, KINDS)}; {known}.")
+            near = did_you_mean(kind, KINDS)
+            raise InputError(f"{setting}: {name!r} is not KIND:MODEL{near}; kinds are {', '.join(KINDS)}.")
     if not getattr(config.queries, config.evaluate.split):
         raise InputError(f"evaluate.split is {config.evaluate.split!r}, and queries.{config.evaluate.split} is 0.")
     if not config.queries.train:
@@ -89,20 +85,14 @@ def _there(setting: str, path: str) -> None:
 
 
 def _model(setting: str, name: str) -> None:
-    if name in embedded_models() or Path(name).exists() or REPO_ID.fullmatch(name.partition("@")[0]):
-        return
-    raise ArtifactNotFoundError(
-        f"{setting} is {name!r}: no embedded model ({', '.join(embedded_models())}){did_you_mean(name, embedded_models())}, "
-        "no folder, and no Hub repository 'org/name'."
-    )
+    known = embedded_models()
+    if name not in known and not Path(name).exists() and not REPO_ID.fullmatch(name.partition("@")[0]):
+        wrong = f"no embedded model ({', '.join(known)}){did_you_mean(name, known)}, no folder, and no Hub repository"
+        raise ArtifactNotFoundError(f"{setting} is {name!r}: {wrong} 'org/name'.")
 
 
 def check_queries(config: BuildConfig, run_dir: Path) -> None:
-    """Refuse more queries than a corpus has captions for, where the captions can be read already.
-
-    Raises:
-        InputError: there are too few; the text proposes numbers that fit.
-    """
+    """Raise InputError, which proposes numbers that fit, for more queries than there are captions, if these can be read."""
     if config.queries.prompts or (run_dir / "queries" / MANIFEST).exists():
         return
     captions: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 import yaml
 
 from fastattr.core.errors import InputError
-from fastattr.core.files import atomic_path
+from fastattr.core.files import atomic_path, plain
 from fastattr.core.settings import at_least, read_yaml
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.evaluation.against_teacher import EvaluateConfig
@@ -93,7 +92,7 @@ def load_config(path: str | Path) -> BuildConfig:
 
 def save_config(config: BuildConfig, path: Path) -> None:
     """Write a config with all its settings, defaults too, as a file that `load_config` reads; an equal one is left alone."""
-    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(json.loads(json.dumps(config, default=plain)), sort_keys=False, allow_unicode=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

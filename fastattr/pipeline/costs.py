@@ -1,8 +1,7 @@
 """Costs: what each stage of a config will need, before anything runs: network evaluations, memory, disk, hours, money.
 
-Everything but the hours on this machine follows from the config alone: sizes and settings give counts (the teacher's from
-teachers/cost.py), the denoiser's shape gives the operations of one evaluation (networks.py), and one throughput
-model turns operations into hours of an accelerator: `UTILISATION` of its dense TF32 peak. docs/costs.md shows the arithmetic.
+The config gives counts (the teacher's in teachers/cost.py), the denoiser's shape the operations of one evaluation
+(networks.py), and `UTILISATION` of an accelerator's dense TF32 peak its hours. docs/costs.md shows the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json
 from fastattr.core.models import ASSETS, embedded_models
 from fastattr.core.stages import MANIFEST
+from fastattr.corpus.folders import list_folder
+from fastattr.generators.lora import locate_lora
 from fastattr.generators.pretrained import PretrainedConfig
+from fastattr.generators.scratch.autoencoder import build_autoencoder
+from fastattr.generators.scratch.denoiser import GeneratorConfig, build_denoiser
+from fastattr.gradients.ekfac import factor_sizes
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
-from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.cost import Probe, Sizes, Step, teacher_plan
+from fastattr.teachers.cost import Probe, Sizes, teacher_plan
 
 UTILISATION = 0.20  # part of the peak that float32 diffusers code reaches, the same for every network and accelerator
 LIBRARIES = 1_000_000_000  # bytes of a process that has loaded PyTorch, diffusers and transformers
+# Of one image or caption: ViT-B/16 at 224 pixels (17.6 GMACs, arXiv:2010.11929), CLIP's text tower of 12 layers, 512 wide.
 ENCODER_FLOPS = {"image": 35.1e9, "text": 5.9e9}
-"""Of one image or caption: ViT-B/16 at 224 pixels (17.6 GMACs, arXiv:2010.11929), CLIP's text tower of 12 layers, 512 wide."""
 FEATURE_WIDTH = 768  # assumed of an encoder that is not loaded yet
 THUMBNAIL_BYTES = 1000
 PNG_BYTES_PER_PIXEL = 1.5
@@ -45,37 +50,31 @@ class StageCost:
     disk: int = 0  # bytes it leaves in the run folder
 
     def hours(self, accelerator: str) -> float:
-        """Hours of one accelerator; see `UTILISATION`."""
-        return self.flops / (PEAK_FLOPS[accelerator] * UTILISATION) / 3600
+        """Hours of one accelerator."""
+        return hours_of(self.flops, accelerator)
+
+
+def hours_of(flops: float, accelerator: str) -> float:
+    """Hours that an accelerator takes for so many operations; see `UTILISATION`."""
+    return flops / (PEAK_FLOPS[accelerator] * UTILISATION) / 3600
 
 
 def training_images(config: BuildConfig, run_dir: Path) -> int:
-    """N: of the corpus if it is there, else as the config says, else counted in its folder.
-
-    Raises:
-        InputError: nothing says how many there are.
-    """
+    """N: of the corpus if it is there, else as the config says, else counted in its folder; InputError if nothing says it."""
     manifest = run_dir / "corpus" / MANIFEST
     if manifest.exists():
         return int(read_json(manifest)["images"])
     if config.plan.images:
         return config.plan.images
-    if config.corpus.kind == "folder":
-        from fastattr.corpus.folders import list_folder
-
-        if Path(config.corpus.path).is_dir():
-            return len(list_folder(Path(config.corpus.path)).images)
+    if config.corpus.kind == "folder" and Path(config.corpus.path).is_dir():
+        return len(list_folder(Path(config.corpus.path)).images)
     if config.corpus.kind == "emoji":
         return 15_351
     raise InputError(f"nothing says how many training images {config.name} has; set plan.images, or write the corpus first.")
 
 
 def denoiser_shape(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """The shape of a config's denoiser: the run's generator, `plan.network`, the pretrained one, or the one to train.
-
-    Raises:
-        InputError: it is not known.
-    """
+    """The shape of a config's denoiser: the run's generator, `plan.network`, the pretrained one, or the one to train."""
     if (run_dir / "generator" / "model_index.json").exists():
         return shape_of(run_dir / "generator")
     if config.plan.network:
@@ -87,22 +86,9 @@ def denoiser_shape(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def denoiser_of(config: BuildConfig, run_dir: Path) -> Network:
-    """The counted denoiser of a config; see `denoiser_shape`."""
-    network = count(config.name, denoiser_shape(config, run_dir), config.teacher.pattern)
-    generator = config.generator
-    if isinstance(generator, PretrainedConfig) and generator.unlearn == "lora":
-        return _unlearning_lora(network, generator)
-    return network
-
-
-def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
-    """The network with the LoRA's matrices as the weights to unlearn, if the LoRA is a file here; else as it is."""
-    from safetensors import safe_open
-
-    from fastattr.generators.lora import locate_lora
-    from fastattr.gradients.ekfac import factor_sizes
-
-    if not Path(generator.lora).exists():
+    """The counted denoiser of a config; its LoRA's matrices are the weights to unlearn if `unlearn: lora` and it is here."""
+    network, generator = count(config.name, denoiser_shape(config, run_dir), config.teacher.pattern), config.generator
+    if not isinstance(generator, PretrainedConfig) or generator.unlearn != "lora" or not Path(generator.lora).exists():
         return network
     with safe_open(locate_lora(generator.lora), framework="numpy") as file:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys() if "lora" in name]  # noqa: SIM118
@@ -112,12 +98,7 @@ def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
 
 def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
     """The shape that the config's own generator section describes."""
-    import torch
-
-    from fastattr.generators.scratch.autoencoder import build_autoencoder
-    from fastattr.generators.scratch.denoiser import GeneratorConfig, build_denoiser
-
-    settings = config.generator
+    settings, vae = config.generator, config.autoencoder
     assert isinstance(settings, GeneratorConfig)
     vocabulary = settings.vocabulary
 
@@ -128,11 +109,9 @@ def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
             return vocabulary
 
     with torch.device("meta"):
-        autoencoder = build_autoencoder(config.autoencoder)
-        side = config.autoencoder.resolution // 2 ** (len(config.autoencoder.channels) - 1)
-        unet, _ = build_denoiser(
-            settings, tokenizer=Tokenizer(), latent_channels=config.autoencoder.latent_channels, latent_side=side
-        )
+        autoencoder = build_autoencoder(vae)
+        latent = {"latent_channels": vae.latent_channels, "latent_side": vae.resolution // 2 ** (len(vae.channels) - 1)}
+        unet, _ = build_denoiser(settings, tokenizer=Tokenizer(), **latent)
     return {
         "denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"},
         "tokens": settings.max_tokens,
@@ -142,12 +121,10 @@ def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
 
 def teacher_sizes(config: BuildConfig, images: int, network: Network) -> Sizes:
     """The sizes that the teacher's costs depend on, from the config alone; candidates are taken to fall evenly."""
-    counts = {split: getattr(config.queries, split) for split in ("train", "validation", "test")}
     size = min(config.candidates.per_query, images)
-    by_kind = {
-        kind: sum(count for split, count in counts.items() if (split in config.teacher.linearised) == kind)
-        for kind in (True, False)
-    }
+    splits = ("train", "validation", "test")
+    linearised = sum(getattr(config.queries, split) for split in splits if split in config.teacher.linearised)
+    exact = sum(getattr(config.queries, split) for split in splits) - linearised
     captions = config.plan.captions_per_image if config.teacher.captions == "all" else 1
     return Sizes(
         images=images,
@@ -156,38 +133,29 @@ def teacher_sizes(config: BuildConfig, images: int, network: Network) -> Sizes:
         conditioning=network.conditioning,
         parameters=network.unlearned,
         factors=network.factors,
-        exact=(size,) * by_kind[False],
-        linearised=(size,) * by_kind[True],
-        union=round(images * (1 - (1 - size / images) ** by_kind[True])),
+        exact=(size,) * exact,
+        linearised=(size,) * linearised,
+        union=round(images * (1 - (1 - size / images) ** linearised)),
     )
 
 
 def teacher_ways(config: BuildConfig, images: int, network: Network) -> dict[str, float]:
     """Operations of scoring the training and validation queries in three ways.
 
-    Returns:
-        'exact_as_published': each query's candidates before and after its step, as the authors' released code does; 'exact':
-        the losses before measured once for all queries, as ours does; 'first_order': all of them to first order.
+    'exact_as_published' measures each query's candidates before and after its step, as the authors' released code does,
+    'exact' the losses before once for all queries, as ours does, and 'first_order' takes all of them to first order.
     """
-    queries = replace(config.queries, test=0)
     alone: dict[str, Any] = {"method": "unlearning", "models": (), "retrained": "", "similarity_features": ()}
-    teacher = replace(config.teacher, linearised=(), **alone)
-    exact = replace(config, queries=queries, teacher=teacher)
-    sizes = teacher_sizes(exact, images, network)
+    flops = []
+    for linearised in (("train", "validation"), ()):
+        teacher = replace(config.teacher, linearised=linearised, **alone)
+        sizes = teacher_sizes(replace(config, queries=replace(config.queries, test=0), teacher=teacher), images, network)
+        steps = teacher_plan(teacher, sizes, Probe(loaded=0, backward=0))
+        flops.append(network.flops * sum(step.forward + 2 * step.backward for step in steps))
     views = 2 if teacher.mirrored else 1
     losses = 2 * sum(sizes.exact) * views * teacher.loss_draws * sizes.captions / sizes.images
-    steps = 3 * len(sizes.exact) * teacher.query_draws * teacher.unlearning_steps
-    linear = replace(exact, teacher=replace(teacher, linearised=("train", "validation")))
-    return {
-        "exact_as_published": network.flops * (steps + losses),
-        "exact": _teacher_flops(exact.teacher, sizes, network),
-        "first_order": _teacher_flops(linear.teacher, teacher_sizes(linear, images, network), network),
-    }
-
-
-def _teacher_flops(config: TeacherConfig, sizes: Sizes, network: Network) -> float:
-    steps = teacher_plan(config, sizes, Probe(loaded=0, backward=0))
-    return network.flops * sum(step.forward + 2 * step.backward for step in steps)
+    unlearning = 3 * len(sizes.exact) * teacher.query_draws * teacher.unlearning_steps
+    return {"exact_as_published": network.flops * (unlearning + losses), "exact": flops[1], "first_order": flops[0]}
 
 
 def stage_costs(config: BuildConfig, images: int, network: Network) -> list[StageCost]:
@@ -250,15 +218,10 @@ def _training_costs(config: BuildConfig, network: Network, weights: int) -> list
 
 def _teacher_cost(config: BuildConfig, images: int, network: Network, weights: int) -> StageCost:
     probe = Probe(loaded=weights, backward=weights + config.teacher.batch_size * network.activations)
-    steps: list[Step] = teacher_plan(config.teacher, teacher_sizes(config, images, network), probe)
+    steps = teacher_plan(config.teacher, teacher_sizes(config, images, network), probe)
     if not steps:
         return StageCost(name="teach")
     forward, backward = sum(step.forward for step in steps), sum(step.backward for step in steps)
-    return StageCost(
-        name="teach",
-        forward=forward,
-        backward=backward,
-        flops=network.flops * (forward + 2 * backward) + network.encode_flops * images,
-        memory=max(step.memory for step in steps),
-        disk=sum(step.disk for step in steps),
-    )
+    flops = network.flops * (forward + 2 * backward) + network.encode_flops * images
+    memory, disk = max(step.memory for step in steps), sum(step.disk for step in steps)
+    return StageCost(name="teach", forward=forward, backward=backward, flops=flops, memory=memory, disk=disk)

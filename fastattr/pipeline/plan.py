@@ -1,12 +1,8 @@
-"""Plan: what `fastattr plan` prints about a config before anything runs.
-
-Counts, memory, disk and accelerator-hours follow from the config alone (costs.py); the hours of this machine are the
-operations divided by the rates that a probe measures here (probe.py). docs/costs.md shows the arithmetic.
-"""
+"""Plan: what `fastattr plan` prints about a config before anything runs; docs/costs.md shows the arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,75 +12,60 @@ from fastattr.pipeline.check import check, check_queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.pipeline.costs import (
     UTILISATION,
-    StageCost,
     denoiser_of,
     denoiser_shape,
+    hours_of,
     stage_costs,
     teacher_ways,
     training_images,
 )
-from fastattr.pipeline.networks import PEAK_FLOPS, Network
-from fastattr.pipeline.probe import measure_machine
+from fastattr.pipeline.networks import PEAK_FLOPS, measure_machine
 
 DENSE = {"train-encoder", "features", "distill", "index"}
 """Stages that spend their time in large matrix products; the others spend it in the denoiser."""
 
 
 def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[str, Any]:
-    """Everything that can be said of a config before it runs.
-
-    Args:
-        config: of the whole line.
-        run_dir: what is there already is read instead of assumed; it need not exist.
-        measure: whether to measure this machine, which takes half a minute.
+    """Everything that can be said of a config before it runs; what `run_dir` holds already is read instead of assumed.
 
     Returns:
         'stages' (each with its counts and 'hours' by accelerator), their totals, 'teacher_hours' (of `teacher_ways`, by way
-        and accelerator), 'money', and 'here': 'seconds' by stage and in all, and 'rates', or 'problem'.
+        and accelerator), 'money', and 'here': 'seconds' by stage and in all, and 'rates', or 'problem'. To `measure` this
+        machine takes half a minute.
 
     Raises:
-        InputError: the number of images or the network is not known, or the config asks for more queries than captions.
-        As `check`.
+        InputError: the number of images or the network is not known. Also what `check` and `check_queries` raise.
     """
     check(config, run_dir, planned=True)
     check_queries(config, run_dir)
     images, network = training_images(config, run_dir), denoiser_of(config, run_dir)
-    stages = stage_costs(config, images, network)
-    names = list(PEAK_FLOPS)
-    hours = {name: sum(stage.hours(name) for stage in stages) for name in names}
-    ways = teacher_ways(config, images, network)
+    stages, ways = stage_costs(config, images, network), teacher_ways(config, images, network)
+    hours = {name: sum(stage.hours(name) for stage in stages) for name in PEAK_FLOPS}
     result: dict[str, Any] = {
         "name": config.name,
         "images": images,
         "queries": {split: getattr(config.queries, split) for split in ("train", "validation", "test")},
         "network": asdict(network),
-        "stages": [asdict(stage) | {"hours": {name: stage.hours(name) for name in names}} for stage in stages],
+        "stages": [asdict(stage) | {"hours": {name: stage.hours(name) for name in PEAK_FLOPS}} for stage in stages],
         "forward": sum(stage.forward for stage in stages),
         "backward": sum(stage.backward for stage in stages),
         "peak_memory": max(stage.memory for stage in stages),
         "disk": sum(stage.disk for stage in stages),
         "hours": hours,
-        "teacher_hours": {
-            way: {name: flops / (PEAK_FLOPS[name] * UTILISATION) / 3600 for name in names} for way, flops in ways.items()
-        },
+        "teacher_hours": {way: {name: hours_of(flops, name) for name in PEAK_FLOPS} for way, flops in ways.items()},
         "accelerator": config.plan.accelerator,
         "money": config.plan.rate * hours[config.plan.accelerator] if config.plan.rate else None,
         "here": {"problem": "not measured"},
     }
     if measure:
+        shape, teacher = denoiser_shape(config, run_dir), config.teacher
         try:
-            result["here"] = hours_here(config, run_dir, network, stages)
+            rates = measure_machine(shape, network, teacher.pattern, teacher.batch_size, limit=config.plan.probe_seconds)
         except InputError as error:
-            result["here"] = {"problem": str(error)}
+            return result | {"here": {"problem": str(error)}}
+        seconds = {stage.name: stage.flops / rates["dense" if stage.name in DENSE else "denoiser"] for stage in stages}
+        result["here"] = {"seconds": {**seconds, "in all": sum(seconds.values())}, "rates": rates}
     return result
-
-
-def hours_here(config: BuildConfig, run_dir: Path, network: Network, stages: Sequence[StageCost]) -> dict[str, Any]:
-    """Seconds of each counted stage on this machine, and in all, from the rates that a probe measures; errors as it."""
-    shape, teacher = denoiser_shape(config, run_dir), config.teacher
-    rates = measure_machine(shape, network, teacher.pattern, teacher.batch_size, limit=config.plan.probe_seconds)
-    seconds = {stage.name: stage.flops / rates["dense" if stage.name in DENSE else "denoiser"] for stage in stages}
-    return {"seconds": {**seconds, "in all": sum(seconds.values())}, "rates": rates}
 
 
 def as_table(result: Mapping[str, Any]) -> str:
@@ -122,5 +103,5 @@ def as_table(result: Mapping[str, Any]) -> str:
 
 
 def _bytes(count: float) -> str:
-    unit = next((unit for unit in ("TB", "GB") if count >= {"TB": 1e12, "GB": 1e9}[unit]), "MB")
-    return f"{count / {'TB': 1e12, 'GB': 1e9, 'MB': 1e6}[unit]:,.1f} {unit}"
+    size, unit = next(((size, unit) for size, unit in ((1e12, "TB"), (1e9, "GB")) if count >= size), (1e6, "MB"))
+    return f"{count / size:,.1f} {unit}"
