@@ -43,8 +43,8 @@ from fastattr.features.candidates import CandidatesConfig, read_candidates, writ
 from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.queries import SPLITS, Queries, QueriesConfig, run as draw_queries
 from fastattr.pipeline.config import BuildConfig
-from fastattr.pipeline.costs import stage_costs
 from fastattr.pipeline.networks import count, shape_of
+from fastattr.pipeline.plan import stage_costs
 from fastattr.teachers import teach
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.cost import Probe, Sizes as PlanSizes, teacher_plan

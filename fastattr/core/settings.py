@@ -162,8 +162,8 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if bool in kinds and isinstance(found, bool):
         return found
     number = _number(found)
-    for kind in {int, float} & {*kinds}:
-        if number is not None and (kind is float or number.is_integer()):
+    for kind in (int, float):
+        if kind in kinds and number is not None and (kind is float or number.is_integer()):
             if number < 0:
                 raise InputError(f"{where}: must not be negative, found {quoted(value)}.")
             return found if isinstance(found, kind) else kind(number)

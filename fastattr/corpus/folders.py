@@ -27,8 +27,18 @@ from typing import Any
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, looks_like_an_image, read_bytes
-from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of, take_captions
-from fastattr.corpus.text import as_captions, as_text, decode_text
+from fastattr.corpus.records import (
+    ROWS_AT_ONCE,
+    Part,
+    Skipped,
+    TrainingImage,
+    as_captions,
+    as_text,
+    as_training_image,
+    decode_text,
+    state_of,
+    take_captions,
+)
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption", ".json")

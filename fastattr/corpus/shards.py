@@ -28,11 +28,13 @@ from fastattr.corpus.records import (
     Part,
     Skipped,
     TrainingImage,
+    as_captions,
+    as_text,
     as_training_image,
+    decode_text,
     state_of,
     take_captions,
 )
-from fastattr.corpus.text import as_captions, as_text, decode_text
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:

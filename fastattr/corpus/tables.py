@@ -11,8 +11,17 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import read_bytes
-from fastattr.corpus.records import CAPTION_COLUMNS, ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of
-from fastattr.corpus.text import as_captions, as_text
+from fastattr.corpus.records import (
+    CAPTION_COLUMNS,
+    ROWS_AT_ONCE,
+    Part,
+    Skipped,
+    TrainingImage,
+    as_captions,
+    as_text,
+    as_training_image,
+    state_of,
+)
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "file_name", "image_path", "path", "file")

@@ -23,7 +23,7 @@ BACKENDS = ("numpy", "torch")  # what computes a small CLIP: NumPy, so that a fi
 
 
 def _pretrained(name: str, *modality: str) -> Callable[[str, Options], Encoder]:
-    """What opens a class of `pretrained`, which loads torch, by its name."""
+    """A function of `pretrained`, which loads torch, by its name."""
 
     def opened(reference: str, options: Options) -> Encoder:
         from fastattr.features import pretrained
@@ -50,10 +50,10 @@ def _gradient(reference: str, options: Options) -> Encoder:
 
 
 KINDS: dict[str, Callable[[str, Options], Encoder]] = {  # a kind that ends in '-image' or '-text' looks at nothing else
-    "open_clip-image": _pretrained("OpenClipEncoder", "image"),
-    "open_clip-text": _pretrained("OpenClipEncoder", "text"),
-    "transformers-image": _pretrained("TransformersImageEncoder"),
-    "transformers-text": _pretrained("TransformersTextEncoder"),
+    "open_clip-image": _pretrained("open_clip_encoder", "image"),
+    "open_clip-text": _pretrained("open_clip_encoder", "text"),
+    "transformers-image": _pretrained("transformers_image_encoder"),
+    "transformers-text": _pretrained("transformers_text_encoder"),
     "diffusion": _diffusion,
     "gradient": _gradient,
 }

@@ -24,10 +24,8 @@ from fastattr.core.files import atomic_path, read_json, remove, write_json
 from fastattr.core.processes import alone
 from fastattr.core.settings import did_you_mean
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage
-from fastattr.pipeline.check import check, check_queries
-from fastattr.pipeline.config import BuildConfig, save_config
-from fastattr.pipeline.costs import training_images
-from fastattr.pipeline.plan import plan
+from fastattr.pipeline.config import BuildConfig, check, check_queries, save_config
+from fastattr.pipeline.plan import plan, training_images
 from fastattr.pipeline.stages import FOLDERS, SHARED, STAGES
 from fastattr.students.ranking import no_better_than_untuned
 

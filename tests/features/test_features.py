@@ -18,7 +18,7 @@ from fastattr.core.stages import write_manifest
 from fastattr.features import stage
 from fastattr.features.encoder import encode_all, encode_captions, modality, text_settings, unit_vectors
 from fastattr.features.kinds import KINDS, open_encoder
-from fastattr.features.pretrained import OpenClipEncoder
+from fastattr.features.pretrained import PretrainedEncoder
 from fastattr.features.store import read_features, write_features
 from fastattr.pipeline.config import load_config
 from tests.tiny import draw, unit
@@ -220,7 +220,7 @@ def test_a_stopped_features_stage_goes_on_where_it_stood(tiny_run: Path, tiny_co
     run_dir, settings = tmp_path / "run", load_config(tiny_config).features
     shutil.copytree(tiny_run, run_dir, ignore=shutil.ignore_patterns("features"))
     monkeypatch.setattr(stage, "PART_ROWS", 20)
-    real, seen = OpenClipEncoder.encode, []
+    real, seen = PretrainedEncoder.encode, []
 
     def failing(self, images, captions):
         seen.append(len(images))
@@ -228,7 +228,7 @@ def test_a_stopped_features_stage_goes_on_where_it_stood(tiny_run: Path, tiny_co
             raise OSError("the disk is full")
         return real(self, images, captions)
 
-    monkeypatch.setattr(OpenClipEncoder, "encode", failing)
+    monkeypatch.setattr(PretrainedEncoder, "encode", failing)
     with pytest.raises(OSError, match="full"):
         stage.run(settings, run_dir)
     manifests = stage.run(settings, run_dir)
