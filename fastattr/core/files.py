@@ -18,9 +18,8 @@ from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, on error remove it.
-
-    It has the suffix of `path`, at which some writers look. A folder written there replaces an earlier one.
+    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, on error remove it. It has the suffix
+    of `path`, at which some writers look. A folder written there replaces an earlier one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,8 @@ Item = TypeVar("Item")
 
 @contextmanager
 def split_between(accelerator: Accelerator | None, todo: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """The part that falls to this process of what is not done yet; at the end all wait for each other.
-
-    Every process must list the same unfinished items, so all wait until every list is made. Without `accelerator` this
-    process is alone.
+    """The part that falls to this process of what is not done yet; at the end all wait for each other. Every process must list
+    the same unfinished items, so all wait until every list is made. Without `accelerator` this process is alone.
     """
     if accelerator is None:
         yield todo
@@ -45,9 +43,8 @@ def in_parts(
     *,
     description: str,
 ) -> np.ndarray:
-    """(count, ...) array on every process, computed in parts of `size` rows; `compute` gives the rows of one part.
-
-    The parts are npy files; arguments and errors as of `files_of_parts`.
+    """(count, ...) array on every process, computed in parts of `size` rows; `compute` gives the rows of one part. The parts
+    are npy files; arguments and errors as of `files_of_parts`.
     """
 
     def write(path: Path, rows: range) -> None:

@@ -31,9 +31,8 @@ def fingerprint(value: Any) -> str:
 
 
 def write_manifest(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str], **facts: Any) -> dict[str, Any]:
-    """Finish a stage folder in which everything else is written; arguments as of `make`.
-
-    Returns the manifest; its 'fingerprint' is what later stages name as their input. `facts` are kept, not compared.
+    """Finish a stage folder in which everything else is written; arguments as of `make`. Returns the manifest; its
+    'fingerprint' is what later stages name as their input. `facts` are kept, not compared.
     """
     config = json.loads(json.dumps(config, default=plain))
     identity = {"stage": stage, "config": config, "inputs": dict(inputs)}
@@ -89,11 +88,10 @@ def make(
 
 
 def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
-    """Whether `folder` already holds this stage's complete result for this config and these inputs.
-
-    A setting that came after the folder was made, and has its default value now, is no difference; nor is one that has gone
-    since, and had the value that remains (`RETIRED` of the config's class: name -> value). Raises ArtifactMismatchError if
-    the folder holds a complete result of something else, which must not be overwritten.
+    """Whether `folder` already holds this stage's complete result for this config and these inputs. A setting that came after
+    the folder was made, and has its default value now, is no difference; nor is one that has gone since, and had the value that
+    remains (`RETIRED` of the config's class: name -> value). Raises ArtifactMismatchError if the folder holds a complete result
+    of something else, which must not be overwritten.
     """
     if not (folder / MANIFEST).exists():
         return False

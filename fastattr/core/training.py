@@ -78,9 +78,8 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def trapezoid(decay_share: float) -> Callable[[int, TrainingConfig], float]:
-    """A schedule: linear warm-up, the peak, then linearly to zero over the last `decay_share` of all steps.
-
-    A run can be made longer from any checkpoint before the decay, unlike with a cosine. Source: arXiv:2405.18392.
+    """A schedule: linear warm-up, the peak, then linearly to zero over the last `decay_share` of all steps. A run can be made
+    longer from any checkpoint before the decay, unlike with a cosine. Source: arXiv:2405.18392.
     """
 
     def rate(step: int, config: TrainingConfig) -> float:

@@ -84,10 +84,9 @@ class Drawing:
 
 
 def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingImage | Skipped]:
-    """Fetch the four packages and draw their emoji, OpenMoji first (its CLDR data names the others).
-
-    A drawing has `resolution` pixels a side. With `variants` every emoji is drawn, with one caption; otherwise see
-    `plain_drawings`. Raises MissingExtraError without npm or resvg, ArtifactDamagedError if a package is not the pinned one.
+    """Fetch the four packages and draw their emoji, OpenMoji first (its CLDR data names the others). A drawing has `resolution`
+    pixels a side. With `variants` every emoji is drawn, with one caption; otherwise see `plain_drawings`. Raises
+    MissingExtraError without npm or resvg, ArtifactDamagedError if a package is not the pinned one.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -105,10 +104,9 @@ def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingI
 
 
 def plain_drawings(drawings: Sequence[Drawing]) -> list[Drawing]:
-    """One drawing per subject and set, with up to `MOST_CAPTIONS` captions, the main one first.
-
-    Skin-tone, hair, gender and direction variants are left out where their set has the plain picture, and so are letters of
-    flags, flags of parts of countries, and flags of countries in all sets but `FLAG_SET`.
+    """One drawing per subject and set, with up to `MOST_CAPTIONS` captions, the main one first. Skin-tone, hair, gender and
+    direction variants are left out where their set has the plain picture, and so are letters of flags, flags of parts of
+    countries, and flags of countries in all sets but `FLAG_SET`.
     """
     codes = {(drawing.image.source, _code(drawing.image)) for drawing in drawings}
     kept: list[Drawing] = []
@@ -144,9 +142,8 @@ def _captioned(drawing: Drawing, subjects: dict[str, int]) -> Drawing:
 
 
 def plainer_codes(code: str) -> set[str]:
-    """Codes of the pictures that `code` may be a variant of, itself left out; it is one if its set has any of them.
-
-    Of a man firefighter with light skin: the man firefighter, the firefighter, and the firefighter with the same skin.
+    """Codes of the pictures that `code` may be a variant of, itself left out; it is one if its set has any of them. Of a man
+    firefighter with light skin: the man firefighter, the firefighter, and the firefighter with the same skin.
     """
     found = {code}
     for change in (_without_skin_tone, _without_marks, _any_person, _any_group):
@@ -215,11 +212,6 @@ def caption_of(annotation: str, set_name: str) -> str:
     return f"{annotation.strip().lower()}, {set_name} style"
 
 
-def _person(name: str) -> str:
-    """A name in one spelling: OpenMoji has some with stray spaces and some with decomposed umlauts."""
-    return " ".join(unicodedata.normalize("NFC", name).split())
-
-
 def _plain_code(code: str) -> str:
     """Codepoints in upper case without variation selectors, by which the four sets agree."""
     return "-".join(part for part in code.upper().split("-") if part != "FE0F")
@@ -246,19 +238,18 @@ def _openmoji(archive: Path) -> Iterator[Drawing]:
         svgs = {Path(name).stem: _member(tar, name).read().decode() for name in names}
     for row in rows:
         code = row["hexcode"]
-        image = TrainingImage(
-            image_id=f"openmoji-{code.lower()}",
-            image=b"",
-            captions=[caption_of(row["annotation"], "openmoji")],
-            creator=_person(row["openmoji_author"]) or OPENMOJI.creator,
-            license=OPENMOJI.license,
-            source="openmoji",
-            url=OPENMOJI.url.format(hexcode=code),
-            group=row["group"],
-            subgroup=row["subgroups"],
-            family=f"openmoji-{_without_skin_tone(row['skintone_base_hexcode'] or code).lower()}",
-        )
+        author = " ".join(unicodedata.normalize("NFC", row["openmoji_author"]).split())  # stray spaces, decomposed umlauts
+        found = {"creator": author or OPENMOJI.creator, "group": row["group"], "subgroup": row["subgroups"]}
+        found["url"] = OPENMOJI.url.format(hexcode=code)
+        image = _image(OPENMOJI, code.lower(), row["annotation"], row["skintone_base_hexcode"] or code, found)
         yield Drawing(image, svgs[code], _words(row["tags"], row["openmoji_tags"]))
+
+
+def _image(emoji_set: EmojiSet, code: str, annotation: str, family: str, found: dict[str, str]) -> TrainingImage:
+    """An image still to be drawn; `found` are its own fields, `family` the code of the design whose variant it is."""
+    name, known = emoji_set.name, {"creator": emoji_set.creator, "license": emoji_set.license, "url": emoji_set.url}
+    family, captions = f"{name}-{_without_skin_tone(family).lower()}", [caption_of(annotation, name)]
+    return TrainingImage(image_id=f"{name}-{code}", image=b"", captions=captions, source=name, family=family, **known | found)
 
 
 def _iconify(
@@ -277,18 +268,8 @@ def _iconify(
         kin = known or by_code.get(family) or by_family.get(f"OPENMOJI-{family}")
         icon_words = icon_name.replace("-", " ")
         annotation = subject_of(known.image) if known else icon_words
-        image = TrainingImage(
-            image_id=f"{emoji_set.name}-{code}",
-            image=b"",
-            captions=[caption_of(annotation, emoji_set.name)],
-            creator=emoji_set.creator,
-            license=emoji_set.license,
-            source=emoji_set.name,
-            url=emoji_set.url,
-            group=kin.image.group if kin else "",
-            subgroup=kin.image.subgroup if kin else "",
-            family=f"{emoji_set.name}-{family.lower()}",
-        )
+        found = {"group": kin.image.group, "subgroup": kin.image.subgroup} if kin else {}
+        image = _image(emoji_set, code, annotation, family, found)
         yield Drawing(image, svg, _words(icon_words, *(known.words if known else ())))
 
 

@@ -63,10 +63,9 @@ def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[
 
 
 def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list[Part]:
-    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each.
-
-    An image's id is its path below the folder without the suffix, or with it where two files would share an id. With
-    `creator_from_folder`, the first folder of that path names the creator of images that have none.
+    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each. An image's id is its path below the folder without the
+    suffix, or with it where two files would share an id. With `creator_from_folder`, the first folder of that path names the
+    creator of images that have none.
     """
     ids = _ids(listing.images)
     parts = [Part(fingerprint([vars(skipped) for skipped in listing.skipped]), partial(iter, listing.skipped))]
@@ -82,9 +81,8 @@ def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list
 
 
 def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
-    """What lies below a folder, but in `leave_out`: every file has its place in the result.
-
-    Raises ArtifactNotFoundError if there is no such folder, InputError if a table cannot be read.
+    """What lies below a folder, but in `leave_out`: every file has its place in the result. Raises ArtifactNotFoundError if
+    there is no such folder, InputError if a table cannot be read.
     """
     if not folder.is_dir():
         raise ArtifactNotFoundError(f"{folder} is not a folder. Give the folder that holds the images.")

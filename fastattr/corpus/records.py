@@ -79,10 +79,8 @@ def state_of(path: Path) -> tuple[int, int] | None:
 def as_training_image(
     *, image_id: str, image: bytes, captions: Sequence[str], metadata: Mapping[str, Any]
 ) -> TrainingImage | Skipped:
-    """A training image, or why there is none.
-
-    Columns of the source's row, `metadata`, that `TEXT_COLUMNS` and `SYNONYMS` name go to their place, other texts and
-    numbers to `TrainingImage.metadata`.
+    """A training image, or why there is none. Columns of the source's row, `metadata`, that `TEXT_COLUMNS` and `SYNONYMS` name
+    go to their place, other texts and numbers to `TrainingImage.metadata`.
     """
     fields, columns = _sort_columns(metadata)
     problem = check_image(image) if captions else "no caption"
@@ -128,9 +126,8 @@ def _is_plain(value: Any) -> bool:
 
 def decode_text(data: bytes) -> str:
     """The text of a file in UTF-8, UTF-16, UTF-32 or Windows-1252 (Latin-1), without its mark; InputError for another encoding.
-
-    Windows-1252 has no mark. Bytes count as such if no three accented letters and no four bytes beyond ASCII follow
-    each other, as they do in Cyrillic, Greek or Chinese encodings.
+    Windows-1252 has no mark. Bytes count as such if no three accented letters and no four bytes beyond ASCII follow each other,
+    as they do in Cyrillic, Greek or Chinese encodings.
     """
     try:
         for mark, encoding in BOMS:

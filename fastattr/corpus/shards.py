@@ -52,25 +52,19 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
-    rows = [
-        {
-            "path": folder / split / image["file_name"],
-            "captions": as_captions(captions.get(image["id"], [])),
-            "license": licenses.get(image.get("license", -1)),
-            "source": f"coco-{split}",
-            "url": image.get("flickr_url") or image.get("coco_url"),
-        }
-        for image in sorted(annotations["images"], key=lambda image: image["id"])
-    ]
+    rows: list[tuple[Path, list[str], dict[str, Any]]] = []
+    for image in sorted(annotations["images"], key=lambda image: image["id"]):
+        found = {"license": licenses.get(image.get("license", -1)), "url": image.get("flickr_url") or image.get("coco_url")}
+        written = as_captions(captions.get(image["id"], []))
+        rows.append((folder / split / image["file_name"], written, {"source": f"coco-{split}", **found}))
     blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    states = [[(row | {"path": row["path"].name}, state_of(row["path"])) for row in block] for block in blocks]
+    states = [[(path.name, *row, state_of(path)) for path, *row in block] for block in blocks]
     return [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
 
 
-def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:
-    for row in block:
-        path, metadata = row["path"], {name: row[name] for name in ("license", "source", "url")}
-        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=row["captions"], metadata=metadata)
+def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[TrainingImage | Skipped]:
+    for path, captions, metadata in block:
+        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=captions, metadata=metadata)
 
 
 def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | None = None, made_of: str = "") -> list[Part]:
@@ -80,10 +74,9 @@ def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | 
 
 
 def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
-    """Read one tar shard, a sample at a time, with img2dataset's NNNNN.parquet of columns and failures if it is beside it.
-
-    The image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys
-    count from 0 in every shard. `rows` is metadata by URL, which goes before the shard's own.
+    """Read one tar shard, a sample at a time, with img2dataset's NNNNN.parquet of columns and failures if it is beside it. The
+    image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys count from 0
+    in every shard. `rows` is metadata by URL, which goes before the shard's own.
     """
     beside = shard.with_suffix(".parquet")
     rows_beside = pq.read_table(beside).to_pylist() if beside.exists() else []

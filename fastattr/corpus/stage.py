@@ -17,11 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
 from fastattr.core.files import atomic_path
+from fastattr.core.processes import split_between
 from fastattr.core.stages import fingerprint, finished, make
+from fastattr.corpus.emoji import read_emoji
 from fastattr.corpus.folders import as_id, folder_parts, list_folder, walk
 from fastattr.corpus.records import Part, Skipped, state_of
 from fastattr.corpus.shards import coco_parts, files_in, not_fetched, rows_by_url, shard_parts
@@ -87,8 +90,6 @@ def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Sourc
     """The source that a config names, without the folders in `leave_out`; errors as of its reader."""
     path = Path(config.path)
     if config.kind == "emoji":
-        from fastattr.corpus.emoji import read_emoji
-
         return Source([Part("emoji", partial(read_emoji, config.resolution, variants=config.variants))])
     if config.kind == "folder":
         return Source(folder_parts(list_folder(path, leave_out), creator_from_folder=config.creator_from_folder))
@@ -116,15 +117,10 @@ def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> d
 
 
 def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
-    """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest.
-
-    The parts lie beside it until all are there: another run does what is missing, and what was read from files that have
-    changed since. Raises ArtifactMismatchError if `folder` is finished, and the source's files have changed since.
+    """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest. The parts lie beside it
+    until all are there: another run does what is missing, and what was read from files that have changed since. Raises
+    ArtifactMismatchError if `folder` is finished, and the source's files have changed since.
     """
-    from accelerate import Accelerator
-
-    from fastattr.core.processes import split_between
-
     accelerator = Accelerator()
     scratch = folder.with_name(f"{folder.name}-parts")
     source_dir, run_dir = Path(config.path or ".").resolve(), folder.parent.resolve()

@@ -44,9 +44,8 @@ def choose_candidates(
     similarities: Sequence[np.ndarray], *, size: int, outsiders: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """One query's candidate set, C = `size` of N images: (C,) rows and (C,) bool, true for outsiders, which `rng` draws.
-
-    `similarities` has one (N,) array per encoder, higher = closer to the query. Neighbours come first: the encoders take
-    turns, each adding its nearest image not yet chosen.
+    `similarities` has one (N,) array per encoder, higher = closer to the query. Neighbours come first: the encoders take turns,
+    each adding its nearest image not yet chosen.
     """
     neighbours = size - outsiders
     orders = [np.argsort(-values, kind="stable")[: neighbours * len(similarities)] for values in similarities]

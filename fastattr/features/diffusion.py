@@ -51,9 +51,8 @@ class DiffusionEncoder:
 
 @torch.no_grad()
 def middle_activations(generator: Generator, latents: torch.Tensor, conditioning: Conditioning) -> np.ndarray:
-    """(B, F) float32 unit vectors: the middle block's activations at each timestep, normalised, side by side.
-
-    `latents` are (B, L, h, w), scaled and clean, and `conditioning` is of B prompts.
+    """(B, F) float32 unit vectors: the middle block's activations at each timestep, normalised, side by side. `latents` are (B,
+    L, h, w), scaled and clean, and `conditioning` is of B prompts.
     """
     parts: list[torch.Tensor] = []
 

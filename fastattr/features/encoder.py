@@ -54,7 +54,6 @@ class Encoder(Protocol):
 
 def encoder_fingerprint(settings: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
     """16 hex digits of what determines an encoder's features, and of nothing else: no names of classes, files or layers.
-
     `settings` are `image_settings` or `text_settings`; `weights`, in any order, are those that the features depend on.
     """
     halves = (np.ascontiguousarray(value, dtype=np.float16) for value in weights)  # a half-precision copy is the same
@@ -135,9 +134,8 @@ def encode_all(
     rows: range | None = None,
     ids: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """(N, F) float16 features of `rows`, or of all; `images` gives one row's, so that only one batch is in memory.
-
-    `captions` and `ids` are of all rows. Raises NonFiniteError, which names the id, as `require_directions`.
+    """(N, F) float16 features of `rows`, or of all; `images` gives one row's, so that only one batch is in memory. `captions`
+    and `ids` are of all rows. Raises NonFiniteError, which names the id, as `require_directions`.
     """
     rows = range(len(captions)) if rows is None else rows
     parts = []

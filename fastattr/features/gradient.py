@@ -89,7 +89,6 @@ def _require_gradients(generator: Generator, pattern: str) -> dict[str, Layer]:
 
 def fit_gradient_encoder(generator: Generator, corpus: Corpus, folder: Path, recipe: Recipe, *, reference: str) -> None:
     """Fit curvature, coordinates and kernel on a part of the corpus and write them to a folder, unless it is finished.
-
     `reference` is the generator's name, which `open_gradient_encoder` loads.
     """
     if (folder / MANIFEST).exists():
@@ -122,9 +121,8 @@ def fit_gradient_encoder(generator: Generator, corpus: Corpus, folder: Path, rec
 
 
 def open_gradient_encoder(folder: Path, *, run_dir: Path | None = None, device: str = "cpu") -> GradientEncoder:
-    """Load what `fit_gradient_encoder` wrote, with its generator ('generator' is found in `run_dir`).
-
-    Raises ArtifactMismatchError if the generator is not the one that it was fitted for.
+    """Load what `fit_gradient_encoder` wrote, with its generator ('generator' is found in `run_dir`). Raises
+    ArtifactMismatchError if the generator is not the one that it was fitted for.
     """
     manifest = open_stage(folder, "gradient_encoder")
     name = manifest["generator"]

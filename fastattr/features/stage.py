@@ -9,25 +9,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from fastattr.core.errors import InputError
+from fastattr.core.processes import in_parts
 from fastattr.core.settings import at_least
-from fastattr.core.stages import MANIFEST, fingerprint, make, open_stage
+from fastattr.core.stages import fingerprint, make
 from fastattr.corpus.store import Corpus
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.gradient import RECIPES, fit_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import slug, write_features
 from fastattr.generators.generator import Generator
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+from fastattr.generators.queries import Queries
 
 PART_ROWS = 4096  # images whose features go into one file; a killed run loses at most one part a process
 
@@ -52,10 +51,6 @@ class FeaturesConfig:
 
 def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     """Encode corpus and queries with every encoder, on all processes; returns each folder's manifest by name."""
-    from accelerate import Accelerator  # here, so that a query need not wait for it
-
-    from fastattr.generators.queries import Queries
-
     accelerator = Accelerator()
     corpus = Corpus(run_dir / "corpus")
     queries = Queries(run_dir / "queries")
@@ -94,10 +89,7 @@ def _encode_set(
     inputs: dict[str, str],
 ) -> dict[str, Any]:
     """One feature folder, in parts that are split over the processes and kept if killed; returns its manifest."""
-    from fastattr.core.processes import in_parts
-
     settings = {"captions": config.captions} | ({} if config.dtype == "float32" else {"dtype": config.dtype})
-    settings, inputs = _as_recorded(folder, settings, inputs, encoder)
     parts = folder / f"parts-{fingerprint([settings, inputs, encoder.specification])}"
 
     def work() -> dict[str, Any]:
@@ -123,15 +115,3 @@ def _encode_set(
         }
 
     return make(folder, work, stage="features", config=settings, inputs=inputs, accelerator=accelerator, temporary=[parts])
-
-
-def _as_recorded(
-    folder: Path, settings: dict[str, Any], inputs: dict[str, str], encoder: Encoder
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs as a finished folder of an earlier version names them, if they are the same but for other words."""
-    if not (folder / MANIFEST).exists():
-        return settings, inputs
-    found = open_stage(folder, "features")
-    settings |= {name: found["config"][name] for name in ("encoders", "batch_size") if name in found["config"]}
-    same = found["inputs"].get("encoder") == encoder.former
-    return settings, inputs | ({"encoder": encoder.former} if same else {})

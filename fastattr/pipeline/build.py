@@ -62,10 +62,9 @@ def _json(file: Path) -> dict[str, Any]:
 def run(
     config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
-    """Run every stage that is not finished yet, on all processes; returns the seconds that each stage took now.
-
-    `confirm` is given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on
-    everything is built again, as by another config.
+    """Run every stage that is not finished yet, on all processes; returns the seconds that each stage took now. `confirm` is
+    given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on everything is built
+    again, as by another config.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import InitProcessGroupKwargs
@@ -102,10 +101,8 @@ def run(
 
 
 def forget(run_dir: Path, stage: str) -> None:
-    """Remove what a stage and all later ones wrote into a run folder.
-
-    Raises InputError if there is no such stage, or the run's attributor was changed since it was built (images added, removed
-    or described anew), which another build would undo.
+    """Remove what a stage and all later ones wrote into a run folder. Raises InputError if there is no such stage, or the run's
+    attributor was changed since it was built (images added, removed or described anew), which another build would undo.
     """
     if stage not in FOLDERS:
         raise InputError(f"there is no stage {stage!r}{did_you_mean(stage, FOLDERS)}; stages are {', '.join(FOLDERS)}.")

@@ -114,10 +114,9 @@ def save_config(config: BuildConfig, path: Path) -> None:
 
 
 def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
-    """Raise ArtifactNotFoundError if files or models of a config are not there, InputError if its settings contradict.
-
-    What is finished in `run_dir` is not looked for any more; where `planned`, `plan.images` and `plan.network` stand for a
-    corpus and a generator that are not there.
+    """Raise ArtifactNotFoundError if files or models of a config are not there, InputError if its settings contradict. What is
+    finished in `run_dir` is not looked for any more; where `planned`, `plan.images` and `plan.network` stand for a corpus and a
+    generator that are not there.
     """
     if not (run_dir / "corpus" / MANIFEST).exists() and not (planned and config.plan.images):
         if config.corpus.kind not in {"emoji", "dataset"}:

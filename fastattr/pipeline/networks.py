@@ -197,7 +197,6 @@ def measure_machine(
     shape: Mapping[str, Any], network: Network, pattern: str, batch_size: int, *, limit: float
 ) -> dict[str, float]:
     """Operations a second here in the denoiser, forward and back ('denoiser'), and in large matrix products ('dense').
-
     `pattern` is of the layers to unlearn. `batch_size` is lowered, and InputError raised for one latent alone, if this would
     take longer than `limit` seconds; InputError too if the denoiser needs more memory than is free.
     """

@@ -143,10 +143,9 @@ def teacher_sizes(config: BuildConfig, images: int, network: Network) -> Sizes:
 
 
 def teacher_ways(config: BuildConfig, images: int, network: Network) -> dict[str, float]:
-    """Operations of scoring the training and validation queries in three ways.
-
-    'exact_as_published' measures each query's candidates before and after its step, as the authors' released code does,
-    'exact' the losses before once for all queries, as ours does, and 'first_order' takes all of them to first order.
+    """Operations of scoring the training and validation queries in three ways. 'exact_as_published' measures each query's
+    candidates before and after its step, as the authors' released code does, 'exact' the losses before once for all queries, as
+    ours does, and 'first_order' takes all of them to first order.
     """
     alone: dict[str, Any] = {"method": "unlearning", "models": (), "retrained": "", "similarity_features": ()}
     flops = []

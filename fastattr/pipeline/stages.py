@@ -40,23 +40,19 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def run_autoencoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the autoencoder; a pretrained generator has its own, and there is nothing to do."""
-    return {} if isinstance(config.generator, PretrainedConfig) else train_autoencoder.run(config.autoencoder, run_dir)
-
-
-def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the generator in run_dir/generator, or take the one that the config names."""
+def run_generator(config: BuildConfig, run_dir: Path, *, autoencoder: bool = False) -> dict[str, Any]:
+    """Train the generator, or its autoencoder, or take the pretrained one that the config names, which has its own."""
     if isinstance(config.generator, PretrainedConfig):
-        return pretrained.run(config.generator, run_dir)
+        return {} if autoencoder else pretrained.run(config.generator, run_dir)
+    if autoencoder:
+        return train_autoencoder.run(config.autoencoder, run_dir)
     return train_generator.run(config.generator, run_dir)
 
 
 def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Train the run's own feature encoder, if the features are its."""
-    if not any(specification.endswith(":encoder") for specification in config.features.encoders):
-        return {}
-    return train_encoder.run(config.encoder, run_dir)
+    own = any(specification.endswith(":encoder") for specification in config.features.encoders)
+    return train_encoder.run(config.encoder, run_dir) if own else {}
 
 
 def run_card(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def run_push(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {  # in the order in which they run
     "corpus": lambda config, run_dir: corpus.run(config.corpus, run_dir / "corpus"),
-    "train-autoencoder": run_autoencoder,
+    "train-autoencoder": lambda config, run_dir: run_generator(config, run_dir, autoencoder=True),
     "train-generator": run_generator,
     "train-encoder": run_encoder,
     "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
