@@ -20,7 +20,7 @@ from fastattr.core.stages import fingerprint, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
-from fastattr.features.diffusion import DiffusionEncoder
+from fastattr.features.by_generator import DiffusionEncoder
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.conditioning import Conditioning

@@ -32,7 +32,7 @@ from fastattr.core.settings import read_yaml
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig
-from fastattr.features.gradient import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
+from fastattr.features.by_generator import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig

@@ -54,8 +54,8 @@ def build_attributor(
         captions: 'first' or 'mean', as the features were made.
         thumbnail_quality: of the WebP thumbnails, 1 to 100.
     """
+    from fastattr.features.by_generator import RECIPES
     from fastattr.features.encoder import modality
-    from fastattr.features.gradient import RECIPES
     from fastattr.features.store import folders, read_features
     from fastattr.students.distill import open_student, save_student
     from fastattr.students.student import embed

@@ -23,6 +23,7 @@ from fastattr.core.errors import (
     MissingFileError,
     RevisionNotFoundError,
 )
+from fastattr.core.version import __version__
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -34,8 +35,7 @@ PIPELINE_FILES = ("*.json", "*/*.txt", "*/*.model", "*/model[.-][s0]*", "*/diffu
 
 TRIES = 5
 REFUSED = frozenset({412, 429})  # nothing was done: another commit came first, or too many requests
-TRANSIENT = REFUSED | {408, 500, 502, 503, 504}
-"""May or may not have been done; safe to ask again where the second time does nothing new."""
+TRANSIENT = REFUSED | {408, 500, 502, 503, 504}  # may have been done; ask again where a second time does nothing new
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
 
 
@@ -67,7 +67,6 @@ def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revisio
         name_or_path: an embedded model's name ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
         part: which folder of an embedded model or a run folder: 'generator' or 'attributor'.
         files: patterns of the files to fetch from the Hub; others are not downloaded.
-        revision: branch, tag or commit on the Hub.
         hub: cache_dir, token, local_files_only and force_download, as of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -83,9 +82,9 @@ def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revisio
         of_run = Path(name) / part / own.name
         return of_run.parent if of_run.is_file() and not own.is_file() else Path(name)
     if not REPO_ID.fullmatch(name):
+        known = f"no embedded model ({', '.join(embedded_models()) or 'none'})"
         raise ArtifactNotFoundError(
-            f"there is no model {name!r}: it is no embedded model ({', '.join(embedded_models()) or 'none'}), "
-            "no local folder and no Hub repository 'org/name'."
+            f"there is no model {name!r}: it is {known}, no local folder and no Hub repository 'org/name'."
         )
     return fetch(name, "model", files, revision=revision, **hub)
 
@@ -107,8 +106,6 @@ def commit_of(folder: Path) -> str | None:
 
 def library() -> dict[str, Any]:
     """How the Hub counts our downloads and uploads."""
-    from fastattr.core.version import __version__
-
     return {"library_name": "fastattr", "library_version": __version__}
 
 

@@ -72,14 +72,8 @@ def files_of_parts(
 ) -> list[tuple[range, Path]]:
     """Rows and file of each part of something of `count` rows; the missing files are written, split over the processes.
 
-    Args:
-        folder: where; its name must say all that determines the contents.
-        count: rows in all.
-        size: rows a part; a killed run loses at most one part a process.
-        kind: ending of the files' names.
-        write: (temporary path, rows of a part) -> None.
-        accelerator: the processes; None is this one alone.
-        description: label of the progress bar, and where an InputError says that there are no rows.
+    The name of `folder` must say all that determines the contents; a killed run loses at most one part, of `size` rows, a
+    process. `write` is given a temporary path, which ends as `kind` says, and the part's rows. InputError: there are no rows.
     """
     if not count:
         raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")

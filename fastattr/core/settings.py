@@ -1,8 +1,7 @@
-"""Settings: read a YAML file into config dataclasses, and check every value before anything runs.
+"""Settings: read a YAML file into config dataclasses, and check every value against its field's type before anything runs.
 
-A value is checked against its field's type: `Literal` fields list their choices, numbers are finite and not negative, and
-every element of a list is checked. What depends on several settings is checked by the dataclass itself (`__post_init__`).
-YAML takes `no`, `true`, `2026` and `1e-3` for something else than the words that they are; here the field decides.
+What depends on several settings is checked by the dataclass itself (`__post_init__`). YAML takes `no`, `true`, `2026` and
+`1e-3` for something else than the words that they are; here the field decides.
 """
 
 from __future__ import annotations
@@ -64,16 +63,13 @@ for _kind in ("bool", "int", "float", "timestamp"):
 def read_yaml(path: str | Path, kind: type[Config]) -> Config:
     """Read and check a YAML file that fills a dataclass; a section may be a dataclass too, and what is left out is default.
 
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        InputError: it is not YAML, or a setting is unknown, of another type, none of the choices or out of range; the text
-            names it, and what it may be.
+    Raises InputError if it is not YAML, or a setting is unknown, of another type, none of the choices or out of range, and
+    ArtifactNotFoundError if there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ArtifactNotFoundError(f"there is no config file {path}; see hub_scripts/configs/ for examples.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: it is no UTF-8
         raise InputError(f"{path} is not valid YAML: {error}") from error
     return build(kind, values, where=str(path))

@@ -1,8 +1,7 @@
-"""Stages: each writes one folder with its data and a `manifest.json`.
+"""Stages: each writes one folder with its data, and last a `manifest.json`, so a folder that has one is complete.
 
-The manifest is written last, so a folder that has one is complete. It holds the stage's config and the fingerprints of the
-folders that the stage read; `make` refuses to overwrite a finished folder that was made with other settings, and
-`open_stage` and `require_same` refuse to join folders that do not belong together.
+It holds the stage's config and the fingerprints of the folders that the stage read: `make` refuses to overwrite a folder that
+was made with other settings, `open_stage` and `require_same` to join folders that do not belong together.
 """
 
 from __future__ import annotations
@@ -65,14 +64,12 @@ def make(
         folder: the stage's folder; `work` creates it, so that a refused input leaves none.
         work: writes the data files and returns counts, timings and the like, which the manifest keeps but nothing compares.
             Every process calls it; what only one may write stands under `if accelerator.is_main_process` inside it.
-        stage: the stage's name, e.g. 'candidates'.
-        config: the stage's config dataclass.
+        stage: the stage's name, e.g. 'candidates'; `config` is its config dataclass.
         inputs: fingerprints of the folders that the stage reads, by stage name.
         accelerator: the processes that call `make` together; None is this process alone.
         temporary: files and folders that a killed run resumes from (checkpoints, shards); removed once the manifest is there.
 
-    Raises:
-        ArtifactMismatchError: `folder` holds a finished stage of other settings or inputs.
+    Raises ArtifactMismatchError if `folder` holds a finished stage of other settings or inputs.
     """
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     if not finished(folder, stage=stage, config=config, inputs=inputs):

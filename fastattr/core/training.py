@@ -1,8 +1,7 @@
-"""One training loop for the networks that we train ourselves: resumable, EMA, any number of processes.
+"""One training loop for the networks that we train ourselves: resumable, with averaged weights, on any number of processes.
 
-A network to train is an `nn.Module` whose forward returns its loss. Batches and random draws are functions of
-the step number alone, so a run that was killed and resumed sees exactly what an uninterrupted run sees.
-Checkpoints are safetensors files; no pickle.
+A network to train is an `nn.Module` whose forward returns its loss. Batches and random draws are functions of the step number
+alone, so a run that was killed and resumed sees exactly what an uninterrupted run sees.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path
-from fastattr.core.muon import Muon
 from fastattr.core.settings import at_least
 from fastattr.core.stages import fingerprint
 
@@ -34,23 +32,17 @@ from fastattr.core.stages import fingerprint
 class TrainingConfig:
     """Settings of one training run: linear warm-up, then cosine decay to zero unless the stage has another schedule."""
 
-    steps: int
-    """Optimiser steps in all."""
-    batch_size: int
-    """Examples a step, over all processes together."""
+    steps: int  # optimiser steps in all
+    batch_size: int  # examples a step, over all processes together
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_steps: int = 200
-    ema_decay: float = 0.999
-    """Decay of the exponential moving average whose weights are kept."""
+    ema_decay: float = 0.999  # decay of the exponential moving average whose weights are kept
     max_grad_norm: float = 1.0
-    checkpoint_every: int = 500
-    """Steps between checkpoints; a killed run loses at most these."""
+    checkpoint_every: int = 500  # steps between checkpoints; a killed run loses at most these
     seed: int = 0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """'muon' is for matrices, with AdamW for the rest."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX."""
+    optimizer: Literal["adamw", "muon"] = "adamw"  # 'muon' is for matrices, with AdamW for the rest
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # bfloat16 pays on GPUs and on CPUs with AVX512-BF16 or AMX
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "batch_size", "checkpoint_every")
@@ -187,19 +179,15 @@ def fit(
     Args:
         loss_module: forward(*batch) -> scalar mean loss over the batch.
         batch_of: (rows, generator) -> the batch's tensors; takes all randomness from the generator.
-        config: the run's settings.
         examples: number of training examples that `rows` index.
         checkpoint: safetensors file to resume from and write to; removed by the caller once the result is saved.
         made_from: whatever else determines the run (the stage's config and input fingerprints, JSON-able); a checkpoint
             of anything else is refused, except one with another number of steps that had the same learning rates.
         accelerator: device, precision and processes; made from `config` if not given.
-        schedule: (step, config) -> learning rate.
         stopping: judge the averaged weights now and then, and return the best of them; None returns the last.
-        description: label of the progress bar.
 
     Raises:
-        ArtifactMismatchError: the checkpoint belongs to other settings.
-        NonFiniteError: the loss became NaN or infinite.
+        ArtifactMismatchError, NonFiniteError: the checkpoint belongs to other settings; the loss became NaN or infinite.
     """
     accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
     if config.batch_size % accelerator.num_processes:
@@ -213,7 +201,7 @@ def fit(
     per_process = config.batch_size // accelerator.num_processes
     steps, quiet = range(start, config.steps), not accelerator.is_main_process
     bar = tqdm(steps, initial=start, total=config.steps, desc=description, disable=quiet)
-    running = float("nan")
+    running = math.nan
     for step in bar:
         if stopping and state.waited >= stopping.patience:
             break
@@ -267,3 +255,60 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_(list(averages), list(currents), 1 - now)
 
     return update
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and convolutions of `module`, AdamW for embeddings, biases and norms; frozen weights stay.
+
+    Momentum is made orthogonal before each step. Source: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the
+    step's size follows arXiv:2502.16982, so that learning rates and weight decay are those of AdamW.
+    """
+
+    def __init__(self, module: nn.Module, *, learning_rate: float, weight_decay: float) -> None:
+        looked_up = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in looked_up]
+        chosen = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in trained if id(parameter) not in chosen]
+        groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
+        super().__init__([group for group in groups if group["params"]], {"lr": learning_rate, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step along the gradients; `closure` is not used."""
+        for group in self.param_groups:
+            direction_of = _muon if group["matrices"] else _adam
+            for parameter in (each for each in group["params"] if each.grad is not None):
+                direction = direction_of(parameter, self.state[parameter])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+
+
+def _muon(parameter: torch.Tensor, state: dict[str, torch.Tensor], momentum: float = 0.95) -> torch.Tensor:
+    """Nesterov momentum made orthogonal, with the root mean square of an AdamW step."""
+    if not state:
+        state["momentum"] = torch.zeros_like(parameter)
+    state["momentum"].lerp_(parameter.grad, 1 - momentum)  # type: ignore[arg-type]
+    matrix = parameter.grad.lerp(state["momentum"], momentum).flatten(1)  # type: ignore[union-attr]
+    return orthogonal(matrix).mul_(0.2 * max(matrix.shape) ** 0.5).view(parameter.shape)
+
+
+def _adam(parameter: torch.Tensor, state: dict[str, torch.Tensor], betas: tuple[float, float] = (0.9, 0.99)) -> torch.Tensor:
+    """AdamW's direction."""
+    if not state:
+        state["step"] = torch.zeros(())
+        state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["step"] += 1
+    state["mean"].lerp_(parameter.grad, 1 - betas[0])  # type: ignore[arg-type]
+    state["square"].lerp_(parameter.grad.square(), 1 - betas[1])  # type: ignore[union-attr]
+    mean_share, square_share = (1 - beta ** float(state["step"]) for beta in betas)
+    return state["mean"] / mean_share / ((state["square"] / square_share).sqrt() + 1e-8)
+
+
+def orthogonal(matrix: torch.Tensor, *, iterations: int = 5) -> torch.Tensor:
+    """(R, C) matrix with the same singular vectors and singular values near 1, by Newton-Schulz iterations in bfloat16."""
+    wide = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.T.bfloat16()
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(iterations):
+        product = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * product + 2.0315 * product @ product) @ wide
+    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype).contiguous()

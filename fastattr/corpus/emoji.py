@@ -28,7 +28,7 @@ from PIL import Image
 from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactDamagedError, MissingExtraError
 from fastattr.corpus.images import load_rgb
-from fastattr.corpus.records import Skipped, TrainingImage
+from fastattr.corpus.records import Found, TrainingImage
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 MARKS = {"2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}  # joined: female, male, facing right, four kinds of hair
@@ -83,7 +83,7 @@ class Drawing:
     words: tuple[str, ...] = ()  # keywords and other names of its subject
 
 
-def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingImage | Skipped]:
+def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[Found]:
     """Fetch the four packages and draw their emoji, OpenMoji first (its CLDR data names the others). A drawing has `resolution`
     pixels a side. With `variants` every emoji is drawn, with one caption; otherwise see `plain_drawings`. Raises
     MissingExtraError without npm or resvg, ArtifactDamagedError if a package is not the pinned one.

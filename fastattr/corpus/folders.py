@@ -29,9 +29,9 @@ from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, looks_like_an_image, read_bytes
 from fastattr.corpus.records import (
     ROWS_AT_ONCE,
+    Found,
     Part,
     Skipped,
-    TrainingImage,
     as_captions,
     as_text,
     as_training_image,
@@ -56,7 +56,7 @@ class Listing:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[TrainingImage | Skipped]:
+def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[Found]:
     """Read a captioned image folder; see `list_folder` and `folder_parts`."""
     for part in folder_parts(list_folder(folder), creator_from_folder=creator_from_folder):
         yield from part.read()
@@ -203,7 +203,7 @@ def _find_sidecars(listing: Listing, names: Sequence[str]) -> None:
 
 def _read_images(
     files: Mapping[str, Path], block: Mapping[str, tuple[str, list[dict[str, Any]], list[str]]], creator_from_folder: bool
-) -> Iterator[TrainingImage | Skipped]:
+) -> Iterator[Found]:
     for name, (image_id, rows, sidecars) in block.items():
         captions: list[str] = []
         try:

@@ -17,10 +17,8 @@ from PIL import Image
 
 MAX_BITS = 6  # of 64; at most 7, for with eight bands of eight bits two hashes that differ in 7 bits agree in one band
 MAX_COLOUR = 40  # of 255; emoji shrunk to 40 pixels and saved as JPEG of quality 60 differ by 34 at most
-STANDS_OUT = 3.0
-"""Largest difference of two thumbnails, in units of `NOISE` plus their 60th percentile. Of emoji that were shrunk to 40
-pixels, brightened or saved as JPEG of quality 60 to 75, 99% have less than 3.5."""
-NOISE = 4
+# Largest difference of two thumbnails, in units of `NOISE` plus their 60th percentile; resaved emoji have 3.5 at most in 99%.
+STANDS_OUT, NOISE = 3.0, 4
 ALIKE = 14  # largest difference of two thumbnails up to which other captions do not make another picture
 FLAT = 2  # steps of brightness up to this count as none, so that the noise of a JPEG's plain areas makes no bits
 SIDE = 8

@@ -23,8 +23,9 @@ SYNONYMS = {  # names that sources give our columns, in any case of letters; the
     "creator": ("artist", "author", "photographer", "illustrator", "painter", "creators", "artists", "authors"),
     "license": ("licence",),
 }
+KNOWN = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *SYNONYMS["creator"], *SYNONYMS["license"]}
+# Columns that say which image a row is of are read, but not kept.
 USED = frozenset({"image_id", "image", "bytes", "path", "file_name", "filename", "file", "key", "status", "error_message"})
-"""Columns that say which image a row is of; they are read, but not kept."""
 LONGEST = 4000  # characters of a value in `metadata`; longer ones (embeddings, whole EXIF blocks) are left out
 BOMS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -59,12 +60,15 @@ class Skipped:
     url: str = ""
 
 
+Found = TrainingImage | Skipped
+
+
 @dataclass(frozen=True)
 class Part:
     """A piece of a source that is read on its own, by one process."""
 
     name: str  # what it is of; another name is another part, so it holds sizes and times of files, too
-    read: partial[Iterator[TrainingImage | Skipped]]
+    read: partial[Iterator[Found]]
 
 
 def state_of(path: Path) -> tuple[int, int] | None:
@@ -76,9 +80,7 @@ def state_of(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def as_training_image(
-    *, image_id: str, image: bytes, captions: Sequence[str], metadata: Mapping[str, Any]
-) -> TrainingImage | Skipped:
+def as_training_image(*, image_id: str, image: bytes, captions: Sequence[str], metadata: Mapping[str, Any]) -> Found:
     """A training image, or why there is none. Columns of the source's row, `metadata`, that `TEXT_COLUMNS` and `SYNONYMS` name
     go to their place, other texts and numbers to `TrainingImage.metadata`.
     """

@@ -1,8 +1,4 @@
-"""Shards: read COCO, webdataset shards, and URLs with the shards of their images.
-
-Webdataset shards are read as img2dataset writes them: NNNNN.tar with KEY.jpg, KEY.txt and KEY.json (url, caption, and
-LAION's LICENSE, NSFW, similarity), and NNNNN.parquet beside it, which also lists the URLs that could not be fetched.
-"""
+"""Shards: read COCO, webdataset shards as img2dataset writes them, and URLs with the shards of their images."""
 
 from __future__ import annotations
 
@@ -21,13 +17,11 @@ from fastattr.core.files import read_json
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
 from fastattr.corpus.records import (
-    CAPTION_COLUMNS,
+    KNOWN,
     ROWS_AT_ONCE,
-    SYNONYMS,
-    TEXT_COLUMNS,
+    Found,
     Part,
     Skipped,
-    TrainingImage,
     as_captions,
     as_text,
     as_training_image,
@@ -62,7 +56,7 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
     return [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
 
 
-def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[TrainingImage | Skipped]:
+def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[Found]:
     for path, captions, metadata in block:
         yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=captions, metadata=metadata)
 
@@ -73,7 +67,7 @@ def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | 
     return [Part(fingerprint(state), partial(read_shard, shard, rows)) for state, shard in zip(states, shards, strict=True)]
 
 
-def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
+def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Found]:
     """Read one tar shard, a sample at a time, with img2dataset's NNNNN.parquet of columns and failures if it is beside it. The
     image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys count from 0
     in every shard. `rows` is metadata by URL, which goes before the shard's own.
@@ -144,8 +138,7 @@ def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
             raise InputError(f"{file} has no column 'url'; it has {names}.")
-        known = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *(name for names in SYNONYMS.values() for name in names)}
-        wanted = [name for name in names if name.lower() in known]
+        wanted = [name for name in names if name.lower() in KNOWN]
         rows |= {row[column]: row for row in pq.read_table(file, columns=wanted).to_pylist() if row[column]}
     return rows
 

@@ -45,22 +45,17 @@ class CorpusConfig:
     """'emoji' (pinned npm packages), 'folder' (images with captions), 'dataset' (a `datasets` name or file), 'coco'
     (annotations/captions_SPLIT.json and SPLIT/ in a folder), 'webdataset' (tar shards, as img2dataset writes them) or
     'urls' (parquet files of URLs and captions, whose images are in the tar shards of `shards`)."""
-    path: str = ""
-    """Folder, dataset id or data file; empty for 'emoji'."""
-    split: str = "train"
-    """Split of the dataset; of COCO 'train2017', say."""
-    shards: str = ""
-    """Of 'urls': the folder of tar shards."""
+    path: str = ""  # folder, dataset id or data file; empty for 'emoji'
+    split: str = "train"  # split of the dataset; of COCO 'train2017', say
+    shards: str = ""  # of 'urls': the folder of tar shards
     duplicates: str = ""
     """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, but keeps a
     near-copy that has other captions and visibly differs; 'family' keeps it with the same `family`; 'keep' does not look.
     '' is 'keep' for emoji, whose variants are no copies, else 'skip'. Near-copy: fastattr/corpus/near_copies.py."""
     image_column: str = "image"
     caption_column: str = "caption"
-    creator_from_folder: bool = False
-    """Of 'folder': the first folder below `path` names the creator of images that have none."""
-    resolution: int = 64
-    """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
+    creator_from_folder: bool = False  # of 'folder': the first folder below `path` names the creator of images that have none
+    resolution: int = 64  # side in pixels at which SVG sources are drawn; other sources keep their own size
     variants: bool = False
     """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
 

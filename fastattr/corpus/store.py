@@ -27,8 +27,7 @@ from fastattr.corpus.records import ROWS_AT_ONCE, TEXT_COLUMNS, Skipped, Trainin
 logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 50_000
-GROUP_BYTES = 4_000_000
-"""Image bytes of a parquet row group, which is what reading one image reads; a single image may be larger."""
+GROUP_BYTES = 4_000_000  # image bytes of a parquet row group, which is what reading one image reads; an image may be larger
 GROUPS_KEPT = 16  # row groups that an open corpus holds in memory
 
 
@@ -211,10 +210,8 @@ class Corpus:
         return np.array([self._row[image_id] for image_id in image_ids], dtype=np.int64)
 
     def column(self, name: str) -> list[str]:
-        """One metadata column, in row order; texts that a corpus of an earlier version does not have are empty."""
-        if name in TEXT_COLUMNS and name not in self.table.column_names:
-            return [""] * len(self)
-        return list(self.table[name].to_pylist())
+        """One metadata column, in row order."""
+        return self.table[name].to_pylist()
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image file of one row."""
@@ -239,7 +236,5 @@ class Corpus:
             yield TrainingImage(image=self.image_bytes(row), **values)
 
     def looks(self) -> Looks:
-        """What the images look like, in row order, for `near_copies`; computed if the corpus was written without."""
-        if (self.folder / "looks.parquet").exists():
-            return looks_of(pq.read_table(self.folder / "looks.parquet")["look"].to_pylist())
-        return looks_of([look_of(self.image(row)) for row in range(len(self))])
+        """What the images look like, in row order, for `near_copies`."""
+        return looks_of(pq.read_table(self.folder / "looks.parquet")["look"].to_pylist())

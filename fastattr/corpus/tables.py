@@ -14,9 +14,8 @@ from fastattr.corpus.images import read_bytes
 from fastattr.corpus.records import (
     CAPTION_COLUMNS,
     ROWS_AT_ONCE,
+    Found,
     Part,
-    Skipped,
-    TrainingImage,
     as_captions,
     as_text,
     as_training_image,
@@ -31,11 +30,8 @@ ROWS_PER_PART = 10_000  # of a dataset saved with `save_to_disk`, which can be s
 def dataset_parts(source: str, split: str, *, image_column: str, caption_column: str) -> list[Part]:
     """The files of a dataset as parts; InputError if it cannot be opened, or lacks one of the two columns.
 
-    Args:
-        source: a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`).
-        split: of the dataset; a data file has none.
-        image_column: see `image_of`. If it is 'image' and there is none, the first of `IMAGE_COLUMNS` counts.
-        caption_column: texts or lists of texts. If it is 'caption' and there is none, the first of `CAPTION_COLUMNS` counts.
+    `source` is a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`), which
+    has no split. For columns 'image' and 'caption' that are not there the first of `IMAGE_COLUMNS` and `CAPTION_COLUMNS` count.
     """
     dataset, made_of = _open(source, split)
     features = dataset.features or {}
@@ -49,7 +45,7 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     names: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column, "classes": classes, "base": base}
     count = dataset.num_shards
 
-    def read(number: int) -> Iterator[TrainingImage | Skipped]:
+    def read(number: int) -> Iterator[Found]:
         rows = dataset.shard(count, number) if count > 1 else dataset
         return read_dataset(rows, **names, prefix=f"{number:05d}-" if count > 1 else "")
 
@@ -100,7 +96,7 @@ def read_dataset(
     prefix: str = "",
     classes: Mapping[str, list[str]] | None = None,
     base: Path = Path(),
-) -> Iterator[TrainingImage | Skipped]:
+) -> Iterator[Found]:
     """Read rows of a `datasets` dataset whose images are not decoded; `classes` names the classes of columns of numbers. The
     image id is the row's `image_id` if it has one, else `prefix` and its position, zero-padded.
     """

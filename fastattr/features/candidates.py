@@ -1,7 +1,6 @@
-"""Candidates: the training images that the teacher scores for each query, one row each of candidates/data.parquet.
+"""Candidates: the training images that the teacher scores for each query (arXiv:2511.10721, sec. 4, two-stage curation).
 
-A set holds the nearest neighbours in features (an equal part by each encoder) and random outsiders, which the student learns
-to place last. Source: arXiv:2511.10721, sec. 4 (two-stage curation).
+A set holds the nearest neighbours in features, an equal part by each encoder, and random outsiders.
 """
 
 from __future__ import annotations
@@ -28,10 +27,8 @@ from fastattr.generators.queries import Queries
 class CandidatesConfig:
     """Size and make-up of a candidate set."""
 
-    per_query: int = 1000
-    """C, images in each set."""
-    outsider_share: float = 0.1
-    """Part of the set drawn at random from the rest of the corpus (10% in the paper)."""
+    per_query: int = 1000  # C, images in each set
+    outsider_share: float = 0.1  # part of the set drawn at random from the rest of the corpus (10% in the paper)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,9 +72,9 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
             for ours, theirs in zip(query_folders, corpus_folders, strict=True)
         ]
         outsiders = round(config.per_query * config.outsider_share)
-        drawn = (np.random.default_rng([config.seed, query]) for query in range(len(queries.query_ids)))
-        of_query = zip(*similarities, strict=True)
-        return [choose_candidates(values, size=config.per_query, outsiders=outsiders, rng=next(drawn)) for values in of_query]
+        drawn = [np.random.default_rng([config.seed, query]) for query in range(len(queries.query_ids))]
+        of_query = zip(drawn, zip(*similarities, strict=True), strict=True)
+        return [choose_candidates(values, size=config.per_query, outsiders=outsiders, rng=rng) for rng, values in of_query]
 
     return write_candidates(folder, corpus, queries, choose, config=config, inputs=inputs, encoders=list(encoders))
 

@@ -1,9 +1,4 @@
-"""Kinds of encoders: what opens a specification KIND:REF.
-
-    open_clip-image   open_clip-text   transformers-image   transformers-text   diffusion   gradient
-
-A new kind is one more entry of `KINDS`: a function from the reference and the `Options` to an `Encoder`.
-"""
+"""Kinds of encoders: a new one is an entry of `KINDS`, a function from the reference and the `Options` to an `Encoder`."""
 
 from __future__ import annotations
 
@@ -34,7 +29,7 @@ def _pretrained(name: str, *modality: str) -> Callable[[str, Options], Encoder]:
 
 
 def _diffusion(reference: str, options: Options) -> Encoder:
-    from fastattr.features.diffusion import DiffusionEncoder
+    from fastattr.features.by_generator import DiffusionEncoder
     from fastattr.generators.generator import Generator
 
     name = options.folder / reference if reference == "generator" and options.folder is not None else reference
@@ -43,7 +38,7 @@ def _diffusion(reference: str, options: Options) -> Encoder:
 
 
 def _gradient(reference: str, options: Options) -> Encoder:
-    from fastattr.features.gradient import RECIPES, open_gradient_encoder
+    from fastattr.features.by_generator import RECIPES, open_gradient_encoder
 
     path = options.folder / reference if reference in RECIPES and options.folder is not None else Path(reference)
     return open_gradient_encoder(path, run_dir=options.folder, device=options.device)

@@ -42,13 +42,10 @@ def supports(folder: Path) -> bool:
         return False
     config = read_json(folder / CONFIG)
     model, preprocessing = config["model_cfg"], config["preprocess_cfg"]
-    return (
-        set(model) == {"embed_dim", "vision_cfg", "text_cfg"}
-        and set(model["vision_cfg"]) == VISION_KEYS
-        and set(model["text_cfg"]) == TEXT_KEYS
-        and model["text_cfg"]["pool_type"] == "eos"
-        and (preprocessing["interpolation"], preprocessing["resize_mode"]) == ("bicubic", "squash")
-    )
+    if set(model) != {"embed_dim", "vision_cfg", "text_cfg"} or set(model["vision_cfg"]) != VISION_KEYS:
+        return False
+    how = (model["text_cfg"].get("pool_type"), preprocessing["interpolation"], preprocessing["resize_mode"])
+    return set(model["text_cfg"]) == TEXT_KEYS and how == ("eos", "bicubic", "squash")
 
 
 class LightClip:
@@ -107,7 +104,11 @@ class LightClip:
         return unit_vectors(last @ weights["text_projection"])
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([_clean(text) for text in texts])]
+        """The texts cleaned as open_clip does, and their tokens."""
+        import ftfy
+
+        clean = [" ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(clean)]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -117,13 +118,6 @@ class LightClip:
         tokenizer.enable_truncation(self._text["context_length"])
         tokenizer.enable_padding(length=self._text["context_length"], pad_id=self._text["pad_id"])
         return tokenizer
-
-
-def _clean(text: str) -> str:
-    """As open_clip cleans a text before its tokenizer sees it."""
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _transformer(hidden: np.ndarray, weights: Mapping[str, np.ndarray], *, layers: int, heads: int, causal: bool) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""Features stage: every encoder reads every training image and every query.
-
-Reads corpus/ and queries/; writes features/<encoder>/ and query_features/<encoder>/ (store.py says what a folder holds).
-"""
+"""Features stage: every encoder reads every training image and every query; store.py says what a folder holds."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ from fastattr.core.processes import in_parts
 from fastattr.core.settings import at_least
 from fastattr.core.stages import fingerprint, make
 from fastattr.corpus.store import Corpus
+from fastattr.features.by_generator import RECIPES, fit_gradient_encoder
 from fastattr.features.encoder import Encoder, encode_all
-from fastattr.features.gradient import RECIPES, fit_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import slug, write_features
 from fastattr.generators.generator import Generator
@@ -37,8 +34,7 @@ class FeaturesConfig:
 
     encoders: tuple[str, ...] = ("open_clip-image:encoder", "open_clip-text:encoder")
     """Specifications; 'encoder' as REF is the run folder's own encoder."""
-    captions: Literal["first", "mean"] = "first"
-    """'first' or 'mean': how several captions of one image become one text feature."""
+    captions: Literal["first", "mean"] = "first"  # 'first' or 'mean': how several captions of one image become one text feature
     batch_size: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of weights and activations; features are float32, and stored as float16, in any case."""

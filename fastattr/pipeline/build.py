@@ -1,8 +1,7 @@
 """Build: the whole line from a config, stage by stage, resuming where the run folder stands.
 
-`run` plans first (once: plan.json), asks above a limit, and keeps the config in config.yaml and what each stage took in
-spent.json. Under `accelerate launch` the stages up to the teacher share all processes; the rest, which is small and whose
-sums would depend on the number of processes, is done by one of its own.
+The run folder keeps plan.json, config.yaml and spent.json, what each stage took. Under `accelerate launch` the stages up to the
+teacher share all processes; the rest, which is small, is done by one, so that its sums don't depend on their number.
 """
 
 from __future__ import annotations

@@ -50,20 +50,13 @@ class PlanConfig:
 
     network: str = ""
     """Name of the denoiser's shape in fastattr/pipeline/networks.py, e.g. 'stable-diffusion-1'; '' reads the generator."""
-    images: int = 0
-    """Training images; 0 counts those of the corpus, or of its folder."""
-    captions_per_image: float = 1.0
-    """Mean number of captions of an image."""
-    bytes_per_image: int = 60_000
-    """Mean size of an image file."""
-    accelerator: Literal["A100", "H100", "L4"] = "A100"
-    """Whose hours are paid."""
-    rate: float = 0.0
-    """Money for an hour of it, in any currency; 0 leaves the money out."""
-    confirm_hours: float = 1.0
-    """A build that will take longer than this on this machine asks first."""
-    probe_seconds: int = 60
-    """Longest that measuring this machine may take."""
+    images: int = 0  # training images; 0 counts those of the corpus, or of its folder
+    captions_per_image: float = 1.0  # mean number of captions of an image
+    bytes_per_image: int = 60_000  # mean size of an image file
+    accelerator: Literal["A100", "H100", "L4"] = "A100"  # whose hours are paid
+    rate: float = 0.0  # money for an hour of it, in any currency; 0 leaves the money out
+    confirm_hours: float = 1.0  # a build that will take longer than this on this machine asks first
+    probe_seconds: int = 60  # longest that measuring this machine may take
 
     def __post_init__(self) -> None:
         if self.network and self.network not in SHAPES:
@@ -75,8 +68,7 @@ class PlanConfig:
 class BuildConfig:
     """All stages of one line; a section left out keeps its stage's defaults."""
 
-    name: str
-    """Names the run folder, runs/NAME, unless --run gives another."""
+    name: str  # names the run folder, runs/NAME, unless --run gives another
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     generator: GeneratorConfig | PretrainedConfig = field(default_factory=GeneratorConfig)
@@ -92,8 +84,7 @@ class BuildConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     push: PushConfig = field(default_factory=PushConfig)
-    thumbnail_quality: int = 40
-    """WebP quality of the catalogue's thumbnails, 1 to 100."""
+    thumbnail_quality: int = 40  # WebP quality of the catalogue's thumbnails, 1 to 100
 
     def __post_init__(self) -> None:
         if not 1 <= self.thumbnail_quality <= 100:

@@ -27,10 +27,10 @@ from fastattr.index.choose import available_memory
 SD_VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
     "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 # Stable Diffusion 1.x: unet/config.json of its repository, of which these values differ from diffusers' defaults.
 SD_UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
@@ -176,8 +176,7 @@ def _kept_bytes(denoiser: nn.Module, layers: Mapping[str, Layer], inputs: Mappin
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = denoiser(**inputs)
-    del output
+        denoiser(**inputs)
     return sum(kept.values())
 
 

@@ -24,21 +24,19 @@ from fastattr.corpus.folders import list_folder
 from fastattr.generators.lora import locate_lora
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.scratch.autoencoder import build_autoencoder
-from fastattr.generators.scratch.denoiser import GeneratorConfig, build_denoiser
+from fastattr.generators.scratch.denoiser import build_denoiser
 from fastattr.gradients.ekfac import factor_sizes
 from fastattr.pipeline.config import BuildConfig, check, check_queries
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, measure_machine, shape_of
 from fastattr.teachers.cost import Probe, Sizes, teacher_plan
 
-DENSE = {"train-encoder", "features", "distill", "index"}
-"""Stages that spend their time in large matrix products; the others spend it in the denoiser."""
+DENSE = {"train-encoder", "features", "distill", "index"}  # stages of large matrix products, not of the denoiser
 UTILISATION = 0.20  # part of the peak that float32 diffusers code reaches, the same for every network and accelerator
 LIBRARIES = 1_000_000_000  # bytes of a process that has loaded PyTorch, diffusers and transformers
 # Of one image or caption: ViT-B/16 at 224 pixels (17.6 GMACs, arXiv:2010.11929), CLIP's text tower of 12 layers, 512 wide.
 ENCODER_FLOPS = {"image": 35.1e9, "text": 5.9e9}
 FEATURE_WIDTH = 768  # assumed of an encoder that is not loaded yet
-THUMBNAIL_BYTES = 1000
-PNG_BYTES_PER_PIXEL = 1.5
+THUMBNAIL_BYTES, PNG_BYTES_PER_PIXEL = 1000, 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +80,23 @@ def denoiser_shape(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
         return shape_of(run_dir / "generator")
     if config.plan.network:
         return shape_of(config.plan.network)
-    if isinstance(config.generator, PretrainedConfig):
-        name = config.generator.pretrained
+    settings, vae = config.generator, config.autoencoder
+    if isinstance(settings, PretrainedConfig):
+        name = settings.pretrained
         return shape_of(ASSETS / name / "generator" if name in embedded_models() else name)
-    return _shape_to_train(config)
+
+    class Tokenizer:
+        bos_token_id = eos_token_id = pad_token_id = 0
+
+        def __len__(self) -> int:
+            return settings.vocabulary
+
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(vae)
+        latent = {"latent_channels": vae.latent_channels, "latent_side": vae.resolution // 2 ** (len(vae.channels) - 1)}
+        unet, _ = build_denoiser(settings, tokenizer=Tokenizer(), **latent)
+    denoiser = {**unet.config, "_class_name": "UNet2DConditionModel"}
+    return {"denoiser": denoiser, "tokens": settings.max_tokens, "vae": {**autoencoder.config, "_class_name": "AutoencoderKL"}}
 
 
 def denoiser_of(config: BuildConfig, run_dir: Path) -> Network:
@@ -97,29 +108,6 @@ def denoiser_of(config: BuildConfig, run_dir: Path) -> Network:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys() if "lora" in name]  # noqa: SIM118
     sizes = [(shape[0], int(np.prod(shape[1:]))) for shape in shapes if len(shape) > 1]
     return replace(network, unlearned=sum(out * inner for out, inner in sizes), factors=factor_sizes(sizes))
-
-
-def _shape_to_train(config: BuildConfig) -> dict[str, Any]:
-    """The shape that the config's own generator section describes."""
-    settings, vae = config.generator, config.autoencoder
-    assert isinstance(settings, GeneratorConfig)
-    vocabulary = settings.vocabulary
-
-    class Tokenizer:
-        bos_token_id = eos_token_id = pad_token_id = 0
-
-        def __len__(self) -> int:
-            return vocabulary
-
-    with torch.device("meta"):
-        autoencoder = build_autoencoder(vae)
-        latent = {"latent_channels": vae.latent_channels, "latent_side": vae.resolution // 2 ** (len(vae.channels) - 1)}
-        unet, _ = build_denoiser(settings, tokenizer=Tokenizer(), **latent)
-    return {
-        "denoiser": {**unet.config, "_class_name": "UNet2DConditionModel"},
-        "tokens": settings.max_tokens,
-        "vae": {**autoencoder.config, "_class_name": "AutoencoderKL"},
-    }
 
 
 def teacher_sizes(config: BuildConfig, images: int, network: Network) -> Sizes:
@@ -232,13 +220,9 @@ def _teacher_cost(config: BuildConfig, images: int, network: Network, weights: i
 def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[str, Any]:
     """Everything that can be said of a config before it runs; what `run_dir` holds already is read instead of assumed.
 
-    Returns:
-        'stages' (each with its counts and 'hours' by accelerator), their totals, 'teacher_hours' (of `teacher_ways`, by way
-        and accelerator), 'money', and 'here': 'seconds' by stage and in all, and 'rates', or 'problem'. To `measure` this
-        machine takes half a minute.
-
-    Raises:
-        InputError: the number of images or the network is not known. Also what `check` and `check_queries` raise.
+    Returns 'stages' (each with its counts and 'hours' by accelerator), their totals, 'teacher_hours' (of `teacher_ways`, by
+    way and accelerator), 'money', and 'here': 'seconds' by stage and in all, and 'rates', or 'problem'. To `measure` this
+    machine takes half a minute. Raises InputError if the number of images or the network is not known, and as `check`.
     """
     check(config, run_dir, planned=True)
     check_queries(config, run_dir)
@@ -287,14 +271,13 @@ def as_table(result: Mapping[str, Any]) -> str:
             f"{stage['name']:18s} {stage['forward']:15,d} {stage['backward']:15,d}{hours} {_bytes(stage['memory']):>10s} "
             f"{_bytes(stage['disk']):>10s} {'' if seconds is None else f'{seconds:,.0f} s':>10s}"
         )
-    ways = result["teacher_hours"]
-    words = {
-        "exact_as_published": "exactly, as the paper's code does (losses before and after for each query)",
-        "exact": "exactly, the losses before measured once",
-        "first_order": "to first order (teacher.linearised)",
-    }
     lines.append(f"teacher of the training and validation queries, {names[0]}-hours:")
-    lines += [f"  {ways[way][names[0]]:12,.1f}  {text}" for way, text in words.items()]
+    for way, text in (
+        ("exact_as_published", "exactly, as the paper's code does (losses before and after for each query)"),
+        ("exact", "exactly, the losses before measured once"),
+        ("first_order", "to first order (teacher.linearised)"),
+    ):
+        lines.append(f"  {result['teacher_hours'][way][names[0]]:12,.1f}  {text}")
     if result["money"] is not None:
         lines.append(f"money: {result['money']:,.2f} at the given rate, on {result['accelerator']}")
     if "problem" in result["here"]:

@@ -1,7 +1,4 @@
-"""Report: one static page about a finished build, with its pictures: what was read, drawn, named, measured and spent.
-
-report/index.html needs no other file and no network; templates/report.html holds its words.
-"""
+"""Report: one static page about a finished build; templates/report.html holds its words, and it needs no network."""
 
 from __future__ import annotations
 

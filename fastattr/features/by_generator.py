@@ -1,9 +1,11 @@
-"""Gradient encoder: gradient features as a feature folder like any other, of training images and of later queries.
+"""Features by the generator itself, in feature folders like any other: `diffusion:REF` and `gradient:REF`.
 
-An image's row holds a whitened gradient's leading coordinates, as a unit vector. Their cosines order training images as the
+Diffusion features are what its middle block puts out for an image's latent at a few noise levels, under the caption, averaged
+over 2 x 2 parts of the picture. Source of the idea: arXiv:2306.03881 (DIFT), arXiv:2303.11681, at other blocks and timesteps.
+
+Gradient features are a whitened gradient's leading coordinates, as a unit vector. Their cosines order training images as the
 linearised teacher does, up to the length of the gradients ('gradients': of the denoising loss in the unlearned layers), or as
 D-TRAK in the eigenbasis of EKFAC ('output-gradients': of the output's squared norm, in all layers, with a ridge kernel).
-The encoder `gradient:REF` is a folder that `fit_gradient_encoder` wrote; the features stage fits the two in a run folder.
 """
 
 from __future__ import annotations
@@ -11,26 +13,89 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
+from fastattr.features.encoder import encode_captions
+from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
+from fastattr.generators.noise import noise_for
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.losses import denoising_losses
 from fastattr.gradients.ridge import RidgeKernel
 
+TIMESTEPS = (0.1, 0.3, 0.5)  # noise levels, as parts of the training schedule
+PARTS = 2  # activations are averaged over PARTS x PARTS parts of the picture
 FACTOR_IMAGES = 512  # spread over the corpus, on which the curvature is fitted, each at `GradientConfig.draws` timesteps
 KERNEL = "kernel.safetensors"
+
+
+class DiffusionEncoder:
+    """A generator's middle block as a feature encoder of images with their captions."""
+
+    def __init__(self, generator: Generator, *, specification: str = "diffusion", captions: str = "first") -> None:
+        """Wrap a generator whose denoiser has a middle block; 'first' or 'mean': how several captions condition it."""
+        self.specification = specification
+        self.fingerprint = self.former = fingerprint([generator.fingerprint, TIMESTEPS, PARTS, captions])
+        self._generator, self._average = generator, captions == "mean"
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """(B, F) float32 unit vectors; see `fastattr.features.encoder.Encoder`."""
+        latents = self._generator.encode_image(images)
+        counts = [len(texts) if self._average else 1 for texts in captions]
+        latents = latents[np.repeat(np.arange(len(captions)), counts)]
+
+        def encode(texts: list[str]) -> np.ndarray:
+            return middle_activations(self._generator, latents, self._generator.encode_prompt(texts))
+
+        return encode_captions(captions, encode, average=self._average)
+
+
+@torch.no_grad()
+def middle_activations(generator: Generator, latents: torch.Tensor, conditioning: Conditioning) -> np.ndarray:
+    """(B, F) float32 unit vectors: the middle block's activations at each timestep, normalised, side by side. `latents` are (B,
+    L, h, w), scaled and clean, and `conditioning` is of B prompts.
+    """
+    parts: list[torch.Tensor] = []
+
+    def hear(_block: torch.nn.Module, _given: Any, output: Any) -> None:
+        activation = output[-1] if isinstance(output, tuple) else output  # (B, C, h, w) or (B, T, C)
+        pooled = F.adaptive_avg_pool2d(activation, PARTS).flatten(1) if activation.ndim == 4 else activation.mean(dim=1)
+        parts.append(F.normalize(pooled.float(), dim=1))
+
+    handle = _middle_block(generator).register_forward_hook(hear)
+    try:
+        for draw, level in enumerate(TIMESTEPS):
+            noise = noise_for(["diffusion features"], [draw], seed=0, shape=generator.latent_shape).to(latents.device)
+            timesteps = torch.full((len(latents),), int(level * generator.train_timesteps), device=latents.device)
+            generator.training_loss(latents, conditioning, timesteps, noise.expand_as(latents).to(latents.dtype))
+    finally:
+        handle.remove()
+    return F.normalize(torch.cat(parts, dim=1), dim=1).cpu().numpy()
+
+
+def _middle_block(generator: Generator) -> torch.nn.Module:
+    """A U-Net's middle block, or the middle one of a transformer's blocks; InputError if the denoiser has neither."""
+    pipeline: Any = generator.pipeline
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    blocks = getattr(denoiser, "transformer_blocks", None) or [None]
+    block = getattr(denoiser, "mid_block", None) or blocks[len(blocks) // 2]
+    if not isinstance(block, torch.nn.Module):
+        raise InputError(f"{type(denoiser).__name__} has no middle block to take diffusion features from.")
+    return block
 
 
 @dataclass(frozen=True, kw_only=True)
