@@ -82,10 +82,8 @@ def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revisio
         of_run = Path(name) / part / own.name
         return of_run.parent if of_run.is_file() and not own.is_file() else Path(name)
     if not REPO_ID.fullmatch(name):
-        known = f"no embedded model ({', '.join(embedded_models()) or 'none'})"
-        raise ArtifactNotFoundError(
-            f"there is no model {name!r}: it is {known}, no local folder and no Hub repository 'org/name'."
-        )
+        wrong = f"it is no embedded model ({', '.join(embedded_models()) or 'none'}), no local folder and no Hub repository"
+        raise ArtifactNotFoundError(f"there is no model {name!r}: {wrong} 'org/name'.")
     return fetch(name, "model", files, revision=revision, **hub)
 
 

@@ -77,8 +77,7 @@ class Source:
     """What a corpus is read from."""
 
     parts: list[Part]
-    missing: Callable[[Sequence[Path]], list[Skipped]] = lambda parts: []
-    """From all written parts, what the source promised and no part brought."""
+    missing: Callable[[Sequence[Path]], list[Skipped]] = lambda parts: []  # what the source promised and no part brought
 
 
 def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Source:

@@ -11,16 +11,7 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import read_bytes
-from fastattr.corpus.records import (
-    CAPTION_COLUMNS,
-    ROWS_AT_ONCE,
-    Found,
-    Part,
-    as_captions,
-    as_text,
-    as_training_image,
-    state_of,
-)
+from fastattr.corpus.records import CAPTION_COLUMNS, Found, Part, as_captions, as_text, as_training_image, state_of
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "file_name", "image_path", "path", "file")
@@ -70,7 +61,7 @@ def _open(source: str, split: str) -> tuple[Any, Any]:
         else:
             builder = load_dataset_builder(source)
         if hasattr(builder.config, "batch_size"):  # of parquet; its default is the first row group's size, which may be 0
-            builder.config.batch_size = ROWS_AT_ONCE // 10
+            builder.config.batch_size = 100
         files = builder.config.data_files or {}
         made_of = made_of or [source, {str(name): listed.origin_metadata for name, listed in files.items()}]
         return builder.as_streaming_dataset(split=split), made_of

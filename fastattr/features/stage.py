@@ -64,10 +64,8 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
             ("features", corpus, corpus.image_ids, corpus.captions),
             ("query_features", queries, queries.query_ids, prompts),
         ):
-            target, inputs = (
-                run_dir / name / slug(specification),
-                {"source": source.fingerprint, "encoder": encoder.fingerprint},
-            )
+            target = run_dir / name / slug(specification)
+            inputs = {"source": source.fingerprint, "encoder": encoder.fingerprint}
             made = _encode_set(config, target, encoder, ids, source.image, captions, accelerator, inputs=inputs)
             manifests[f"{name}/{target.name}"] = made
     return manifests

@@ -17,6 +17,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
 from fastattr.attributor.load import read_info
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, read_json, remove, write_json
@@ -33,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Run one stage, in its own precision: Accelerate would keep that of the stage before in the same process."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state()
     return STAGES[name](config, run_dir)
 
@@ -65,9 +67,6 @@ def run(
     given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on everything is built
     again, as by another config.
     """
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import InitProcessGroupKwargs
-
     # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     state = PartialState()

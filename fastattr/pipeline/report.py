@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
@@ -23,17 +25,14 @@ from fastattr.students.ranking import no_better_than_untuned
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
 SHOWN, NAMED = 8, 8  # queries on the page, the first of the test split, uncurated; training images named for each
-CREATORS_SHOWN, SKIPPED_SHOWN = 20, 50
-PICTURE_SIDE = 160
+CREATORS_SHOWN, SKIPPED_SHOWN, PICTURE_SIDE = 20, 50, 160
 
 
 def run(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Write the report of a finished run; returns its manifest."""
     folder = run_dir / "report"
-    inputs = {
-        "attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"],
-        "queries": open_stage(run_dir / "queries", "queries")["fingerprint"],
-    }
+    attributor, queries = open_stage(run_dir / "attributor-manifest", "attributor"), open_stage(run_dir / "queries", "queries")
+    inputs = {"attributor": attributor["fingerprint"], "queries": queries["fingerprint"]}
 
     def work() -> dict[str, Any]:
         page = render(facts(config, run_dir))
@@ -84,8 +83,6 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 def render(values: Mapping[str, Any]) -> str:
     """The page."""
-    from jinja2 import Environment, StrictUndefined
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
 
@@ -104,18 +101,15 @@ def _costs(run_dir: Path) -> list[dict[str, Any]]:
     plan, spent = (read_json(file) if file.exists() else {} for file in files)
     planned = plan.get("here", {}).get("seconds", {})
     counts = {stage["name"]: stage for stage in plan.get("stages", [])}
-    names = list(dict.fromkeys([*counts, *spent]))
     return [
         {"name": name, "planned": planned.get(name), "spent": spent.get(name)}
         | {kind: counts.get(name, {}).get(kind) for kind in ("forward", "backward")}
-        for name in names
+        for name in dict.fromkeys([*counts, *spent])
     ]
 
 
 def _totals(answers: Sequence[Attribution]) -> list[dict[str, Any]]:
     """Each creator's mean share over some queries, largest first; the last row is what no creator can be named for."""
-    import pandas as pd
-
     shares = pd.concat([answer.shares(by="creator") for answer in answers])
     means = shares.groupby([shares["images"] == 0, "creator"])["share"].sum() / len(answers)
     named = means.get(False, means.iloc[:0]).sort_values(ascending=False).head(CREATORS_SHOWN)
