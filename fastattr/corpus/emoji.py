@@ -198,7 +198,7 @@ def draw(svg: str, *, resolution: int) -> bytes:
         import resvg_py
     except ImportError as error:
         raise MissingExtraError("resvg is not installed; run: pip install 'fastattr[emoji]'") from error
-    sides = {"width": resolution, "height": resolution}
+    sides: dict[str, Any] = {"width": resolution, "height": resolution}
     image = load_rgb(bytes(resvg_py.svg_to_bytes(svg_string=svg, **sides, background="#ffffff", skip_system_fonts=True)))
     square = Image.new("RGB", (resolution, resolution), "white")
     square.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
@@ -247,7 +247,8 @@ def _openmoji(archive: Path) -> Iterator[Drawing]:
 
 def _image(emoji_set: EmojiSet, code: str, annotation: str, family: str, found: dict[str, str]) -> TrainingImage:
     """An image still to be drawn; `found` are its own fields, `family` the code of the design whose variant it is."""
-    name, known = emoji_set.name, {"creator": emoji_set.creator, "license": emoji_set.license, "url": emoji_set.url}
+    name = emoji_set.name
+    known: dict[str, Any] = {"creator": emoji_set.creator, "license": emoji_set.license, "url": emoji_set.url}
     family, captions = f"{name}-{_without_skin_tone(family).lower()}", [caption_of(annotation, name)]
     return TrainingImage(image_id=f"{name}-{code}", image=b"", captions=captions, source=name, family=family, **known | found)
 

@@ -165,7 +165,7 @@ def fit_gradient_encoder(generator: Generator, corpus: Corpus, folder: Path, rec
     every, inputs = np.arange(len(rows)), {"generator": generator.fingerprint, "corpus": corpus.fingerprint}
 
     def batches() -> Iterator[torch.Tensor]:
-        settings = {"draws": config.draws, "batch_size": config.batch_size, "seed": config.seed}
+        settings: dict[str, Any] = {"draws": config.draws, "batch_size": config.batch_size, "seed": config.seed}
         for _, losses in denoising_losses(generator, encoded, every, **settings):
             yield losses.flatten() * config.draws
 

@@ -84,12 +84,13 @@ def denoiser_shape(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     if isinstance(settings, PretrainedConfig):
         name = settings.pretrained
         return shape_of(ASSETS / name / "generator" if name in embedded_models() else name)
+    vocabulary = settings.vocabulary
 
     class Tokenizer:
         bos_token_id = eos_token_id = pad_token_id = 0
 
         def __len__(self) -> int:
-            return settings.vocabulary
+            return vocabulary
 
     with torch.device("meta"):
         autoencoder = build_autoencoder(vae)

@@ -31,7 +31,7 @@ def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     inputs["features"] = features_fingerprint(folders(run_dir, "features", features.encoders))
 
     def work() -> dict[str, Any]:
-        described = {"encoders": features.encoders, "captions": features.captions, "thumbnail_quality": quality}
+        described: dict[str, Any] = {"encoders": features.encoders, "captions": features.captions, "thumbnail_quality": quality}
         build_attributor(config.index, run_dir, folder, **described)
         return {}
 
