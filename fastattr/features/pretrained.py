@@ -62,12 +62,12 @@ def open_clip_encoder(reference: str, modality: str, options: Options = DEFAULTS
     tokenizer, weights = open_clip.get_tokenizer(name), _arrays(model)
     model.eval().requires_grad_(False).to(options.dtype)
 
-    def of_images(images: list[Any]) -> torch.Tensor:
-        pixels = torch.stack([preprocess(image) for image in images])
+    def of_images(batch: list[Any]) -> torch.Tensor:
+        pixels = torch.stack([preprocess(image) for image in batch])
         return model.encode_image(pixels.to(options.device, options.dtype))
 
-    def of_texts(texts: list[Any]) -> torch.Tensor:
-        return model.encode_text(tokenizer(texts).to(options.device))
+    def of_texts(batch: list[Any]) -> torch.Tensor:
+        return model.encode_text(tokenizer(batch).to(options.device))
 
     if modality == "image":
         settings, forward, captions = image_settings(model.visual.preprocess_cfg), of_images, ""
