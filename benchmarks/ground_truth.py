@@ -26,9 +26,8 @@ from fastattr.core.settings import read_yaml
 from fastattr.core.stages import MANIFEST
 from fastattr.corpus import stage as corpora
 from fastattr.corpus.stage import CorpusConfig
-from fastattr.evaluation.measure import run_one
 from fastattr.evaluation.record import make_ground_truth
-from fastattr.evaluation.retrain import Retraining, prepare, run_all
+from fastattr.evaluation.retrain import Retraining, prepare, run_all, run_one
 from fastattr.evaluation.subsets import WHAT, Model, RetrainConfig
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"

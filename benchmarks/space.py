@@ -33,12 +33,7 @@ from chromium import generate, open_browser
 
 SUBJECTS = ("red heart", "cat face", "green apple", "yellow star", "blue car", "grinning face", "black cat", "purple ball")
 STYLES = ("openmoji style", "noto style", "twemoji style", "fluent style")
-TARGETS = {
-    "click_to_attributed_seconds": 6.0,
-    "attribution_seconds": 0.3,
-    "start_seconds": 15.0,
-    "memory_growth_mb_200": 20.0,
-}
+TARGETS = {"click_to_attributed_seconds": 6.0, "attribution_seconds": 0.3, "start_seconds": 15.0, "memory_growth_mb_200": 20.0}
 """The first three as issue 7 has them; for 'flat' we take a tenth of a megabyte a generation."""
 
 

@@ -41,7 +41,7 @@ class FastAttributor:
     """Names the training images that influenced a generated image most."""
 
     push_to_hub: ClassVar[Callable[..., str]]
-    """Push to a model repository; `fastattr` adds it from publishing/push_to_hub.py, since pushing stands below answering."""
+    """Push to a model repository; `fastattr` adds it from fastattr.publishing, since pushing stands below answering."""
 
     def __init__(self, model: Model, version: Version, metrics: dict[str, Any]) -> None:
         """Use `from_pretrained`, or `build_attributor` for a run folder."""

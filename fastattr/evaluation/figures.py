@@ -51,8 +51,6 @@ def leave_k_out_figure(truth: GroundTruth, query_ids: Sequence[str]) -> Figure:
         rises = rows.assign(rise=rows["loss"].to_numpy() - base).groupby("query_id")["rise"].mean().sort_values()
         axes.step(rises, 1 - np.arange(len(rises)) / len(rises), where="pre", label=f"{method} (mean {rises.mean():.4f})")
     axes.set(xlabel="rise of the query's loss after retraining without the first K", ylabel="part of the queries above")
-    if axes.has_data():
-        axes.legend(fontsize=7)
     return figure
 
 
@@ -61,26 +59,18 @@ def reliability_figure(truth: GroundTruth, methods: Mapping[str, np.ndarray], qu
     figure, axes = _axes()
     for name, scores in methods.items():
         shares, rises = group_points(truth, scores, query_ids)
-        order = np.argsort(shares.ravel(), kind="stable")
-        parts = [part for part in np.array_split(order, 8) if len(part)]
-        x = [shares.ravel()[part].mean() for part in parts]
-        y = [rises.ravel()[part].mean() for part in parts]
-        axes.errorbar(x, y, yerr=[standard_error(rises.ravel()[part]) for part in parts], marker="o", capsize=2, label=name)
+        shares, rises = shares.ravel(), rises.ravel()
+        parts = [part for part in np.array_split(np.argsort(shares, kind="stable"), 8) if len(part)]
+        x, y = ([values[part].mean() for part in parts] for values in (shares, rises))
+        axes.errorbar(x, y, yerr=[standard_error(rises[part]) for part in parts], marker="o", capsize=2, label=name)
     axes.set(xlabel="share of the positive scores that a group holds", ylabel="rise of the query's log loss without the group")
-    if axes.has_data():
-        axes.legend(fontsize=7)
     return figure
 
 
 def write_truth_report(
-    folder: Path,
-    result: Mapping[str, Any],
-    truth: GroundTruth,
-    methods: Mapping[str, np.ndarray],
-    query_ids: Sequence[str],
+    folder: Path, result: Mapping[str, Any], truth: GroundTruth, methods: Mapping[str, np.ndarray], query_ids: Sequence[str]
 ) -> None:
     """Write metrics.json (its 'ground_truth'; what else it holds is kept) and the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.json"
     write_json(path, {**(read_json(path) if path.exists() else {}), "ground_truth": dict(result)})
     figures = {"lds.png": lds_figure(result)}
@@ -89,5 +79,7 @@ def write_truth_report(
     if len(truth.retrained("group", query_ids).kept):
         figures["shares.png"] = reliability_figure(truth, methods, query_ids)
     for name, figure in figures.items():
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(fontsize=7)
         with atomic_path(folder / name) as temporary:
             figure.savefig(temporary, dpi=150)

@@ -1,8 +1,8 @@
 """Truth: the ground truth folder, which says what became of queries once models were retrained without some images.
 
-`GroundTruth` reads the folder that record.py writes of retrained models: manifest.json, images.parquet, queries.parquet,
-models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
-timesteps that methods are judged by (the manifest names them); each timestep's own loss is kept beside it.
+`GroundTruth` reads the folder that record.py writes: manifest.json, images.parquet, queries.parquet, models.parquet,
+losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the timesteps that methods are judged by (the
+manifest names them); each timestep's own loss is kept beside it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,7 @@ from fastattr.evaluation.lds import group_shares, outputs_of
 
 TEXT = pa.string()
 MODELS = pa.schema(
-    {
-        "model_id": TEXT,
-        "kind": TEXT,
-        "seed": pa.int64(),
-        "subset": TEXT,
-        "method": TEXT,
-        "removed_image_ids": pa.list_(TEXT),
-    }
+    {"model_id": TEXT, "kind": TEXT, "seed": pa.int64(), "subset": TEXT, "method": TEXT, "removed_image_ids": pa.list_(TEXT)}
 )
 LOSSES = pa.schema(
     {
@@ -77,11 +70,7 @@ class GroundTruth:
     """A ground truth folder, opened."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open `folder`.
-
-        Raises:
-            ArtifactNotFoundError: it is not a finished ground truth.
-        """
+        """Open `folder`; ArtifactNotFoundError if it is not a finished ground truth."""
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "ground_truth")
         self.images = pq.read_table(self.folder / "images.parquet")
@@ -107,11 +96,7 @@ class GroundTruth:
         return {pair: row for row, pair in enumerate(pairs)}
 
     def of_split(self, split: str) -> list[str]:
-        """Ids of a split's queries.
-
-        Raises:
-            InputError: there are none.
-        """
+        """Ids of a split's queries; InputError if there are none."""
         splits = self.queries["split"].to_pylist()
         found = [query_id for query_id, name in zip(self.query_ids, splits, strict=True) if name == split]
         if not found:
@@ -145,9 +130,9 @@ class GroundTruth:
         try:
             rows = [[self._loss_row[model_id, query_id] for query_id in query_ids] for model_id in model_ids]
         except KeyError as error:
+            model_id, query_id = error.args[0]
             raise ArtifactMismatchError(
-                f"{self.folder} has no loss of query {error.args[0][1]!r} under model {error.args[0][0]!r}; "
-                "of each prompt, the first drawing is measured."
+                f"{self.folder} has no loss of query {query_id!r} under {model_id!r}; each prompt's first drawing is measured."
             ) from error
         return np.array(rows, dtype=np.int64).reshape(len(model_ids), len(query_ids))
 
@@ -158,14 +143,8 @@ class GroundTruth:
         kept = np.ones((len(models), len(self.image_ids)), dtype=bool)
         for row, model in enumerate(models):
             kept[row, [row_of[image_id] for image_id in model["removed_image_ids"]]] = False
-        model_ids = [model["model_id"] for model in models]
-        return Retrained(
-            kept,
-            self.losses(model_ids, query_ids),
-            model_ids,
-            [model["subset"] for model in models],
-            np.array([model["seed"] for model in models]),
-        )
+        model_ids, subsets, seeds = ([model[name] for model in models] for name in ("model_id", "subset", "seed"))
+        return Retrained(kept, self.losses(model_ids, query_ids), model_ids, subsets, np.array(seeds))
 
 
 def group_points(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

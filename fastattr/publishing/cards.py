@@ -1,7 +1,6 @@
 """Cards: the README.md of a pushed repository, written from manifests, metrics and catalogue alone.
 
-Each function takes what is known of an artifact and returns the card as text, with the metadata block that the Hub
-reads (templates/*.md hold the prose).
+Each function returns a card as text, with the metadata block that the Hub reads (templates/*.md hold the prose).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from fastattr.publishing.licences import imported_sentence, licence_sentence, license_data, merged, provenance_table
 from fastattr.publishing.tables import LONGEST_NAME, code, measured, metric_name, results_table, settings_table, table, text
@@ -38,7 +37,6 @@ def attributor_card(
     """
     name = repo_id.split("/")[1]
     imported = config.get("source", {}).get("license")
-    licensed = [{"license": imported}] if imported else entries
     data = ModelCardData(
         library_name="fastattr",
         pipeline_tag="image-feature-extraction",
@@ -47,48 +45,49 @@ def attributor_card(
         tags=TAGS,
         model_name=name,
         eval_results=_eval_results(metrics, scores) or None,
-        **license_data(licensed),
+        **license_data([{"license": imported}] if imported else entries),
     )
-    return str(
-        ModelCard.from_template(
-            data,
-            template_path=str(TEMPLATES / "attributor.md"),
-            name=name,
-            version=config["fastattr_version"],
-            snippet=_attributor_snippet(repo_id, config, example, generator),
-            images=f"{sum(entry['images'] for entry in entries):,}",
-            creators=f"{len({creator for entry in entries for creator in entry['creators']}):,}",
-            generator_sentence=f", those of the generator {code(generator)}" if generator else "",
-            provenance=provenance_table(entries),
-            method=_attributor_method(config, scores),
-            results=results_table(metrics),
-            licence=imported_sentence(imported) if imported else licence_sentence(entries),
-        )
+    return _filled(
+        ModelCard,
+        "attributor",
+        data,
+        name=name,
+        version=config["fastattr_version"],
+        snippet=_attributor_snippet(repo_id, config, example, generator),
+        images=f"{sum(entry['images'] for entry in entries):,}",
+        creators=f"{len({creator for entry in entries for creator in entry['creators']}):,}",
+        generator_sentence=f", those of the generator {code(generator)}" if generator else "",
+        provenance=provenance_table(entries),
+        method=_attributor_method(config, scores),
+        results=results_table(metrics),
+        licence=imported_sentence(imported) if imported else licence_sentence(entries),
     )
+
+
+def _filled(kind: type[ModelCard | DatasetCard], template: str, data: CardData, **texts: str) -> str:
+    """A card of a template, as text."""
+    return str(kind.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **texts))
 
 
 def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], example: str) -> str:
     """The model card of a generator; `manifest` is its manifest.json, {} for a pipeline that fastattr did not train."""
-    name = repo_id.split("/")[1]
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS, **license_data(entries))
     defaults = manifest.get("defaults", {})
     settings = f", num_inference_steps={int(defaults['steps'])}, guidance_scale={defaults['guidance']}" if defaults else ""
     numbers = {key: value for key, value in manifest.items() if type(value) in {int, float}}
-    ours = bool(manifest.get("config"))
-    return str(
-        ModelCard.from_template(
-            data,
-            template_path=str(TEMPLATES / "generator.md"),
-            name=name,
-            summary="A text-to-image generator whose pictures can be attributed to training images with fastattr"
-            + (", trained from nothing on the images below." if ours else "."),
-            snippet="from diffusers import DiffusionPipeline\n\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
-            f"image = pipeline({example[:LONGEST_NAME]!r}{settings}).images[0]",
-            provenance=provenance_table(entries),
-            training=settings_table({**manifest.get("config", {}), **numbers}),
-            licence=licence_sentence(entries),
-        )
+    return _filled(
+        ModelCard,
+        "generator",
+        data,
+        name=repo_id.split("/")[1],
+        summary="A text-to-image generator whose pictures can be attributed to training images with fastattr"
+        + (", trained from nothing on the images below." if manifest.get("config") else "."),
+        snippet="from diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
+        f"image = pipeline({example[:LONGEST_NAME]!r}{settings}).images[0]",
+        provenance=provenance_table(entries),
+        training=settings_table({**manifest.get("config", {}), **numbers}),
+        licence=licence_sentence(entries),
     )
 
 
@@ -100,19 +99,17 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
     """
     entries = merged(manifest["provenance"] for manifest in manifests.values())
     imported = sorted({manifest["license"] for manifest in manifests.values() if "license" in manifest})
-    configs = [
+    configs: list[dict[str, Any]] = [
         {
             "config_name": name,
             "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in manifest["queries"]],
-            **({"default": True} if number == 0 else {}),
         }
-        for number, (name, manifest) in enumerate(manifests.items())
+        for name, manifest in manifests.items()
     ]
-    pairs = sum(sum(manifest["queries"].values()) for manifest in manifests.values())
+    configs[0]["default"] = True
     data = DatasetCardData(
         pretty_name=f"Influence scores: {repo_id.split('/')[1]}",
         task_categories=["image-feature-extraction", "text-to-image"],
-        size_categories=[_size_category(pairs)],
         tags=[*TAGS, "influence-functions"],
         configs=configs,
         **license_data([*entries, *({"license": name} for name in imported)]),
@@ -124,19 +121,18 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
         for name, each in manifests.items()
     ]
     methods = "\n\n".join(f"**{text(name)}**\n\n{settings_table(manifest['config'])}" for name, manifest in manifests.items())
-    return str(
-        DatasetCard.from_template(
-            data,
-            template_path=str(TEMPLATES / "scores.md"),
-            name=repo_id.split("/")[1],
-            snippet="from datasets import load_dataset\n\n"
-            f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
-            "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
-            configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
-            method=methods,
-            provenance=provenance_table(entries),
-            licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
-        )
+    return _filled(
+        DatasetCard,
+        "scores",
+        data,
+        name=repo_id.split("/")[1],
+        snippet="from datasets import load_dataset\n\n"
+        f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
+        "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
+        configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
+        method=methods,
+        provenance=provenance_table(entries),
+        licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
     )
 
 
@@ -161,7 +157,7 @@ def _attributor_snippet(repo_id: str, config: Mapping[str, Any], example: str, g
 
 
 def _attributor_method(config: Mapping[str, Any], scores: str | None) -> str:
-    widths = " -> ".join(str(width) for width in (*config["student"]["hidden"], config["student"]["embed_dim"]))
+    widths = " -> ".join(map(str, (*config["student"]["hidden"], config["student"]["embed_dim"])))
     dataset = f" (dataset {code(scores)})" if scores else ""
     rows = {
         "features": ", ".join(map(code, config["encoders"])) or "given by the caller",
@@ -200,18 +196,11 @@ def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalRe
 
 def _cost(manifest: Mapping[str, Any]) -> str:
     """What the scores cost, as far as the manifest says."""
-    parts = []
+    parts = [f"{count:,} {text(kind)} evaluations" for kind, count in manifest.get("evaluations", {}).items()]
     if "seconds" in manifest:
-        parts.append(f"{manifest['seconds'] / 3600:.2f} h on {manifest.get('processes', 1)} process(es)")
-    evaluations = manifest.get("evaluations", {})
-    parts += [f"{count:,} {text(kind)} evaluations" for kind, count in evaluations.items()]
+        parts.insert(0, f"{manifest['seconds'] / 3600:.2f} h on {manifest.get('processes', 1)} process(es)")
     return "; ".join(parts) or "not recorded"
 
 
 def _counts(queries: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {split}" for split, count in queries.items())
-
-
-def _size_category(rows: int) -> str:
-    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
-    return next((name for limit, name in limits.items() if rows < limit), "10M<n<100M")

@@ -32,18 +32,13 @@ def provenance(images: pa.Table) -> list[dict[str, Any]]:
     One entry a source and licence: 'source', 'license', 'images' (how many) and 'creators' (names, most images first).
     """
     parts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    columns = [images[name].to_pylist() for name in ("source", "license", "creator")]
+    columns = (images[name].to_pylist() for name in ("source", "license", "creator"))
     for source, license_name, creator in zip(*columns, strict=True):
         parts[source, license_name][creator] += 1
-    entries = [
-        {
-            "source": source,
-            "license": license_name,
-            "images": counts.total(),
-            "creators": [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if name],
-        }
-        for (source, license_name), counts in parts.items()
-    ]
+    entries = []
+    for (source, license_name), counts in parts.items():
+        creators = sorted(filter(None, counts), key=lambda name: (-counts[name], name))
+        entries.append({"source": source, "license": license_name, "images": counts.total(), "creators": creators})
     return sorted(entries, key=lambda entry: (-entry["images"], entry["source"], entry["license"]))
 
 
@@ -76,8 +71,7 @@ def license_text(entries: Sequence[Mapping[str, Any]], imported: str | None = No
         parts.append(f"## {text(entry['source'] or 'unnamed source')}: {text(entry['license'] or 'no licence recorded')}")
         parts.append(f"{entry['images']:,} images by {listed(entry['creators'])}.")
     if imported:
-        parts.append("## Files imported from the paper's authors")
-        parts.append(imported_sentence(imported))
+        parts += ["## Files imported from the paper's authors", imported_sentence(imported)]
     if not entries:
         parts.append("No training images are recorded here: find out their licences before you use or pass on these files.")
     return "\n\n".join(parts) + "\n"
@@ -87,26 +81,19 @@ def provenance_table(entries: Sequence[Mapping[str, Any]]) -> str:
     """A row for each source and licence: how many images, and its first creators."""
     if not entries:
         return "The training images are not recorded with these files."
-    rows = [
-        [
-            text(entry["source"] or "unnamed"),
-            f"{entry['images']:,}",
-            text(entry["license"] or "not recorded"),
-            listed(entry["creators"], most=3),
-        ]
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        source, license_name = text(entry["source"] or "unnamed"), text(entry["license"] or "not recorded")
+        rows.append([source, f"{entry['images']:,}", license_name, listed(entry["creators"], most=3)])
     return table(["source", "images", "licence", "creators"], rows)
 
 
 def licence_sentence(entries: Sequence[Mapping[str, Any]]) -> str:
     """The licences that carry over from the training images."""
-    names = sorted({str(entry["license"]) or "not recorded" for entry in entries})
-    named = ", ".join(map(text, names)) or "not recorded"
+    named = ", ".join(map(text, sorted({str(entry["license"]) or "not recorded" for entry in entries}))) or "not recorded"
     return f"The training images' licences carry over to what is derived from them: {named}. See [LICENSE.md](LICENSE.md)."
 
 
 def imported_sentence(license_name: str) -> str:
     """The licence of the files that the paper's authors released."""
-    name = text(license_name)
-    return f"Weights and features were released by the paper's authors under {name}, which holds for all of this, too."
+    return f"Weights and features were released by the paper's authors under {text(license_name)}, which holds for all of this."

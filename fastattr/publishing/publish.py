@@ -19,12 +19,12 @@ import pyarrow as pa
 from fastattr.attributor.bases import copy_newest
 from fastattr.attributor.folder import read_config
 from fastattr.attributor.version import Parts, open_version
-from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, HubError, MissingFileError
-from fastattr.core.files import read_json, write_json
-from fastattr.core.models import ASSETS, check_repo_id, embedded_models, fetch
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, MissingFileError
+from fastattr.core.files import read_json
+from fastattr.core.models import ASSETS, check_repo_id, embedded_models
 from fastattr.publishing.cards import attributor_card, generator_card
 from fastattr.publishing.licences import corpus_table, license_text, provenance
-from fastattr.publishing.push import Push, send, send_with_card
+from fastattr.publishing.push import Push, already_there, push_folder, send_with_card
 from fastattr.publishing.score_tables import push_scores
 
 KINDS = ("generator", "scores", "attributor", "space")
@@ -44,13 +44,7 @@ class PushConfig:
 
 
 def push_attributor(
-    folder: Path,
-    repo_id: str,
-    *,
-    generator: str | None = None,
-    scores: str | None = None,
-    message: str | None = None,
-    **target: Any,
+    folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None, **target: Any
 ) -> Push:
     """Push an attributor folder with its card to a model repository.
 
@@ -59,8 +53,7 @@ def push_attributor(
         repo_id: 'org/name'.
         generator: Hub id of its generator, for the card.
         scores: Hub id of the score table it was distilled from, for the card.
-        message: of the commit.
-        target: private, token, revision, create_pr, tag, dry_run, as `push.push_folder`; the tag 'auto' names the contents.
+        target: message, private, token, revision, create_pr, tag, dry_run, as `push.push_folder`.
 
     Raises:
         MissingFileError: the folder lacks a file that its config.json names.
@@ -73,28 +66,21 @@ def push_attributor(
         copy_newest(folder, staged)
         card, licences = attributor_texts(staged, repo_id, generator=generator, scores=scores)
         replaces = [glob.escape(name) for name in _files_there(repo_id, target)]
-        return send_with_card(
-            staged, repo_id, card, licences, message=message or "Push attributor", replaces=replaces, **target
-        )
+        return send_with_card(staged, repo_id, card, licences, what="attributor", replaces=replaces, **target)
 
 
 def _files_there(repo_id: str, target: Mapping[str, Any]) -> list[str]:
     """The files of the attributor that a repository holds already, as its config.json names them; nobody else's."""
-    where = {key: target[key] for key in ("token", "revision") if key in target}
     try:
-        return list(read_config(fetch(repo_id, "model", ["config.json"], **where))["sha256"])
-    except (ArtifactNotFoundError, MissingFileError, ArtifactDamagedError):
-        return []  # the repository or the branch is yet to be made, or its config.json is no attributor's
-    except HubError:
-        if target.get("dry_run"):
-            return []
-        raise
+        folder = already_there(repo_id, "model", ["config.json"], target)
+        return list(read_config(folder)["sha256"]) if folder else []
+    except (MissingFileError, ArtifactDamagedError):
+        return []  # its config.json is no attributor's
 
 
 def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
     """The card (README.md) and LICENSE.md of an attributor folder; arguments as `push_attributor`."""
-    config = read_config(folder)
-    catalog = _catalog(folder, config)
+    config, catalog = read_config(folder), _catalog(folder)
     entries = provenance(catalog)
     card = attributor_card(
         repo_id=repo_id,
@@ -108,9 +94,7 @@ def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None
     return card, license_text(entries, config.get("source", {}).get("license"))
 
 
-def push_generator(
-    folder: Path, repo_id: str, *, images: pa.Table | None = None, message: str | None = None, **target: Any
-) -> Push:
+def push_generator(folder: Path, repo_id: str, *, images: pa.Table | None = None, **target: Any) -> Push:
     """Push a diffusers pipeline with its card to a model repository.
 
     Args and errors beside those of `push_attributor`:
@@ -121,24 +105,23 @@ def push_generator(
     check_repo_id(repo_id)
     if not (folder / "model_index.json").exists():
         raise ArtifactNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
-    entries = provenance(images) if images is not None else []
-    example = images["caption"][0].as_py() if images is not None and len(images) else "a picture"
+    entries = [] if images is None else provenance(images)
+    example = images["caption"][0].as_py() if entries else "a picture"
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     card = generator_card(repo_id=repo_id, manifest=manifest, entries=entries, example=example)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "generator"
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.ckpt", "*.pt", "*.pth"))
         if manifest:
-            _load_in_full_precision(staged)
+            from fastattr.generators.scratch.stage import tidy_configs  # slow to import
+
+            tidy_configs(staged)
         parts = [path.parent.name for path in staged.glob("*/*.safetensors")]
         replaces = [f"{part}/{name}*.safetensors" for part in parts for name in ("diffusion_pytorch_model", "model")]
-        licences = license_text(entries)
-        return send_with_card(staged, repo_id, card, licences, message=message or "Push generator", replaces=replaces, **target)
+        return send_with_card(staged, repo_id, card, license_text(entries), what="generator", replaces=replaces, **target)
 
 
-def push_space(
-    repo_id: str, *, generator: str, attributor: str, scores: str | None = None, message: str | None = None, **target: Any
-) -> Push:
+def push_space(repo_id: str, *, generator: str, attributor: str, scores: str | None = None, **target: Any) -> Push:
     """Push the page as a Space that shows a generator and an attributor.
 
     Args and errors beside those of `push_attributor`:
@@ -162,14 +145,8 @@ def push_space(
         if scores:
             card.data["datasets"] = [scores]
         (staged / "README.md").write_text(str(card), encoding="utf-8")
-        return send(
-            staged,
-            repo_id,
-            message=message or "Push Space",
-            repo_type="space",
-            variables={"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor},
-            **target,
-        )
+        variables = {"FASTATTR_GENERATOR": generator, "FASTATTR_ATTRIBUTOR": attributor}
+        return push_folder(staged, repo_id, what="Space", repo_type="space", variables=variables, **target)
 
 
 def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str] = KINDS, **target: Any) -> list[Push]:
@@ -195,21 +172,15 @@ def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str]
         folder = part_of(source, kind)
         if kind == "generator":
             return push_generator(folder, ids[kind], images=training_images(source), **target)
-        return (
-            push_scores(folder, ids[kind], **target)
-            if kind == "scores"
-            else push_attributor(folder, ids[kind], **refers, **target)
-        )
+        if kind == "scores":
+            return push_scores(folder, ids[kind], **target)
+        return push_attributor(folder, ids[kind], **refers, **target)
 
     return [push(kind) for kind in KINDS if kind in kinds]
 
 
 def part_of(source: str | Path, part: str) -> Path:
-    """The folder of an embedded model's or run folder's generator, attributor or scores; or `source` itself, if it is one.
-
-    Raises:
-        ArtifactNotFoundError: there is no such folder.
-    """
+    """A generator, attributor or scores folder of `source`, or itself; ArtifactNotFoundError if there is none."""
     embedded = str(source) in embedded_models()
     folder = ASSETS / str(source) if embedded else Path(source)
     if (folder / part).is_dir():
@@ -225,23 +196,10 @@ def training_images(source: str | Path) -> pa.Table | None:
     folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
     if (folder / "corpus").is_dir():
         return corpus_table(folder)
-    attributor = folder / "attributor"
-    return _catalog(attributor, read_config(attributor)) if (attributor / "config.json").exists() else None
+    return _catalog(folder / "attributor") if (folder / "attributor" / "config.json").exists() else None
 
 
-def _catalog(folder: Path, config: dict[str, Any]) -> pa.Table:
+def _catalog(folder: Path) -> pa.Table:
     """Caption, source, licence and creator of the images that an attributor names."""
-    table = open_version(folder, config, Parts(thumbnails=False), stamp=()).catalogue.table
+    table = open_version(folder, read_config(folder), Parts(thumbnails=False), stamp=()).catalogue.table
     return table.select(["caption", "source", "license", "creator"])
-
-
-def _load_in_full_precision(pipeline: Path) -> None:
-    """Make a plain `DiffusionPipeline.from_pretrained` give parts of one precision.
-
-    fastattr keeps weights in half precision, to be small. Of those, diffusers loads its own parts in float32, transformers
-    its parts as their config.json says: it must say the same.
-    """
-    for path in pipeline.glob("*/config.json"):
-        config = read_json(path)
-        if config.get("dtype") == "float16":
-            write_json(path, {**config, "dtype": "float32"})

@@ -16,14 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
+from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, write_json
-from fastattr.core.models import check_repo_id, fetch
+from fastattr.core.models import check_repo_id
 from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS, Queries, query_schema
 from fastattr.publishing.cards import scores_card
 from fastattr.publishing.licences import corpus_table, license_text, merged, provenance
-from fastattr.publishing.push import Push, send_with_card
+from fastattr.publishing.push import Push, already_there, send_with_card
 from fastattr.teachers.scores import SCHEMA
 
 SHARD_BYTES = 500_000_000
@@ -32,9 +32,7 @@ ROW_GROUP = 100
 """Rows a reader that streams a score table holds at once."""
 
 
-def push_scores(
-    folder: Path, repo_id: str, *, config_name: str | None = None, message: str | None = None, **target: Any
-) -> Push:
+def push_scores(folder: Path, repo_id: str, *, config_name: str | None = None, **target: Any) -> Push:
     """Push a score table as one configuration of a dataset repository; its other configurations are kept.
 
     Args and errors beside those of `push_attributor`:
@@ -43,14 +41,14 @@ def push_scores(
         ArtifactNotFoundError: there is no finished table.
     """
     check_repo_id(repo_id)
-    scores = open_stage(folder, "scores")
-    queries = Queries(folder.parent / "queries") if (folder.parent / "queries").is_dir() else None
-    parts = [scores["teacher"], scores["generator_fingerprint"][:8]]
-    config_name = config_name or re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
+    scores, beside = open_stage(folder, "scores"), folder.parent
+    queries = Queries(beside / "queries") if (beside / "queries").is_dir() else None
+    named = "-".join(filter(None, (scores["teacher"], scores["generator_fingerprint"][:8])))
+    config_name = config_name or re.sub(r"[^\w.-]+", "_", named)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "dataset"
         counts, candidates = _write_splits(folder, queries, staged / config_name)
-        entries = provenance(corpus_table(folder.parent)) if (folder.parent / "corpus").is_dir() else []
+        entries = provenance(corpus_table(beside)) if (beside / "corpus").is_dir() else []
         manifest = {**scores, "queries": counts, "candidates": candidates, "provenance": entries}
         write_json(staged / config_name / "manifest.json", manifest)
         manifests = {config_name: manifest, **_other_manifests(repo_id, config_name, target)}
@@ -60,7 +58,7 @@ def push_scores(
             repo_id,
             card,
             license_text(merged(each["provenance"] for each in manifests.values()), scores.get("license")),
-            message=message or f"Push score table {config_name}",
+            what=f"score table {config_name}",
             repo_type="dataset",
             replaces=[f"{glob.escape(config_name)}/{split}-*-of-*.parquet" for split in SPLITS],
             **target,
@@ -85,11 +83,10 @@ def _write_splits(folder: Path, queries: Queries | None, target: Path) -> tuple[
         counts[split], written = rows, 0
         target.mkdir(parents=True, exist_ok=True)
         shards = max(1, math.ceil(sum(path.stat().st_size for path in files) / SHARD_BYTES))
-        names = [target / f"{split}-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
         rest = _batches(files)
-        for number, name in enumerate(names):
-            enough = rows * (number + 1) // shards
-            with pq.ParquetWriter(name, schema, use_content_defined_chunking=True) as writer:
+        for number in range(shards):
+            enough, path = rows * (number + 1) // shards, target / f"{split}-{number:05d}-of-{shards:05d}.parquet"
+            with pq.ParquetWriter(path, schema, use_content_defined_chunking=True) as writer:
                 while written < enough and (batch := next(rest, None)) is not None:
                     most = max(most, max(len(ids) for ids in batch["image_ids"].to_pylist()))
                     own = queries.table.take([row_of[each] for each in batch["query_id"].to_pylist()]) if queries else batch
@@ -107,16 +104,8 @@ def _batches(files: Sequence[Path]) -> Iterator[pa.Table]:
 
 def _other_manifests(repo_id: str, config_name: str, target: Mapping[str, Any]) -> dict[str, Any]:
     """The manifests of the configurations that a dataset repository has already."""
-    where = {key: target[key] for key in ("token", "revision") if key in target}
-    try:
-        folder = fetch(repo_id, "dataset", ["*/manifest.json"], **where)
-    except ArtifactNotFoundError:
-        return {}  # the repository, or the branch, is yet to be made
-    except HubError:
-        if target.get("dry_run"):
-            return {}
-        raise
-    found = {path.parent.name: read_json(path) for path in folder.glob("*/manifest.json")}
+    folder = already_there(repo_id, "dataset", ["*/manifest.json"], target)
+    found = {path.parent.name: read_json(path) for path in folder.glob("*/manifest.json")} if folder else {}
     if any(not {"teacher", "queries", "provenance"} <= set(manifest) for manifest in found.values()):
         raise InputError(f"{repo_id} holds configurations that fastattr did not write; push to another repository.")
     return {name: manifest for name, manifest in found.items() if name != config_name}

@@ -1,7 +1,6 @@
 """Tables: Markdown of a card, and the metrics of an attributor as tables.
 
-Names, captions and licences come from strangers: `text` and `code` print them so that a reader sees the characters, and
-neither Markdown nor HTML takes them for its own.
+Names, captions and licences come from strangers: `text` and `code` print them as characters, never as Markdown or HTML.
 """
 
 from __future__ import annotations
@@ -55,20 +54,16 @@ def metric_name(key: str, metrics: Mapping[str, Any]) -> str:
 
 def results_table(metrics: Mapping[str, Any]) -> str:
     """The metrics as a table: each method's mean with its 95% interval, the untuned features and chance beside the student."""
-    found = measured(metrics)
-    if not found:
+    if not (found := measured(metrics)):
         return "\n\n".join(["Not evaluated against its teacher.", *benchmark_tables(metrics)])
-    rows = []
-    for method in metrics["methods"]:
-        cells = [code(method)]
-        for key, methods in found:
-            values = methods.get(method)
-            if values is None:
-                cells.append("")
-                continue
-            mean, half = values[key], 1.96 * values[f"{key}_se"]
-            cells.append(f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]")
-        rows.append(cells)
+
+    def interval(values: Mapping[str, Any] | None, key: str) -> str:
+        if values is None:
+            return ""
+        mean, half = values[key], 1.96 * values[f"{key}_se"]
+        return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
+
+    rows = [[code(method), *(interval(each.get(method), key) for key, each in found)] for method in metrics["methods"]]
     gains = [
         f"Paired gain of the student over the untuned features, {metric_name(key.removesuffix('_gain'), metrics)}: "
         f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]."
@@ -77,15 +72,10 @@ def results_table(metrics: Mapping[str, Any]) -> str:
     ]
     teacher, queries = code(metrics.get("teacher", "unknown")), metrics.get("queries", "?")
     candidates = f", {metrics['candidates_per_query']:,} training images each" if "candidates_per_query" in metrics else ""
-    return "\n\n".join(
-        [
-            f"Agreement with the teacher ({teacher}) on {queries} held-out queries{candidates}. Means over queries with 95% "
-            "intervals; `random` is chance, `untuned` the features before training.",
-            table(["method", *(metric_name(key, metrics) for key, _ in found)], rows),
-            *gains,
-            *benchmark_tables(metrics),
-        ]
-    )
+    heading = f"Agreement with the teacher ({teacher}) on {queries} held-out queries{candidates}. Means over queries with 95% "
+    heading += "intervals; `random` is chance, `untuned` the features before training."
+    means = table(["method", *(metric_name(key, metrics) for key, _ in found)], rows)
+    return "\n\n".join([heading, means, *gains, *benchmark_tables(metrics)])
 
 
 def benchmark_tables(metrics: Mapping[str, Any]) -> list[str]:

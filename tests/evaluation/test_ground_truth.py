@@ -24,7 +24,7 @@ from fastattr.core.training import TrainingConfig
 from fastattr.corpus.folders import read_folder
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.corpus.store import Corpus, write_corpus
-from fastattr.evaluation import measure, record, retrain, subsets
+from fastattr.evaluation import record, retrain, subsets
 from fastattr.evaluation.lds import rank_correlations
 from fastattr.evaluation.retrain import Retraining
 from fastattr.evaluation.subsets import RetrainConfig
@@ -288,13 +288,13 @@ def test_query_losses_equal_a_slow_loop(made, folder, config):
     generator = bench.generator(bench.full())
     rows = bench.queries.of_split("test")[:2]
     settings = replace(config, loss_timesteps=3, judged=(0.1, 0.9), batch_size=4, seed=5)
-    found = measure.query_losses(generator, bench.queries, rows, settings)
+    found = retrain.query_losses(generator, bench.queries, rows, settings)
     for position, row in enumerate(rows):
         latent = generator.encode_image([bench.queries.image(row)])
         text = generator.encode_prompt([bench.queries.prompts[row]])
         losses = []
         for draw, timestep in enumerate(spread_timesteps(3, train_timesteps=1000)):
-            noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5 + measure.LOSS_SEED, shape=generator.latent_shape)
+            noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5 + retrain.LOSS_SEED, shape=generator.latent_shape)
             with torch.no_grad():
                 pair = [generator.training_loss(latent, text, torch.tensor([timestep]), sign * noise) for sign in (1, -1)]
             losses.append(float(sum(pair)) / 2)
