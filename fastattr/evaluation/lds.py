@@ -29,11 +29,7 @@ def outputs_of(losses: np.ndarray) -> np.ndarray:
 
 
 def predictions_of(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(M, Q) what (Q, N) scores, higher = more influential, predict: their sums over the (M, N) kept images of each model.
-
-    Raises:
-        InputError: the numbers of images differ, or a score is not finite.
-    """
+    """(M, Q) what (Q, N) scores, higher = more influential, predict: their sums over the (M, N) kept images of each model."""
     if scores.ndim != 2 or kept.ndim != 2 or scores.shape[1] != kept.shape[1]:
         raise InputError(f"scores (Q, N) and kept (M, N) must agree in N, got {scores.shape} and {kept.shape}")
     if not np.isfinite(scores).all():
@@ -48,13 +44,7 @@ def residual_outputs(outputs: np.ndarray) -> np.ndarray:
 
 
 def residual_scores(scores: np.ndarray) -> np.ndarray:
-    """(Q, N) scores, standardised for each query, less each image's mean over the other queries.
-
-    A query whose scores are all alike counts as zeros.
-
-    Raises:
-        InputError: there is one query only.
-    """
+    """(Q, N) scores, standardised for each query, less each image's mean over the other queries; equal scores give zeros."""
     if len(scores) < 2:
         raise InputError("residual scores need at least two queries.")
     residual = _standard(scores) - popularity(scores)
@@ -99,7 +89,9 @@ def lds_residual(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np
 def bootstrap(
     predictions: Mapping[str, np.ndarray], outputs: np.ndarray, subsets: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Mean rank correlation under resampling of models and of queries.
+    """Mean rank correlation under resampling of models and of queries: by method (R,) means over the drawn queries.
+
+    All methods share the draws, so differences of two are paired.
 
     Args:
         predictions: by method (M, Q).
@@ -107,9 +99,6 @@ def bootstrap(
         subsets: (M,) what each model was trained on; models that share it are drawn together, as they are no two facts.
         resamples: R.
         seed: of the draws.
-
-    Returns:
-        By method (R,) means over the drawn queries. All methods share the draws, so differences of two are paired.
     """
     names, subset = np.unique(list(subsets), return_inverse=True)
     members = [np.flatnonzero(subset == index) for index in range(len(names))]

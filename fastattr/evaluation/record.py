@@ -114,11 +114,7 @@ def save_generator(run: Retraining, model: Model, folder: Path) -> None:
 
 
 def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -> dict[str, Any]:
-    """Write the measured models of this run as a ground truth folder; returns its manifest.
-
-    Raises:
-        ArtifactNotFoundError: the full model or the other generator is not there yet.
-    """
+    """Write the measured models of this run as a ground truth folder; returns its manifest."""
     measured = {model.model_id: found for model in models if (found := read_measured(run, model))}
     for needed in ("full", OTHER):
         if needed not in measured:

@@ -104,12 +104,10 @@ class Retraining:
 
 
 def prepare(config: RetrainConfig, run_dir: Path, *, autoencoder: Path, source: Path) -> Retraining:
-    """Choose the images, encode them and learn the tokenizer, once; later calls check that the recipe is still the same.
+    """Choose the images, encode them and learn the tokenizer, once.
 
     `source` is a finished corpus, read only where `run_dir` has none yet; `autoencoder` the folder of a trained one.
-
-    Raises:
-        ArtifactMismatchError: the run was begun with another recipe, corpus or autoencoder.
+    ArtifactMismatchError if the run was begun with another recipe, corpus or autoencoder.
     """
     if not (run_dir / "corpus" / MANIFEST).exists():
         whole = Corpus(source)

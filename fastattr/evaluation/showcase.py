@@ -35,16 +35,9 @@ from fastattr.generators.generator import Generator
 
 TEXT, DRAWING = pa.string(), pa.binary()
 GENERATED_FILE = "generated.parquet"
-GENERATED = pa.schema(
-    {
-        "prompt": TEXT,
-        "seed": pa.int64(),
-        "steps": pa.int32(),
-        "guidance": pa.float32(),
-        "image": DRAWING,  # WebP thumbnail
-        "image_ids": pa.list_(TEXT),  # of the training images ranked first, most influential first
-    }
-)
+SETTINGS = {"seed": pa.int64(), "steps": pa.int32(), "guidance": pa.float32()}
+GENERATED = pa.schema({"prompt": TEXT, **SETTINGS, "image": DRAWING, "image_ids": pa.list_(TEXT)})
+"""`image` is a WebP thumbnail, `image_ids` are the training images ranked first, most influential first."""
 COUNTERFACTUALS_FILE = "counterfactuals.parquet"
 COUNTERFACTUALS = pa.schema(
     {
@@ -69,13 +62,8 @@ def pack_generated(
 ) -> pa.Table:
     """Draw images and name the training images that influenced each most, in the schema `GENERATED`.
 
-    Args:
-        generator: the one that the attributor was trained for.
-        attributor: whose ranking is kept.
-        count: images to draw, at most; their prompts are captions of training images, no two of one family.
-        first: how many training images of each ranking are kept.
-        seed: of the choice of captions; image i starts from the noise of seed i.
-        batch_size: images drawn at once.
+    Prompts are `count` captions of training images, at most, no two of one family, chosen by `seed`; image i starts from the
+    noise of seed i, `batch_size` are drawn at once. Of each ranking the `first` training images are kept.
 
     Raises:
         ArtifactMismatchError: the attributor was trained for another generator.
@@ -103,10 +91,8 @@ def pack_generated(
 def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHODS) -> pa.Table:
     """All queries that every method has a retrained model for, in the schema `COUNTERFACTUALS`, one row a query and method.
 
-    Args:
-        truth: whose counterfactuals hold the images drawn again.
-        methods: what the page calls a method, and its name in the ground truth. Where several models belong to one
-            method and query ('random'), the first by name is taken.
+    `methods` says what the page calls a method, and its name in the ground truth. Where several models belong to one method
+    and query ('random'), the first by name is taken.
 
     Raises:
         MissingFileError: the ground truth holds no such images, or no query for which all methods have one.

@@ -4,10 +4,9 @@ Reads a run folder or an embedded model; writes repositories on the Hub (one com
 and score-table folders.
 
 - `push_to_hub`: the method of `FastAttributor`, which `fastattr` adds: an attributor answers without knowing how to publish.
-- `publish`: `push_attributor`, `push_generator`, `push_space`, `push_all` (all that a run holds), `PushConfig`.
-- `score_tables`: `push_scores`, a score table as one configuration of a dataset.
+- `publish`: `push_attributor`, `push_generator`, `push_scores`, `push_space`, `push_all` (all that a run holds), `PushConfig`.
 - `push`: `push_folder`, the one function that changes a repository; `release_tag`.
-- `cards`, `licences`, `tables`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
+- `cards`, `tables`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
 - `fastgda`: `import_attributor`, `import_scores`, from the files that the paper's authors released.
 """
 
@@ -29,12 +28,10 @@ def push_to_hub(
         repo_id: 'org/name'.
         commit_message: None says what is pushed.
         dry_run: send nothing; the Hub need not be reachable.
-        target: generator and scores, Hub ids for the card; private (of a repository that is created), token, revision (a
-            branch, created if need be), create_pr, and tag, a name for the commit.
+        target: generator and scores, Hub ids for the card; private, token, revision, create_pr, tag, as `push.push_folder`.
 
     Returns:
-        URL of the commit (or pull request); of the commit that is there, if nothing has changed. Of a dry run, what would be
-        sent, in words.
+        URL of the commit (or pull request), old if nothing has changed. Of a dry run, what would be sent, in words.
 
     Raises:
         HubError: the Hub refuses, or can't be reached.

@@ -44,11 +44,8 @@ PICKLED = {
     ("_codecs", "encode"),  # how older protocols write bytes
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    *(
-        (f"numpy.{package}.{module}", name)
-        for package in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-    ),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
 }
 """What a pickle of arrays in plain containers names; anything else in it is refused."""
 
@@ -82,15 +79,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def student_of(weights: dict[str, torch.Tensor]) -> tuple[Student, StudentConfig, int]:
-    """Their network as one of our students.
+    """Their network (weights mlp.layers.N, mlp.output_layer, scale, bias and maybe mlp.input_norm) as one of our students.
 
-    Args:
-        weights: `mlp.layers.N.weight/bias`, `mlp.output_layer.weight/bias`, `scale`, `bias` and, if it was trained so,
-            `mlp.input_norm.weight/bias`.
-
-    Returns:
-        The student, its shape, and the sign (1 or -1) by which training images' embeddings are multiplied so that a higher
-        similarity is more influential.
+    Returns the student, its shape, and the sign (1 or -1) by which training images' embeddings are multiplied so that a
+    higher similarity is more influential.
     """
     depth = sum(name.startswith("mlp.layers.") and name.endswith(".weight") for name in weights)
     linear = [*(f"mlp.layers.{number}" for number in range(depth)), "mlp.output_layer"]
@@ -188,14 +180,10 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
 
 
 def read_rankings(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Their teacher's rankings.
+    """Their teacher's rankings: (Q, C) int64 rows, most influential first, and (Q, C) float64 influence in the same order.
 
-    Args:
-        path: a pickle of {'random': {'rank': (Q, C) rows of the training images, most influential first, and 'influence':
-            (Q, N) by row, or 'influence_subset': (Q, C) in any order}}.
-
-    Returns:
-        (Q, C) int64 rows, most influential first, and (Q, C) float64 influence in the same order.
+    `path` is a pickle of {'random': {'rank': (Q, C) rows of the training images, most influential first, and 'influence':
+    (Q, N) by row, or 'influence_subset': (Q, C) in any order}}.
     """
     _require(path, "a released influence_train.pkl or influence_test.pkl")
     try:
@@ -245,18 +233,11 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
                 raise InputError(f"{prompts[number]} has {len(texts)} lines for the {len(rank)} queries of {path}.")
             per_shard, inside = max(1, SCORES_PER_SHARD // max(1, rank.shape[1])), np.zeros(rank.shape[1], dtype=bool)
             for shard, start in enumerate(range(0, len(rank), per_shard)):
-                rows = [
-                    ScoredQuery(
-                        f"{split}-{query:06d}",
-                        texts[query],
-                        split,
-                        [names[row] for row in rank[query]],
-                        influence[query].astype(np.float32),
-                        inside,
-                        float("nan"),  # the rise of the query's loss is not recorded
-                    )
-                    for query in range(start, min(start + per_shard, len(rank)))
-                ]
+                rows = []
+                for query in range(start, min(start + per_shard, len(rank))):
+                    image_ids, scores = [names[row] for row in rank[query]], influence[query].astype(np.float32)
+                    shown = (f"{split}-{query:06d}", texts[query], split, image_ids, scores, inside)
+                    rows.append(ScoredQuery(*shown, query_loss_rise=float("nan")))  # not recorded
                 write_shard(temporary / f"{split}-{shard:05d}.parquet", rows, teacher=TEACHER, config=SOURCE)
             queries += len(rank)
         return write_manifest(

@@ -1,34 +1,44 @@
-"""Publish: lay out generator, attributor and Space as the Hub wants them, and push each as one commit.
+"""Publish: lay out generator, score tables, attributor and Space as the Hub wants them, and push each as one commit.
 
-What is pushed is what a run folder or an embedded model holds, plus a card (cards.py) and LICENSE.md (licences.py).
+What is pushed is what a run folder or an embedded model holds, plus README.md and LICENSE.md (cards.py). A score table is one
+configuration of a dataset, CONFIG/SPLIT-*.parquet with the query images, beside CONFIG/manifest.json; the card of all
+configurations is written anew from the manifests at each push.
 """
 
 from __future__ import annotations
 
 import glob
 import importlib.util
+import math
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fastattr.attributor.bases import copy_newest
 from fastattr.attributor.folder import read_config
 from fastattr.attributor.version import Parts, open_version
-from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, MissingFileError
-from fastattr.core.files import read_json
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError, MissingFileError
+from fastattr.core.files import read_json, write_json
 from fastattr.core.models import ASSETS, check_repo_id, embedded_models
-from fastattr.publishing.cards import attributor_card, generator_card
-from fastattr.publishing.licences import corpus_table, license_text, provenance
+from fastattr.core.stages import open_stage
+from fastattr.generators.queries import SPLITS, Queries, query_schema
+from fastattr.publishing import cards
 from fastattr.publishing.push import Push, already_there, push_folder, send_with_card
-from fastattr.publishing.score_tables import push_scores
+from fastattr.teachers.scores import SCHEMA
 
 KINDS = ("generator", "scores", "attributor", "space")
 """What can be pushed, in the order in which they refer to each other."""
+SHARD_BYTES = 500_000_000
+"""About how large a parquet file of a score table may become."""
+ROW_GROUP = 100
+"""Rows a reader that streams a score table holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +61,12 @@ def push_attributor(
     Args:
         folder: as `FastAttributor.save_pretrained` writes it.
         repo_id: 'org/name'.
-        generator: Hub id of its generator, for the card.
-        scores: Hub id of the score table it was distilled from, for the card.
-        target: message, private, token, revision, create_pr, tag, dry_run, as `push.push_folder`.
+        generator, scores: Hub ids of its generator and of the score table it was distilled from, for the card.
+        target: message, private, token, revision, create_pr, tag, dry_run, as `push.push_folder`; errors likewise.
 
     Raises:
         MissingFileError: the folder lacks a file that its config.json names.
         ArtifactDamagedError: a file's checksum is not that of config.json.
-        As `push.push_folder`.
     """
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as name:
@@ -81,8 +89,8 @@ def _files_there(repo_id: str, target: Mapping[str, Any]) -> list[str]:
 def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None, scores: str | None = None) -> tuple[str, str]:
     """The card (README.md) and LICENSE.md of an attributor folder; arguments as `push_attributor`."""
     config, catalog = read_config(folder), _catalog(folder)
-    entries = provenance(catalog)
-    card = attributor_card(
+    entries = cards.provenance(catalog)
+    card = cards.attributor_card(
         repo_id=repo_id,
         config=config,
         metrics=read_json(folder / "metrics.json"),
@@ -91,24 +99,22 @@ def attributor_texts(folder: Path, repo_id: str, *, generator: str | None = None
         generator=generator,
         scores=scores,
     )
-    return card, license_text(entries, config.get("source", {}).get("license"))
+    return card, cards.license_text(entries, config.get("source", {}).get("license"))
 
 
 def push_generator(folder: Path, repo_id: str, *, images: pa.Table | None = None, **target: Any) -> Push:
     """Push a diffusers pipeline with its card to a model repository.
 
-    Args and errors beside those of `push_attributor`:
-        folder: as `StableDiffusionPipeline.save_pretrained` writes it; the checkpoints of a training are left out.
-        images: its training images, with the columns caption, source, license and creator, for the card.
-        ArtifactNotFoundError: the folder holds no pipeline.
+    Checkpoints of a training are left out. `images` are its training images, with the columns caption, source, license and
+    creator, for the card; the rest as `push_attributor`. ArtifactNotFoundError if the folder holds no pipeline.
     """
     check_repo_id(repo_id)
     if not (folder / "model_index.json").exists():
         raise ArtifactNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
-    entries = [] if images is None else provenance(images)
+    entries = [] if images is None else cards.provenance(images)
     example = images["caption"][0].as_py() if entries else "a picture"
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    card = generator_card(repo_id=repo_id, manifest=manifest, entries=entries, example=example)
+    card = cards.generator_card(repo_id=repo_id, manifest=manifest, entries=entries, example=example)
     with tempfile.TemporaryDirectory() as name:
         staged = Path(name) / "generator"
         shutil.copytree(folder, staged, ignore=shutil.ignore_patterns("checkpoint*", "*.bin", "*.ckpt", "*.pt", "*.pth"))
@@ -118,16 +124,88 @@ def push_generator(folder: Path, repo_id: str, *, images: pa.Table | None = None
             tidy_configs(staged)
         parts = [path.parent.name for path in staged.glob("*/*.safetensors")]
         replaces = [f"{part}/{name}*.safetensors" for part in parts for name in ("diffusion_pytorch_model", "model")]
-        return send_with_card(staged, repo_id, card, license_text(entries), what="generator", replaces=replaces, **target)
+        return send_with_card(staged, repo_id, card, cards.license_text(entries), what="generator", replaces=replaces, **target)
+
+
+def push_scores(folder: Path, repo_id: str, *, config_name: str | None = None, **target: Any) -> Push:
+    """Push a score table as one configuration of a dataset repository; its other configurations are kept.
+
+    corpus/ and queries/ beside the table's folder, where they are, add licences and query images. The `config_name` None names
+    teacher and generator; the rest as `push_attributor`. ArtifactNotFoundError if there is no finished table.
+    """
+    check_repo_id(repo_id)
+    scores, beside = open_stage(folder, "scores"), folder.parent
+    queries = Queries(beside / "queries") if (beside / "queries").is_dir() else None
+    named = "-".join(filter(None, (scores["teacher"], scores["generator_fingerprint"][:8])))
+    config_name = config_name or re.sub(r"[^\w.-]+", "_", named)
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "dataset"
+        counts, candidates = _write_splits(folder, queries, staged / config_name)
+        entries = cards.provenance(cards.corpus_table(beside)) if (beside / "corpus").is_dir() else []
+        manifest = {**scores, "queries": counts, "candidates": candidates, "provenance": entries}
+        write_json(staged / config_name / "manifest.json", manifest)
+        manifests = {config_name: manifest, **_other_manifests(repo_id, config_name, target)}
+        card = cards.scores_card(repo_id=repo_id, manifests={key: manifests[key] for key in sorted(manifests)})
+        return send_with_card(
+            staged,
+            repo_id,
+            card,
+            cards.license_text(cards.merged(each["provenance"] for each in manifests.values()), scores.get("license")),
+            what=f"score table {config_name}",
+            repo_type="dataset",
+            replaces=[f"{glob.escape(config_name)}/{split}-*-of-*.parquet" for split in SPLITS],
+            **target,
+        )
+
+
+def _write_splits(folder: Path, queries: Queries | None, target: Path) -> tuple[dict[str, int], int]:
+    """Write a score table with its query images as parquet shards; (queries by split, largest number of candidates)."""
+    from datasets import Features
+
+    row_of = {query_id: row for row, query_id in enumerate(queries.query_ids)} if queries else {}
+    drawn = Features.from_arrow_schema(query_schema()) if queries else {}
+    first = {name: drawn[name] for name in ("query_id", "image") if name in drawn}  # what a viewer shows first
+    schema: pa.Schema = Features({**first, **Features.from_arrow_schema(SCHEMA), **drawn}).arrow_schema
+    counts: dict[str, int] = {}
+    most = 0
+    for split in SPLITS:
+        files = sorted(folder.glob(f"{split}-*.parquet"))
+        rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
+        if not rows:
+            continue
+        counts[split], written = rows, 0
+        target.mkdir(parents=True, exist_ok=True)
+        shards = max(1, math.ceil(sum(path.stat().st_size for path in files) / SHARD_BYTES))
+        rest = _batches(files)
+        for number in range(shards):
+            enough, path = rows * (number + 1) // shards, target / f"{split}-{number:05d}-of-{shards:05d}.parquet"
+            with pq.ParquetWriter(path, schema, use_content_defined_chunking=True) as writer:
+                while written < enough and (batch := next(rest, None)) is not None:
+                    most = max(most, max(len(ids) for ids in batch["image_ids"].to_pylist()))
+                    own = queries.table.take([row_of[each] for each in batch["query_id"].to_pylist()]) if queries else batch
+                    columns = {each: batch[each] if each in SCHEMA.names else own[each] for each in schema.names}
+                    writer.write_table(pa.table(columns).cast(schema), row_group_size=ROW_GROUP)
+                    written += len(batch)
+    return counts, most
+
+
+def _batches(files: Sequence[Path]) -> Iterator[pa.Table]:
+    for path in files:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
+            yield pa.Table.from_batches([batch])
+
+
+def _other_manifests(repo_id: str, config_name: str, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifests of the configurations that a dataset repository has already."""
+    folder = already_there(repo_id, "dataset", ["*/manifest.json"], target)
+    found = {path.parent.name: read_json(path) for path in folder.glob("*/manifest.json")} if folder else {}
+    if any(not {"teacher", "queries", "provenance"} <= set(manifest) for manifest in found.values()):
+        raise InputError(f"{repo_id} holds configurations that fastattr did not write; push to another repository.")
+    return {name: manifest for name, manifest in found.items() if name != config_name}
 
 
 def push_space(repo_id: str, *, generator: str, attributor: str, scores: str | None = None, **target: Any) -> Push:
-    """Push the page as a Space that shows a generator and an attributor.
-
-    Args and errors beside those of `push_attributor`:
-        generator: its Hub id; may end in '@revision', to show that one for good.
-        attributor: the same.
-    """
+    """Push the page as a Space that shows a generator and an attributor; their Hub ids may end in '@revision'."""
     from huggingface_hub import SpaceCard, constants
 
     spec = importlib.util.find_spec("fastattr.space")
@@ -152,15 +230,8 @@ def push_space(repo_id: str, *, generator: str, attributor: str, scores: str | N
 def push_all(source: str | Path, name: str, namespace: str, kinds: Sequence[str] = KINDS, **target: Any) -> list[Push]:
     """Push what a run folder or an embedded model holds, to NAMESPACE/NAME-generator, -scores, -attributor and -space.
 
-    Args:
-        source: run folder, or an embedded model's name, which has no score table.
-        name: first part of the repositories' names.
-        namespace: user or organisation.
-        kinds: some of `KINDS`, pushed in its order.
-        target: see `push_attributor`, also for errors.
-
-    Raises:
-        ArtifactNotFoundError: the source lacks one of them.
+    `source` is a run folder, or an embedded model's name, which has no score table; `kinds` are some of `KINDS`, pushed in its
+    order; for `target` and errors see `push_attributor`. ArtifactNotFoundError if the source lacks one of them.
     """
     ids = {kind: f"{namespace}/{name}-{kind}" for kind in KINDS}
     scores = ids["scores"] if str(source) not in embedded_models() else None
@@ -195,7 +266,7 @@ def training_images(source: str | Path) -> pa.Table | None:
     """Caption, source, licence and creator of a model's training images, as far as they are recorded beside it."""
     folder = ASSETS / str(source) if str(source) in embedded_models() else Path(source)
     if (folder / "corpus").is_dir():
-        return corpus_table(folder)
+        return cards.corpus_table(folder)
     return _catalog(folder / "attributor") if (folder / "attributor" / "config.json").exists() else None
 
 

@@ -34,9 +34,8 @@ class Push:
 
     repo_id: str
     repo_type: str
-    """'model', 'dataset' or 'space'."""
     url: str
-    """Of the commit that now holds the artifacts; of the repository, if nothing was sent because it was a dry run."""
+    """Of the commit that now holds the artifacts; of a dry run, of the repository."""
     sent: dict[str, int]
     """New and changed files with their sizes in bytes."""
     unchanged: list[str]
@@ -53,10 +52,9 @@ class Push:
         lines = [f"  {send}  {path}  ({size:,} bytes)" for path, size in self.sent.items()]
         lines += [f"  {delete}  {path}" for path in self.deleted]
         total = f"{len(self.sent)} files, {sum(self.sent.values()):,} bytes; {len(self.unchanged)} unchanged"
-        tag = f", tag {self.tag}" if self.tag else ""
-        if self.unasked:
-            lines.append(f"Not compared with what is there: {self.unasked}")
-        return "\n".join([f"{self.repo_type} {self.repo_id}: {total}{tag}", *lines, self.url])
+        total += f", tag {self.tag}" if self.tag else ""
+        lines += [f"Not compared with what is there: {self.unasked}"] if self.unasked else []
+        return "\n".join([f"{self.repo_type} {self.repo_id}: {total}", *lines, self.url])
 
 
 def release_tag(folder: Path) -> str:
@@ -136,8 +134,7 @@ def push_folder(
     def compared(remote: Mapping[str, RepoFile], unasked: str = "") -> Push:
         changed = [path for path, local in files.items() if not _same(local, remote.get(path))]
         return Push(
-            repo_id=repo_id,
-            repo_type=repo_type,
+            **where,
             url=f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}",
             sent={path: files[path].stat().st_size for path in changed},
             unchanged=[path for path in files if path not in changed],

@@ -83,8 +83,8 @@ def benchmark_tables(metrics: Mapping[str, Any]) -> list[str]:
     found = []
     for run in metrics.get("benchmarks", []):
         rows = [[code(row["key"]), f"{row['value']:.4g}", text(row["meaning"])] for row in run["rows"]]
-        made = f"{code(run['command'])}, seed {run['seed']}, {text(run['date'][:10])}:"
-        found += [made, table(["key", "value", "what it is"], rows)]
+        found.append(f"{code(run['command'])}, seed {run['seed']}, {text(run['date'][:10])}:")
+        found.append(table(["key", "value", "what it is"], rows))
     return found
 
 
@@ -96,10 +96,8 @@ def settings_table(settings: Mapping[str, Any]) -> str:
 
 def listed(names: Sequence[str], *, most: int = 1000) -> str:
     """The first `most` names, for a card's prose, and how many more there are."""
-    if not names:
-        return "creators who are not recorded"
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(text, names[:most])) + rest
+    return ", ".join(map(text, names[:most])) + rest or "creators who are not recorded"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

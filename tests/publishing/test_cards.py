@@ -8,8 +8,7 @@ import pyarrow as pa
 import pytest
 from markdown_it import MarkdownIt
 
-from fastattr.publishing.cards import attributor_card
-from fastattr.publishing.licences import license_text, provenance
+from fastattr.publishing.cards import attributor_card, license_text, provenance
 from fastattr.publishing.tables import LONGEST_NAME, code, table, text
 
 HOSTILE = [
