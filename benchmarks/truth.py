@@ -36,11 +36,10 @@ from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
-from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
-from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
 from fastattr.evaluation.lds import popularity
 from fastattr.evaluation.retrain import RANKINGS
-from fastattr.evaluation.subsets import RetrainConfig, chosen_queries, removed_count
+from fastattr.evaluation.subsets import RetrainConfig, chosen_queries
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.students.distill import DistillConfig, distill
 from fastattr.students.pairs import labels_of, make_table
@@ -279,7 +278,7 @@ def write_rankings(bench: Bench, sizes: Sizes) -> None:
     truth, query_ids = bench.truth, chosen_queries(bench.truth.queries, bench.config)
     methods = all_scores(bench, query_ids, sizes, Timed(), nulls=False)
     methods["abu_plus_exact"] = table_scores(truth.folder / EXACT, truth, query_ids)
-    count, ids = removed_count(len(bench.corpus), bench.config), np.array(truth.image_ids)
+    count, ids = bench.config.removed_count(len(bench.corpus)), np.array(truth.image_ids)
     rows = [
         {"method": method, "query_id": query_id, "image_ids": ids[np.argsort(-scores, kind="stable")[:count]].tolist()}
         for method in LEAVE_K_OUT

@@ -7,8 +7,7 @@
                      losses under them; writes RUN/shared, RUN/models.
     record           `make_ground_truth`: all of it, in order; writes a ground truth folder.
     truth            `GroundTruth`: a ground truth folder, opened. Its losses say what retrained models think of each query.
-    against_truth    `run_truth` (`fastattr evaluate METHOD --truth FOLDER`), `compare_with_truth`, `leave_k_out_gains`.
-    figures          `write_truth_report`: the figures of a comparison with the truth.
+    against_truth    `run_truth` (`fastattr evaluate METHOD --truth FOLDER`), `compare_with_truth`, figures.
     showcase         what the page shows beyond an attributor's answers: generated.parquet, counterfactuals.parquet.
 
 Higher scores mean more influential. Every comparison keeps to the queries of one split and matches images by id.

@@ -16,26 +16,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastattr.core.errors import InputError
+from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.stages import open_stage, require_same
 from fastattr.evaluation import lds
-from fastattr.evaluation.figures import write_truth_report
 from fastattr.evaluation.truth import GroundTruth, group_points
 from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
 from fastattr.teachers.scores import read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ScoreFunction = Callable[[Image.Image, str], Mapping[str, float]]
 """(query's image, its prompt) -> score of every training image by id, higher = more influential."""
 
 
 def score_queries(score: ScoreFunction, truth: GroundTruth, query_ids: Sequence[str]) -> tuple[np.ndarray, float]:
-    """Ask a method about each query: (Q, N) scores in the order of the truth's images, and the median seconds a query.
-
-    Raises:
-        InputError: the method gives no score for an image.
-    """
+    """Ask a method about each query: (Q, N) scores in the order of the truth's images, and the median seconds a query."""
     scores, seconds = [], []
     for query_id in tqdm(query_ids, desc="score", unit="query"):
         image, prompt = truth.image(query_id), truth.prompt(query_id)
@@ -55,22 +53,18 @@ def _of_all_images(found: Mapping[str, float], truth: GroundTruth, query_id: str
     return [found[image_id] for image_id in truth.image_ids]
 
 
-def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
-    """The similarities that an attributor gives all of its training images.
+def _require_corpus(what: str, fingerprint: str, truth: GroundTruth) -> None:
+    fix = f"The ground truth {truth.folder} is of another corpus: evaluate what was built on that one."
+    require_same(f"the corpus of {what}", fingerprint, truth.corpus_fingerprint, fix)
 
-    Raises:
-        ArtifactMismatchError: it was built from another corpus than the ground truth.
-    """
+
+def attributor_scores(name_or_path: str, truth: GroundTruth) -> ScoreFunction:
+    """The similarities that an attributor gives all of its training images."""
     from fastattr.attributor.attribution import Attribution
     from fastattr.attributor.attributor import FastAttributor
     from fastattr.attributor.load import read_info
 
-    require_same(
-        f"the corpus of attributor {name_or_path!r}",
-        read_info(name_or_path)["versions"]["corpus"],
-        truth.corpus_fingerprint,
-        f"The ground truth {truth.folder} is of another corpus: evaluate an attributor that was built on that one.",
-    )
+    _require_corpus(f"attributor {name_or_path!r}", read_info(name_or_path)["versions"]["corpus"], truth)
     attributor = FastAttributor.from_pretrained(name_or_path)
 
     def score(image: Image.Image, prompt: str) -> dict[str, float]:
@@ -97,12 +91,7 @@ def table_scores(folder: Path, truth: GroundTruth, query_ids: Sequence[str]) -> 
         ArtifactMismatchError: the table belongs to another corpus.
         InputError: a query or an image is missing.
     """
-    require_same(
-        f"the corpus of {folder}",
-        open_stage(folder, "scores")["corpus_fingerprint"],
-        truth.corpus_fingerprint,
-        f"The ground truth {truth.folder} is of another corpus: score the queries of that one.",
-    )
+    _require_corpus(str(folder), open_stage(folder, "scores")["corpus_fingerprint"], truth)
     rows = {query.query_id: query for query in read_scores(folder)}
     missing = [query_id for query_id in query_ids if query_id not in rows]
     if missing:
@@ -181,8 +170,7 @@ def compare_with_truth(
 
 def _mean_average_precision(scores: np.ndarray, teacher: np.ndarray) -> float:
     """mAP(L) with L = 1% of the corpus."""
-    positives = max(1, round(scores.shape[1] / 100))
-    pairs = zip(scores, teacher, strict=True)
+    pairs, positives = zip(scores, teacher, strict=True), max(1, round(scores.shape[1] / 100))
     return float(np.mean([teacher_average_precision(own, theirs, positives=positives) for own, theirs in pairs]))
 
 
@@ -242,6 +230,73 @@ def _group_agreement(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence
     if shares.shape[1] < 3:
         return None
     return float(lds.rank_correlations(lds.residual_scores(shares).T, lds.residual_outputs(rises.T)).mean())
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def lds_figure(result: Mapping[str, Any]) -> Figure:
+    """Residual LDS, with its interval, against seconds a query, for the methods whose time is known."""
+    figure, axes = _axes("seconds a query", "residual LDS (95% interval; dashed: noise ceiling)")
+    for name, row in result["methods"].items():
+        if row["seconds_per_query"] is None:
+            continue
+        x, y = row["seconds_per_query"], row["lds_residual"]
+        axes.errorbar(x, y, yerr=[[y - row["lds_residual_low"]], [row["lds_residual_high"] - y]], fmt="o", capsize=2)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    if result["noise_ceiling"] is not None:
+        axes.axhline(result["noise_ceiling"], color="grey", linestyle="--", linewidth=0.8)
+    if axes.has_data():
+        axes.set_xscale("log")
+    return figure
+
+
+def leave_k_out_figure(truth: GroundTruth, query_ids: Sequence[str]) -> Figure:
+    """For each method: in which part of the queries the loss rose by more than x once its first K images were left out."""
+    figure, axes = _axes("rise of the query's loss after retraining without the first K", "part of the queries above")
+    table = truth.counterfactuals
+    for method, rows in table[table["query_id"].isin(list(query_ids))].groupby("method"):
+        base = truth.losses(["full"], rows["query_id"].tolist())[0]
+        rises = rows.assign(rise=rows["loss"].to_numpy() - base).groupby("query_id")["rise"].mean().sort_values()
+        axes.step(rises, 1 - np.arange(len(rises)) / len(rises), where="pre", label=f"{method} (mean {rises.mean():.4f})")
+    return figure
+
+
+def reliability_figure(truth: GroundTruth, methods: Mapping[str, np.ndarray], query_ids: Sequence[str]) -> Figure:
+    """Groups' shares by each method in eight equal parts, against the mean rise of the log loss once the group is left out."""
+    figure, axes = _axes("share of the positive scores that a group holds", "rise of the query's log loss without the group")
+    for name, scores in methods.items():
+        shares, rises = group_points(truth, scores, query_ids)
+        shares, rises = shares.ravel(), rises.ravel()
+        parts = [part for part in np.array_split(np.argsort(shares, kind="stable"), 8) if len(part)]
+        x, y = ([values[part].mean() for part in parts] for values in (shares, rises))
+        axes.errorbar(x, y, yerr=[standard_error(rises[part]) for part in parts], marker="o", capsize=2, label=name)
+    return figure
+
+
+def write_truth_report(
+    folder: Path, result: Mapping[str, Any], truth: GroundTruth, methods: Mapping[str, np.ndarray], query_ids: Sequence[str]
+) -> None:
+    """Write metrics.json (its 'ground_truth'; what else it holds is kept) and the figures."""
+    path = folder / "metrics.json"
+    write_json(path, {**(read_json(path) if path.exists() else {}), "ground_truth": dict(result)})
+    figures = {"lds.png": lds_figure(result)}
+    if len(truth.counterfactuals):
+        figures["leave-k-out.png"] = leave_k_out_figure(truth, query_ids)
+    if len(truth.retrained("group", query_ids).kept):
+        figures["shares.png"] = reliability_figure(truth, methods, query_ids)
+    for name, figure in figures.items():
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(fontsize=7)
+        with atomic_path(folder / name) as temporary:
+            figure.savefig(temporary, dpi=150)
 
 
 def run_truth(method: str, truth_dir: Path, out: Path, *, split: str = "test") -> dict[str, Any]:

@@ -87,10 +87,7 @@ def restore(run: Retraining, out: Path) -> bool:
                 temporary.write_bytes(row["image"]["bytes"])
         losses = truth.losses_by_timestep([model.model_id], query_ids)[0]
         kept = {"losses": dict(zip(query_ids, losses.tolist(), strict=True)), "regenerated": alike}
-        kept |= {
-            "identity": retrain.measurement_identity(run, model),
-            "seconds": spent,
-        }  # the mean: each model's own is not kept
+        kept |= {"identity": retrain.measurement_identity(run, model), "seconds": spent}  # of each the mean of all
         write_json(run.folder(model) / "measured.json", kept)
     return True
 
@@ -124,38 +121,31 @@ def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -
     def judged_loss(losses: Sequence[float]) -> float:
         return float(np.mean(np.array(losses)[run.config.judged_timesteps]))
 
-    rows = [
-        {"model_id": model.model_id, "query_id": query_id, "loss": judged_loss(losses), "by_timestep": losses}
-        for model in present
-        for query_id, losses in measured[model.model_id]["losses"].items()
-    ]
-    counterfactuals = [
-        {
-            "model_id": model.model_id,
-            "method": method,
-            "query_id": query_id,
-            "loss": judged_loss(measured[model.model_id]["losses"][query_id]),
-            "image": {"bytes": (run.folder(model) / f"{query_id}.png").read_bytes(), "path": None},
-            **measured[model.model_id]["regenerated"][query_id],
-        }
-        for model in present
-        for method, query_id in model.counterfactuals
-    ]
+    losses, counterfactuals = [], []
+    for model in present:
+        found = measured[model.model_id]
+        judged = {query_id: judged_loss(by_timestep) for query_id, by_timestep in found["losses"].items()}
+        for query_id, by_timestep in found["losses"].items():
+            row = {"model_id": model.model_id, "query_id": query_id, "loss": judged[query_id]}
+            losses.append({**row, "by_timestep": by_timestep})
+        for method, query_id in model.counterfactuals:
+            row = {"model_id": model.model_id, "method": method, "query_id": query_id, "loss": judged[query_id]}
+            image = {"bytes": (run.folder(model) / f"{query_id}.png").read_bytes(), "path": None}
+            counterfactuals.append({**row, "image": image, **found["regenerated"][query_id]})
     records = [{**vars(model), "removed_image_ids": sorted(model.removed)} for model in present]
     write_table(out / "models.parquet", records, MODELS)
-    write_table(out / "losses.parquet", rows, LOSSES)
+    write_table(out / "losses.parquet", losses, LOSSES)
     write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
         pq.write_table(run.corpus.table.drop_columns(["url"]), temporary, compression="zstd")
     _copy(run.run_dir / "queries" / "data.parquet", out / "queries.parquet")
     if (run.run_dir / RANKINGS).exists():
         _copy(run.run_dir / RANKINGS, out / RANKINGS)
-    by_id = {model.model_id: model for model in present}
-    for name, model_id in (("generator", "full"), ("other_generator", OTHER)):
-        if not (run.folder(by_id[model_id]) / "weights.safetensors").exists():  # restored from the ground truth
-            continue
-        save_generator(run, by_id[model_id], out / name)
-        shutil.rmtree(out / name / "vae", ignore_errors=True)  # named by its checksum in the manifest
+    for model in present:
+        name = {"full": "generator", OTHER: "other_generator"}.get(model.model_id)
+        if name and (run.folder(model) / "weights.safetensors").exists():  # else it was restored from the ground truth
+            save_generator(run, model, out / name)
+            shutil.rmtree(out / name / "vae", ignore_errors=True)  # named by its checksum in the manifest
     return write_manifest(
         out,
         stage="ground_truth",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,18 @@ class RetrainConfig:
         if not 0 < self.removed_percent < 100:
             raise InputError(f"removed_percent must be between 0 and 100, got {self.removed_percent}")
         if not self.judged_timesteps.any():
-            raise InputError(
-                f"judged must span a part of (0, 1) with one of {self.loss_timesteps} timesteps, got {self.judged}"
-            )
+            found = f"one of {self.loss_timesteps} timesteps, got {self.judged}"
+            raise InputError(f"judged must span a part of (0, 1) with {found}")
 
     @property
     def judged_timesteps(self) -> np.ndarray:
         """(T,) bool, which of the measured timesteps are judged by."""
         middles = (np.arange(self.loss_timesteps) + 0.5) / self.loss_timesteps
         return (self.judged[0] < middles) & (middles < self.judged[1])
+
+    def removed_count(self, images: int) -> int:
+        """K, how many of these images leave-K-out removes."""
+        return max(1, round(images * self.removed_percent / 100))
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -137,11 +141,6 @@ def _uniform(text: str) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
 
 
-def removed_count(images: int, config: RetrainConfig) -> int:
-    """K, how many images leave-K-out removes."""
-    return max(1, round(images * config.removed_percent / 100))
-
-
 def halves(image_ids: Sequence[str], config: RetrainConfig) -> list[Model]:
     """The models on random halves: the first seed of each, second seeds, and one training repeated."""
     ids, models = np.array(sorted(image_ids)), []
@@ -176,9 +175,8 @@ def chosen_queries(queries: pa.Table, config: RetrainConfig) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for row in np.random.default_rng([config.seed, 2]).permutation(test):
         by_kind.setdefault(kinds[row], []).append(query_ids[row])
-    longest = max(map(len, by_kind.values()))
-    turns = [of_kind[turn] for turn in range(longest) for _, of_kind in sorted(by_kind.items()) if turn < len(of_kind)]
-    return turns[: config.leave_k_out_queries]
+    turns = zip_longest(*(of_kind for _, of_kind in sorted(by_kind.items())))
+    return [query_id for turn in turns for query_id in turn if query_id is not None][: config.leave_k_out_queries]
 
 
 def removals(corpus: Corpus, queries: Queries, rankings: Path, config: RetrainConfig) -> list[Model]:
@@ -187,7 +185,7 @@ def removals(corpus: Corpus, queries: Queries, rankings: Path, config: RetrainCo
     Raises:
         InputError: a ranking is shorter than K or names an unknown image.
     """
-    count, ids, models = removed_count(len(corpus), config), np.array(sorted(corpus.image_ids)), []
+    count, ids, models = config.removed_count(len(corpus)), np.array(sorted(corpus.image_ids)), []
     pairs = tuple(("random", query_id) for query_id in chosen_queries(queries.table, config))
     for index in range(config.random_removals):
         drawn = np.random.default_rng([config.seed, 3, index]).choice(ids, count, replace=False)

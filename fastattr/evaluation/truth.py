@@ -28,14 +28,8 @@ TEXT = pa.string()
 MODELS = pa.schema(
     {"model_id": TEXT, "kind": TEXT, "seed": pa.int64(), "subset": TEXT, "method": TEXT, "removed_image_ids": pa.list_(TEXT)}
 )
-LOSSES = pa.schema(
-    {
-        "model_id": TEXT,
-        "query_id": TEXT,
-        "loss": pa.float64(),  # mean over the timesteps that are judged by
-        "by_timestep": pa.list_(pa.float32()),  # all, spread evenly over the schedule from little noise to much
-    }
-)
+LOSSES = pa.schema({"model_id": TEXT, "query_id": TEXT, "loss": pa.float64(), "by_timestep": pa.list_(pa.float32())})
+"""`loss` is the mean over the timesteps that are judged by, `by_timestep` has all, from little noise to much."""
 
 
 def counterfactuals_schema() -> pa.Schema:
@@ -73,6 +67,7 @@ class GroundTruth:
         """Open `folder`; ArtifactNotFoundError if it is not a finished ground truth."""
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "ground_truth")
+        self.corpus_fingerprint = str(self.manifest["corpus_fingerprint"])
         self.images = pq.read_table(self.folder / "images.parquet")
         self.queries = pq.read_table(self.folder / "queries.parquet")
         self.models: list[dict[str, Any]] = pq.read_table(self.folder / "models.parquet").to_pylist()
@@ -80,11 +75,6 @@ class GroundTruth:
         self.image_ids: list[str] = self.images["image_id"].to_pylist()
         self.query_ids: list[str] = self.queries["query_id"].to_pylist()
         self._query_row = {query_id: row for row, query_id in enumerate(self.query_ids)}
-
-    @property
-    def corpus_fingerprint(self) -> str:
-        """Of the corpus that the models were trained on."""
-        return str(self.manifest["corpus_fingerprint"])
 
     @cached_property
     def _losses(self) -> pa.Table:
@@ -139,10 +129,9 @@ class GroundTruth:
     def retrained(self, kind: str, query_ids: Sequence[str]) -> Retrained:
         """Models of one kind ('half', 'group', ...) and the losses of these queries under them; maybe none."""
         models = [model for model in self.models if model["kind"] == kind]
-        row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        kept = np.ones((len(models), len(self.image_ids)), dtype=bool)
-        for row, model in enumerate(models):
-            kept[row, [row_of[image_id] for image_id in model["removed_image_ids"]]] = False
+        removed = [set(model["removed_image_ids"]) for model in models]
+        kept = np.array([[image_id not in without for image_id in self.image_ids] for without in removed], dtype=bool)
+        kept = kept.reshape(len(models), len(self.image_ids))
         model_ids, subsets, seeds = ([model[name] for model in models] for name in ("model_id", "subset", "seed"))
         return Retrained(kept, self.losses(model_ids, query_ids), model_ids, subsets, np.array(seeds))
 

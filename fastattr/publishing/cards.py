@@ -27,9 +27,8 @@ from fastattr.publishing.tables import (
 )
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
-PAPER = "arxiv:2511.10721"
-"""As a tag it links a repository to the paper's page on the Hub."""
-TAGS = ["data-attribution", "training-data-attribution", "text-to-image", PAPER]
+TAGS = ["data-attribution", "training-data-attribution", "text-to-image", "arxiv:2511.10721"]
+"""The last links a repository to the paper's page on the Hub."""
 HUB_LICENSES = """
     apache-2.0 mit unlicense cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 cc-by-nc-4.0
     cc-by-nd-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 odbl gpl-3.0 bsd-3-clause
@@ -70,7 +69,10 @@ def attributor_card(
         data,
         name=name,
         version=config["fastattr_version"],
-        snippet=_attributor_snippet(repo_id, config, example, generator),
+        repo_id=repo_id,
+        example=repr(example[:LONGEST_NAME]),
+        generator=generator,
+        features=None if config["encoders"] else config["feature_dim"],
         images=f"{sum(entry['images'] for entry in entries):,}",
         creators=f"{len({creator for entry in entries for creator in entry['creators']}):,}",
         generator_sentence=f", those of the generator {code(generator)}" if generator else "",
@@ -81,7 +83,7 @@ def attributor_card(
     )
 
 
-def _filled(kind: type[ModelCard | DatasetCard], template: str, data: CardData, **texts: str) -> str:
+def _filled(kind: type[ModelCard | DatasetCard], template: str, data: CardData, **texts: Any) -> str:
     """A card of a template, as text."""
     return str(kind.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **texts))
 
@@ -97,11 +99,9 @@ def generator_card(*, repo_id: str, manifest: Mapping[str, Any], entries: Sequen
         "generator",
         data,
         name=repo_id.split("/")[1],
-        summary="A text-to-image generator whose pictures can be attributed to training images with fastattr"
-        + (", trained from nothing on the images below." if manifest.get("config") else "."),
-        snippet="from diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}")\n'
-        f"image = pipeline({example[:LONGEST_NAME]!r}{settings}).images[0]",
+        repo_id=repo_id,
+        ours=bool(manifest.get("config")),
+        call=f"{example[:LONGEST_NAME]!r}{settings}",
         provenance=provenance_table(entries),
         training=settings_table({**manifest.get("config", {}), **numbers}),
         licence=licence_sentence(entries),
@@ -116,14 +116,10 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
     """
     entries = merged(manifest["provenance"] for manifest in manifests.values())
     imported = sorted({manifest["license"] for manifest in manifests.values() if "license" in manifest})
-    configs: list[dict[str, Any]] = [
-        {
-            "config_name": name,
-            "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in manifest["queries"]],
-        }
-        for name, manifest in manifests.items()
-    ]
-    configs[0]["default"] = True
+    configs: list[dict[str, Any]] = []
+    for name, manifest in manifests.items():
+        files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in manifest["queries"]]
+        configs.append({"config_name": name, "data_files": files, **({} if configs else {"default": True})})
     data = DatasetCardData(
         pretty_name=f"Influence scores: {repo_id.split('/')[1]}",
         task_categories=["image-feature-extraction", "text-to-image"],
@@ -132,7 +128,6 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
         **license_data([*entries, *({"license": name} for name in imported)]),
     )
     first = next(iter(manifests))
-    split = next(iter(manifests[first]["queries"]))
     rows = [
         [code(name), text(each["teacher"]), _counts(each["queries"]), f"up to {each['candidates']:,}", _cost(each)]
         for name, each in manifests.items()
@@ -143,33 +138,13 @@ def scores_card(*, repo_id: str, manifests: Mapping[str, Mapping[str, Any]]) -> 
         "scores",
         data,
         name=repo_id.split("/")[1],
-        snippet="from datasets import load_dataset\n\n"
-        f'scores = load_dataset("{repo_id}", "{first}", split="{split}", streaming=True)\n'
-        "query = next(iter(scores))  # image, prompt, image_ids, influence, rank, ...",
+        repo_id=repo_id,
+        first=first,
+        split=next(iter(manifests[first]["queries"])),
         configurations=table(["configuration", "teacher", "queries", "training images a query", "cost"], rows),
         method=methods,
         provenance=provenance_table(entries),
         licence="\n\n".join([licence_sentence(entries), *map(imported_sentence, imported)]),
-    )
-
-
-def _attributor_snippet(repo_id: str, config: Mapping[str, Any], example: str, generator: str | None) -> str:
-    if not config["encoders"]:
-        return (
-            "import numpy as np\nfrom fastattr import FastAttributor\n\n"
-            f'attributor = FastAttributor.from_pretrained("{repo_id}")\n'
-            f"features = np.load('query_feats.npy')  # (Q, {config['feature_dim']}), from the encoders named below\n"
-            "result = attributor.attribute_features(features[:1], [''], k=10)[0]\nprint(result.to_pandas())"
-        )
-    image = f'Generator.from_pretrained("{generator}").generate(prompt, seed=0)' if generator else '"generated.png"'
-    return (
-        f"from fastattr import FastAttributor{', Generator' if generator else ''}\n\n"
-        f"prompt = {example[:LONGEST_NAME]!r}\n"
-        f"image = {image}  # or an image of your own, made by this generator\n\n"
-        f'attributor = FastAttributor.from_pretrained("{repo_id}")\n'
-        "result = attributor.attribute(image, prompt, k=10)\n"
-        'print(result.to_pandas()[["rank", "image_id", "similarity", "creator", "license"]])\n'
-        'print(result.shares(by="creator"))'
     )
 
 
@@ -186,28 +161,19 @@ def _attributor_method(config: Mapping[str, Any], scores: str | None) -> str:
         "generator": code(config["generator_fingerprint"]),
         **{text(key): text(value) for key, value in config.get("source", {}).items() if isinstance(value, str)},
     }
-    return (
-        "A teacher unlearns a generated image and measures which training images the generator then draws worse; a small "
-        "network learns its ranking on frozen features, and a FAISS index over the network's embeddings answers.\n\n"
-        + table(["what", "which"], [[key, value] for key, value in rows.items()])
-    )
+    return table(["what", "which"], [[key, value] for key, value in rows.items()])
 
 
 def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalResult]:
     """The student's metrics for the card's model-index."""
+    task = {"task_type": "data-attribution", "task_name": "Training data attribution", "dataset_split": metrics.get("split")}
+    task |= {"dataset_type": scores or "influence-scores"}
+    task |= {"dataset_name": f"Influence scores by {metrics.get('teacher', 'a teacher')}"}
+    students = [(key, methods["student"]) for key, methods in measured(metrics) if "student" in methods]
+    names = {key: f"{metric_name(key, metrics)} (standard error {own[f'{key}_se']:.3f})" for key, own in students}
     return [
-        EvalResult(
-            task_type="data-attribution",
-            task_name="Training data attribution",
-            dataset_type=scores or "influence-scores",
-            dataset_name=f"Influence scores by {metrics.get('teacher', 'a teacher')}",
-            dataset_split=metrics.get("split"),
-            metric_type=key,
-            metric_name=f"{metric_name(key, metrics)} (standard error {methods['student'][f'{key}_se']:.3f})",
-            metric_value=round(float(methods["student"][key]), 6),
-        )
-        for key, methods in measured(metrics)
-        if "student" in methods
+        EvalResult(**task, metric_type=key, metric_name=names[key], metric_value=round(float(own[key]), 6))
+        for key, own in students
     ]
 
 

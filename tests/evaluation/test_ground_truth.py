@@ -472,7 +472,7 @@ def test_leave_k_out_removes_what_the_rankings_say(folder, made, reported, confi
     assert len(rankings) == len(benchmark.LEAVE_K_OUT) * 2
     for row in rankings:
         assert removed[row["method"], row["query_id"]] == set(row["image_ids"])
-        assert len(row["image_ids"]) == subsets.removed_count(len(truth.image_ids), config)
+        assert len(row["image_ids"]) == config.removed_count(len(truth.image_ids))
     exact = {row["query_id"]: row["image_ids"] for row in rankings if row["method"] == "abu_plus_exact"}
     from fastattr.evaluation.against_truth import table_scores
 
