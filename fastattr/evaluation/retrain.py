@@ -14,6 +14,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -162,16 +163,9 @@ def train(run: Retraining, model: Model) -> None:
 
     checkpoint = path.with_name("checkpoint.safetensors")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    average = fit(
-        network,
-        batch_of,
-        replace(config.training, seed=model.seed),
-        examples=len(rows),
-        checkpoint=checkpoint,
-        made_from=identity,
-        schedule=trapezoid(config.decay_share),
-        description=model.model_id,
-    )
+    how: dict[str, Any] = {"schedule": trapezoid(config.decay_share), "made_from": identity, "description": model.model_id}
+    training = replace(config.training, seed=model.seed)
+    average = fit(network, batch_of, training, examples=len(rows), checkpoint=checkpoint, **how)
     facts = {"identity": fingerprint(identity), "seconds": round(time.monotonic() - started, 1)}  # since the last start
     write_json(path.with_name("training.json"), facts)
     with atomic_path(path) as temporary:
@@ -273,7 +267,7 @@ def planned(run: Retraining, what: str) -> list[Model]:
 
 
 def everything(run: Retraining) -> list[Model]:
-    """The models of all parts; before the queries are drawn, of those that need none."""
+    """The models of all parts; before the queries are drawn, of the parts that need none."""
     drawn = (run.run_dir / "queries" / MANIFEST).exists()
     return [run.full(), *(model for what in WHAT if drawn or what != "leave-k-out" for model in planned(run, what))]
 
@@ -299,18 +293,11 @@ def run_all(
     """
     logs.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    waiting, failed = [model.model_id for model in models], []
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    with tqdm(total=len(models), desc=description, unit="model") as bar:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                model_id = waiting.pop(0)
-                with (logs / f"{model_id}.txt").open("wb") as log:
-                    options: dict[str, Any] = {"env": environment, "stdout": log, "stderr": subprocess.STDOUT}
-                    running[model_id] = subprocess.Popen(command(model_id), **options)
-            time.sleep(0.2)
-            for model_id in [name for name, process in running.items() if process.poll() is not None]:
-                if running.pop(model_id).returncode != 0:
-                    failed.append(model_id)
-                bar.update()
-    return failed
+
+    def start(model: Model) -> int:
+        with (logs / f"{model.model_id}.txt").open("wb") as log:
+            return subprocess.run(command(model.model_id), env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+
+    with ThreadPoolExecutor(processes) as pool:
+        ended = list(tqdm(pool.map(start, models), total=len(models), desc=description, unit="model"))
+    return [model.model_id for model, code in zip(models, ended, strict=True) if code]

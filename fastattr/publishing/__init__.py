@@ -6,7 +6,7 @@ and score-table folders.
 - `push_to_hub`: the method of `FastAttributor`, which `fastattr` adds: an attributor answers without knowing how to publish.
 - `publish`: `push_attributor`, `push_generator`, `push_scores`, `push_space`, `push_all` (all that a run holds), `PushConfig`.
 - `push`: `push_folder`, the one function that changes a repository; `release_tag`.
-- `cards`, `tables`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
+- `cards`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
 - `fastgda`: `import_attributor`, `import_scores`, from the files that the paper's authors released.
 """
 

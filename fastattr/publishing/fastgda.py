@@ -164,19 +164,9 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         facts |= {"weights": f"{weights.name}, SHA-256 {sha256_file(weights)}"}
         facts |= {"features file": f"{features.name}, SHA-256 {sha256_file(features)}"}
         facts |= {"sign": f"{sign:+d} (the training images' embeddings are multiplied by it)"}
-        seal_folder(
-            temporary,
-            encoders=[],
-            encoder_fingerprints=[],
-            captions="first",
-            feature_dim=width,
-            student=vars(config),
-            **built,
-            corpus_fingerprint=fingerprint(catalog["image_id"].to_pylist()),
-            generator_fingerprint="",
-            teacher=TEACHER,
-            source=facts,
-        )
+        built |= {"encoders": [], "encoder_fingerprints": [], "captions": "first", "feature_dim": width}
+        made = {"corpus_fingerprint": fingerprint(catalog["image_id"].to_pylist()), "generator_fingerprint": ""}
+        seal_folder(temporary, **built, **made, student=vars(config), teacher=TEACHER, source=facts)
 
 
 def read_rankings(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -240,14 +230,8 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
                     rows.append(ScoredQuery(*shown, query_loss_rise=float("nan")))  # not recorded
                 write_shard(temporary / f"{split}-{shard:05d}.parquet", rows, teacher=TEACHER, config=SOURCE)
             queries += len(rank)
-        return write_manifest(
-            temporary,
-            stage="scores",
-            config={"source": SOURCE, "files": [path.name for path in files]},
-            inputs={path.name: sha256_file(path) for path in files},
-            teacher=TEACHER,
-            corpus_fingerprint=fingerprint(names),
-            generator_fingerprint="",
-            queries=queries,
-            license=LICENSE,
-        )
+        config = {"source": SOURCE, "files": [path.name for path in files]}
+        inputs = {path.name: sha256_file(path) for path in files}
+        facts = {"teacher": TEACHER, "corpus_fingerprint": fingerprint(names), "generator_fingerprint": ""}
+        facts |= {"queries": queries, "license": LICENSE}
+        return write_manifest(temporary, stage="scores", config=config, inputs=inputs, **facts)
