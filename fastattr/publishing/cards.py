@@ -166,12 +166,8 @@ def _attributor_method(config: Mapping[str, Any], scores: str | None) -> str:
 
 def _eval_results(metrics: Mapping[str, Any], scores: str | None) -> list[EvalResult]:
     """The student's metrics for the card's model-index."""
-    task: dict[str, Any] = {
-        "task_type": "data-attribution",
-        "task_name": "Training data attribution",
-        "dataset_split": metrics.get("split"),
-    }
-    task |= {"dataset_type": scores or "influence-scores"}
+    task: dict[str, Any] = {"task_type": "data-attribution", "task_name": "Training data attribution"}
+    task |= {"dataset_type": scores or "influence-scores", "dataset_split": metrics.get("split")}
     task |= {"dataset_name": f"Influence scores by {metrics.get('teacher', 'a teacher')}"}
     students = [(key, methods["student"]) for key, methods in measured(metrics) if "student" in methods]
     names = {key: f"{metric_name(key, metrics)} (standard error {own[f'{key}_se']:.3f})" for key, own in students}
