@@ -14,7 +14,6 @@ after the caches were filled; extrapolated from fewer if --quick says so in `gen
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -125,10 +124,7 @@ def memory(url: str, process: int, *, warm_up: int, generations: int) -> dict[st
 
 def main() -> None:
     """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--quick", action="store_true", help="fewer of everything: under two minutes on a quiet machine")
-    options = parser.parse_args()
+    options = machine.parser(__doc__, quick="fewer of everything: under two minutes on a quiet machine").parse_args()
     from fastattr.space.tabs import MAX_CACHED
 
     starts = start_seconds(1 if options.quick else 3)
@@ -137,21 +133,13 @@ def main() -> None:
         clicks = click_seconds(url, 3 if options.quick else 20)
         visitors = ten_visitors(url)
         used = memory(url, server.pid, warm_up=10 if options.quick else MAX_CACHED, generations=10 if options.quick else 200)
-    results = {
-        "start_seconds": max(starts),
-        "click_to_attributed_seconds": max(clicks),
-        "click_to_attributed_seconds_median": float(np.median(clicks)),
-        **used,
-        **visitors,
-        "starts": len(starts),
-        "clicks": len(clicks),
-        "quick": options.quick,
-        "seed": 0,
-    }
+    clicked = {"click_to_attributed_seconds": max(clicks), "click_to_attributed_seconds_median": float(np.median(clicks))}
+    counts = {"starts": len(starts), "clicks": len(clicks)}
+    results = {"start_seconds": max(starts), **clicked, **used, **visitors, **counts}
     missed = [name for name, most in TARGETS.items() if results[name] > most]
-    results |= {**{f"{name}_target": most for name, most in TARGETS.items()}, "missed": ", ".join(missed)}
-    machine.report({**results, **machine.describe()}, options.json)
+    targets = {f"{name}_target": most for name, most in TARGETS.items()}
+    machine.finish({**results, **targets, "missed": ", ".join(missed)}, options)
 
 
 if __name__ == "__main__":
-    main()
+    machine.run(main)

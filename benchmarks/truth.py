@@ -1,11 +1,12 @@
 """The table of truth: every method and every null against emoji-bench's retrained models.
 
     python benchmarks/truth.py [--quick]     the table, docs/truth.md and benchmarks/results/truth.json
+    python benchmarks/truth.py --sweep       the teachers' settings, chosen without test queries: TRUTH/settings.json
     python benchmarks/truth.py --exact       the exact teacher's scores of the test queries, kept in the ground truth folder
     python benchmarks/truth.py --rankings    whom leave-K-out removes: RUN/rankings.parquet, for benchmarks/ground_truth.py
 
-The order for a new ground truth: ground_truth.py --only lds --only groups, truth_sweep.py, --exact, --rankings,
-ground_truth.py --only leave-k-out, and the table. Students learn from training queries alone. All teachers are the library's
+The order for a new ground truth: ground_truth.py --only lds --only groups, --sweep, --exact, --rankings, ground_truth.py
+--only leave-k-out, and the table. Students learn from training queries alone. All teachers are the library's
 (fastattr/teachers), and of the generator that drew the queries; the null 'student_other_teacher' alone has another one's.
 Seconds a query are those of the query (its features or its own gradient, and the comparison with all images), without what
 is done once for all queries.
@@ -13,7 +14,6 @@ is done once for all queries.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -24,14 +24,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import document
 import lab
 import machine
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from document import number, span, with_error
 from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
+from machine import number, span, with_error
 
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
@@ -324,9 +323,9 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
     ]
     return {
         "measured": [measured],
-        "table": document.table(header, rows),
-        "gains": document.table(["difference in residual LDS", "middle of the schedule", "all timesteps"], gains),
-        "removals": document.table(["difference", *titles], removed),
+        "table": machine.table(header, rows),
+        "gains": machine.table(["difference in residual LDS", "middle of the schedule", "all timesteps"], gains),
+        "removals": machine.table(["difference", *titles], removed),
     }
 
 
@@ -347,24 +346,24 @@ def sweep_parts(swept: Mapping[str, Any]) -> dict[str, list[str]]:
     header = ["part of the schedule", *(f"{low:.1%} to {high:.1%}" for low, high in pairwise(edges))]
     ceilings = [[f"noise ceiling ({swept['models']} models)", *map(number, swept["noise_ceilings"])]]
     return {
-        "ceilings": document.table(header, ceilings),
-        "sweep": document.table(["method", "settings", "residual LDS", "plain LDS", "queries"], rows),
+        "ceilings": machine.table(header, ceilings),
+        "sweep": machine.table(["method", "settings", "residual LDS", "plain LDS", "queries"], rows),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do one of the three things."""
-    parser = argparse.ArgumentParser(description="Compare all methods with what retraining does.")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers are written (%(default)s)")
+    """Do one of the four things."""
+    parser = machine.parser(__doc__, json=RESULTS, quick="fewer queries and draws, no document: less than 2 minutes")
     parser.add_argument("--docs", type=Path, default=DOCS, help="document whose tables are replaced (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: less than 2 minutes")
     what = parser.add_mutually_exclusive_group()
-    for name in ("exact", "rankings"):
+    for name in ("sweep", "exact", "rankings"):
         what.add_argument(f"--{name}", action="store_true")
     options = options_of(parser, arguments)
-    sizes = QUICK if options.quick else Sizes()
+    sizes, config = QUICK if options.quick else Sizes(), read_yaml(options.config, RetrainConfig)
+    if options.sweep:
+        bench = lab.open_bench(options.truth, options.run, config, options.corpus, lab.Settings(), sizes.cost)
+        return write_json(options.truth / SETTINGS, lab.sweep(bench))
     settings = lab.read_settings(options.truth).at_most(sizes.most_query_draws, sizes.most_loss_draws)
-    config = read_yaml(options.config, RetrainConfig)
     bench = lab.open_bench(options.truth, options.run, config, options.corpus, settings, sizes.cost)
     if options.exact:
         return score_exactly(bench)
@@ -377,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, result)
         shown = {name: methods[name] for name in (*TEACHERS, "student", "similarity_both")}
         write_truth_report(options.docs.parent / "truth", result, bench.truth, shown, query_ids)
-        document.fill(options.docs, parts | sweep_parts(read_json(options.truth / SETTINGS)))
+        machine.fill(options.docs, parts | sweep_parts(read_json(options.truth / SETTINGS)))
     return None
 
 

@@ -37,12 +37,11 @@ from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import document
 import ground_truth as jobs
 import lab
+import machine
 import student_truth
 import truth as benchmark
-import truth_sweep as sweeping
 
 CONFIG = """
 part: {main_set: plain, second_set: framed, second_share: 0.5}
@@ -74,7 +73,7 @@ SIZES = benchmark.Sizes(
 )
 STEPS = (
     ("abu_plus_linearised", {"pattern": (r"attn2\.", "."), "damping": (0.1, 1.0)}),
-    ("abu_plus_linearised", sweeping.DRAWS),
+    ("abu_plus_linearised", lab.DRAWS),
     ("abu_plus_exact", {"rise": (0.02, 0.1)}),
     ("d_trak", {"d_trak_ridge": (0.1, 1.0)}),
 )
@@ -84,11 +83,10 @@ STEPS = (
 def quick_sweep(patch: pytest.MonkeyPatch) -> None:
     """Let the sweep try little, with few draws."""
     draws = {"query_draws": (4, 8), "loss_draws": (1, 2)}
-    patch.setattr(sweeping, "DRAWS", draws)
-    patch.setattr(sweeping, "STEPS", [(name, draws if values is STEPS[1][1] else values) for name, values in STEPS])
-    patch.setattr(sweeping, "MOST_DRAWS", {"query_draws": 8, "loss_draws": 2})
-    patch.setattr(sweeping, "EXACT_QUERIES", 2)
-    patch.setattr(sweeping, "Cost", lambda: SIZES.cost)
+    patch.setattr(lab, "DRAWS", draws)
+    patch.setattr(lab, "STEPS", [(name, draws if values is STEPS[1][1] else values) for name, values in STEPS])
+    patch.setattr(lab, "MOST_DRAWS", {"query_draws": 8, "loss_draws": 2})
+    patch.setattr(lab, "EXACT_QUERIES", 2)
 
 
 def open_bench(made: Path, arguments: list[str], settings: lab.Settings, cost: lab.Cost = SIZES.cost) -> lab.Bench:
@@ -159,7 +157,7 @@ def reported(folder, arguments, made) -> Path:
         patch.setattr(jobs, "run_all", in_this_process)
         patch.setattr(benchmark, "Sizes", lambda: SIZES)
         quick_sweep(patch)
-        sweeping.main([*arguments, "--truth", str(made)])
+        benchmark.main([*of_table, "--sweep"])
         for step in ("--exact", "--rankings"):
             benchmark.main([*of_table, step])
         jobs.main([*arguments, "--out", str(made), "--only", "leave-k-out"])
@@ -382,7 +380,7 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     monkeypatch.setattr(GroundTruth, "losses", lambda self, models, ids: (asked.extend(ids), losses(self, models, ids))[1])
     quick_sweep(monkeypatch)
     bench = open_bench(made, arguments, lab.Settings())
-    sweeping.sweep(replace(bench, run_dir=tmp_path), resamples=2)
+    lab.sweep(replace(bench, run_dir=tmp_path), resamples=2)
     assert asked
     assert not set(asked) & forbidden
     asked.clear()
@@ -578,4 +576,4 @@ def test_a_document_without_marks_is_refused(tmp_path):
     """The table would silently stay the old one."""
     (tmp_path / "doc.md").write_text("<!-- table -->\nold\n")
     with pytest.raises(FastattrError, match="end table"):
-        document.fill(tmp_path / "doc.md", {"table": ["new"]})
+        machine.fill(tmp_path / "doc.md", {"table": ["new"]})
