@@ -1,13 +1,12 @@
-"""The index from 15 thousand to 10 million images: recall, latency, memory, disk, build time.
+"""The index at 1 and 10 million images: recall, latency, memory, disk, build time.
 
     python benchmarks/index.py --json benchmarks/results/index.json            # about an hour on 2 cores, 20 GB of disk
     python benchmarks/index.py --quick                                         # tiny sizes, less than 2 minutes
 
 Every part runs in a process of its own (its peak memory is its own) and leaves its figures in --work, so that an interrupted
-run goes on with the next part; --part runs one. Vectors of 118 thousand and more are made from the distribution of the real
-ones (`Population`). Queries are made vectors that are in no index and tuned nothing; at 15 thousand they are real ones, held
-out. An answer is timed as a user gets it, one query at a time: 100 neighbours, short list ranked again from float16 vectors
-whose digests are compared. Recall is against exhaustive search in float32.
+run goes on with the next part; --part runs one. Vectors are made from the distribution of the real ones (`Population`), and
+so are queries, which are in no index and tuned nothing. An answer is timed as a user gets it, one query at a time: 100
+neighbours, short list ranked again from float16 vectors whose digests are compared. Recall is against exhaustive search.
 
 Keys are PART_KIND_FIGURE, e.g. 1m_ivf_rabitq_recall100; those that the project promises stand alone (`promised`).
 """
@@ -37,10 +36,8 @@ from fastattr.index.search import open_ranked
 from fastattr.index.tune import exact_neighbours, recall_of
 from fastattr.index.vectors import Read, reader
 
-SIZES = {"118k": 118_287, "1m": 1_000_000, "10m": 10_000_000}
-QUICK_SIZES = {"118k": 6_000, "1m": 8_000, "10m": 12_000}
-HELD_OUT = 200
-"""Real embeddings that serve as queries."""
+SIZES = {"1m": 1_000_000, "10m": 10_000_000}
+QUICK_SIZES = {"1m": 8_000, "10m": 12_000}
 DIM, NEIGHBOURS, SPREAD, LENGTH, TAIL = 768, 8, 0.8, 0.5, 0.5
 """Of made vectors, see `Population`."""
 BLOCK = 65_536
@@ -48,9 +45,6 @@ BLOCK = 65_536
 K = 100
 LONGEST_TIMING = 15.0
 """Seconds after which the timing of a slow kind ends, with as many queries as there were."""
-SLOW_TO_TRAIN = ("ivf_pq64", "ivf_opq")
-WHOLE = {"flat": "Flat", "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"}
-"""Kinds that compare, or link, all images."""
 
 
 def real_embeddings(folder: Path = ASSETS / "emoji" / "attributor") -> np.ndarray:
@@ -115,21 +109,12 @@ def stored(rows: int, path: Path) -> Read:
     return reader(path, DIM)
 
 
-def kinds(rows: int, dim: int) -> dict[str, str]:
+def kinds(rows: int) -> dict[str, str]:
     """Factory strings by name, for one size; docs/search-index.md says what is left out, and why."""
     lists = coarse_lists(rows)
-    reduced = f"PCAR{256 if dim > 256 else 64},"
-    inverted = {
-        "ivf_rabitq": f"{reduced}IVF{lists},RaBitQ",
-        "ivf_sq4": f"{reduced.replace('256', '128')}IVF{lists},SQ4",
-        "ivf_pq64": f"{reduced}IVF{lists},PQ{64 if dim > 256 else 32}",
-    }
-    if rows <= 120_000:
-        size = 64 if dim > 256 else 32
-        return {**WHOLE, **inverted, "ivf_opq": f"OPQ{size}_{4 * size if dim > 256 else 64},IVF{lists},PQ{size}"}
-    if rows <= 1_000_000:
-        return {**inverted, "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": WHOLE["hnsw"]}
-    return inverted
+    inverted = {"ivf_rabitq": f"PCAR256,IVF{lists},RaBitQ", "ivf_sq4": f"PCAR128,IVF{lists},SQ4"}
+    inverted["ivf_pq64"] = f"PCAR256,IVF{lists},PQ64"
+    return inverted | ({"sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"} if rows <= 1_000_000 else {})
 
 
 def measure(
@@ -203,41 +188,6 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def part_real(work: Path, quick: bool) -> dict[str, Any]:
-    """The real 15,351 embeddings, 128 wide.
-
-    mAP(L) is of the L images that a search gives, against the exact ranking's first L, 1% and 5% of the images.
-    """
-    real = real_embeddings()
-    held_out = np.sort(np.random.default_rng(0).permutation(len(real))[:HELD_OUT])
-    base = np.ascontiguousarray(np.delete(real, held_out, axis=0)[: 3000 if quick else None])
-    read = lambda start, stop: base[start:stop]  # noqa: E731
-    queries = real[held_out]
-    exact = truth(read, len(base), queries, work / "real.npy")
-    results: dict[str, Any] = {"15k_rows": len(base), "15k_dim": base.shape[1], "15k_queries": len(queries)}
-    relevant = {1: max(1, len(base) // 100), 5: len(base) // 20}
-    values = queries @ base.T
-    order = np.argsort(-values, axis=1)
-    for name, factory in kinds(len(base), base.shape[1]).items():
-        if quick and name in SLOW_TO_TRAIN:
-            continue
-        folder = work / "real" / name
-        results |= measure(f"15k_{name}", factory, read, len(base), queries, exact, folder, timed=20 if quick else 300)
-        settings = read_json(folder / "settings.json")
-        ranked = open_ranked(folder, settings, {path.name: sha256_file(path) for path in folder.iterdir()})
-        for percent, count in relevant.items():
-            found = zip(ranked.search(queries, count)[1], order, strict=True)
-            figures = [average_precision(mine, true[:count]) for mine, true in found]
-            results[f"15k_{name}_map_{percent}pct"] = float(np.mean(figures))
-    return results
-
-
-def average_precision(ranking: np.ndarray, relevant: np.ndarray) -> float:
-    """AP of a ranking of rows, as far as it goes, with a set of relevant ones; those that it lacks count as not found."""
-    hits = np.isin(ranking, relevant)
-    return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].sum() / len(relevant))
-
-
 def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
     """A made corpus of one size: every kind of index that can be built here."""
     rows = (QUICK_SIZES if quick else SIZES)[name]
@@ -246,8 +196,8 @@ def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
     read = stored(rows, work / f"{name}.f16")
     exact = truth(read, rows, queries, work / f"{name}.npy")
     results: dict[str, Any] = {f"{name}_rows": rows, f"{name}_dim": DIM, f"{name}_queries": len(queries)}
-    for kind, factory in kinds(rows, DIM).items():
-        if quick and kind in SLOW_TO_TRAIN:
+    for kind, factory in kinds(rows).items():
+        if quick and kind == "ivf_pq64":  # slow to train
             continue
         faiss.omp_set_num_threads(os.cpu_count() or 1)
         folder = work / name / kind
@@ -280,8 +230,6 @@ def part_latency(work: Path, quick: bool) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "real": part_real,
-    "118k": lambda work, quick: part_size("118k", work, quick),
     "1m": lambda work, quick: part_size("1m", work, quick),
     "10m": lambda work, quick: part_size("10m", work, quick),
     "latency": part_latency,
@@ -294,48 +242,21 @@ def promised(results: dict[str, Any]) -> dict[str, Any]:
         "recall100_1m": results["1m_ivf_rabitq_recall100"],
         "bytes_per_image_1m": results["1m_ivf_rabitq_bytes_per_image"],
         "peak_memory_gb_10m": results["10m_ivf_rabitq_peak_gb"],
-        **extrapolated(results),
-    }
-
-
-def extrapolated(results: dict[str, Any]) -> dict[str, Any]:
-    """What 400 M images would need: bytes in proportion, milliseconds by a power law through 118 k, 1 M and 10 M."""
-    sizes = [name for name in SIZES if f"{name}_ivf_rabitq_cpu_ms" in results]
-    rows = np.log([results[f"{name}_rows"] for name in sizes])
-    times = np.log([results[f"{name}_ivf_rabitq_cpu_ms"] for name in sizes])
-    slope, start = np.polyfit(rows, times, 1)
-    return {
-        "latency_exponent": float(slope),
-        "cpu_ms_400m": float(np.exp(start + slope * np.log(4e8))),
-        "memory_gb_400m": results["10m_ivf_rabitq_bytes_per_image"] * 4e8 / 1e9,
-        "disk_gb_400m": results["10m_ivf_rabitq_disk_bytes_per_image"] * 4e8 / 1e9,
-        "build_cpu_hours_400m": results["10m_ivf_rabitq_build_cpu_seconds"] * 40 * 40**0.5 / 3600,
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """Every index at every size, as docs/search-index.md shows it."""
     figures = ("recall10", "recall100", "p50_ms", "p99_ms", "p50_ms_2_threads")
-    header = [
-        "images",
-        "index",
-        "recall@10",
-        "recall@100",
-        "p50 ms",
-        "p99 ms",
-        "p50, 2 threads",
-        "bytes in memory",
-        "on disk",
-        "build s",
-    ]
+    header = ["images", "index", "recall@10", "recall@100", "p50 ms", "p99 ms", "p50, 2 threads"]
     rows = []
-    for size in ("15k", *SIZES):
+    for size in SIZES:
         for key in [key for key in results if key.startswith(f"{size}_") and key.endswith("_factory")]:
             prefix = key.removesuffix("_factory")
             cells = [f"{results[f'{prefix}_{figure}']:.{3 if 'recall' in figure else 2}f}" for figure in figures]
             cells += [f"{results[f'{prefix}_{figure}']:,.0f}" for figure in ("bytes_per_image", "disk_bytes_per_image")]
             rows.append([size, f"`{results[key]}`", *cells, f"{results[f'{prefix}_build_seconds']:,.1f}"])
-    return "\n".join(machine.table(header, rows))
+    return "\n".join(machine.table([*header, "bytes in memory", "on disk", "build s"], rows))
 
 
 def main() -> None:
