@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +58,10 @@ STUDENTS = ("student", "student_shuffled_teacher", "student_other_teacher")
 LEAVE_K_OUT = ("abu_plus_exact", "abu_plus_linearised", "d_trak", "similarity_both", "student")
 
 
+def _student(**training: int) -> DistillConfig:
+    return DistillConfig(loss="mse_scores", training=replace(DistillConfig().training, **training))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much is computed."""
@@ -69,11 +74,7 @@ class Sizes:
     most_query_draws: int = 1000
     most_loss_draws: int = 1000
     """`Settings.query_draws` and `Settings.loss_draws`, at most."""
-    student: DistillConfig = field(
-        default_factory=lambda: DistillConfig(
-            loss="mse_scores", training=replace(DistillConfig().training, steps=300, warmup_steps=20)
-        )
-    )
+    student: DistillConfig = field(default_factory=lambda: _student(steps=300, warmup_steps=20))
     """Its loss did best in cross-validation over the training prompts (docs/truth.md)."""
     resamples: int = 1000
     seed: int = 0
@@ -85,7 +86,7 @@ QUICK = Sizes(
     test_queries=16,
     most_query_draws=16,
     most_loss_draws=2,
-    student=DistillConfig(loss="mse_scores", training=replace(DistillConfig().training, steps=60)),
+    student=_student(steps=60),
     resamples=100,
 )
 
@@ -94,16 +95,15 @@ class Timed:
     """Seconds a query, by method."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def measure(self, queries: int, *methods: str) -> Iterator[None]:
         """Add the time spent inside, divided by the number of queries, to each of these methods."""
         started = time.perf_counter()
         yield
-        spent = (time.perf_counter() - started) / queries
         for name in methods:
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] += (time.perf_counter() - started) / queries
 
 
 def all_scores(
@@ -191,24 +191,16 @@ def train(
         return distill(pairs, queries, images, config, checkpoint=Path(scratch) / "checkpoint.safetensors")
 
 
-def exact_settings(bench: Bench) -> dict[str, Any]:
-    """All that the exact teacher's scores depend on, besides generator and corpus."""
-    chosen = {name: getattr(bench.lab.settings, name) for name in ("pattern", "damping", "rise")}
-    names = ("exact_query_draws", "exact_draws", "factor_examples", "seed")
-    return chosen | {name: getattr(bench.lab.cost, name) for name in names}
-
-
 def score_exactly(bench: Bench) -> None:
-    """Write the exact teacher's score table of the test queries into the ground truth folder.
-
-    Resumes query by query; started several times, the processes share the queries.
-    """
-    truth, folder, config = bench.truth, bench.truth.folder / EXACT, exact_settings(bench)
+    """Write the exact teacher's score table of the test queries into the ground truth folder; several may share the work."""
+    truth, folder = bench.truth, bench.truth.folder / EXACT
+    config = {name: getattr(bench.lab.settings, name) for name in ("pattern", "damping", "rise")}
+    config |= {name: getattr(bench.lab.cost, name) for name in ("exact_query_draws", "exact_draws", "factor_examples", "seed")}
     query_ids, inputs = truth.of_split("test"), {"ground_truth": truth.manifest["fingerprint"]}
     inputs |= {"generator": bench.lab.generator.fingerprint}
     shards = bench.run_dir / f"exact-{fingerprint([config, inputs])}"
     seconds = []
-    for query_id in np.random.default_rng(os.getpid()).permutation(query_ids).tolist():  # so that several may share the work
+    for query_id in np.random.default_rng(os.getpid()).permutation(query_ids).tolist():
         if (shards / f"{query_id}.parquet").exists():
             continue
         started = time.perf_counter()
@@ -220,16 +212,10 @@ def score_exactly(bench: Bench) -> None:
     table = pa.concat_tables([pq.read_table(shards / f"{query_id}.parquet") for query_id in query_ids])
     with atomic_path(folder / "test-00000.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    write_manifest(
-        folder,
-        stage="scores",
-        config=config,
-        inputs=inputs,
-        teacher="abu_plus_exact",
-        corpus_fingerprint=truth.corpus_fingerprint,
-        generator_fingerprint=bench.lab.generator.fingerprint,
-        seconds_per_query=round(float(np.median(seconds)), 2) if seconds else read_json(folder / MANIFEST)["seconds_per_query"],
-    )
+    facts = {"teacher": "abu_plus_exact", "corpus_fingerprint": truth.corpus_fingerprint}
+    facts |= {"generator_fingerprint": bench.lab.generator.fingerprint}
+    spent = round(float(np.median(seconds)), 2) if seconds else read_json(folder / MANIFEST)["seconds_per_query"]
+    write_manifest(folder, stage="scores", config=config, inputs=inputs, **facts, seconds_per_query=spent)
 
 
 def report(bench: Bench, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
@@ -243,20 +229,11 @@ def report(bench: Bench, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.nda
     require_same(f"the generator of {exact}", manifest["generator_fingerprint"], fingerprint_now, "Run with --exact again.")
     timed.seconds["abu_plus_exact"] = manifest["seconds_per_query"]
     rivals = (*SIMILARITIES, "popularity", "random")
-    pairs = [(teacher, rival) for teacher in TEACHERS for rival in rivals]
+    pairs = [(teacher, rival) for teacher in TEACHERS for rival in rivals] + [("d_trak_ekfac", "d_trak")]
     pairs += [("abu_plus_exact", other) for other in ("abu_plus_linearised", "d_trak", "d_trak_ekfac", "averaged", "student")]
-    pairs += [("d_trak_ekfac", "d_trak")]
     pairs += [("student", rival) for rival in (*SIMILARITIES, *STUDENTS[1:], "popularity")]
-    result = compare_with_truth(
-        methods,
-        truth,
-        query_ids,
-        seconds=timed.seconds,
-        teacher="abu_plus_exact",
-        pairs=pairs,
-        resamples=sizes.resamples,
-        seed=sizes.seed,
-    )
+    asked: dict[str, Any] = {"seconds": timed.seconds, "teacher": "abu_plus_exact", "resamples": sizes.resamples}
+    result = compare_with_truth(methods, truth, query_ids, pairs=pairs, seed=sizes.seed, **asked)
     removed = [(method, rival) for method in LEAVE_K_OUT for rival in ("random", "similarity_both") if method != rival]
     students = {name for name in methods if name.startswith(("student", "random", "popularity"))}
     teachers = [name for name in methods if name not in students and name not in SIMILARITIES]
@@ -265,11 +242,9 @@ def report(bench: Bench, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.nda
         "leave_k_out_gains": leave_k_out_gains(truth, removed, query_ids, seed=sizes.seed),
         "settings": asdict(bench.lab.settings),
         "ground_truth": truth.manifest["fingerprint"],
-        "seed": sizes.seed,
-        "quick": sizes == QUICK,
-        "benchmark_seconds": round(time.perf_counter() - started, 1),
     }
-    return {**result, **facts, **machine.describe()}, methods, query_ids
+    made = {"seed": sizes.seed, "quick": sizes == QUICK, "benchmark_seconds": round(time.perf_counter() - started, 1)}
+    return {**result, **facts, **made, **machine.describe()}, methods, query_ids
 
 
 def write_rankings(bench: Bench, sizes: Sizes) -> None:
@@ -301,21 +276,14 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
     removals = {"dloss": ("dL x 1000", 1000, 2), "dloss_judged": ("middle dL x 1000", 1000, 2), "mse": ("MSE x 100", 100, 2)}
     removals["similarity"] = ("similarity", 1, 3)
     titles = [title for title, _, _ in removals.values()]
+
+    def row_of(name: str, row: Mapping[str, Any]) -> list[str]:
+        left_out = [with_error(row, f"leave_k_out_{key}", factor=by, digits=to) for key, (_, by, to) in removals.items()]
+        ends = [number(row["group_spearman_residual"]), number(row["seconds_per_query"], 4)]
+        return [name, *(span(row, key) for key in lds), number(row["map_1pct"]), *left_out, *ends]
+
+    methods = sorted(result["methods"].items(), key=lambda item: -item[1]["lds_residual"])
     header = ["method", "residual LDS", "all timesteps", "plain LDS", "mAP(1%)", *titles, "groups", "s / query"]
-    rows = [
-        [
-            name,
-            *(span(row, key) for key in lds),
-            number(row["map_1pct"]),
-            *(
-                with_error(row, f"leave_k_out_{key}", factor=scale, digits=digits)
-                for key, (_, scale, digits) in removals.items()
-            ),
-            number(row["group_spearman_residual"]),
-            number(row["seconds_per_query"], 4),
-        ]
-        for name, row in sorted(result["methods"].items(), key=lambda item: -item[1]["lds_residual"])
-    ]
     gains = [[pair, *(span(found[key]) for key in lds[:2])] for pair, found in result["gains"].items()]
     removed = [
         [pair, *(span(found[key], factor=scale, digits=2) for key, (_, scale, _) in removals.items())]
@@ -323,7 +291,7 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
     ]
     return {
         "measured": [measured],
-        "table": machine.table(header, rows),
+        "table": machine.table(header, [row_of(*item) for item in methods]),
         "gains": machine.table(["difference in residual LDS", "middle of the schedule", "all timesteps"], gains),
         "removals": machine.table(["difference", *titles], removed),
     }
@@ -331,17 +299,10 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def sweep_parts(swept: Mapping[str, Any]) -> dict[str, list[str]]:
     """What docs/truth.md shows of the sweep, by the name of its mark."""
-    figures = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}
-    rows = [
-        [
-            row["method"],
-            ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures),
-            span(row, "lds_residual"),
-            number(row["lds"]),
-            str(row["queries"]),
-        ]
-        for row in swept["tried"]
-    ]
+    figures, rows = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}, []
+    for row in swept["tried"]:
+        changed = ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures)
+        rows.append([row["method"], changed, span(row, "lds_residual"), number(row["lds"]), str(row["queries"])])
     edges = np.linspace(0, 1, len(swept["noise_ceilings"]) + 1)
     header = ["part of the schedule", *(f"{low:.1%} to {high:.1%}" for low, high in pairwise(edges))]
     ceilings = [[f"noise ceiling ({swept['models']} models)", *map(number, swept["noise_ceilings"])]]
