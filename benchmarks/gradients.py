@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,29 +88,17 @@ QUICK = Sizes(
 )
 
 
-def draw_by_draw(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    images: EncodedImages,
-    rows: np.ndarray,
-    factors: Factors,
-    coordinates: np.ndarray,
-    config: GradientConfig,
-) -> np.ndarray:
+def draw_by_draw(embedded: Embedded, rows: np.ndarray, coordinates: np.ndarray, config: GradientConfig) -> np.ndarray:
     """(C, k) gradient features as they were computed before: every draw's gradient whole, rotated and scaled on its own."""
-    features = torch.zeros(len(rows), len(coordinates))
-    turned = {
-        name: (
-            factors.gradient_eigenvectors[name].float(),
-            factors.activation_eigenvectors[name].float(),
-            factors.damped(name, config.damping).rsqrt().float(),
-        )
-        for name in layers
-    }
+    features, layers, factors = torch.zeros(len(rows), len(coordinates)), embedded.layers, embedded.factors
+    turned = {}
+    for name in layers:
+        vectors = (factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name])
+        turned[name] = [each.float() for each in (*vectors, factors.damped(name, config.damping).rsqrt())]
     with record_layers(layers) as recorded:
         for layer in layers.values():
             layer.weight.requires_grad_(True)  # autograd computed the weights' gradients too
-        for positions, losses in denoising_losses(generator, images, rows, **config.drawn):
+        for positions, losses in denoising_losses(embedded.generator, embedded.images, rows, **config.drawn):
             losses.sum().backward()
             parts = []
             for name, calls in recorded.items():
@@ -169,7 +157,7 @@ def speed(embedded: Embedded, coordinates: np.ndarray, sizes: Sizes) -> dict[str
     own = (embedded.generator, embedded.layers, embedded.images)
     few, many = np.arange(sizes.before), np.arange(sizes.after)
     gradient_features(*own, few[:1], compression, config)  # warm
-    before, expected = seconds_of(lambda: draw_by_draw(*own, few, embedded.factors, coordinates, config))
+    before, expected = seconds_of(lambda: draw_by_draw(embedded, few, coordinates, config))
     after, found = seconds_of(lambda: gradient_features(*own, many, compression, config))
     rates = {"before": sizes.before / before, "after": sizes.after / after}
     return {
@@ -211,14 +199,10 @@ def new_query(embedded: Embedded, coordinates: np.ndarray, sizes: Sizes, seed: i
 
 
 def kept_coordinates(energy: np.ndarray, sizes: Sequence[int], way: str, count: int) -> np.ndarray:
-    """(count,) sorted numbers of the coordinates to keep.
+    """(count,) sorted numbers of the coordinates to keep, up to rounding, of (P,) mean squares over layers of these sizes.
 
-    Args:
-        energy: (P,) mean square of each coordinate over the training images.
-        sizes: numbers of each layer.
-        way: 'leading' ones of all layers; 'per_layer', the leading ones of each, in equal parts of its numbers; 'shares', the
-            same in parts of its energy.
-        count: numbers to keep, up to rounding.
+    `way` is 'leading', those of all layers, 'per_layer', the leading ones of each in equal parts of its numbers, or 'shares',
+    the same in parts of its energy.
     """
     if way == "leading":
         return np.sort(np.argpartition(-energy, count - 1)[:count])
@@ -232,15 +216,8 @@ def kept_coordinates(energy: np.ndarray, sizes: Sequence[int], way: str, count: 
 def curve(queries: np.ndarray, images: np.ndarray, sizes: Sequence[int], kept: Sequence[int], seed: int) -> dict[str, float]:
     """Agreement with whole gradients by way, precision and bytes an image; a column block at a time, for they are gigabytes.
 
-    Args:
-        queries: (Q, P) whitened gradients in half precision.
-        images: (N, P) those of the training images.
-        sizes: numbers of each layer.
-        kept: numbers an image in half precision.
-        seed: of the bootstrap.
-
-    Returns:
-        coordinates_spearman_WAY_PRECISION_BYTES with `_low` and `_high`, and coordinates_top1pct_WAY_PRECISION_BYTES.
+    (Q, P) `queries` and (N, P) `images` are whitened gradients in half precision over layers of these sizes; `kept` are numbers
+    an image. Keys are coordinates_spearman_WAY_PRECISION_BYTES with `_low` and `_high`, and coordinates_top1pct_...
     """
     width, rng, found = images.shape[1], np.random.default_rng(11), dict[str, float]()
     energy, whole = np.zeros(width), np.zeros((len(queries), len(images)), np.float32)

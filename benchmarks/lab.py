@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -85,7 +85,6 @@ class Settings:
     """(timestep, noise) pairs of a query's gradient; D-TRAK takes a quarter."""
     loss_draws: int = 16
     """(timestep, noise) pairs of a training image's gradient or loss."""
-
     rise: float = 0.02
     """By how much the exact step raises the query's loss, to first order, as a part of it."""
     trak_pattern: str = CROSS_ATTENTION_KV
@@ -113,17 +112,10 @@ class Settings:
 
 
 def open_generator(folder: Path, autoencoder_sha256: str) -> Generator:
-    """A generator of a ground truth folder, with the embedded emoji model's autoencoder.
-
-    Raises:
-        ArtifactMismatchError: that is another autoencoder than the ground truth was made with.
-    """
-    require_same(
-        "the embedded autoencoder",
-        sha256_file(AUTOENCODER / "diffusion_pytorch_model.safetensors"),
-        autoencoder_sha256,
-        "The ground truth was made with another one; make it again, or use the fastattr that it was made with.",
-    )
+    """A generator of a ground truth folder, with the embedded autoencoder, if it was made with that one."""
+    fix = "The ground truth was made with another one; make it again, or use the fastattr that it was made with."
+    found = sha256_file(AUTOENCODER / "diffusion_pytorch_model.safetensors")
+    require_same("the embedded autoencoder", found, autoencoder_sha256, fix)
     autoencoder = AutoencoderKL.from_pretrained(AUTOENCODER)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, vae=autoencoder, dtype=torch.float32, local_files_only=True)
     return Generator(pipeline, name=folder.name)
@@ -144,6 +136,10 @@ class Cost:
     seed: int = 0
 
 
+def _batches(ids: Sequence[str]) -> list[Sequence[str]]:
+    return [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
+
+
 class Lab:
     """One generator's view of the corpus and of queries, and what the library's teachers make of it."""
 
@@ -153,7 +149,7 @@ class Lab:
 
     def queries(self, query_ids: Sequence[str]) -> EncodedImages:
         """Queries, encoded as training images are."""
-        parts = [query_ids[start : start + BATCH] for start in range(0, len(query_ids), BATCH)]
+        parts = _batches(query_ids)
         latents = [self.generator.encode_image([self.truth.image(query_id) for query_id in part]) for part in parts]
         texts = [self.generator.encode_prompt([self.truth.prompt(query_id) for query_id in part]) for part in parts]
         conditioning = Conditioning.concatenated(texts)
@@ -181,8 +177,7 @@ class Lab:
 
     def scores(self, teacher: FittedTeacher, query_ids: Sequence[str]) -> np.ndarray:
         """(Q, N) scores by a fitted teacher."""
-        parts = [query_ids[start : start + BATCH] for start in range(0, len(query_ids), BATCH)]
-        return np.concatenate([teacher.scores(self.queries(part)) for part in parts])
+        return np.concatenate([teacher.scores(self.queries(part)) for part in _batches(query_ids)])
 
     @cached_property
     def base_losses(self) -> np.ndarray:
@@ -191,24 +186,19 @@ class Lab:
         drawn = {"draws": cost.exact_draws, "batch_size": 2 * cost.batch_size, "seed": cost.seed}
         return image_losses(self.generator, self.corpus, rows, **drawn)
 
-    def exact(self, query_ids: Sequence[str], rise: float | None = None) -> np.ndarray:
+    def exact(self, query_ids: Sequence[str]) -> np.ndarray:
         """(Q, N) exact scores: losses after the query's unlearning step less losses before it."""
         chosen, cost = self.settings, self.cost
-        config = self.config(
-            pattern=chosen.pattern,
-            damping=chosen.damping,
-            query_loss_rise=chosen.rise if rise is None else rise,
-            query_draws=cost.exact_query_draws,
-            loss_draws=cost.exact_draws,
-        )
+        step_of = {"pattern": chosen.pattern, "damping": chosen.damping, "query_loss_rise": chosen.rise}
+        config = self.config(**step_of, query_draws=cost.exact_query_draws, loss_draws=cost.exact_draws)
         layers, rows = layers_to_unlearn(self.generator, chosen.pattern), np.arange(len(self.corpus.image_ids))
         scores = []
         for query_id in query_ids:
             latent = self.generator.encode_image([self.truth.image(query_id)])
             query = {"latent": latent, "prompt": self.truth.prompt(query_id), "query_id": query_id}
             step, _ = query_step(self.generator, layers, self.factors(), **query, config=config)
-            losses, step_of = self.base_losses, replace(config, batch_size=2 * cost.batch_size)
-            scores.append(exact_scores(self.generator, layers, self.corpus, losses, step, candidate_rows=rows, config=step_of))
+            asked = {"candidate_rows": rows, "config": replace(config, batch_size=2 * cost.batch_size)}
+            scores.append(exact_scores(self.generator, layers, self.corpus, self.base_losses, step, **asked))
         return np.stack(scores)
 
 
@@ -253,26 +243,13 @@ class Bench:
 def open_bench(
     truth_dir: Path, run_dir: Path, config: RetrainConfig, source: Path | None, settings: Settings, cost: Cost
 ) -> Bench:
-    """Open everything; the corpus is taken from RUN or built there.
-
-    Raises:
-        ArtifactMismatchError: the run is of another corpus, or the kept generator did not draw the queries.
-    """
-    truth = GroundTruth(truth_dir)
-    corpus = open_run(config, run_dir, source).corpus
-    require_same(
-        f"the corpus of {run_dir}",
-        corpus.fingerprint,
-        truth.corpus_fingerprint,
-        f"The ground truth {truth_dir} belongs to another corpus; give another run folder.",
-    )
+    """Open everything, if it belongs together; the corpus is taken from RUN or built there."""
+    truth, corpus = GroundTruth(truth_dir), open_run(config, run_dir, source).corpus
+    fix = f"The ground truth {truth_dir} belongs to another corpus; give another run folder."
+    require_same(f"the corpus of {run_dir}", corpus.fingerprint, truth.corpus_fingerprint, fix)
     generator = open_generator(truth.folder / "generator", truth.manifest["inputs"]["autoencoder"])
-    require_same(
-        "the generator of the ground truth",
-        generator.fingerprint,
-        truth.queries["generator"][0].as_py(),
-        "It did not draw the queries; make the ground truth again.",
-    )
+    drew, fix = truth.queries["generator"][0].as_py(), "It did not draw the queries; make the ground truth again."
+    require_same("the generator of the ground truth", generator.fingerprint, drew, fix)
     return Bench(truth, config, run_dir, corpus, _lab(generator, truth, corpus, run_dir, settings, cost))
 
 
@@ -282,13 +259,8 @@ def _lab(generator: Generator, truth: GroundTruth, corpus: Corpus, run_dir: Path
 
 
 def read_settings(truth_dir: Path) -> Settings:
-    """What the sweep chose.
-
-    Raises:
-        ArtifactNotFoundError: it has not run.
-    """
-    found: Mapping[str, Any] = read_json(truth_dir / SETTINGS)["chosen"]
-    return Settings(**found)
+    """What the sweep chose; ArtifactNotFoundError if it has not run."""
+    return Settings(**read_json(truth_dir / SETTINGS)["chosen"])
 
 
 def sweep(bench: Bench, *, resamples: int = 500) -> dict[str, Any]:
@@ -318,20 +290,13 @@ def sweep(bench: Bench, *, resamples: int = 500) -> dict[str, Any]:
             found.append((row["lds_residual"], cost, lab.settings))
         best = max(residual for residual, _, _ in found) - (SPARED_LDS if values is DRAWS else 0)
         chosen = min((one for one in found if one[0] >= best), key=lambda one: one[1])[2]
-    return {
-        "chosen": asdict(chosen),
-        "tried": tried,
-        "noise_ceilings": ceilings_by_part(truth, every),
-        "models": len(truth.retrained("half", every).model_ids),
-        "splits": ["validation", "train"],
-        "seed": lab.cost.seed,
-    }
+    facts = {"models": len(truth.retrained("half", every).model_ids), "splits": ["validation", "train"], "seed": lab.cost.seed}
+    return {"chosen": asdict(chosen), "tried": tried, "noise_ceilings": ceilings_by_part(truth, every), **facts}
 
 
 def kept_scores(bench: Bench, method: str, query_ids: Sequence[str]) -> np.ndarray:
     """(Q, N) scores by the lab's settings, from an earlier sweep if they are there."""
-    lab = bench.lab
-    exact = method == "abu_plus_exact"
+    lab, exact = bench.lab, method == "abu_plus_exact"
     settings = vars(lab.settings) if exact else lab.settings.methods[method] | {"loss_draws": lab.settings.loss_draws}
     made_of = [lab.generator.fingerprint, bench.corpus.fingerprint, list(query_ids), asdict(lab.cost), method, settings]
     path = bench.run_dir / "sweep" / f"{fingerprint(made_of)}.npy"
