@@ -130,8 +130,7 @@ def storm(work: Path, quick: bool) -> dict[str, Any]:
     """Writers, killed again and again, beside readers."""
     folder, logs, stop = made(work / "storm", unit(0, 2000)), work / "logs", work / "stop"
     logs.mkdir()
-    writers, wanted = (2, 150) if quick else (4, 5000)
-    kills_wanted, threads = (8, 2) if quick else (200, 4)
+    writers, wanted, kills_wanted, threads = (2, 150, 8, 2) if quick else (4, 5000, 200, 4)
     rng, kills, number = np.random.default_rng(0), 0, 0
 
     def start(*arguments: object) -> subprocess.Popen[str]:
@@ -158,9 +157,8 @@ def storm(work: Path, quick: bool) -> dict[str, Any]:
     answers = [json.loads(reader.communicate()[0]) for reader in readers]
     lines = [json.loads(line) for path in logs.glob("*.log") for line in path.read_text().splitlines() if line.endswith("]")]
     present = set(FastAttributor.from_pretrained(folder).catalog["image_id"].to_pylist())
-    touched = {name for state, kind, name in lines if kind == "remove" and state == "begin"}
-    added = {name for state, kind, name in lines if (state, kind) == ("done", "add")}
-    gone = {name for state, kind, name in lines if (state, kind) == ("done", "remove")}
+    what = (("begin", "remove"), ("done", "add"), ("done", "remove"))
+    touched, added, gone = ({name for *noted, name in lines if tuple(noted) == wanted} for wanted in what)
     return {
         "changes": sum(state == "done" for state, _, _ in lines),
         "kills": kills,

@@ -67,8 +67,7 @@ MEANINGS = {
     "map_half_pct": "mAP(0.5% of the corpus), best student on the tables of docs/student.md against the exact teacher",
     "map_1pct": "the same, mAP(1%)",
     "map_4pct": "the same, mAP(4%)",
-    "gap_closed_lds": "emoji-bench: part of the gap in residual LDS from untuned features to the best teacher that the best "
-    "student closes",
+    "gap_closed_lds": "emoji-bench: part of the gap in residual LDS, untuned features to best teacher, that the student closes",
     "gap_closed_lds_fast": "the same by the best student that needs no gradient at query time",
     "gap_closed_lds_paper_recipe": "the same by the paper's recipe",
     "gain_over_paper_recipe_low": "best student over the paper's recipe in residual LDS, lower end of the paired 95% interval",
@@ -103,6 +102,20 @@ def recipe(sizes: Sizes, **options: Any) -> DistillConfig:
     return replace(DistillConfig(loss="bce", judge_every=100, patience=3), training=replace(training, **own), **options)
 
 
+def train(
+    scored: Sequence[ScoredQuery],
+    rows: Sequence[np.ndarray],
+    queries: np.ndarray,
+    images: np.ndarray,
+    config: DistillConfig,
+    validation: Validation | None = None,
+) -> Student:
+    """A student of scored queries, whose candidates are rows of the (N, F) image features, on (Q, F) query features."""
+    table = make_table(labels_of(scored, rows), corpus_size=len(images), kind=config.target_kind)
+    with tempfile.TemporaryDirectory() as scratch:
+        return distill(table, queries, images, config, checkpoint=Path(scratch) / "kept.safetensors", validation=validation)
+
+
 @dataclass
 class Tables:
     """The score tables and features of a run folder, opened."""
@@ -122,11 +135,8 @@ class Tables:
 
     def train(self, space: str, config: DistillConfig) -> Student:
         """A student of the training queries in a feature space."""
-        labels = labels_of(self.scored["train"], self.rows["train"])
-        table = make_table(labels, corpus_size=len(self.corpus), kind=config.target_kind)
-        own, images, validation = self.queries[space, "train"], self.images[space], self.validation(space)
-        with tempfile.TemporaryDirectory() as scratch:
-            return distill(table, own, images, config, checkpoint=Path(scratch) / "kept.safetensors", validation=validation)
+        features = self.queries[space, "train"], self.images[space]
+        return train(self.scored["train"], self.rows["train"], *features, config, validation=self.validation(space))
 
     def similarities(self, space: str, split: str, student: Student | None = None) -> list[np.ndarray]:
         """Q arrays (C,) of similarities of a split's queries to their candidates, by a student or by the untuned features."""
@@ -144,11 +154,7 @@ class Tables:
 
 
 def open_tables(run_dir: Path) -> Tables:
-    """Open a finished run, with the feature spaces that it has.
-
-    Raises:
-        ArtifactNotFoundError: a stage has not finished.
-    """
+    """Open a finished run, with the feature spaces that it has."""
     corpus = Corpus(run_dir / "corpus")
     scored = {split: read_scores(run_dir / "scores", split=split) for split in ("train", "validation", "test")}
     images, queries = {}, {}
@@ -157,22 +163,18 @@ def open_tables(run_dir: Path) -> Tables:
         if not all((path / MANIFEST).exists() for path in paths):
             print(f"no features for {space}: left out", file=sys.stderr)
             continue
-        images[space] = read_features(paths, corpus.image_ids)
+        images[space], query_paths = read_features(paths, corpus.image_ids), folders(run_dir, "query_features", encoders)
         for split, of_split in scored.items():
-            ids = [query.query_id for query in of_split]
-            queries[space, split] = read_features(folders(run_dir, "query_features", encoders), ids)
+            queries[space, split] = read_features(query_paths, [query.query_id for query in of_split])
     rows = {split: [corpus.rows(query.image_ids) for query in of_split] for split, of_split in scored.items()}
     return Tables(corpus, scored, rows, images, queries)
 
 
 def variants(sizes: Sizes, spaces: Sequence[str]) -> dict[str, tuple[str, DistillConfig]]:
     """Students that are tried, by name: feature space and settings."""
-    found = {f"both_{loss}": ("both", recipe(sizes, loss=loss)) for loss in LOSSES}
-    found |= {
-        f"{space}_{loss}": (space, recipe(sizes, loss=loss)) for space in spaces if space != "both" for loss in SHOWN_LOSSES
-    }
-    found[PAPER_RECIPE] = ("both", recipe(sizes, student=PAPER))
-    return found
+    pairs = [(space, loss) for space in spaces for loss in (LOSSES if space == "both" else SHOWN_LOSSES)]
+    found = {f"{space}_{loss}": (space, recipe(sizes, loss=loss)) for space, loss in pairs}
+    return found | {PAPER_RECIPE: ("both", recipe(sizes, student=PAPER))}
 
 
 def measure_tables(tables: Tables, sizes: Sizes) -> dict[str, Any]:
@@ -301,11 +303,7 @@ def parts_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def write_card(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write the main figures into an attributor's metrics.json; what else it holds is kept.
-
-    Raises:
-        InputError: a part of the benchmark was not run.
-    """
+    """Write the main figures into an attributor's metrics.json; what else it holds is kept."""
     if missing := sorted(set(MEANINGS) - set(results)):
         raise InputError(f"the results lack {', '.join(missing)}; run all parts of `{COMMAND}` and student_truth.py first.")
     rows = [{"key": key, "value": results[key], "meaning": meaning} for key, meaning in MEANINGS.items()]

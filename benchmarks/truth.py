@@ -15,7 +15,6 @@ is done once for all queries.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import machine
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import student
 from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
 from machine import number, span, with_error
 
@@ -41,8 +41,7 @@ from fastattr.evaluation.lds import popularity
 from fastattr.evaluation.retrain import RANKINGS
 from fastattr.evaluation.subsets import RetrainConfig, chosen_queries
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
-from fastattr.students.distill import DistillConfig, distill
-from fastattr.students.pairs import labels_of, make_table
+from fastattr.students.distill import DistillConfig
 from fastattr.students.student import Student, embed
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.scores import ScoredQuery, write_shard
@@ -109,10 +108,7 @@ class Timed:
 def all_scores(
     bench: Bench, query_ids: Sequence[str], sizes: Sizes, timed: Timed, *, nulls: bool = True
 ) -> dict[str, np.ndarray]:
-    """(Q, N) scores of every method and null but the exact teacher, in the order of the ground truth's images.
-
-    Without `nulls`, there are no students of wrong teachers, which cost much.
-    """
+    """(Q, N) scores of all methods but the exact teacher, in the truth's order; `nulls` adds students of wrong teachers."""
     truth, here, count = bench.truth, bench.lab, len(query_ids)
     train_ids = truth.of_split("train")[: sizes.train_queries]
     methods: dict[str, np.ndarray] = {"random": np.random.default_rng(sizes.seed).random((count, len(truth.image_ids)))}
@@ -148,10 +144,10 @@ def all_scores(
         taught["student_other_teacher"] = averaged(*(other.scores(other.fit(name), train_ids) for name in AVERAGED))
     features = _beside({space: bench.queries(train_ids, space) for space in FEATURES}, FEATURES)
     for name, scores in taught.items():
-        student = train(bench, train_ids, features, _beside(theirs, FEATURES), scores, sizes.student)
-        index = embed(student, _beside(theirs, FEATURES))
+        pupil = train(bench, train_ids, features, _beside(theirs, FEATURES), scores, sizes.student)
+        index = embed(pupil, _beside(theirs, FEATURES))
         with timed.measure(count, name):
-            methods[name] = embed(student, _beside(own, FEATURES)) @ index.T
+            methods[name] = embed(pupil, _beside(own, FEATURES)) @ index.T
     return {name: bench.in_order(scores) for name, scores in methods.items()}
 
 
@@ -185,10 +181,7 @@ def train(
         ScoredQuery(query_id, bench.truth.prompt(query_id), "train", corpus.image_ids, influence, nobody, 0.0)
         for query_id, influence in zip(query_ids, labels.astype(np.float32), strict=True)
     ]
-    table = labels_of(scored, [np.arange(len(corpus))] * len(scored))
-    pairs = make_table(table, corpus_size=len(corpus), kind=config.target_kind)
-    with tempfile.TemporaryDirectory() as scratch:
-        return distill(pairs, queries, images, config, checkpoint=Path(scratch) / "checkpoint.safetensors")
+    return student.train(scored, [np.arange(len(corpus))] * len(scored), queries, images, config)
 
 
 def score_exactly(bench: Bench) -> None:

@@ -385,13 +385,13 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     assert not set(asked) & forbidden
     asked.clear()
     taught: list[str] = []
-    labels_of = benchmark.labels_of
+    labels_of = benchmark.student.labels_of
 
     def watching(scored, rows):
         taught.extend(query.query_id for query in scored)
         return labels_of(scored, rows)
 
-    monkeypatch.setattr(benchmark, "labels_of", watching)
+    monkeypatch.setattr(benchmark.student, "labels_of", watching)
     bench = open_bench(made, arguments, lab.Settings(query_draws=8, loss_draws=1))
     benchmark.all_scores(bench, truth.of_split("validation"), SIZES, benchmark.Timed())
     assert set(taught) == set(truth.of_split("train"))
