@@ -32,23 +32,14 @@ from tqdm import tqdm
 from fastattr.core.files import read_json
 from fastattr.corpus.emoji import EmojiSet, draw, fetch_package
 
-SETS = (
-    EmojiSet(
-        "flat-color-icons",
-        "@iconify-json/flat-color-icons@1.2.3",
-        "sha512-KcmJ7CY0TKFv5GuBjiS4/v++jEcNXna1jfY+yq014tnw/MN/jMI2oYpoMHGuIpYtUqDu7eove+WySnOYO8nS3w==",
-        "MIT",
-        "Icons8",
-        "https://github.com/icons8/flat-Color-icons",
-    ),
-    EmojiSet(
-        "skill-icons",
-        "@iconify-json/skill-icons@1.2.4",
-        "sha512-S6iRKHGlGCb/zfx3Isv1TBe5PunbDE5FEwJcaXji60+yRZMrcFFtYEI1xivKqaGKXyVZ508yjGDItsehQdJmSg==",
-        "MIT",
-        "tandpfun",
-        "https://github.com/tandpfun/skill-icons",
-    ),
+FLAT = "sha512-KcmJ7CY0TKFv5GuBjiS4/v++jEcNXna1jfY+yq014tnw/MN/jMI2oYpoMHGuIpYtUqDu7eove+WySnOYO8nS3w=="
+SKILL = "sha512-S6iRKHGlGCb/zfx3Isv1TBe5PunbDE5FEwJcaXji60+yRZMrcFFtYEI1xivKqaGKXyVZ508yjGDItsehQdJmSg=="
+SETS = tuple(
+    EmojiSet(name, f"@iconify-json/{name}@{version}", digest, "MIT", creator, f"https://github.com/{repository}")
+    for name, version, digest, creator, repository in (
+        ("flat-color-icons", "1.2.3", FLAT, "Icons8", "icons8/flat-Color-icons"),
+        ("skill-icons", "1.2.4", SKILL, "tandpfun", "tandpfun/skill-icons"),
+    )
 )
 CONFIG = """\
 name: studio

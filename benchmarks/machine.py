@@ -83,13 +83,7 @@ def _cpu_model() -> str:
 
 
 def share(name: str, right: np.ndarray) -> dict[str, float | int]:
-    """`name`, its standard error and its sample size, from (N,) bool.
-
-    The standard error is that of (k + 1) / (n + 2), so that 200 right of 200 is not shown as known without error.
-
-    Raises:
-        ValueError: there is nothing to take a share of.
-    """
+    """`name`, its standard error, that of (k + 1) / (n + 2), and its sample size, from (N,) bool."""
     if len(right) == 0:
         raise ValueError(f"no cases for {name}")
     smoothed = (np.sum(right) + 1) / (len(right) + 2)
@@ -98,11 +92,7 @@ def share(name: str, right: np.ndarray) -> dict[str, float | int]:
 
 
 def report(results: Mapping[str, Any], path: Path | None) -> None:
-    """Print the results and, if `path` is given, write them there, atomically.
-
-    Raises:
-        ValueError: a value is a list or an object.
-    """
+    """Print flat results and, if `path` is given, write them there, atomically."""
     nested = [name for name, value in results.items() if not isinstance(value, str | int | float | bool)]
     if nested:
         raise ValueError(f"results must be flat, but {nested} are not")
@@ -113,11 +103,7 @@ def report(results: Mapping[str, Any], path: Path | None) -> None:
 
 @contextmanager
 def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`fastattr ARGUMENTS --port PORT` in a process of its own, once it answers, and its port; ended afterwards.
-
-    Raises:
-        RuntimeError: it ended by itself.
-    """
+    """`fastattr ARGUMENTS --port PORT` in a process of its own, once it answers, and its port; ended afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -194,11 +180,7 @@ def where(results: Mapping[str, Any]) -> str:
 
 
 def fill(path: Path, parts: Mapping[str, Iterable[str]]) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end NAME -->` in a document.
-
-    Raises:
-        InputError: the document lacks a pair of marks.
-    """
+    """Replace what stands between `<!-- NAME -->` and `<!-- end NAME -->` in a document."""
     text = path.read_text(encoding="utf-8")
     for name, lines in parts.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end {name} -->"

@@ -1,19 +1,17 @@
 """The Space's speed and memory, on the embedded models, in a real Chromium and through the API.
 
-Run from the repository, on a quiet machine:
+    python benchmarks/space.py --json benchmarks/results/space.json     from the repository, on a quiet machine
 
-    python benchmarks/space.py --json benchmarks/results/space.json
-
-`start_seconds`: from `fastattr demo` (the command of `make demo`, once installed) to the page's button ready to be clicked.
-`click_to_attributed_seconds`: from the click to the last card in sight, for prompts never drawn before, the longest of
-them; `attribution_seconds` is the part of it after the image is drawn, as the server times it, the longest again.
-`visitors_served_in_turn`: whether ten visitors who ask at once all get their own answer, `visitors_seconds` after how long
-the last has it. `memory_growth_mb_200`: by how much the server's resident memory grew over 200 generations of new prompts,
-after the caches were filled; extrapolated from fewer if --quick says so in `generations`.
+`start_seconds`: from `fastattr demo` to the page's button ready to be clicked. `click_to_attributed_seconds`: from the click to
+the last card in sight, the longest of prompts never drawn before; `attribution_seconds` is the part of it after the image is
+drawn, as the server times it, the longest again. `visitors_served_in_turn`: whether ten visitors who ask at once all get their
+own answer, `visitors_seconds` after how long the last has it. `memory_growth_mb_200`: by how much the server's resident memory
+grew over 200 `generations` of new prompts, after the caches were filled; extrapolated from fewer with --quick.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -38,10 +36,7 @@ TARGETS = {"click_to_attributed_seconds": 6.0, "attribution_seconds": 0.3, "star
 
 def prompts(first: int) -> Iterator[str]:
     """Prompts without end, no two alike, other ones for every `first`."""
-    number = first
-    while True:
-        yield f"{SUBJECTS[number % 8]} {number}, {STYLES[number // 8 % 4]}"
-        number += 1
+    return (f"{SUBJECTS[number % 8]} {number}, {STYLES[number // 8 % 4]}" for number in itertools.count(first))
 
 
 def start_seconds(repeats: int) -> list[float]:

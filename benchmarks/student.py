@@ -216,16 +216,10 @@ def measure_foreign(tables: Tables, run_dir: Path, *, seed: int) -> dict[str, An
     """Error rates of the check that the attributor would hold: own test queries called foreign, foreign kinds passed over."""
     queries, of_image = Queries(run_dir / "queries"), np.repeat([True, False], tables.images["image"].shape[1])
     pictures = [queries.image(row) for split in ("train", "validation") for row in queries.of_split(split)]
-    ownness = fit_ownness(
-        tables.queries["both", "train"],
-        tables.queries["both", "validation"],
-        image=of_image,
-        text=~of_image,
-        measures=np.stack([measures_of(picture) for picture in pictures]),
-        captions=(text for texts in tables.corpus.captions for text in texts),
-        false_alarms=0.05,
-        seed=seed,
-    )
+    known: dict[str, Any] = {"measures": np.stack([measures_of(picture) for picture in pictures]), "false_alarms": 0.05}
+    known["captions"] = (text for texts in tables.corpus.captions for text in texts)
+    features = tables.queries["both", "train"], tables.queries["both", "validation"]
+    ownness = fit_ownness(*features, image=of_image, text=~of_image, seed=seed, **known)
     encoders = [open_encoder(name, folder=run_dir) for name in SPACES["both"]]
 
     def doubted(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
