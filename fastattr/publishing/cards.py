@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from fastattr.core.errors import harmless
 from fastattr.corpus.store import Corpus
@@ -83,7 +83,7 @@ def attributor_card(
     )
 
 
-def _filled(kind: type[ModelCard | DatasetCard], template: str, data: CardData, **texts: Any) -> str:
+def _filled(kind: type[ModelCard | DatasetCard], template: str, data: Any, **texts: Any) -> str:
     """A card of a template, as text."""
     return str(kind.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **texts))
 
