@@ -23,6 +23,7 @@ from fastattr.attributor.inputs import (
     Images,
     Metadata,
     Prompts,
+    Thumbnails,
     Where,
     checked_features,
     features_sha256,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+Answer = Attribution | list[Attribution]  # of one image, or of a list of images
 
 
 class FastAttributor:
@@ -107,9 +109,7 @@ class FastAttributor:
     def __len__(self) -> int:
         return int(self._newest().catalogue.ntotal)
 
-    def attribute(
-        self, image: Images, prompt: Prompts, k: int = 20, *, where: Where | None = None
-    ) -> Attribution | list[Attribution]:
+    def attribute(self, image: Images, prompt: Prompts, k: int = 20, *, where: Where | None = None) -> Answer:
         """Name the k training images that influenced a generated image most.
 
         Args:
@@ -129,13 +129,11 @@ class FastAttributor:
         """Whether `plain` has an index to ask."""
         return self._version.plain is not None
 
-    def plain(self, image: Images, prompt: Prompts, k: int = 20) -> Attribution | list[Attribution]:
+    def plain(self, image: Images, prompt: Prompts, k: int = 20) -> Answer:
         """As `attribute`, by the untuned features: what resembles, not what influenced; InputError without an index of them."""
         return self._answer(image, prompt, k, lambda version, asked: by_features(self._model, version, asked, k))
 
-    def _answer(
-        self, image: Any, prompt: Any, k: int, find: Callable[[Version, Asked], list[Attribution]]
-    ) -> Attribution | list[Attribution]:
+    def _answer(self, image: Any, prompt: Any, k: int, find: Callable[[Version, Asked], list[Attribution]]) -> Answer:
         """`attribute` or `plain`, of one or many."""
         asked, many = queries_of(self._model, image, prompt)
         found = find(self._newest(), asked) if asked else []
@@ -215,7 +213,7 @@ class FastAttributor:
         captions: Sequence[str],
         metadata: Metadata,
         *,
-        thumbnails: Any = None,
+        thumbnails: Thumbnails = None,
         readmit: bool = False,
     ) -> list[str]:
         """As `add`, from (n, F) features computed elsewhere; metadata have an 'image_id', thumbnails are small WebP files."""

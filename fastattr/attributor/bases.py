@@ -25,7 +25,15 @@ import pyarrow.parquet as pq
 from fastattr.attributor import changes, folder as disk
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import images_of, journal_of, plain_entries, read_journal, writing
-from fastattr.attributor.folder import FORMAT_VERSION, SHARDS, copy_base, file_of, index_files, seal, stamp_of, sync as _sync
+from fastattr.attributor.folder import (
+    FORMAT_VERSION,
+    copy_base,
+    file_of,
+    index_files,
+    seal,
+    sync as _sync,
+    write_config,
+)
 from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
@@ -58,7 +66,7 @@ def upgraded(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             for entry in plain_entries(entries):
                 ids = entry.get("image_ids", entry.get("removed", []))
                 writer.note(entry["operation"], ids, entry.get("reason", ""), time=entry["time"], version=entry["version"])
-    disk.write_config(folder, new)
+    write_config(folder, new)
     if journal:
         (folder / journal).unlink(missing_ok=True)
     return new
@@ -66,7 +74,7 @@ def upgraded(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def compact(folder: Path) -> None:
     """Fold all changes into a new base and publish it; the caller holds the lock. Files of the old base are deleted."""
-    stamp, config = stamp_of(folder), upgraded(folder, disk.read_config(folder))
+    stamp, config = disk.stamp_of(folder), upgraded(folder, disk.read_config(folder))
     sweep(folder, config)
     version = open_version(folder, config, Parts(), stamp=stamp)
     catalogue, number = version.own(), version.number + 1
@@ -76,7 +84,7 @@ def compact(folder: Path) -> None:
     with writing(folder, config, base=config["seal"]) as writer:
         writer.fold(new["seal"], number)
         writer.note("compact", list(catalogue.removed))
-        disk.write_config(folder, new)
+        write_config(folder, new)
     changes.erase_traces(folder)
     sweep(folder, new)
 
@@ -128,7 +136,7 @@ def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, targe
 
 def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, target: Path, suffix: str) -> dict[str, Any]:
     """The index of a catalogue's embeddings, of the same kind and trained as before; returns what config.json says of it."""
-    shards: list[dict[str, Any]] = config.get("index_shards") or SHARDS
+    shards: list[dict[str, Any]] = config.get("index_shards") or disk.SHARDS
     empty, factory, stored = empty_copy(folder / shards[0]["file"], config["index"]), config["index"], config.get("vectors")
     if not len(catalogue):  # every image has left
         file = f"index{suffix}.faiss"
@@ -179,7 +187,7 @@ def copy_newest(folder: Path, target: Path) -> None:
     """Write the newest version of a folder into another: as it is if nothing has changed since the base, else as a new base."""
 
     def once() -> None:
-        stamp = stamp_of(folder)
+        stamp = disk.stamp_of(folder)
         version = open_version(folder, disk.read_config(folder), Parts(), stamp=stamp)
         remove(target)
         target.mkdir(parents=True)
@@ -187,7 +195,7 @@ def copy_newest(folder: Path, target: Path) -> None:
             copy_base(folder, version.base, target)
         else:
             new = write_base(folder, version.base, version.own(), target)
-            disk.write_config(target, {**new, "catalog_version": version.number})
+            write_config(target, {**new, "catalog_version": version.number})
 
     disk.settled(folder, once)
 

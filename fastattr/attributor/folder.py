@@ -151,7 +151,10 @@ def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -
 def read_table(path: Path) -> pa.Table:
     """A table: parquet, or Arrow, which is mapped into memory."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.suffix == ".arrow" else pq.read_table(path)
+        if path.suffix == ".arrow":
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        with pq.ParquetFile(path) as file:  # `pq.read_table` would import pyarrow.dataset, and that pandas
+            return file.read()
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactDamagedError(f"{path} can't be read ({error}); fetch the attributor again.") from error
 

@@ -140,10 +140,9 @@ def require_room(rows: int, dim: int, factory: str, folder: Path, config: IndexC
     memory, disk = available_memory(), shutil.disk_usage(existing).free
     for what, found, wanted in (("memory", memory, needed.build_memory), ("disk", disk, needed.disk)):
         if wanted > found:
-            raise DoesNotFitError(
-                f"an index {factory!r} of {rows:,} x {dim} takes {wanted / 1e9:,.2f} GB of {what} while it is built, "
-                f"{found / 1e9:,.2f} GB are free. Alternatives: {_alternatives(rows, dim, config.recall)}; or fewer rows a shard (shard_rows)."
-            )
+            room = f"{wanted / 1e9:,.2f} GB of {what} while it is built, and {found / 1e9:,.2f} GB are free"
+            others = f"{_alternatives(rows, dim, config.recall)}; or fewer rows a shard (shard_rows)"
+            raise DoesNotFitError(f"an index {factory!r} of {rows:,} x {dim} takes {room}. Alternatives: {others}.")
 
 
 def available_memory() -> int:
