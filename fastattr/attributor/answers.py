@@ -202,8 +202,7 @@ def _parts(
 ) -> list[tuple[np.ndarray, np.ndarray] | None]:
     """For each query what image and prompt contribute to its (k,) similarities: Shapley values of two players.
 
-    With v(S) the similarity when all but S is replaced by the corpus' mean, and v of nothing 0, the image's is
-    (v(image) + v(both) - v(text)) / 2; what remains without either is halved between them.
+    The value of one alone is the similarity with the corpus' mean in the other's place; that of none is 0.
     """
     images = model.image_columns
     readable = isinstance(catalogue, Catalogue) and catalogue.base.reads_rows

@@ -171,11 +171,7 @@ class Attribution:
 
     @property
     def dominant(self) -> str | None:
-        """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
-
-        Certainly: the lower end of its interval lies above 0 and above the upper ends of all other creators' of its collection
-        (`source`), and the collection stands in the same way above all others.
-        """
+        """The creator whose share is certainly the largest: its interval lies above 0 and above all others'; None for none."""
         return dominant(self.shares(by="creator"), "creator")
 
     def thumbnail(self, image_id: str) -> Image.Image:

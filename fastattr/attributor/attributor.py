@@ -12,22 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from fastattr.attributor import bases, edits
+from fastattr.attributor import bases, edits, inputs
 from fastattr.attributor.answers import Asked, Model, by_features, by_student, queries_of
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.changes import history, lock, plain_entries, read_journal
 from fastattr.attributor.folder import read_config, stamp_of
-from fastattr.attributor.inputs import (
-    Captions,
-    ImageLike,
-    Images,
-    Metadata,
-    Prompts,
-    Thumbnails,
-    Where,
-    checked_features,
-    features_sha256,
-)
+from fastattr.attributor.inputs import Captions, ImageLike, Images, Metadata, Prompts, Thumbnails, Where
 from fastattr.attributor.load import describe, load
 from fastattr.attributor.version import Parts, Version, open_version
 from fastattr.core.errors import InputError, MissingFileError
@@ -68,6 +58,7 @@ class FastAttributor:
         thumbnails: bool = True,
         shards: Sequence[int] | None = None,
         index_uri: str | None = None,
+        trusted_keys: Sequence[str] | None = None,
     ) -> FastAttributor:
         """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
 
@@ -79,14 +70,15 @@ class FastAttributor:
             thumbnails: whether to fetch and load the training images' thumbnails.
             shards: which shards of the index to fetch and search, counted from 0; None takes all.
             index_uri: search the Milvus server or file that `fastattr index --backend milvus` filled, and fetch no index.
+            trusted_keys: ed25519 public keys (PEM), one of which must have signed it (`fastattr sign`) before it is read.
 
         Raises:
             ArtifactNotFoundError: there is no such model, revision or file, or the cache holds a part of it only.
-            ArtifactDamagedError: a file's checksum is not that of config.json; FormatVersionError: a newer fastattr wrote it.
+            ArtifactDamagedError: a checksum or signature is wrong; FormatVersionError: a newer fastattr wrote it.
             EncoderMismatchError: its feature encoders have other weights than those the student was trained on.
             HubError: the Hub refuses, or can't be reached; InputError: there is no such shard.
         """
-        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token, "trusted_keys": trusted_keys}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
         encoders: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
         return cls(*load(name_or_path, encoders=encoders, parts=Parts(thumbnails, shards), index_uri=index_uri, **hub))
@@ -143,8 +135,8 @@ class FastAttributor:
         self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None
     ) -> list[Attribution]:
         """As `attribute`, of Q images, from (Q, F) finite features computed elsewhere: the encoders' outputs side by side."""
-        features = checked_features(features, len(prompts), self.config["feature_dim"])
-        hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
+        features = inputs.checked_features(features, len(prompts), self.config["feature_dim"])
+        hashes = [inputs.features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
         asked = Asked(features, list(prompts), hashes)
         return by_student(self._model, self._newest(), asked, k, where) if len(prompts) else []
 
@@ -191,16 +183,11 @@ class FastAttributor:
     def add(
         self, images: Sequence[ImageLike], captions: Captions, metadata: Metadata | None = None, *, readmit: bool = False
     ) -> list[str]:
-        """Take n images into the catalogue; nothing is trained. When this returns, they are on the disk. Returns their ids.
+        """Take n images, with one or several captions each, into the catalogue, and onto the disk; returns their ids.
 
-        Args:
-            images: training images.
-            captions: one, or several, of each.
-            metadata: of each, columns of the catalogue ('creator', 'license', 'source', 'url', 'group', 'subgroup', 'family',
-                'date' as YYYY-MM-DD, 'image_id'); an id that is left out is made from pixels and caption.
-            readmit: whether images that were removed once may come back.
-
-        Raises InputError if an image can't be read, an id is there already or was removed, or there is no such column.
+        Metadata are columns of the catalogue ('creator', 'license', 'source', 'url', 'group', 'subgroup', 'family', 'date' as
+        YYYY-MM-DD, 'image_id'); an id that is left out is made from pixels and caption. `readmit` lets images come back that
+        were removed. Raises InputError if an image can't be read, an id is there or was removed, or there is no such column.
         """
         if not len(images) and not len(captions):
             return []
@@ -217,7 +204,7 @@ class FastAttributor:
         readmit: bool = False,
     ) -> list[str]:
         """As `add`, from (n, F) features computed elsewhere; metadata have an 'image_id', thumbnails are small WebP files."""
-        features = checked_features(features, len(captions), self.config["feature_dim"])
+        features = inputs.checked_features(features, len(captions), self.config["feature_dim"])
         records = edits.checked_records(captions, metadata)
         if records:
             embeddings = self._model.student.embed(features)

@@ -25,15 +25,7 @@ import pyarrow.parquet as pq
 from fastattr.attributor import changes, folder as disk
 from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import images_of, journal_of, plain_entries, read_journal, writing
-from fastattr.attributor.folder import (
-    FORMAT_VERSION,
-    copy_base,
-    file_of,
-    index_files,
-    seal,
-    sync as _sync,
-    write_config,
-)
+from fastattr.attributor.folder import FORMAT_VERSION, copy_base, file_of, index_files, sync as _sync, write_config
 from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
@@ -45,7 +37,7 @@ from fastattr.index.vectors import write_vectors
 PART = r"(catalog|thumbnails|index|vectors|journal|plain|removed|generated|counterfactuals)"
 LEFTOVER = re.compile(rf"\.?{PART}-v\d+[\w.-]*|\.({PART}|config)[\w-]*\.\d+\.\w+")  # what a killed writer may have left
 ATTRIBUTOR = re.compile(  # files that belong to an attributor beside those that config.json names
-    rf"config\.json|{re.escape(changes.FILE)}(-wal|-shm|-journal)?|\.lock|README\.md|LICENSE\.md|\.gitattributes"
+    rf"config\.json(\.sig)?|{re.escape(changes.FILE)}(-wal|-shm|-journal)?|\.lock|README\.md|LICENSE\.md|\.gitattributes"
 )
 
 
@@ -57,7 +49,7 @@ def upgraded(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     files = {part: file for part, file in config.get("files", {}).items() if part != "journal"}
     sha256 = {file: checksum for file, checksum in config["sha256"].items() if file != journal}
     new = {name: value for name, value in config.items() if name != "journal_bytes"}
-    new = seal({**new, "format_version": FORMAT_VERSION, "files": files, "sha256": sha256})
+    new = disk.seal({**new, "format_version": FORMAT_VERSION, "files": files, "sha256": sha256})
     entries = read_journal(folder, config)
     if changes.read(folder, config) is None:
         with writing(folder, config, base=new["seal"]) as writer:
@@ -80,7 +72,7 @@ def compact(folder: Path) -> None:
     catalogue, number = version.own(), version.number + 1
     new = write_base(folder, config, catalogue, folder, suffix=f"-v{number}")
     replaced = sorted(config["sha256"].keys() - new["sha256"].keys())
-    new = seal({**new, "catalog_version": number, "folds": config["seal"], "replaced": replaced})
+    new = disk.seal({**new, "catalog_version": number, "folds": config["seal"], "replaced": replaced})
     with writing(folder, config, base=config["seal"]) as writer:
         writer.fold(new["seal"], number)
         writer.note("compact", list(catalogue.removed))

@@ -1,8 +1,7 @@
 """A Milvus collection of an attributor: the same search and records from a server (or a cluster), beyond one machine.
 
-`MilvusBackend` answers as `catalogue.Catalogue` does, with restrictions applied by the server. What the attributor's own
-changes have removed is dropped here as well, so that not even a collection that lags behind names it. The limits of a Milvus
-server are kept on this side (Milvus Lite has none): 16,384 results a query, 64 MB a call.
+`MilvusBackend` answers as `catalogue.Catalogue` does. What the attributor's own changes have removed is dropped here as well,
+so that not even a collection that lags behind names it. A server's limits are kept on this side (Milvus Lite has none).
 """
 
 from __future__ import annotations

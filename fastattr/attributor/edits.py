@@ -65,11 +65,8 @@ def add(version: Version, records: Metadata, embeddings: np.ndarray, thumbnails:
 
 def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
     """Take images out; some may have left already."""
-    slots = zip(image_ids, version.own().slots(image_ids), strict=True)
-    unknown = [name for name, slot in slots if slot < 0 and name not in version.own().removed]
-    if unknown:
-        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was removed.")
     leaving = [name for name in image_ids if name not in version.own().removed]
+    _require(version, leaving)
     if leaving:
         with _writing(version) as writer:
             writer.put([Image(name, True, {}) for name in leaving])
@@ -81,10 +78,7 @@ def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
     if any("image_id" in fields for fields in changes.values()):
         raise InputError("an image keeps its image_id; remove it and add it under another one.")
     changes = {image_id: checked_metadata(fields) for image_id, fields in changes.items()}
-    slots = zip(changes, version.own().slots(list(changes)), strict=True)
-    unknown = [name for name, slot in slots if slot < 0]
-    if unknown:
-        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was changed.")
+    _require(version, list(changes))
     if changes:
         with _writing(version) as writer:
             known = writer.images(list(changes))
@@ -94,6 +88,12 @@ def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
                 for old, new in zip(was, changes.values(), strict=True)
             )
             writer.note("update", list(changes))
+
+
+def _require(version: Version, image_ids: Sequence[str]) -> None:
+    unknown = [name for name, slot in zip(image_ids, version.own().slots(image_ids), strict=True) if slot < 0]
+    if unknown:
+        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was changed.")
 
 
 @contextlib.contextmanager

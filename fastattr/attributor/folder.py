@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.attributor.changes import MovedError, lost
+from fastattr.attributor.signature import FILE as SIGNATURE, require_signature
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import commit_of, locate, split_revision
@@ -93,6 +94,7 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Seal a config and put it in the place of config.json, synced."""
     write_json(folder / "config.json", seal(config))
+    (folder / SIGNATURE).unlink(missing_ok=True)  # it was of the config before
     sync(folder)  # the rename itself
 
 
@@ -176,6 +178,8 @@ def copy_base(folder: Path, config: Mapping[str, Any], target: Path) -> None:
     for file in config["sha256"]:
         copy_file(folder, config, file, target)
     write_json(target / "config.json", config)
+    if (folder / SIGNATURE).exists() and (folder / "config.json").read_bytes() == (target / "config.json").read_bytes():
+        shutil.copyfile(folder / SIGNATURE, target / SIGNATURE)
 
 
 def copy_file(folder: Path, config: Mapping[str, Any], file: str, target: Path) -> None:
@@ -189,12 +193,23 @@ def copy_file(folder: Path, config: Mapping[str, Any], file: str, target: Path) 
 
 
 def open_folder(
-    name_or_path: str | Path, files: Callable[[dict[str, Any]], list[str]], *, revision: str | None = None, **where: Any
+    name_or_path: str | Path,
+    files: Callable[[dict[str, Any]], list[str]],
+    *,
+    revision: str | None = None,
+    trusted_keys: Sequence[str] | None = None,
+    **where: Any,
 ) -> tuple[Path, dict[str, Any]]:
-    """An attributor's folder and its config.json, once the checksums of the files that are asked for have been compared."""
+    """An attributor's folder and its config.json, once signature and checksums of the files asked for have been compared."""
     name, revision = split_revision(name_or_path, revision)
-    folder = locate(name, "attributor", files=["config.json"], revision=revision, **where)
+    signed = [] if trusted_keys is None else [SIGNATURE]
+    folder = locate(name, "attributor", files=["config.json", *signed], revision=revision, **where)
+    stamp = stamp_of(folder)
+    if trusted_keys is not None:
+        require_signature(folder, trusted_keys)
     config = read_config(folder)
+    if stamp_of(folder) != stamp:
+        raise MovedError("config.json is of another version by now")
     wanted = files(config)
     # The rest comes from the commit that config.json came from, even if another has been pushed since.
     folder = locate(name, "attributor", files=wanted, revision=commit_of(folder) or revision, **where)

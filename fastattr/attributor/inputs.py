@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageOps,
-    UnidentifiedImageError,
-    WebPImagePlugin as WebPImagePlugin,  # of thumbnails: unloaded, Pillow would load forty formats to find it
-)
+import PIL.WebPImagePlugin  # noqa: F401  # of thumbnails: unloaded, Pillow would load forty formats to find it
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.images import load_rgb, to_rgb

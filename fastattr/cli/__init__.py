@@ -5,7 +5,7 @@ a receipt that differs, 130 for an interrupted command.
 
 - `main`: `main(argv)`, which runs one command.
 - `ask`: demo, generate, attribute, attribute-many, info.
-- `living`: add, remove, update, compact, verify, serve, push, import.
+- `living`: add, remove, update, compact, sign, verify, serve, push, import.
 - `stages`: build, plan, corpus, and one command for each stage.
 - `output`: how results are printed.
 """

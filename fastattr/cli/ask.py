@@ -139,7 +139,7 @@ def attribute_many(
     top_k: Annotated[int, typer.Option(help="Training images named for each query.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Attribute a table of queries; `accelerate launch` divides it among processes."""
+    """Attribute a table of queries (`accelerate launch`)."""
     from fastattr.attributor import many
 
     result = many.run(model, queries, out, k=top_k)

@@ -86,10 +86,22 @@ def update(
 
 @app.command()
 def compact(attributor: Folder) -> None:
-    """Fold all changes into the index, which erases the data of removed images."""
+    """Fold changes into the index, and erase what left."""
     own = _own(attributor)
     own.compact()
     say(f"compacted; {len(own)} images, version {own.versions()['catalog_version']}")
+
+
+@app.command()
+def sign(
+    attributor: Folder,
+    key: Annotated[Path, typer.Option(help="Private ed25519 key, PEM (`openssl genpkey -algorithm ed25519`).")],
+) -> None:
+    """Sign an attributor for those who trust a key."""
+    from fastattr.attributor import signature
+    from fastattr.core.models import locate
+
+    say(f"signed: {signature.sign(locate(attributor, 'attributor', files=[]), key)}")
 
 
 @app.command()
@@ -125,7 +137,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 30.0,
 ) -> None:
-    """Serve an attributor over HTTP: POST an image, get the receipt."""
+    """Serve an attributor to machines over HTTP."""
     from fastattr.serving import http
 
     http.run(model, host=host, port=port, config=http.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=timeout))
@@ -185,7 +197,7 @@ def import_(
     influence: Annotated[list[Path] | None, typer.Option(help="influence_SPLIT.pkl: a score table; once a split.")] = None,
     prompts: Annotated[list[Path] | None, typer.Option(help="A query's prompt a line; as often as --influence.")] = None,
 ) -> None:
-    """Import what others released as an attributor or a score table."""
+    """Import what others released."""
     from fastattr.publishing import fastgda
 
     if influence and not (weights or features):

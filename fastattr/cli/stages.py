@@ -94,7 +94,7 @@ def plan(
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Do not measure this machine.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what each stage of a config will cost: evaluations, memory, disk, hours, money."""
+    """Say what each stage of a config will cost."""
     from fastattr.pipeline import plan as planning
 
     loaded, folder = _opened(config, run_dir)
@@ -148,7 +148,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="With --truth: test or validation queries.")] = "test",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a student with its teacher, or any method with the truth of retraining."""
+    """Compare a student with its teacher, or with truth."""
     if truth is None:
         _run_stage("evaluate", Path(config), run_dir, as_json)
         return
@@ -174,7 +174,7 @@ def index(
     token: Annotated[str, typer.Option(help="With milvus: 'user:password', or a key.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Build the index and the attributor; with --backend milvus load it into Milvus."""
+    """Build the index and the attributor, or fill Milvus."""
     if backend == "faiss":
         _run_stage("index", Path(config), run_dir, as_json)
         return

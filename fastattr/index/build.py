@@ -66,15 +66,9 @@ def build(
 ) -> dict[str, Any]:
     """Build an index of N vectors from a stream into a folder, shard by shard; done again, it goes on where it stopped.
 
-    Args:
-        read: gives the (rows, dim) vectors; rows are read in order, and some of them twice.
-        config: the kind of index, and how large its files.
-        folder: where the files go; those of an interrupted build are in its folder `.build`.
-        queries: (Q, D) embeddings of queries as they come, for whose recall the search is tuned, too.
-        image_ids: N, to name images in errors.
-
-    Returns what config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_wanted',
-    'recall_of_search' (measured).
+    `read` gives the (rows, dim) vectors, some of them twice; `queries` are (Q, D) embeddings of queries as they come, for
+    whose recall the search is tuned, too; `image_ids` name images in errors. Returns what config.json says of it: 'index'
+    (factory), 'index_shards', 'vectors', 'search', 'recall_wanted', 'recall_of_search' (measured).
 
     Raises DoesNotFitError (memory or disk), InputError (unknown kind, too few vectors), ArtifactMismatchError (the folder holds
     a half-built index with other settings) or NonFiniteError.
@@ -109,9 +103,8 @@ def retune(
 ) -> dict[str, Any]:
     """Tune the search of an index whose rows are no longer those that it was trained on; train it anew where that is better.
 
-    The index's files may be replaced under the same names, that begin with `name`; settings are what config.json says. `parts`
-    are first rows of regions that must be served as promised, too, such as the images added last. Returns 'index',
-    'index_shards', 'search', 'recall_wanted' and 'recall_of_search', the lowest that was measured.
+    Settings are what config.json says. `parts` are first rows of regions that must be served as promised, too, such as the
+    images added last. Returns the settings of `RETUNED`; files may be replaced.
     """
     recall = float(settings.get("recall_wanted", IndexConfig.recall))
     kept = {key: settings[key] for key in ("index", "index_shards", "vectors")}

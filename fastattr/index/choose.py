@@ -62,10 +62,9 @@ class Estimate:
 
 
 def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.inf) -> str:
-    """The FAISS factory string for N x D embeddings; docs/search-index.md has the measurements behind it.
+    """The FAISS factory string for N x D embeddings that finds this share of the 100 nearest in this memory (bytes).
 
-    It finds this share of the 100 nearest in this memory (bytes). Raises DoesNotFitError if nothing does; the text says what
-    each kind would take.
+    Raises DoesNotFitError if none does. Measured: docs/search-index.md.
     """
     fitting = [factory for factory in kinds(rows, dim, recall=recall) if estimate(rows, dim, factory).memory <= memory]
     if not fitting:
