@@ -244,10 +244,11 @@ def _attribution(
     percentiles = calibration.percentile_of(similarities).tolist() if calibration else [None] * len(records)
     strengths = calibration.strengths_of(similarities) if calibration and reach.own else [None] * len(records)
     columns = [percentiles, strengths, *([part.tolist() for part in parts] if parts else [[None] * len(records)] * 2)]
-    results = [
-        Influence(**dict(zip(MEASURED, values, strict=True)), **{name: record.get(name) or "" for name in RESULT_COLUMNS})
-        for record, *values in zip(records, range(len(records)), similarities.tolist(), *columns, strict=True)
-    ]
+    rows = zip(range(len(records)), similarities.tolist(), *columns, strict=True)
+    fields: list[dict[str, Any]] = [dict(zip(MEASURED, values, strict=True)) for values in rows]
+    for record, each in zip(records, fields, strict=True):
+        each |= {name: record.get(name) or "" for name in RESULT_COLUMNS}
+    results = [Influence(**each) for each in fields]
     config, versions = version.config, version.versions()
     described = {key: config[key] for key in ("fastattr_version", "corpus_fingerprint", "generator_fingerprint")}
     described |= {"name": model.name, "model_sha256": versions["model"], "index_sha256": versions["index"]}

@@ -23,8 +23,8 @@ from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, I
 from fastattr.index.search import require_finite_queries
 
 try:
-    from pymilvus import DataType, MilvusClient
-    from pymilvus.exceptions import MilvusException
+    from pymilvus import DataType, MilvusClient as MilvusClient
+    from pymilvus.exceptions import MilvusException as MilvusException
 except ImportError as failure:
     raise MissingExtraError(f"Milvus needs pymilvus ({failure}); run: pip install 'fastattr[milvus]'") from failure
 

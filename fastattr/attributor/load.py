@@ -28,7 +28,7 @@ def load(
     name_or_path: str | Path, *, encoders: dict[str, Any], parts: Parts, index_uri: str | None, **where: Any
 ) -> tuple[Model, Version, dict[str, Any]]:
     """An attributor's model, newest version and metrics; arguments and errors as `FastAttributor.from_pretrained`."""
-    wanted = {"thumbnails": parts.thumbnails and not index_uri, "shards": parts.shards, "index": not index_uri}
+    wanted: dict[str, Any] = {"thumbnails": parts.thumbnails and not index_uri, "shards": parts.shards, "index": not index_uri}
 
     def once() -> tuple[Model, Version, dict[str, Any]]:
         folder, config = open_folder(name_or_path, lambda found: needed_files(found, **wanted), **where)

@@ -62,14 +62,10 @@ def build_attributor(
     with replacing(folder) as temporary:
         save_student(student, temporary / "model.safetensors")
         embeddings = embed(student, features)
-        built = build(
-            lambda start, stop: embeddings[start:stop],
-            *embeddings.shape,
-            config,
-            temporary,
-            queries=embed(student, read_features(asked, read_ids(asked[0]))) if generated else None,
-            image_ids=corpus.image_ids,
-        )
+        rows, dim = embeddings.shape
+        queries = embed(student, read_features(asked, read_ids(asked[0]))) if generated else None
+        given: dict[str, Any] = {"queries": queries, "image_ids": corpus.image_ids}
+        built = build(lambda start, stop: embeddings[start:stop], rows, dim, config, temporary, **given)
         if config.plain:
             save_index(build_index(plain_vectors(features), config.plain), temporary / "plain.faiss")
         if (run_dir / "calibration" / CALIBRATION).exists():

@@ -100,8 +100,10 @@ class Batcher:
             wanted = [each for each in batch if not each.answer.done()]  # not those that gave up
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer, self._attributor, wanted)
             for each, found in zip(wanted, answers, strict=True):
-                if not each.answer.done():
-                    (each.answer.set_exception if isinstance(found, Exception) else each.answer.set_result)(found)
+                if isinstance(found, Exception) and not each.answer.done():
+                    each.answer.set_exception(found)
+                elif not isinstance(found, Exception) and not each.answer.done():
+                    each.answer.set_result(found)
             self.batches += 1
             for _ in batch:
                 self._queue.task_done()
@@ -128,7 +130,8 @@ def answer(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribu
 
 
 def _together(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution]:
-    queries, prompts = [each.query for each in batch], [each.prompt for each in batch]
+    queries: list[Any] = [each.query for each in batch]
+    prompts = [each.prompt for each in batch]
     k, where = max(each.k for each in batch), batch[0].where
     found: Any
     if isinstance(queries[0], np.ndarray):
