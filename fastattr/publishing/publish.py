@@ -81,7 +81,7 @@ def _files_there(repo_id: str, target: Mapping[str, Any]) -> list[str]:
     """The files of the attributor that a repository holds already, as its config.json names them; nobody else's."""
     try:
         folder = already_there(repo_id, "model", ["config.json"], target)
-        return list(read_config(folder)["sha256"]) if folder else []
+        return [*read_config(folder)["sha256"], "config.json.sig"] if folder else []
     except (MissingFileError, ArtifactDamagedError):
         return []  # its config.json is no attributor's
 
