@@ -19,7 +19,6 @@ IMAGE_SUFFIXES = {  # file names that promise a picture; one that cannot be read
     *(".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"),
     *(".qoi", ".sgi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
 }
-ORIENTATION = 0x0112
 
 
 def load_rgb(data: bytes | str | Path) -> Image.Image:
@@ -53,7 +52,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; as it is stored if it has none or its EXIF block is damaged."""
     try:
-        if image.getexif().get(ORIENTATION, 1) == 1:
+        if image.getexif().get(0x0112, 1) == 1:  # the orientation
             return image
     except Exception:  # Pillow raises many types on a damaged block, which other programs ignore
         return image
