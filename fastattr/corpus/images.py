@@ -30,10 +30,11 @@ def load_rgb(data: bytes | str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, upright as its EXIF block says, transparency laid on white. Deeper pixels are scaled.
-    Integers of 32 bits and floats do not say what their white is: a float picture with no value above 1 has its white at 1;
-    otherwise white is 255 if no value is above that, or else 65535. Raises InputError if pixels are negative, not finite or
-    above 65535.
+    """Any Pillow image as 8-bit RGB, upright as its EXIF block says, transparency laid on white.
+
+    Deeper pixels are scaled. Integers of 32 bits and floats do not say what their white is: a float picture with no value above
+    1 has its white at 1; otherwise white is 255 if no value is above that, or else 65535. Raises InputError if pixels are
+    negative, not finite or above 65535.
     """
     image = _upright(image)
     if image.mode == "LAB":

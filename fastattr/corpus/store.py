@@ -76,10 +76,11 @@ def _write_skipped(skipped: Sequence[Skipped], path: Path, columns: Mapping[str,
 def join_parts(
     parts: Sequence[Path], folder: Path, *, duplicates: str = "keep", more: Sequence[Skipped] = ()
 ) -> dict[str, Any]:
-    """Write a corpus folder from files of `write_part`, in their order, all but the manifest; returns its facts. These are
-    'images', 'skipped' (count by reason; `more` was skipped elsewhere), 'near_copies' (how many were kept as family, see
-    `CorpusConfig.duplicates`), 'columns' (of the source, and what became of each), and 'corpus_fingerprint' (over ids, image
-    bytes, captions). Raises InputError if two images share an id, or there is no usable image at all.
+    """Write a corpus folder from files of `write_part`, in their order, all but the manifest; returns its facts.
+
+    These are 'images', 'skipped' (count by reason; `more` was skipped elsewhere), 'near_copies' (how many were kept as family,
+    see `CorpusConfig.duplicates`), 'columns' (of the source, and what became of each), and 'corpus_fingerprint' (over ids,
+    image bytes, captions). Raises InputError if two images share an id, or there is no usable image at all.
     """
     wanted = ["image_id", "sha256", "family", "captions", "look"]
     table = pa.concat_tables([pq.read_table(path, columns=wanted) for path in parts])
