@@ -21,7 +21,7 @@ import numpy as np
 
 from fastattr.core.files import atomic_path
 from fastattr.core.models import ASSETS
-from fastattr.index.vectors import Read, reader
+from fastattr.index.files import Read, reader
 
 DIM = 768
 NEIGHBOURS = 8
