@@ -244,7 +244,8 @@ class FastAttributor:
     def _own(self) -> None:
         """Work on a copy of an embedded model or the Hub client's cache; refuse if the user named that very folder."""
         version = self._version
-        if not (version.folder.is_relative_to(ASSETS) or commit_of(version.folder)):
+        folder = version.folder.resolve()  # a link may lead there, too
+        if not (folder.is_relative_to(ASSETS.resolve()) or commit_of(folder)):
             return
         if Path(self.name).is_dir():
             raise InputError(f"{self.name} is not yours to change; write a copy with `save_pretrained`, and change that.")
