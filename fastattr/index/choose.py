@@ -61,10 +61,7 @@ class Estimate:
 
 
 def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.inf) -> str:
-    """The FAISS factory string for N x D embeddings that finds this share of the 100 nearest in this memory (bytes).
-
-    Raises DoesNotFitError if none does. Measured: docs/search-index.md.
-    """
+    """The FAISS factory string for N x D embeddings, of this recall in this memory (bytes); DoesNotFitError if none is."""
     fitting = [factory for factory in kinds(rows, dim, recall=recall) if estimate(rows, dim, factory).memory <= memory]
     if not fitting:
         way_out = "Give it more memory (memory_gb), or split the corpus over machines (docs/search-index.md, Milvus)"
