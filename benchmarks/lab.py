@@ -29,7 +29,7 @@ from fastattr.evaluation.against_truth import compare_with_truth
 from fastattr.evaluation.lds import noise_ceiling, outputs_of, residual_outputs
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
-from fastattr.features.diffusion import DiffusionEncoder
+from fastattr.features.by_generator import DiffusionEncoder
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.conditioning import Conditioning

@@ -37,7 +37,7 @@ from fastattr.corpus.store import Corpus
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig
-from fastattr.features.gradient import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
+from fastattr.features.by_generator import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
