@@ -79,14 +79,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4, gradient_width=4096),
-    train_queries=24,
-    test_queries=16,
-    most_query_draws=16,
-    most_loss_draws=2,
-    student=_student(steps=60),
-    resamples=100,
+    train_queries=24, test_queries=16, most_query_draws=16, most_loss_draws=2, resamples=100, student=_student(steps=60)
 )
+QUICK = replace(QUICK, cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4, gradient_width=4096))
 
 
 class Timed:
