@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +131,8 @@ class Attribution:
     """Training images that the query's picture is a copy of, or nearly so, the likest first; None if that is unknown."""
     versions: dict[str, Any] = field(default_factory=dict)
     """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), compare=False)
+    """When it was answered (ISO 8601, UTC)."""
     _reach: Reach | None = field(default=None, repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
@@ -147,6 +151,7 @@ class Attribution:
         """The receipt: everything but the thumbnails, as plain values; `fastattr verify` replays it."""
         return {
             "format": RECEIPT,
+            "date": self.date,
             "versions": self.versions,
             "query": {**self.query, "prompt": self.prompt},
             "results": [asdict(result) for result in self.results],
@@ -158,13 +163,14 @@ class Attribution:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON, the receipt, with the creators' shares of at least 0.1%."""
+        """`to_dict` as JSON, the receipt, with the creators' shares of at least 0.1%, 'above_noise' and its own 'sha256'."""
         values = self.to_dict()
         if self._reach is not None:
             table = self.shares()
             kept = table[(table["share"] >= 0.001) | ~table["named"]]
-            values["shares"] = json.loads(kept.to_json(orient="records"))
-        return json.dumps(values, ensure_ascii=False)
+            values["shares"] = json.loads(kept.to_json(orient="records", double_precision=15))
+            values["above_noise"] = table.attrs.get("above_noise")
+        return json.dumps({**values, "sha256": content_sha256(values)}, ensure_ascii=False)
 
     def first(self, k: int) -> Attribution:
         """The same answer as if only k images had been asked for."""
@@ -296,6 +302,12 @@ class Attribution:
             lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         copy = f"<p>near-copy of {html.escape(_short(self.near_copy_of, 80))}</p>" if self.near_copy_of else ""
         return f"{copy}<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def content_sha256(receipt: Mapping[str, Any]) -> str:
+    """SHA-256 of a receipt's content without its own field 'sha256', however the JSON is laid out."""
+    content = {name: value for name, value in receipt.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def to_csv(table: pd.DataFrame) -> str:

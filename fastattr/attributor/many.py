@@ -2,8 +2,8 @@
 
 Reads a table (.parquet, .jsonl) with the columns 'query_id', 'prompt' and either 'image' (a file, relative to the table) or
 'features' (numbers); writes OUT/part-*.parquet, one row a query: 'query_id', 'prompt', 'image_ids', 'similarities',
-'catalog_version'. A killed run goes on with the parts that are there, if they are of the same table, settings and catalogue
-version: their names say so. Parts of others are deleted at the end.
+'catalog_version' and, if it is wanted, 'receipt'. A killed run goes on with the parts that are there, if they are of the same
+table, settings and catalogue version: their names say so. Parts of others are deleted at the end.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_queries(path: Path) -> pa.Table:
     return table
 
 
-def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]:
+def run(model: str, queries: Path, out: Path, *, k: int = 100, receipts: bool = False) -> dict[str, Any]:
     """Attribute all queries of a table; returns the manifest.
 
     Args:
@@ -60,6 +60,7 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
         queries: the table.
         out: folder of the answers.
         k: how many training images each.
+        receipts: write each answer's receipt, too, as statements are made of; takes a multiple of the time.
 
     Raises:
         As `FastAttributor.from_pretrained`, `attribute` and `read_queries`.
@@ -67,7 +68,8 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
     state = Accelerator()
     table = read_queries(queries)
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
-    config, inputs = {"k": k}, {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
+    config: dict[str, Any] = {"k": k} | ({"receipts": True} if receipts else {})
+    inputs = {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
     if finished(out, stage="attributions", config=config, inputs=inputs):
         return {"queries": len(table), "out": str(out)}
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
     mine = range(state.process_index, len(files), state.num_processes)
     for number in tqdm(mine, desc="attribute", unit="part", disable=not state.is_main_process):
         if not files[number].exists():
-            answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k)
+            answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k, receipts)
             if set(answers["catalog_version"].to_pylist()) - {int(inputs["catalog_version"])}:
                 raise ArtifactMismatchError(f"the catalogue of {model} changed meanwhile; run again, to ask all anew.")
             with atomic_path(files[number]) as temporary:
@@ -96,7 +98,7 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
     return {"queries": len(table), "out": str(out), "manifest": str(out / MANIFEST)}
 
 
-def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int) -> pa.Table:
+def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int, receipts: bool) -> pa.Table:
     """The answers to some rows of the table."""
     answers: list[Attribution] = []
     for start in range(0, len(rows), BATCH):
@@ -109,7 +111,7 @@ def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int)
             found = attributor.attribute([beside / row["image"] for row in batch], prompts, k)
             assert isinstance(found, list)
             answers += found
-    return pa.table(
+    table = pa.table(
         {
             "query_id": rows["query_id"].cast(pa.string()),
             "prompt": rows["prompt"],
@@ -118,3 +120,4 @@ def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int)
             "catalog_version": [answer.versions["catalog_version"] for answer in answers],
         }
     )
+    return table.append_column("receipt", pa.array([each.to_json() for each in answers], pa.string())) if receipts else table

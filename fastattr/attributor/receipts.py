@@ -2,22 +2,24 @@
 
 A receipt is `Attribution.to_json()`: versions of model, index and catalogue, the hash and the embedding of the query, ids,
 similarities and what was made of them. With the embedding the search is replayed; with the image itself also everything
-before it, and that it is the image of the receipt. Nothing in a receipt is signed: it shows what an attributor says, not
-who asked.
+before it, and that it is the image of the receipt. Its own SHA-256 shows damage; nothing in a receipt is signed: it shows
+what an attributor says, not who asked.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastattr.attributor.attribution import RECEIPT, Attribution
+from fastattr.attributor.attribution import RECEIPT, Attribution, content_sha256
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.attributor.inputs import ImageLike, image_sha256, open_image
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError
@@ -26,6 +28,8 @@ from fastattr.core.files import read_json
 PARTS = ("image_part", "text_part")
 TOLERANCE = 2e-3
 """By which a similarity may differ: other processors and batch sizes round otherwise."""
+SHARE_TOLERANCE = 0.01
+"""The same of a share, which follows from similarities."""
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
@@ -36,19 +40,23 @@ def read_receipt(path: Path) -> dict[str, Any]:
         FormatVersionError: it was written by another version of fastattr.
         InputError: it is of plain similarity, which is not replayed.
     """
-    receipt = read_json(path)
-    damaged = ArtifactDamagedError(f"{path} is no receipt, or damaged; a receipt is what Attribution.to_json() gives.")
+    return checked(read_json(path), str(path))
+
+
+def checked(receipt: Any, name: str) -> dict[str, Any]:
+    """A receipt whose parts are what they must be; errors, which call it `name`, as `read_receipt`."""
+    damaged = ArtifactDamagedError(f"{name} is no receipt, or damaged; a receipt is what Attribution.to_json() gives.")
     if not isinstance(receipt, dict) or not isinstance(receipt.get("format"), str):
         raise damaged
     if receipt["format"] != RECEIPT:
-        raise FormatVersionError(f"{path} has the format {receipt['format']!r}, this fastattr reads {RECEIPT!r}.")
+        raise FormatVersionError(f"{name} has the format {receipt['format']!r}, this fastattr reads {RECEIPT!r}.")
     if (
         isinstance(receipt.get("query"), dict)
         and isinstance(receipt.get("model"), dict)
         and "embedding" not in receipt["query"]
     ):
         method = receipt["model"].get("method", "an unknown method")
-        raise InputError(f"{path} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
+        raise InputError(f"{name} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
     try:
         vector = decode_embedding(receipt)
         whole = receipt["query"]["sha256"], receipt["query"]["k"], receipt["versions"]["model"], receipt["model"]["name"]
@@ -102,7 +110,31 @@ def verify(
     was, now = (
         [{**row, **dict.fromkeys(unknown)} for row in rows] for rows in (receipt["results"], answer.to_dict()["results"])
     )
-    return differences + result_differences(was, now, attributor, tolerance)
+    differences += result_differences(was, now, attributor, tolerance)
+    if "sha256" in receipt and content_sha256(receipt) != receipt["sha256"]:
+        differences.append("the receipt was changed after it was made: its SHA-256 is not that of its content.")
+    if "shares" in receipt and answer._reach is not None and not differences:  # else they may follow
+        if image is None:  # what is known only with the image is taken from the receipt
+            reach = dataclasses.replace(answer._reach, own=not receipt.get("warnings"))
+            answer = dataclasses.replace(answer, near_copies=receipt.get("near_copies"), _reach=reach)
+        differences += share_differences(receipt, json.loads(answer.to_json()))
+    return differences
+
+
+def share_differences(receipt: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A sentence for each creator whose share or interval is another, and for all of them together."""
+
+    def table(values: Mapping[str, Any]) -> dict[str, Any]:
+        rows = {row["creator"]: row for row in values["shares"] if row["named"]}
+        return rows | {"all above noise": values.get("above_noise") or {}}
+
+    was, found, lines = table(receipt), table(now), []
+    for name in sorted(was.keys() | found.keys()):
+        for key in ("share", "low", "high"):
+            before, after = (each.get(name, {}).get(key) or 0.0 for each in (was, found))
+            if abs(before - after) > SHARE_TOLERANCE:
+                lines.append(f"{name}: {key} was {before:.3f}, is {after:.3f}.")
+    return lines
 
 
 def version_differences(receipt: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:

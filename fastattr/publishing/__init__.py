@@ -7,5 +7,6 @@ and score-table folders.
 - `score_tables`: `push_scores`, a score table as one configuration of a dataset.
 - `push`: `push_folder`, the one function that changes a repository; `release_tag`.
 - `cards`, `licences`, `tables`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
+- `statement`: `make_statement`, `verify_statement`: a pool of money divided by the receipts of a period.
 - `fastgda`: `import_attributor`, `import_scores`, from the files that the paper's authors released.
 """
