@@ -110,7 +110,7 @@ def verify(
     image: Annotated[Path | None, typer.Option(help="The query's image, to replay the encoders, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replay a receipt, or make a statement again, and say what differs."""
+    """Replay a receipt or a statement, and say what differs."""
     from fastattr import FastAttributor
     from fastattr.attributor import receipts
     from fastattr.core.files import read_json

@@ -89,7 +89,7 @@ class StatementPolicy:
 
 
 def make_statement(
-    attributor: str | Path,
+    attributor: FastAttributor | str | Path,
     receipts: Sequence[str | Path],
     out: str | Path,
     *,
@@ -101,7 +101,7 @@ def make_statement(
     """Divide a pool among the creators that a period's receipts name; writes `FILES` and returns the statement.
 
     Args:
-        attributor: 'emoji', a folder or a Hub id; receipts of another model are listed, not paid.
+        attributor: itself, or 'emoji', a folder or a Hub id; receipts of another model are listed, not paid.
         receipts: files and folders. The same picture with the same prompt counts once.
         out: folder to write.
         pool: in units of the currency.
@@ -114,8 +114,9 @@ def make_statement(
         As `FastAttributor.from_pretrained`.
     """
     policy, asked = policy or StatementPolicy(), {"pool": str(pool), "currency": currency, "period": period}
-    facts = _facts(FastAttributor.from_pretrained(attributor, thumbnails=False), policy)
-    return _write(facts, list(map(Path, receipts)), Path(out), Path(out), asked, policy)
+    if not isinstance(attributor, FastAttributor):
+        attributor = FastAttributor.from_pretrained(attributor, thumbnails=False)
+    return _write(_facts(attributor, policy), list(map(Path, receipts)), Path(out), Path(out), asked, policy)
 
 
 def verify_statement(path: Path, *, attributor: str = "") -> list[str]:
