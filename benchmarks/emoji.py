@@ -96,15 +96,24 @@ class Sizes:
 QUICK = Sizes(seen=100, recombined=50, planted=50, timed_prompts=3, timed_images=10)
 
 
-def contact_sheet(images: Sequence[Image.Image], *, columns: int = 8, side: int = 64, border: int = 2) -> Image.Image:
-    """The images in rows of `columns`, each `side` pixels wide, a grey line around each."""
+def contact_sheet(images: Sequence[Image.Image], *, columns: int = 8, side: int = 88, margin: int = 6) -> Image.Image:
+    """The images in rows of `columns`, each `side` pixels wide, on white."""
     rows = -(-len(images) // columns)
-    step = side + border
-    sheet = Image.new("RGB", (columns * step + border, rows * step + border), (221, 221, 221))
+    step = side + 2 * margin
+    sheet = Image.new("RGB", (columns * step, rows * step), "white")
     for position, image in enumerate(images):
         row, column = divmod(position, columns)
-        sheet.paste(image.resize((side, side)), (border + column * step, border + row * step))
+        sized = image.resize((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(sized, (margin + column * step, margin + row * step))
     return sheet
+
+
+def sheet_prompts(prompts: Sequence[str], *, columns: int = 8) -> str:
+    """A Markdown page with the prompts of a contact sheet, laid out as the images are."""
+    rows = [prompts[start : start + columns] for start in range(0, len(prompts), columns)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * columns)
+    return "# Prompts of the contact sheet\n\nAs the pictures are laid out, row by row.\n\n" + "\n".join(lines) + "\n"
 
 
 @torch.inference_mode()
@@ -255,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps of all drawings (the generator's own)")
     parser.add_argument("--part", choices=list(PART_KEYS), help="measure this part alone")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="run folder with the corpus (%(default)s)")
-    parser.add_argument("--contact-sheet", type=Path, help="write 64 uncurated samples to this PNG")
+    parser.add_argument("--contact-sheet", type=Path, help="write the first 64 drawings to this PNG, their prompts beside it")
+    parser.add_argument("--judge", type=Path, default=judging.JUDGE, help="folder of the judge (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and drawings (%(default)s)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
@@ -266,12 +276,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = tuple(key for part, keys in PART_KEYS.items() if part != options.part for key in keys)
     results = {name: value for name, value in before.items() if name.startswith(others)}
     if options.part != "attributor":
-        judge, facts = judging.load()
+        judge, facts = judging.load(options.judge)
         with open_corpus(options.run, facts["corpus_fingerprint"]) as corpus:
             figures, drawn = measure_generator(generator, corpus, judge, facts, sizes, options.seed, settings)
         results |= figures
         if options.contact_sheet:
-            contact_sheet(drawn[:64]).save(options.contact_sheet)
+            captions = [of_image[0] for of_image in corpus.captions]
+            asked = [captions[row] for row in drawings.choose_seen(captions, sizes.seen, seed=options.seed)[:64]]
+            contact_sheet(drawn[:64]).save(options.contact_sheet, optimize=True)
+            options.contact_sheet.with_suffix(".md").write_text(sheet_prompts(asked), encoding="utf-8")
     if options.part != "generator":
         attributor = FastAttributor.from_pretrained(MODEL)
         with open_corpus(options.run, attributor.config["corpus_fingerprint"]) as corpus:

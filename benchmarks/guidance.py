@@ -39,11 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", help=f"guidance scales ({' '.join(map(str, SCALES))})")
     parser.add_argument("--steps", type=int, help="sampling steps (the generator's own)")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="run folder with the corpus (%(default)s)")
+    parser.add_argument("--judge", type=Path, default=judging.JUDGE, help="folder of the judge (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and drawings; 0 is the reported figures' (%(default)s)")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     scales, seen_count, recombined_count = ((2.0, 3.0, 6.0), 20, 20) if options.quick else (SCALES, 200, 100)
-    judge, facts = judging.load()
+    judge, facts = judging.load(options.judge)
     generator = Generator.from_pretrained(options.generator)
     results: dict[str, Any] = {}
     with emoji.open_corpus(options.run, facts["corpus_fingerprint"]) as corpus:

@@ -70,7 +70,7 @@ class Judge(nn.Module):
         body: list[nn.Module] = [_block(3, channels[0], stride=2)]
         for level, (before, width) in enumerate(zip([channels[0], *channels], channels, strict=False)):
             body += [Residual(before, width, stride=2 if level else 1)]
-            body += [Residual(width, width, stride=1)] if level + 1 < len(channels) else []
+            body += [Residual(width, width, stride=1)] if 0 < level < len(channels) - 1 else []
         self.subject_body = nn.Sequential(*body)
         self.embedding = nn.Sequential(nn.Linear(4 * channels[-1], embedding, bias=False), nn.BatchNorm1d(embedding))
         self.prototypes = nn.Embedding(len(self.subjects), embedding)

@@ -103,13 +103,13 @@ class JudgeConfig:
     """Part of the subjects of which one image alone is trained on."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=3200,
+            steps=1600,
             batch_size=128,
             learning_rate=5e-3,
             weight_decay=0.05,
             warmup_steps=50,
             ema_decay=0.995,
-            checkpoint_every=50,
+            checkpoint_every=20,
             optimizer="muon",
             mixed_precision="bf16",
         )

@@ -329,7 +329,10 @@ def test_judge_is_not_shown_what_it_is_asked(tmp_path):
     assert not found & (hidden | barred)
     known = {*labels, *zip(older.tolist(), subjects.tolist(), strict=True)} - hidden - barred
     assert known - found == set()  # another picture of fxemoji's shows the subject whose twin was taken out
-    assert len(gathered) == 160 - len(hidden) - sum((name, subject) in barred for name, subject in zip(older, subjects)) - 1
+    assert (
+        len(gathered)
+        == 160 - len(hidden) - sum((name, subject) in barred for name, subject in zip(older, subjects, strict=True)) - 1
+    )
 
 
 def test_subjects_of_one_picture_count_as_one(tmp_path):
@@ -404,13 +407,16 @@ def test_metrics_at_another_share_of_the_corpus_are_refused():
         benchmark.teacher_agreement({})
 
 
-def test_contact_sheet_keeps_order():
+def test_contact_sheet_and_its_prompts_keep_order():
     """Samples in another order would not match their prompts."""
     colours = [(index * 20, 0, 255) for index in range(10)]
     sheet = benchmark.contact_sheet([Image.new("RGB", (64, 64), colour) for colour in colours], columns=4)
-    assert sheet.size == (4 * 66 + 2, 3 * 66 + 2)
-    assert [sheet.getpixel((2 + 66 * (i % 4) + 5, 2 + 66 * (i // 4) + 5)) for i in range(10)] == colours
-    assert sheet.getpixel((0, 0)) == (221, 221, 221)
+    assert sheet.size == (4 * 100, 3 * 100)
+    assert [sheet.getpixel((100 * (i % 4) + 50, 100 * (i // 4) + 50)) for i in range(10)] == colours
+    assert sheet.getpixel((0, 0)) == sheet.getpixel((399, 299)) == (255, 255, 255)
+    page = benchmark.sheet_prompts([f"prompt {number}" for number in range(10)], columns=4)
+    cells = [cell.strip() for line in page.splitlines() if "prompt " in line for cell in line.strip("| ").split("|")]
+    assert cells == [f"prompt {number}" for number in range(10)]
 
 
 def test_assets_are_counted_in_millions_of_bytes(tmp_path):
