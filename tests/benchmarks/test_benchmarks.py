@@ -292,7 +292,7 @@ def test_held_out_images_are_of_subjects_that_the_judge_knows(corpus):
     unseen, once = judging.held_out_rows(corpus, 0.3, 0.2)
     subjects = np.array(judging.subjects_of(corpus))
     trained_on = ~(unseen | once)
-    assert 0.1 < unseen.mean() < 0.4
+    assert 0.05 < unseen.mean() < 0.4
     assert once.any()
     assert not (unseen & once).any()
     assert set(subjects[unseen | once]) <= set(subjects[trained_on])
@@ -317,22 +317,18 @@ def test_judge_is_not_shown_what_it_is_asked(tmp_path):
     assert unseen.any()
     assert once.any()
     older, twin = np.where(sets == "noto", "noto-v1", "fxemoji"), int(np.flatnonzero(unseen)[0])
-    free = next(row for row in range(80) if not (unseen | once)[row] and older[row] == "fxemoji")
+    hidden = {labels[row] for row in np.flatnonzero(unseen | once)}
+    barred = {("noto-v1", subject) for style, subject in hidden if style == "noto"}
+    barred |= {(style, subject) for style in ("noto-v1", "fxemoji") for subject in set(subjects[once])}
+    theirs = list(zip(older.tolist(), subjects.tolist(), strict=True))
+    free = next(row for row in range(80) if theirs[row] not in barred and subjects[row] != subjects[twin])
     drawn[1, free] = drawn[0, twin]  # under another name
     with (tmp_path / "others.npz").open("wb") as file:
         np.savez(file, images=drawn[1], sets=older, subjects=subjects)
     gathered = judge_training.gather(corpus, drawn[0], tmp_path / "others.npz", config)
-    found = set(zip(gathered.sets.tolist(), gathered.subjects.tolist(), strict=True))
-    hidden = {labels[row] for row in np.flatnonzero(unseen | once)}
-    barred = {("noto-v1", subject) for style, subject in hidden if style == "noto"}
-    barred |= {(style, subject) for style in ("noto-v1", "fxemoji") for subject in set(subjects[once])}
-    assert not found & (hidden | barred)
-    known = {*labels, *zip(older.tolist(), subjects.tolist(), strict=True)} - hidden - barred
-    assert known - found == set()  # another picture of fxemoji's shows the subject whose twin was taken out
-    assert (
-        len(gathered)
-        == 160 - len(hidden) - sum((name, subject) in barred for name, subject in zip(older, subjects, strict=True)) - 1
-    )
+    assert not set(zip(gathered.sets.tolist(), gathered.subjects.tolist(), strict=True)) & (hidden | barred)
+    assert drawn[0, twin].tobytes() not in {image.tobytes() for image in gathered.images}
+    assert len(gathered) == 80 - len(hidden) + sum(label not in barred for label in theirs) - 1
 
 
 def test_subjects_of_one_picture_count_as_one(tmp_path):
