@@ -9,6 +9,7 @@ could tell them apart. `same_pictures` finds them among the real images; no draw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import held_out, pixel_tensor
 
 JUDGE = Path(__file__).parent / "judge"
-SIDE = 40
-"""Pixels a side at which a subject is read; shapes and colours are enough for that."""
-STYLE_SIDE = 64
-"""Pixels a side at which a set is read: its outlines are one pixel wide at 40."""
+SIDE = 64
+"""Pixels a side at which images are read."""
+ORIENTATIONS = 8
+"""Directions of an edge that are told apart; dark-to-light and light-to-dark count as one, as sets differ in it."""
+SHADES = 4
+"""Soft steps of red, of green and of blue in a colour histogram."""
 SHARPNESS = 16.0
 """Factor of the cosines before the softmax over subjects."""
 SHIFTS = ((0, 0), (2, 1), (-2, 1), (0, -2))
@@ -40,64 +43,86 @@ SAME_MEAN, SAME_MOST = 2.0, 48
 """Of 255: two pictures of one set are the same if they differ by no more than this, in the mean and in any value."""
 
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a short cut; halves the side if `stride` is 2."""
+def describe(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, 64, 64) in [-1, 1] -> (B, 1324): what an image shows, without what differs most from set to set.
 
-    def __init__(self, before: int, width: int, *, stride: int) -> None:
-        super().__init__()
-        self.first = _block(before, width, stride=stride)
-        self.second = _block(width, width, stride=1)[:2]
-        pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
-        same = before == width and stride == 1
-        self.short_cut = nn.Identity() if same else nn.Sequential(pool, nn.Conv2d(before, width, 1, bias=False))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, width, H / stride, W / stride)."""
-        return F.relu(self.second(self.first(images)) + self.short_cut(images))
+    Histograms of edge directions in 8 x 8 and 4 x 4 overlapping places, how strong edges are there, the colours of a
+    thumbnail of 10 x 10, and colour histograms of the whole and of its quarters. Source of the first: Dalal and Triggs,
+    "Histograms of Oriented Gradients for Human Detection" (2005).
+    """
+    across, down = F.pad(images[..., 2:] - images[..., :-2], (1, 1)), images[..., 2:, :] - images[..., :-2, :]
+    down = F.pad(down, (0, 0, 1, 1))
+    strongest = (across.square() + down.square()).argmax(dim=1, keepdim=True)  # of the three colours
+    across, down = across.gather(1, strongest), down.gather(1, strongest)
+    size = (across.square() + down.square() + 1e-6).sqrt()
+    angles = torch.arange(ORIENTATIONS).view(-1, 1, 1) * (2 * math.pi / ORIENTATIONS)  # of twice the direction
+    edges = F.relu((across.square() - down.square()) / size * angles.cos() + 2 * across * down / size * angles.sin())
+    fine = F.avg_pool2d(F.pad(F.avg_pool2d(edges, 4), (1, 1, 1, 1), mode="replicate"), 4, 2)  # (B, 8, 8, 8)
+    total, coarse = fine.sum(dim=1, keepdim=True), F.avg_pool2d(fine, 2)
+    mean = total.mean(dim=(2, 3), keepdim=True)
+    red, green, blue = F.adaptive_avg_pool2d(images, 10).unbind(dim=1)
+    thumbnail = torch.stack([(red + green + blue) / 3, red - green, blue - (red + green) / 2], dim=1)
+    steps = torch.linspace(-1, 1, SHADES).view(-1, 1, 1)
+    shades = F.relu(1 - 1.5 * (F.avg_pool2d(images, 2)[:, :, None] - steps).abs())  # (B, 3, SHADES, 32, 32)
+    colours = torch.einsum("brxy,bgxy->brgxy", shades[:, 0], shades[:, 1]).flatten(1, 2)
+    quarters = torch.cat([F.adaptive_avg_pool2d(colours * blues[:, None], 2) for blues in shades[:, 2].unbind(dim=1)], dim=1)
+    parts = (
+        (fine / (total + 0.5 * mean + 1e-3)).sqrt(),
+        0.3 * (total / (mean + 1e-3)).sqrt(),
+        3 * (coarse / (coarse.sum(dim=(1, 2, 3), keepdim=True) + 1e-3)).sqrt(),
+        0.5 * thumbnail,
+        quarters.sqrt(),
+        2 * quarters.mean(dim=(2, 3)).sqrt(),
+    )
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 class Judge(nn.Module):
-    """One network for the set, and one whose unit-length embedding is compared with a vector of each subject."""
+    """A small convolutional network for the set; for the subject, a description's embedding beside a vector of each subject."""
 
-    def __init__(self, channels: Sequence[int], styles: Sequence[str], subjects: Sequence[str], embedding: int = 256) -> None:
-        """Args: widths of the levels, of which the first three are the set's network's too; names of the classes."""
+    def __init__(
+        self,
+        channels: Sequence[int],
+        styles: Sequence[str],
+        subjects: Sequence[str],
+        *,
+        hidden: int = 768,
+        embedding: int = 256,
+    ) -> None:
+        """Args: widths of the set's network; names of the classes; widths of the subject's network."""
         super().__init__()
         self.styles, self.subjects = list(styles), list(subjects)
-        narrow = [width * 3 // 4 for width in channels[:3]]
-        layers: list[nn.Module] = [_block(before, width, stride=2) for before, width in zip([3, *narrow], narrow, strict=False)]
-        self.style_body = nn.Sequential(*layers, _block(narrow[-1], narrow[-1], stride=1))
-        self.style_head = nn.Linear(narrow[-1], len(self.styles))
-        body: list[nn.Module] = [_block(3, channels[0], stride=2)]
-        for level, (before, width) in enumerate(zip([channels[0], *channels], channels, strict=False)):
-            body += [Residual(before, width, stride=2 if level else 1)]
-            body += [Residual(width, width, stride=1)] if 0 < level < len(channels) - 1 else []
-        self.subject_body = nn.Sequential(*body)
-        self.embedding = nn.Sequential(nn.Linear(4 * channels[-1], embedding, bias=False), nn.BatchNorm1d(embedding))
+        layers: list[nn.Module] = [
+            _block(before, width, stride=2) for before, width in zip([3, *channels], channels, strict=False)
+        ]
+        self.style_body = nn.Sequential(*layers, _block(channels[-1], channels[-1], stride=1))
+        self.style_head = nn.Linear(channels[-1], len(self.styles))
+        described = describe(torch.zeros(1, 3, SIDE, SIDE)).shape[1]
+        self.embedding = nn.Sequential(
+            nn.BatchNorm1d(described),
+            nn.Dropout(0.2),
+            nn.Linear(described, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(hidden, embedding, bias=False),
+            nn.BatchNorm1d(embedding),
+        )
         self.prototypes = nn.Embedding(len(self.subjects), embedding)
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, D) of any length."""
-        sized = images if images.shape[-1] == SIDE else F.interpolate(images, SIDE, mode="area")
-        found = self.subject_body(sized.contiguous(memory_format=torch.channels_last))
-        quarters = F.adaptive_avg_pool2d(found, 2).flatten(1)  # where something is tells subjects apart
-        embedded: torch.Tensor = self.embedding(quarters)
-        return embedded
 
     def subject_logits(self, embedded: torch.Tensor) -> torch.Tensor:
         """(B, D) -> (B, subjects)."""
         return SHARPNESS * F.normalize(embedded.float(), dim=1) @ F.normalize(self.prototypes.weight.float(), dim=1).T
 
     def style_logits(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, sets)."""
-        sized = images if images.shape[-1] == STYLE_SIDE else F.interpolate(images, STYLE_SIDE, mode="bilinear")
-        logits: torch.Tensor = self.style_head(
-            self.style_body(sized.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
-        )
+        """(B, 3, 64, 64) in [-1, 1] -> (B, sets)."""
+        found = self.style_body(images.contiguous(memory_format=torch.channels_last))
+        logits: torch.Tensor = self.style_head(found.mean(dim=(2, 3)))
         return logits
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> logits (B, sets) and (B, subjects)."""
-        return self.style_logits(images), self.subject_logits(self.embed(images))
+        """(B, 3, 64, 64) in [-1, 1] -> logits (B, sets) and (B, subjects)."""
+        return self.style_logits(images), self.subject_logits(self.embedding(describe(images)))
 
 
 def _block(before: int, width: int, *, stride: int) -> nn.Sequential:
@@ -218,6 +243,9 @@ def load(folder: Path = JUDGE) -> tuple[Judge, dict[str, Any]]:
     path = folder / "model.safetensors"
     if not path.exists() or sha256_file(path) != facts["sha256"]:
         raise ArtifactDamagedError(f"{path} is missing or not the file of config.json; train the judge again.")
-    judge = Judge(facts["config"]["channels"], facts["styles"], facts["subjects"])
+    settings = facts["config"]
+    judge = Judge(
+        settings["channels"], facts["styles"], facts["subjects"], hidden=settings["hidden"], embedding=settings["embedding"]
+    )
     judge.load_state_dict(load_file(path))  # copied into float32
     return judge.eval(), facts
