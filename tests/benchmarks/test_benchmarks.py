@@ -226,7 +226,7 @@ def test_saved_judge_gives_the_same_logits(tmp_path):
     images = torch.rand(6, 3, 64, 64) * 2 - 1
     judge.train()(images)  # moves the batch statistics
     judge.eval().half().float()
-    judging.save(judge, tmp_path, config={"channels": (8, 16, 16)}, seed=5)
+    judging.save(judge, tmp_path, config={"channels": (8, 16, 16), "hidden": 768, "embedding": 256}, seed=5)
     loaded, facts = judging.load(tmp_path)
     assert (facts["seed"], loaded.styles, loaded.subjects) == (5, list(SETS), ["cat", "dog"])
     with torch.no_grad():
@@ -273,13 +273,14 @@ def judge_corpus(corpus: Corpus, folder: Path, numbers: set[int]) -> tuple[Corpu
 def test_judge_learns_sets_and_subjects(corpus, tmp_path):
     """Labels that slip against the images would leave it at chance."""
     config = judge_training.JudgeConfig(
-        channels=(8, 16, 16),
-        training=judge_training.TrainingConfig(
-            steps=60, batch_size=32, learning_rate=1e-2, warmup_steps=5, ema_decay=0.9, optimizer="muon"
-        ),
+        channels=(8, 16),
+        hidden=64,
+        embedding=32,
+        views=2,
+        training=judge_training.TrainingConfig(steps=120, batch_size=64, learning_rate=5e-3, warmup_steps=5, ema_decay=0.9),
     )
     few, pictures, same = judge_corpus(corpus, tmp_path / "corpus", {0, 20, 40, 59})
-    judge = judge_training.train(few, pictures, config, same=same, checkpoint=tmp_path / "checkpoint.safetensors")
+    judge = judge_training.train(few, pictures, config, same=same, folder=tmp_path)
     assert judge.subjects == sorted(f"subject, {number}" for number in (0, 20, 40, 59))
     result = judging.accuracies(judge, pictures.images, few.column("source"), judging.subjects_of(few), same, "all")
     assert result["style_accuracy_all"] > 0.9
