@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastattr.core.captions import split_caption
-from fastattr.core.errors import ArtifactDamagedError
+from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.corpus.near_copies import near_copies
 from fastattr.corpus.store import Corpus
@@ -239,10 +239,12 @@ def load(folder: Path = JUDGE) -> tuple[Judge, dict[str, Any]]:
         ArtifactNotFoundError: there is none.
         ArtifactDamagedError: the weights are not those of config.json.
     """
+    path, train = folder / "model.safetensors", "train the judge: python benchmarks/judge_training.py --run runs/emoji"
+    if not (folder / "config.json").exists():
+        raise ArtifactNotFoundError(f"{folder} holds no judge; {train}")
     facts = read_json(folder / "config.json")
-    path = folder / "model.safetensors"
     if not path.exists() or sha256_file(path) != facts["sha256"]:
-        raise ArtifactDamagedError(f"{path} is missing or not the file of config.json; train the judge again.")
+        raise ArtifactDamagedError(f"{path} is missing or not the file of config.json; {train}")
     settings = facts["config"]
     judge = Judge(
         settings["channels"], facts["styles"], facts["subjects"], hidden=settings["hidden"], embedding=settings["embedding"]
