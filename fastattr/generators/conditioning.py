@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """Of M prompts, one a row; a row means the same in every tensor."""
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Tensor]
     """(M, ...) each, by name: 'text' (M, T, W) token embeddings, 'pooled' (M, P), 'mask' (M, T), as the family has them."""
 
     def __len__(self) -> int:

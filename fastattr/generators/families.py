@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 from fastattr.generators.conditioning import Conditioning
@@ -47,7 +48,7 @@ class Family:
     """Pattern of the linear layers that make keys and values of the text."""
     encode: Callable[[Any, list[str], Options], Conditioning]
     """(pipeline, prompts, options) -> their conditioning."""
-    predict: Callable[[Any, torch.Tensor, torch.Tensor, Conditioning, Options], torch.Tensor]
+    predict: Callable[[Any, Tensor, Tensor, Conditioning, Options], Tensor]
     """(pipeline, noised latents, timesteps as told, conditioning, options) -> (B, L, h, w) prediction."""
     default_side: Callable[[Any], int]
     """pipeline -> side of its latents."""
@@ -60,11 +61,8 @@ def _encode_sd(pipeline: Any, prompts: list[str], options: Options) -> Condition
     return Conditioning({"text": text})
 
 
-def _predict_sd(
-    pipeline: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, options: Options
-) -> torch.Tensor:
-    prediction: torch.Tensor = pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning.tensors["text"]).sample
-    return prediction
+def _predict_sd(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
+    return pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning.tensors["text"]).sample
 
 
 def _encode_sdxl(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
@@ -72,17 +70,12 @@ def _encode_sdxl(pipeline: Any, prompts: list[str], options: Options) -> Conditi
     return Conditioning({"text": text, "pooled": pooled})
 
 
-def _predict_sdxl(
-    pipeline: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, options: Options
-) -> torch.Tensor:
+def _predict_sdxl(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     height, width = (side * vae_factor(pipeline) for side in noisy.shape[-2:])
     # Original size, crop and target size: every image is encoded whole, at the size at which the generator draws.
     sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
     added = {"text_embeds": conditioning.tensors["pooled"], "time_ids": sizes.expand(len(noisy), -1)}
-    prediction: torch.Tensor = pipeline.unet(
-        noisy, timesteps, encoder_hidden_states=conditioning.tensors["text"], added_cond_kwargs=added
-    ).sample
-    return prediction
+    return pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning.tensors["text"], added_cond_kwargs=added).sample
 
 
 def _encode_sd3(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
@@ -97,16 +90,13 @@ def _encode_sd3(pipeline: Any, prompts: list[str], options: Options) -> Conditio
     return Conditioning({"text": text, "pooled": pooled})
 
 
-def _predict_sd3(
-    pipeline: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, options: Options
-) -> torch.Tensor:
-    prediction: torch.Tensor = pipeline.transformer(
+def _predict_sd3(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
+    return pipeline.transformer(
         hidden_states=noisy,
         timestep=timesteps,
         encoder_hidden_states=conditioning.tensors["text"],
         pooled_projections=conditioning.tensors["pooled"],
     ).sample
-    return prediction
 
 
 def _encode_flux(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
@@ -116,9 +106,7 @@ def _encode_flux(pipeline: Any, prompts: list[str], options: Options) -> Conditi
     return Conditioning({"text": text, "pooled": pooled})
 
 
-def _predict_flux(
-    pipeline: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, options: Options
-) -> torch.Tensor:
+def _predict_flux(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     batch, channels, height, width = noisy.shape
     text = conditioning.tensors["text"]
     guidance = None
@@ -134,8 +122,7 @@ def _predict_flux(
         img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, noisy.device, noisy.dtype),
     ).sample
     factor = vae_factor(pipeline)
-    prediction: torch.Tensor = pipeline._unpack_latents(packed, height * factor, width * factor, factor)
-    return prediction
+    return pipeline._unpack_latents(packed, height * factor, width * factor, factor)
 
 
 def _encode_masked(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
@@ -149,17 +136,15 @@ def _encode_masked(pipeline: Any, prompts: list[str], options: Options) -> Condi
     return Conditioning({"text": text, "mask": mask})
 
 
-def _predict_pixart(
-    pipeline: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, options: Options
-) -> torch.Tensor:
+def _predict_pixart(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     transformer = pipeline.transformer
-    added: dict[str, torch.Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if transformer.use_additional_conditions:
         height, width = (side * vae_factor(pipeline) for side in noisy.shape[-2:])
         size = torch.tensor([[height, width]], device=noisy.device, dtype=noisy.dtype)
         ratio = torch.tensor([[height / width]], device=noisy.device, dtype=noisy.dtype)
         added = {"resolution": size.expand(len(noisy), -1), "aspect_ratio": ratio.expand(len(noisy), -1)}
-    prediction: torch.Tensor = transformer(
+    prediction: Tensor = transformer(
         noisy,
         encoder_hidden_states=conditioning.tensors["text"],
         encoder_attention_mask=conditioning.tensors["mask"],
@@ -169,16 +154,13 @@ def _predict_pixart(
     return prediction[:, : noisy.shape[1]]  # a second half, if there is one, is the variance, which no recipe trains
 
 
-def _predict_sana(
-    pipeline: Any, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, options: Options
-) -> torch.Tensor:
-    prediction: torch.Tensor = pipeline.transformer(
+def _predict_sana(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
+    return pipeline.transformer(
         noisy,
         encoder_hidden_states=conditioning.tensors["text"],
         encoder_attention_mask=conditioning.tensors["mask"],
         timestep=timesteps,
     ).sample
-    return prediction
 
 
 def _max_tokens(pipeline: Any, options: Options) -> int:
@@ -190,8 +172,7 @@ def vae_factor(pipeline: Any) -> int:
     """Pixels of an image along one side of a latent."""
     config = pipeline.vae.config
     blocks = config.encoder_block_out_channels if "encoder_block_out_channels" in config else config.block_out_channels
-    factor: int = 2 ** (len(blocks) - 1)
-    return factor
+    return 2 ** (len(blocks) - 1)
 
 
 def _sample_size(pipeline: Any) -> int:

@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from fastattr.core.errors import (
-    InputError,
-)
+from fastattr.core.errors import InputError
 from fastattr.generators.conditioning import Conditioning
 from fastattr.generators.families import Options, recognise, vae_factor
 from fastattr.generators.layers import Layer, default_pattern, find_layers, put_into_float32
@@ -146,8 +144,7 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -249,7 +246,7 @@ class Generator:
             )
 
     @torch.no_grad()
-    def encode_image(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def encode_image(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `image_size`."""
         with self._at_hand("vae"):
             return encode_pixels(self.pipeline.vae, images, side=self.image_size)
@@ -260,9 +257,7 @@ class Generator:
         with self._at_hand(*self.family.text_encoders):
             return self.family.encode(self.pipeline, list(prompts), self.options)
 
-    def training_loss(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def training_loss(self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
         """(B,) denoising loss, mean squared error per latent element, of what the scheduler has the denoiser predict.
 
         Args:
@@ -273,17 +268,11 @@ class Generator:
         """
         prediction = self.predict(latents, conditioning, timesteps, noise)
         target = self._schedule.target(latents, noise, timesteps)
-        losses: torch.Tensor = (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
-        return losses
+        return (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
 
     def sampled_loss(
-        self,
-        latents: torch.Tensor,
-        conditioning: Conditioning,
-        timesteps: torch.Tensor,
-        noise: torch.Tensor,
-        target_noise: torch.Tensor,
-    ) -> torch.Tensor:
+        self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor, target_noise: Tensor
+    ) -> Tensor:
         """(B,) losses against targets drawn from the model's own Gaussian; their gradients' second moment is the true Fisher.
 
         The variance is half the number of latent elements, so that the Fisher equals the Gauss-Newton matrix of
@@ -292,12 +281,9 @@ class Generator:
         prediction = self.predict(latents, conditioning, timesteps, noise)
         spread = (prediction[0].numel() / 2) ** 0.5
         target = prediction.detach() + spread * target_noise.to(prediction.dtype)
-        losses: torch.Tensor = (prediction - target).square().mean(dim=(1, 2, 3))
-        return losses
+        return (prediction - target).square().mean(dim=(1, 2, 3))
 
-    def predict(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def predict(self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
         """(B, L, h, w) the denoiser's prediction for noised latents, in float32 or better."""
         self.evaluations["forward"] += len(latents)
         self.evaluations["backward"] += len(latents) if torch.is_grad_enabled() else 0

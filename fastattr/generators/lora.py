@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, MissingExtraError
 from fastattr.core.files import read_json
@@ -36,9 +36,9 @@ OTHER_KINDS = re.compile(r"\.(?:hada_|lokr_|oft_|dora_scale|lora_magnitude_vecto
 class Pair:
     """What a LoRA adds to one layer."""
 
-    down: torch.Tensor | None = None
+    down: Tensor | None = None
     """(rank, in) A."""
-    up: torch.Tensor | None = None
+    up: Tensor | None = None
     """(out, rank) B."""
     alpha: float | None = None
 
@@ -100,7 +100,7 @@ def load_lora(pipeline: Any, file: Path) -> None:
             f"{file} is for another network: {len(unknown)} of its names are not in this {type(pipeline).__name__}, "
             f"e.g. {sorted(unknown)[:3]}. Name the pipeline that it was trained on."
         )
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Tensor] = {}
     for layer, pair in pairs.items():
         if pair.down is None or pair.up is None:
             raise ArtifactDamagedError(f"{file} holds half of a pair of matrices, for {layer}; fetch it again.")
@@ -114,7 +114,7 @@ def load_lora(pipeline: Any, file: Path) -> None:
     _put_in_force(pipeline, scales, file)
 
 
-def pairs_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Pair], list[str]]:
+def pairs_of(pipeline: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str]]:
     """The pairs by 'NETWORK.LAYER' as the pipeline names them, and the names of tensors that belong to no layer of it."""
     layers = {
         f"{part}.{name}"
@@ -151,7 +151,7 @@ def pairs_of(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[s
     return pairs, unknown
 
 
-def _converted(pipeline: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _converted(pipeline: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the names into which diffusers turns those of other trainers; {} where it does not know all of them."""
     try:
         found = pipeline.lora_state_dict(dict(tensors))

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def noise_for(ids: Sequence[str], draws: Sequence[int], *, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+def noise_for(ids: Sequence[str], draws: Sequence[int], *, seed: int, shape: tuple[int, ...]) -> Tensor:
     """(B, *shape) standard normal noise, each row a function of its id, its draw number and the seed only.
 
     Args:

@@ -97,12 +97,7 @@ def _look_up(config: PretrainedConfig) -> dict[str, Any]:
         "offload": config.offload,
     }
     generator = Generator.from_pretrained(
-        name,
-        revision=commit,
-        dtype=DTYPES[config.dtype],
-        lora=lora_file,
-        unlearn=config.unlearn,
-        options=config.options,
+        name, revision=commit, dtype=DTYPES[config.dtype], lora=lora_file, unlearn=config.unlearn, options=config.options
     )
     asked = {"steps": config.steps, "guidance": config.guidance}
     return {

@@ -249,10 +249,9 @@ def query_schema() -> pa.Schema:
 
     text = {name: Value("string") for name in ("scheduler", "generator", "split", "kind", "near_copy_of")}
     numbers = {"seed": Value("int64"), "steps": Value("int32"), "guidance": Value("float32")}
-    schema: pa.Schema = Features(
+    return Features(
         {"query_id": Value("string"), "prompt": Value("string"), "image": ImageFeature(), **numbers, **text}
     ).arrow_schema
-    return schema
 
 
 def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 
@@ -70,19 +71,17 @@ def sample(
         width=side,
         **{name: value for name, value in others.items() if name in known},
     )
-    images: list[Image.Image] = result.images
-    return images
+    return result.images
 
 
-def encode_pixels(vae: Any, images: Sequence[Image.Image], *, side: int) -> torch.Tensor:
+def encode_pixels(vae: Any, images: Sequence[Image.Image], *, side: int) -> Tensor:
     """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `side`."""
     size = (side, side)
     fitted = [image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted])).permute(0, 3, 1, 2)
     encoded = vae.encode(pixels.to(vae.device, vae.dtype).div(127.5).sub(1.0))
-    latents: torch.Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    latents: Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
     mean, spread, shift = (vae.config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
     if mean is not None and spread is not None:  # channel by channel
         latents = (latents - latents.new_tensor(mean)[:, None, None]) / latents.new_tensor(spread)[:, None, None]
-    scaled: torch.Tensor = (latents if shift is None else latents - shift) * vae.config.scaling_factor
-    return scaled
+    return (latents if shift is None else latents - shift) * vae.config.scaling_factor

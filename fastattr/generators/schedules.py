@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 
@@ -12,19 +12,19 @@ from fastattr.core.errors import InputError
 class Schedule(Protocol):
     """How a latent is noised at integer timesteps 0 to N - 1, higher = noisier, and what the denoiser should then predict."""
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B, L, h, w) noised latents."""
         ...
 
-    def told(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def told(self, timesteps: Tensor) -> Tensor:
         """(B,) the timesteps as the denoiser is told them."""
         return timesteps
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B, L, h, w) what the scaled prediction should be."""
         ...
 
-    def scaled(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction times the square root of its weight in the loss."""
         return prediction
 
@@ -39,27 +39,24 @@ class DiffusionSchedule(Schedule):
         self._scheduler = DDPMScheduler.from_config(config)
         self._kind = self._scheduler.config.prediction_type
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `Schedule`."""
-        noisy: torch.Tensor = self._scheduler.add_noise(latents, noise, timesteps)
-        return noisy
+        return self._scheduler.add_noise(latents, noise, timesteps)
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `Schedule`."""
         if self._kind == "epsilon":
             return noise
         if self._kind == "sample":
             return self.scaled(latents, timesteps)
-        velocity: torch.Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
-        return velocity
+        return self._scheduler.get_velocity(latents, noise, timesteps)
 
-    def scaled(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """A predicted clean latent counts by its signal-to-noise ratio, as in diffusers' script; the others as they are."""
         if self._kind != "sample":
             return prediction
         kept = self._scheduler.alphas_cumprod.to(prediction.device)[timesteps].to(prediction.dtype)
-        weighted: torch.Tensor = prediction * (kept / (1 - kept)).sqrt()[:, None, None, None]
-        return weighted
+        return prediction * (kept / (1 - kept)).sqrt()[:, None, None, None]
 
 
 class FlowSchedule(Schedule):
@@ -76,22 +73,20 @@ class FlowSchedule(Schedule):
         )
         self._levels, self._told = scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
 
-    def _level(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def _level(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """(B, 1, 1, 1) share of noise."""
-        level: torch.Tensor = self._levels.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
-        return level
+        return self._levels.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `Schedule`."""
         level = self._level(latents, timesteps)
         return (1 - level) * latents + level * noise
 
-    def told(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def told(self, timesteps: Tensor) -> Tensor:
         """See `Schedule`."""
-        told: torch.Tensor = self._told.to(timesteps.device)[timesteps]
-        return told
+        return self._told.to(timesteps.device)[timesteps]
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `Schedule`."""
         return noise - latents
 

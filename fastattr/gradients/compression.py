@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 from fastattr.generators.generator import Generator
@@ -83,13 +84,13 @@ class GradientConfig:
 class Turn:
     """How one layer's gradients get into the eigenbasis, as far as coordinates of it are kept."""
 
-    left: torch.Tensor
+    left: Tensor
     """(out, o) kept eigenvectors of the output gradients."""
-    right: torch.Tensor
+    right: Tensor
     """(in, i) kept eigenvectors of the inputs."""
-    scale: torch.Tensor
+    scale: Tensor
     """(o, i) factors that whiten."""
-    places: torch.Tensor | None
+    places: Tensor | None
     """(n,) kept coordinates in the flattened (o, i); None keeps all."""
 
     @property
@@ -97,7 +98,7 @@ class Turn:
         """n, numbers kept of a gradient of this layer."""
         return self.scale.numel() if self.places is None else len(self.places)
 
-    def picked(self, rotated: torch.Tensor, power: int) -> torch.Tensor:
+    def picked(self, rotated: Tensor, power: int) -> Tensor:
         """(B, n) of (B, o, i), multiplied by the factors, or divided by them where `power` is -1."""
         flat = (rotated * torch.where(self.scale > 0, self.scale**power, 0.0)).flatten(1)
         return flat if self.places is None else flat[:, self.places]
@@ -145,28 +146,28 @@ class Compression:
             self._buckets = torch.from_numpy(rng.integers(0, self.width, size)).to(device)
             self._signs = torch.from_numpy(rng.choice(np.array([-1, 1], dtype=np.float32), size)).to(device)
 
-    def of_records(self, recorded: Mapping[str, Calls], groups: int) -> torch.Tensor:
+    def of_records(self, recorded: Mapping[str, Calls], groups: int) -> Tensor:
         """(groups, k) from what `record_layers` recorded; each row is of the sum over a group of consecutive examples."""
         if not self.turns:
             return self._short([example_gradients(recorded[name], groups).flatten(1) for name in self._names])
         kept = [(turn, recorded[name]) for name, turn in self.turns.items()]
         return self._short([turn.picked(rotated_gradients(calls, groups, turn.left, turn.right), 1) for turn, calls in kept])
 
-    def __call__(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """(B, out, in) gradients by layer -> (B, k)."""
         return self._of_matrices(gradients, 1)
 
-    def of_step(self, step: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def of_step(self, step: Mapping[str, Tensor]) -> Tensor:
         """(k,) from the (out, in) changes by layer: its inner product with a compressed gradient is gradient times change."""
         return self._of_matrices({name: change.unsqueeze(0) for name, change in step.items()}, -1)[0]
 
-    def _of_matrices(self, matrices: Mapping[str, torch.Tensor], power: int) -> torch.Tensor:
+    def _of_matrices(self, matrices: Mapping[str, Tensor], power: int) -> Tensor:
         if not self.turns:
             return self._short([matrices[name].flatten(1) for name in self._names])
         kept = [(turn, matrices[name]) for name, turn in self.turns.items()]
         return self._short([turn.picked(turn.left.T @ matrix @ turn.right, power) for turn, matrix in kept])
 
-    def _short(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _short(self, parts: Sequence[Tensor]) -> Tensor:
         """(B, k) of all layers side by side, which are cut already where they are rotated."""
         flat = torch.cat(list(parts), dim=1)
         if not self._sketched:

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, NonFiniteError
 from fastattr.core.files import atomic_path, read_json, write_json
@@ -42,16 +43,16 @@ MADE_OF = "made_of.json"
 class Factors:
     """EKFAC factors of several layers, by layer name."""
 
-    activation_eigenvectors: Mapping[str, torch.Tensor]
+    activation_eigenvectors: Mapping[str, Tensor]
     """(in, in), columns are eigenvectors of A."""
-    gradient_eigenvectors: Mapping[str, torch.Tensor]
+    gradient_eigenvectors: Mapping[str, Tensor]
     """(out, out), columns are eigenvectors of S."""
-    eigenvalues: Mapping[str, torch.Tensor]
+    eigenvalues: Mapping[str, Tensor]
     """(out, in), mean squared per-example gradient in the eigenbasis."""
     examples: int
     """Examples that the eigenvalues average over."""
 
-    def precondition(self, gradients: Mapping[str, torch.Tensor], *, damping: float) -> dict[str, torch.Tensor]:
+    def precondition(self, gradients: Mapping[str, Tensor], *, damping: float) -> dict[str, Tensor]:
         """(out, in) natural gradients by layer: (F + damping * mean eigenvalue of the layer)^-1 applied to gradients."""
         natural = {}
         for name, gradient in gradients.items():
@@ -62,7 +63,7 @@ class Factors:
             natural[name] = (left @ (rotated / damped) @ right.T).to(gradient.dtype)
         return natural
 
-    def damped(self, name: str, damping: float) -> torch.Tensor:
+    def damped(self, name: str, damping: float) -> Tensor:
         """(out, in) eigenvalues of a layer plus `damping` times their mean; infinite for a layer that the loss ignores.
 
         A layer ahead of a normalisation that takes its whole effect away has rounding errors for gradients. Dividing by their
@@ -149,7 +150,7 @@ def factor_sizes(shapes: Iterable[tuple[int, int]]) -> int:
 
 def fit_ekfac(
     layers: Mapping[str, Layer],
-    batches: Callable[[], Iterable[torch.Tensor]],
+    batches: Callable[[], Iterable[Tensor]],
     *,
     accelerator: Accelerator | None = None,
     diagonal: bool = False,
@@ -201,9 +202,9 @@ def fit_ekfac(
 def _eigenbasis(
     layers: Mapping[str, Layer],
     shapes: Mapping[str, tuple[int, int]],
-    batches: Callable[[], Iterable[torch.Tensor]],
+    batches: Callable[[], Iterable[Tensor]],
     accelerator: Accelerator | None,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Eigenvectors of the output gradients' and of the inputs' covariances, by layer, the same on all processes."""
     gradient = {name: torch.zeros(out, out, dtype=torch.float64) for name, (out, _) in shapes.items()}
     activation = {name: torch.zeros(inner, inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
@@ -223,20 +224,18 @@ def _eigenbasis(
     return left, right
 
 
-def _summed(tensor: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
+def _summed(tensor: Tensor, accelerator: Accelerator | None) -> Tensor:
     """The sum over all processes."""
     if accelerator is None or accelerator.num_processes == 1:
         return tensor
-    total: torch.Tensor = accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
-    return total
+    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
 
 
-def _eigenvectors(covariance: torch.Tensor, what: str, accelerator: Accelerator | None) -> torch.Tensor:
+def _eigenvectors(covariance: Tensor, what: str, accelerator: Accelerator | None) -> Tensor:
     """(W, W) eigenvectors, as columns, of a symmetric matrix; those of the first process, for signs and order may differ."""
     if not torch.isfinite(covariance).all():
         raise NonFiniteError(f"the covariance of the {what} is not finite; check the losses, or use float32.")
-    vectors: torch.Tensor = torch.linalg.eigh(covariance).eigenvectors
+    vectors: Tensor = torch.linalg.eigh(covariance).eigenvectors
     if accelerator is None or accelerator.num_processes == 1:
         return vectors
-    shared: torch.Tensor = broadcast(vectors.contiguous().to(accelerator.device), from_process=0).cpu()
-    return shared
+    return broadcast(vectors.contiguous().to(accelerator.device), from_process=0).cpu()

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import ImageOps
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import files_of_parts, in_parts
@@ -27,7 +28,7 @@ class EncodedImages:
     """Training images as the denoiser sees them: V views (the image, perhaps its mirror image), one or more captions each."""
 
     image_ids: Sequence[str]
-    latents: torch.Tensor
+    latents: Tensor
     """(N, V, L, h, w), scaled."""
     conditioning: Conditioning
     """(M rows) text conditioning of all captions, image after image; M = N where each has one."""
@@ -77,7 +78,7 @@ def encode_corpus(
     def conditioning(rows: range) -> Conditioning:
         return generator.encode_prompt([texts[row] for row in rows])
 
-    def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> torch.Tensor:
+    def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> Tensor:
         return torch.from_numpy(in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}"))
 
     latents = computed("latents", len(corpus), partial(view, mirror=False)).unsqueeze(1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator
@@ -16,7 +17,7 @@ from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.recording import Calls, record_layers
 
-OUTPUTS: dict[str, Callable[..., torch.Tensor]] = {
+OUTPUTS: dict[str, Callable[..., Tensor]] = {
     "loss": lambda generator, *arguments: generator.training_loss(*arguments),
     "squared_norm": lambda generator, *arguments: generator.predict(*arguments).square().mean(dim=(1, 2, 3)),
 }
@@ -34,7 +35,7 @@ def denoising_losses(
     output: str = "loss",
     antithetic: bool = False,
     span: tuple[float, float] = (0.0, 1.0),
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Losses of training images or queries, batch by batch, with their graphs where gradients are on.
 
     Args:
@@ -93,8 +94,7 @@ def _timesteps(draws: int, train_timesteps: int, span: tuple[float, float]) -> n
     low, high = span
     if (low, high) == (0.0, 1.0):
         return spread_timesteps(draws, train_timesteps=train_timesteps)
-    spread: np.ndarray = ((low + (np.arange(draws) + 0.5) / draws * (high - low)) * train_timesteps).astype(np.int64)
-    return spread
+    return ((low + (np.arange(draws) + 0.5) / draws * (high - low)) * train_timesteps).astype(np.int64)
 
 
 def _batches(evaluations: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

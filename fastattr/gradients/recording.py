@@ -10,34 +10,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.generators.layers import Layer
 
-Calls = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Calls = Sequence[tuple[Tensor, Tensor]]
 """(B, T, in) inputs and (B, T, out) output gradients of one layer, a pair for each call."""
 
 
 @contextmanager
-def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """While open, collect inputs and output gradients (`Calls`) of every backward pass, by layer name.
 
     The layers' weights are frozen while it is open: a backward pass then goes no further than the layers' outputs, which
     saves a third of the work, and leaves `weight.grad` alone.
     """
-    recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in layers}
+    recorded: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     wanted = {name: layer.weight.requires_grad for name, layer in layers.items()}
     handles = []
     for name, layer in layers.items():
 
-        def forward_hook(layer: Layer, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
+        def forward_hook(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
             if not torch.is_grad_enabled():
                 return
             activations = inputs[0].detach()
 
-            def keep(gradient: torch.Tensor) -> None:
+            def keep(gradient: Tensor) -> None:
                 dtype = layer.weight.dtype  # also where the network around the layer has half precision
                 recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach().to(dtype))))
 
@@ -54,7 +54,7 @@ def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[
             layer.weight.requires_grad_(wanted[name])
 
 
-def _input_rows(layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
+def _input_rows(layer: Layer, inputs: Tensor) -> Tensor:
     """(B, ..., in) -> (B, T, in); for a convolution (B, C, H, W) -> its patches, (B, T, C x kernel)."""
     if isinstance(layer, nn.Linear):
         return _rows(inputs)
@@ -64,17 +64,17 @@ def _input_rows(layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
     return patches.transpose(1, 2)
 
 
-def _output_rows(layer: Layer, gradients: torch.Tensor) -> torch.Tensor:
+def _output_rows(layer: Layer, gradients: Tensor) -> Tensor:
     """(B, ..., out) -> (B, T, out); for a convolution from (B, out, H, W)."""
     return _rows(gradients) if isinstance(layer, nn.Linear) else gradients.flatten(2).transpose(1, 2)
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
+def _rows(tensor: Tensor) -> Tensor:
     """(B, ..., W) -> (B, T, W)."""
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def joined(calls: Calls, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(calls: Calls, groups: int) -> tuple[Tensor, Tensor]:
     """Inputs (groups, R, in) and output gradients (groups, R, out) of a layer: all rows of all calls of each group.
 
     Consecutive examples fall into groups of equal size; as many groups as examples keep them apart. NonFiniteError if
@@ -87,13 +87,13 @@ def joined(calls: Calls, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, gradients
 
 
-def example_gradients(calls: Calls, groups: int | None = None) -> torch.Tensor:
+def example_gradients(calls: Calls, groups: int | None = None) -> Tensor:
     """(B, out, in) weight gradients of each example, or (groups, out, in) sums over consecutive examples; see `joined`."""
     inputs, gradients = joined(calls, groups or (len(calls[0][0]) if calls else 0))
     return torch.bmm(gradients.transpose(1, 2), inputs)
 
 
-def rotated_gradients(calls: Calls, groups: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def rotated_gradients(calls: Calls, groups: int, left: Tensor, right: Tensor) -> Tensor:
     """(groups, o, i) left^T G right, G the weight gradient of a group, for (out, o) and (in, i) directions.
 
     Rotation is linear: it is done once a group, not once an example, and in the order that multiplies least: of the

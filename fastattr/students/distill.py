@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
@@ -91,9 +91,7 @@ class DistillLoss(nn.Module):
         self.student = student
         self._loss = LOSSES[loss]
 
-    def forward(
-        self, queries: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, queries: Tensor, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Args: queries (Q, F); images (N, F); targets and weights (Q, N)."""
         cosine = (self.student(queries) @ self.student(images).T).float()
         return self._loss(self.student.logits(cosine), targets, weights)
@@ -157,7 +155,7 @@ def distill(
     spread = np.unique(np.linspace(0, len(images) - 1, START_ROWS).astype(np.int64))
     student.start_from(images[spread])
 
-    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         drawn = table.draw(picked, config.images_per_step, generator)
         targets, known = table.block(picked, drawn)
         arrays = (queries[picked], images[drawn], targets, known.astype(np.float32))

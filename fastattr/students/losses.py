@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Targets that the ordinal loss asks to exceed."""
@@ -21,13 +22,13 @@ TOP = 0.02
 """Decay of what the list-wise loss gives a rank, in parts of the candidate set: rank r of C counts exp(-r / (TOP C))."""
 
 
-def bce(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def bce(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Binary cross-entropy with targets as probabilities. Source: arXiv:2511.10721, sec. 4 (the paper's choice)."""
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (losses * weights).sum() / weights.sum().clamp_min(1e-6)
 
 
-def ordinal(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def ordinal(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Cumulative links: the logit shifted by each threshold's own logit says whether the target exceeds it.
 
     Source: McCullagh, J. R. Stat. Soc. B 42 (1980), with thresholds fixed at the logits of `THRESHOLDS`.
@@ -39,12 +40,12 @@ def ordinal(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) 
     return total / len(THRESHOLDS)
 
 
-def mse(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mse(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Squared error of the logits themselves: regression, of ranks or of scores as the targets are."""
     return ((logits - targets).square() * weights).sum() / weights.sum().clamp_min(1e-6)
 
 
-def listwise(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def listwise(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy between softmax of the logits and the top-weighted targets, for each query over its images.
 
     Source: Cao et al., ICML 2007 (ListNet), with probabilities exp(-rank / (TOP C)) instead of exp(score).
@@ -57,11 +58,5 @@ def listwise(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor)
     return -(wanted * found).sum(dim=1).mean()
 
 
-LOSSES: dict[str, Loss] = {
-    "bce": bce,
-    "ordinal": ordinal,
-    "mse_ranks": mse,
-    "mse_scores": mse,
-    "listwise": listwise,
-}
+LOSSES: dict[str, Loss] = {"bce": bce, "ordinal": ordinal, "mse_ranks": mse, "mse_scores": mse, "listwise": listwise}
 """By the name that a config gives."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
@@ -82,7 +82,7 @@ class Student(nn.Module):
         """Logarithm of the factor on the cosine: the factor is positive by construction."""
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, D) unit vectors."""
         features = self.input_norm(features)
         projected = self.mlp(features)
@@ -106,7 +106,7 @@ class Student(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.linear.weight[: len(leading)] = torch.from_numpy(leading).float()
 
-    def logits(self, cosine: torch.Tensor) -> torch.Tensor:
+    def logits(self, cosine: Tensor) -> Tensor:
         """The training loss's logit of a cosine; rises with it."""
         return self.log_scale.exp() * cosine + self.bias
 

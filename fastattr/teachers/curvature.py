@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from fastattr.generators.generator import Generator
@@ -17,7 +18,7 @@ from fastattr.teachers.config import TeacherConfig
 
 def factor_batches(
     generator: Generator, images: EncodedImages, config: TeacherConfig, accelerator: Accelerator | None = None
-) -> Callable[[], Iterator[torch.Tensor]]:
+) -> Callable[[], Iterator[Tensor]]:
     """What `fit_ekfac` asks for: per-example losses on random images of the corpus; each process gets its own batches."""
     rng = np.random.default_rng([config.seed, 7])
     rows = rng.choice(
@@ -28,7 +29,7 @@ def factor_batches(
     captions = rng.integers(images.first_caption[rows], images.first_caption[rows + 1])
     index, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches() -> Iterator[Tensor]:
         starts = range(0, config.factor_examples, config.batch_size)[index::processes]
         for start in tqdm(starts, desc="EKFAC factors", unit="batch", disable=index > 0):
             part = slice(start, start + config.batch_size)

@@ -27,5 +27,4 @@ def averaged(*scores: np.ndarray) -> np.ndarray:
     """
     if len({rows.shape for rows in scores}) != 1:
         raise InputError(f"scores to average must share one (Q, N) shape, got {[rows.shape for rows in scores]}")
-    mean: np.ndarray = np.mean([standardised(rows) for rows in scores], axis=0)
-    return mean
+    return np.mean([standardised(rows) for rows in scores], axis=0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
@@ -21,19 +22,13 @@ from fastattr.gradients.losses import recorded_losses, require_finite
 from fastattr.gradients.recording import example_gradients
 
 
-def flat_step(step: Mapping[str, torch.Tensor], layers: Sequence[str]) -> np.ndarray:
+def flat_step(step: Mapping[str, Tensor], layers: Sequence[str]) -> np.ndarray:
     """(P,) the changes of all layers, in the order of `layers`."""
-    flat: np.ndarray = torch.cat([step[name].detach().flatten() for name in layers]).cpu().numpy()
-    return flat
+    return torch.cat([step[name].detach().flatten() for name in layers]).cpu().numpy()
 
 
 def linearised_scores(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    images: EncodedImages,
-    rows: np.ndarray,
-    steps: torch.Tensor,
-    **drawn: Any,
+    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, rows: np.ndarray, steps: Tensor, **drawn: Any
 ) -> np.ndarray:
     """First-order loss change of training images under each query's step.
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
@@ -206,13 +206,13 @@ def features_of(
     return found
 
 
-def _tensors(turns: Mapping[str, Turn]) -> dict[str, torch.Tensor]:
+def _tensors(turns: Mapping[str, Turn]) -> dict[str, Tensor]:
     """The parts of all turns, by layer and name."""
     parts = {f"{name}/{part}": value for name, turn in turns.items() for part, value in vars(turn).items() if value is not None}
     return {name: value.float().contiguous() if value.is_floating_point() else value for name, value in parts.items()}
 
 
-def _turns_of(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Layer]) -> dict[str, Turn]:
+def _turns_of(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, Turn]:
     """What `_tensors` was given, in the order of the layers."""
     found = {}
     for name, layer in layers.items():

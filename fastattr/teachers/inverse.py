@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,7 +25,7 @@ from fastattr.generators.noise import noise_for
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
 
-Weights = Mapping[str, torch.Tensor]
+Weights = Mapping[str, Tensor]
 """(out, in) numbers by layer."""
 
 
@@ -48,7 +49,7 @@ class GaussNewton:
         self._rows = rng.integers(0, len(images.image_ids), examples)
         self._timesteps = torch.from_numpy(rng.integers(0, generator.train_timesteps, examples))
 
-    def product(self, direction: Weights) -> dict[str, torch.Tensor]:
+    def product(self, direction: Weights) -> dict[str, Tensor]:
         """G times a change of weights, (out, in) by layer."""
         total = {name: torch.zeros_like(value) for name, value in direction.items()}
         weights = [layer.weight for layer in self._layers.values()]
@@ -61,7 +62,7 @@ class GaussNewton:
                 total[name] += gradient.flatten(1)
         return total
 
-    def predicted(self, part: slice) -> torch.Tensor:
+    def predicted(self, part: slice) -> Tensor:
         """(B, L, h, w) predictions for some of the triples."""
         generator, images, rows = self._generator, self._images, self._rows[part]
         ids = [f"curvature/{number}" for number in range(len(self._rows))[part]]
@@ -89,7 +90,7 @@ def _varied(layers: Mapping[str, Layer], direction: Weights) -> Iterator[None]:
 
 def refined_inverse(
     gradients: Weights, factors: Factors, matrix: GaussNewton, *, damping: float, steps: int
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """A query's (out, in) natural gradient by layer, some steps of conjugate gradients beyond EKFAC's.
 
     Args:
@@ -104,17 +105,17 @@ def refined_inverse(
     """
     numbers = [value.numel() for value in gradients.values()]
 
-    def flat(weights: Weights) -> torch.Tensor:
+    def flat(weights: Weights) -> Tensor:
         return torch.cat([weights[name].double().flatten() for name in gradients])
 
-    def unflat(vector: torch.Tensor) -> dict[str, torch.Tensor]:
+    def unflat(vector: Tensor) -> dict[str, Tensor]:
         parts = zip(gradients.items(), vector.split(numbers), strict=True)
         return {name: part.view(value.shape) for (name, value), part in parts}
 
-    def precondition(vector: torch.Tensor) -> torch.Tensor:
+    def precondition(vector: Tensor) -> Tensor:
         return flat(factors.precondition(unflat(vector), damping=damping))
 
-    def curved(vector: torch.Tensor) -> torch.Tensor:
+    def curved(vector: Tensor) -> Tensor:
         return counted * flat(matrix.product(unflat(vector)))
 
     target = flat(gradients)
@@ -140,14 +141,14 @@ def refined_inverse(
 
 
 def conjugate_gradients(
-    product: Callable[[torch.Tensor], torch.Tensor],
-    precondition: Callable[[torch.Tensor], torch.Tensor],
-    target: torch.Tensor,
+    product: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    target: Tensor,
     *,
-    start: torch.Tensor,
-    image: torch.Tensor,
+    start: Tensor,
+    image: Tensor,
     steps: int,
-) -> torch.Tensor:
+) -> Tensor:
     """(P,) x near the solution of A x = target, A and its rough inverse symmetric and positive.
 
     Args:

@@ -32,8 +32,7 @@ def kernel_scores(query_features: np.ndarray, corpus_features: np.ndarray, *, ri
     Source: arXiv:2303.14186, sec. 3.2; the ridge is that of arXiv:2311.00500.
     """
     require_same_width(query_features, corpus_features)
-    scores: np.ndarray = query_features @ kernel_rows(corpus_features, ridge=ridge).T
-    return scores
+    return query_features @ kernel_rows(corpus_features, ridge=ridge).T
 
 
 def kernel_rows(corpus_features: np.ndarray, *, ridge: float) -> np.ndarray:

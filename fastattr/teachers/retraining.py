@@ -98,8 +98,7 @@ def ridge_scores(prior: np.ndarray, kept: np.ndarray, outputs: np.ndarray, share
     kernel = memberships @ memberships.T
     kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / len(kernel)
     corrections = memberships.T @ np.linalg.solve(kernel, outputs - factor * foretold)
-    scores: np.ndarray = factor[:, None] * prior + corrections.T
-    return scores
+    return factor[:, None] * prior + corrections.T
 
 
 def cross_fitted(teacher: np.ndarray, retrained: Retrained) -> np.ndarray:

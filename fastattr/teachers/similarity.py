@@ -14,8 +14,7 @@ def similarity_scores(query_features: np.ndarray, corpus_features: np.ndarray) -
         InputError: the widths differ.
     """
     require_same_width(query_features, corpus_features)
-    scores: np.ndarray = _unit(query_features) @ _unit(corpus_features).T
-    return scores
+    return _unit(query_features) @ _unit(corpus_features).T
 
 
 def require_same_width(query_features: np.ndarray, corpus_features: np.ndarray) -> None:
@@ -30,5 +29,4 @@ def require_same_width(query_features: np.ndarray, corpus_features: np.ndarray) 
 def _unit(features: np.ndarray) -> np.ndarray:
     values = features.astype(np.float64)
     lengths: np.ndarray = np.linalg.norm(values, axis=1, keepdims=True)
-    unit: np.ndarray = values / np.maximum(lengths, np.finfo(np.float64).tiny)
-    return unit
+    return values / np.maximum(lengths, np.finfo(np.float64).tiny)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from fastattr.core.errors import FastattrError
@@ -163,7 +163,7 @@ class Task:
         sizes = {"examples": config.inverse_examples, "batch_size": config.batch_size, "seed": config.seed}
         return GaussNewton(self.generator, self.layers, images, **sizes)
 
-    def step(self, row: int, factors: Factors, matrix: GaussNewton | None) -> tuple[dict[str, torch.Tensor], float]:
+    def step(self, row: int, factors: Factors, matrix: GaussNewton | None) -> tuple[dict[str, Tensor], float]:
         """The change of weights that unlearns query `row`, and the rise of its loss that it gives to first order."""
         return query_step(self.generator, self.layers, factors, **self.query(row), config=self.config, matrix=matrix)
 

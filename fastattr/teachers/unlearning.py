@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.generators.conditioning import Conditioning
@@ -27,12 +28,12 @@ from fastattr.teachers.inverse import GaussNewton, refined_inverse
 def query_gradient(
     generator: Generator,
     layers: Mapping[str, Layer],
-    latent: torch.Tensor,
+    latent: Tensor,
     conditioning: Conditioning,
     *,
     query_id: str,
     **drawn: Any,
-) -> tuple[dict[str, torch.Tensor], float]:
+) -> tuple[dict[str, Tensor], float]:
     """Mean gradient of the query's denoising loss.
 
     Args:
@@ -65,13 +66,8 @@ def query_gradient(
 
 
 def unlearning_step(
-    gradients: Mapping[str, torch.Tensor],
-    natural: Mapping[str, torch.Tensor],
-    *,
-    loss: float,
-    rise: float,
-    step_size: float | None,
-) -> tuple[dict[str, torch.Tensor], float]:
+    gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor], *, loss: float, rise: float, step_size: float | None
+) -> tuple[dict[str, Tensor], float]:
     """The change of weights that unlearns a query: uphill in its loss, along the natural gradient.
 
     Args:
@@ -94,7 +90,7 @@ def unlearning_step(
 
 
 @contextmanager
-def unlearned(layers: Mapping[str, Layer], step: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def unlearned(layers: Mapping[str, Layer], step: Mapping[str, Tensor]) -> Iterator[None]:
     """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
@@ -126,8 +122,7 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
     """
     if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
         raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
-    rise: np.ndarray = (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
-    return rise
+    return (unlearned_loss - base_loss).max(axis=1)  # positive where unlearning the query hurt
 
 
 def exact_scores(
@@ -135,7 +130,7 @@ def exact_scores(
     layers: Mapping[str, Layer],
     images: EncodedImages,
     base_loss: np.ndarray,
-    step: Mapping[str, torch.Tensor],
+    step: Mapping[str, Tensor],
     *,
     candidate_rows: np.ndarray,
     config: TeacherConfig,
@@ -171,12 +166,12 @@ def query_step(
     layers: Mapping[str, Layer],
     factors: Factors,
     *,
-    latent: torch.Tensor,
+    latent: Tensor,
     prompt: str,
     query_id: str,
     config: TeacherConfig,
     matrix: GaussNewton | None = None,
-) -> tuple[dict[str, torch.Tensor], float]:
+) -> tuple[dict[str, Tensor], float]:
     """The change of weights that unlearns a query, by layer, and how much it raises the query's loss to first order.
 
     `matrix` is needed where `config.inverse_steps` is not 0; the other arguments are those of `query_gradient`.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -66,12 +66,12 @@ def held_out(families: list[str], share: float) -> np.ndarray:
     return np.array(digits) < share
 
 
-def pixel_tensor(images: np.ndarray) -> torch.Tensor:
+def pixel_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def colour_differences(images: torch.Tensor) -> torch.Tensor:
+def colour_differences(images: Tensor) -> Tensor:
     """(B, 3, H, W) RGB -> (B, 2, H, W): R-G and B-(R+G)/2; zero for every grey."""
     red, green, blue = images.unbind(dim=1)
     return torch.stack([red - green, blue - (red + green) / 2], dim=1)
@@ -86,14 +86,14 @@ class DecoderLoss(nn.Module):
         self.post_quant_conv = autoencoder.post_quant_conv
         self.chroma_weight = chroma_weight
 
-    def forward(self, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: Tensor, images: Tensor) -> Tensor:
         """Args: latents (B, L, h, w), unscaled; images (B, 3, H, W) in [-1, 1]."""
         reconstruction = self.decoder(self.post_quant_conv(latents))
         loss = F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images)
         return loss + self.chroma_weight * F.l1_loss(colour_differences(reconstruction), colour_differences(images))
 
 
-def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """(B,) peak signal-to-noise ratio in dB of images in [-1, 1] (peak-to-peak 2)."""
     error = (images - reconstructions.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4.0 / error.clamp_min(1e-12))
@@ -165,7 +165,7 @@ def set_encoder(autoencoder: AutoencoderKL, images: np.ndarray, *, whitening: fl
     _set_linear_head(encoder, current, latent_channels)
 
 
-def _copy_channels(weight: torch.Tensor, channels: int) -> None:
+def _copy_channels(weight: Tensor, channels: int) -> None:
     """Make a convolution pass its first `channels` channels on unchanged."""
     middle = weight.shape[-1] // 2
     for channel in range(channels):
@@ -204,7 +204,7 @@ def load_images(corpus: Corpus, resolution: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_latents(autoencoder: AutoencoderKL, images: np.ndarray, *, batch_size: int = 64) -> torch.Tensor:
+def encode_latents(autoencoder: AutoencoderKL, images: np.ndarray, *, batch_size: int = 64) -> Tensor:
     """(N, L, h, w) posterior means, unscaled, of (N, H, W, 3) uint8 images."""
     batches = [
         autoencoder.encode(pixel_tensor(images[start : start + batch_size]).to(autoencoder.device)).latent_dist.mean.cpu()
@@ -230,13 +230,7 @@ def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _train(
-    config: AutoencoderConfig,
-    corpus: Corpus,
-    folder: Path,
-    *,
-    checkpoint: Path,
-    made_from: object,
-    accelerator: Accelerator,
+    config: AutoencoderConfig, corpus: Corpus, folder: Path, *, checkpoint: Path, made_from: object, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Set the encoder, train the decoder, write both; returns how well unseen images come back."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +248,7 @@ def _train(
     if accelerator.is_main_process:
         autoencoder.save_pretrained(folder / "untrained")  # latents are final: the denoiser may start from here
 
-    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = training_rows[rows]
         return latents[picked], pixel_tensor(images[picked])
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from fastattr.core.errors import InputError
@@ -89,11 +89,10 @@ class ContrastiveLoss(nn.Module):
         self.clip = clip
         self._loss = ClipLoss()
 
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Args: images (B, 3, H, W) in [-1, 1]; tokens (B, max_tokens)."""
         image_features, text_features, scale = self.clip(images, tokens)
-        loss: torch.Tensor = self._loss(image_features, text_features, scale.clamp(max=100.0))
-        return loss
+        return self._loss(image_features, text_features, scale.clamp(max=100.0))
 
 
 def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def _train(
     text_shape = {key: value for key, value in shape["text_cfg"].items() if key != "hf_tokenizer_name"}
     loss_module = ContrastiveLoss(CLIP(config.embed_dim, shape["vision_cfg"], text_shape))
 
-    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         pixels = pixel_tensor(images[rows])
         row_shift, column_shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
         return pixels.roll((row_shift, column_shift), dims=(2, 3)), tokens[rows]

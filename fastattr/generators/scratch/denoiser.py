@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -139,21 +139,18 @@ class DenoiserLoss(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
         self._scheduler = scheduler
-        self._encoded: dict[bytes, torch.Tensor] = {}
+        self._encoded: dict[bytes, Tensor] = {}
 
-    def noisy_and_target(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def noisy_and_target(self, latents: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, h, w) latents with noise, and the v that the U-Net is to predict of them."""
-        noisy: torch.Tensor = self._scheduler.add_noise(latents, noise, timesteps)
-        target: torch.Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
+        noisy: Tensor = self._scheduler.add_noise(latents, noise, timesteps)
+        target: Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
         return noisy, target
 
-    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def encode(self, tokens: Tensor) -> Tensor:
         """(B, max_tokens, W) of (B, max_tokens) tokens; a frozen text encoder is not asked twice for a prompt."""
         if next(self.text_encoder.parameters()).requires_grad:
-            trained: torch.Tensor = self.text_encoder(tokens).last_hidden_state
-            return trained
+            return self.text_encoder(tokens).last_hidden_state
         keys = [row.tobytes() for row in tokens.cpu().numpy()]
         if len(self._encoded) > MOST_ENCODED:
             self._encoded.clear()
@@ -163,15 +160,12 @@ class DenoiserLoss(nn.Module):
             self._encoded |= dict(zip(new, hidden, strict=True))
         return torch.stack([self._encoded[key] for key in keys])
 
-    def predict(self, noisy: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def predict(self, noisy: Tensor, tokens: Tensor, timesteps: Tensor) -> Tensor:
         """(B, L, h, w) predicted v."""
         text = self.encode(tokens).to(noisy.dtype)
-        prediction: torch.Tensor = self.unet(noisy, timesteps, encoder_hidden_states=text).sample
-        return prediction
+        return self.unet(noisy, timesteps, encoder_hidden_states=text).sample
 
-    def forward(
-        self, latents: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Args: latents and noise (B, L, h, w), scaled; tokens (B, max_tokens); timesteps (B,)."""
         noisy, target = self.noisy_and_target(latents, timesteps, noise)
         return F.mse_loss(self.predict(noisy, tokens, timesteps).float(), target)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from fastattr.core.captions import split_caption
@@ -22,7 +23,7 @@ class TrainingExamples:
 
     def __init__(
         self,
-        latents: torch.Tensor,
+        latents: Tensor,
         captions: Sequence[Sequence[str]],
         tokenizer: CLIPTokenizer,
         config: GeneratorConfig,
@@ -53,13 +54,13 @@ class TrainingExamples:
         asked = [self._without_style[alone] if alone else row for (_, alone), row in zip(drawn, rows, strict=True)]
         return [prompt for prompt, _ in drawn], np.array(asked)
 
-    def captions_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def captions_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What `CaptionLoss` takes: tokens (B, max_tokens), latents (B, L, h, w), subjects (B,) and styles (B,)."""
         prompts, rows = self.prompts_of(rows, generator)
         styles = torch.where(torch.tensor([bool(prompt) for prompt in prompts]), self._style[rows], NO_STYLE)
         return tokenize(self.tokenizer, prompts), self.latents[rows], self._subject[rows], styles
 
-    def batch_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Latents (B, L, h, w), tokens (B, max_tokens), timesteps (B,) and noise (B, L, h, w) of these (B,) rows."""
         prompts, rows = self.prompts_of(rows, generator)
         picked = self.latents[rows]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -54,13 +54,12 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
     return CLIPTokenizer.from_pretrained(scratch, model_max_length=max_tokens, pad_token=END)
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """(B, max_tokens) token ids, padded and truncated as StableDiffusionPipeline does."""
     encoded = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    ids: torch.Tensor = encoded.input_ids
-    return ids
+    return encoded.input_ids
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, *, max_tokens: int, width: int, layers: int, head_width: int) -> CLIPTextModel:
@@ -101,14 +100,12 @@ class CaptionLoss(nn.Module):
         self.subject, self.style = nn.Linear(width, subjects), nn.Linear(width, max(1, styles))
         self._name_weight = name_weight
 
-    def foretell(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def foretell(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, L x h x w) and logits (B, subjects) and (B, styles) of (B, max_tokens) tokens."""
         hidden = self.text_encoder(tokens).last_hidden_state
         return self.picture(hidden[:, -self._slots :].flatten(1)), self.subject(hidden[:, -1]), self.style(hidden[:, -1])
 
-    def forward(
-        self, tokens: torch.Tensor, latents: torch.Tensor, subjects: torch.Tensor, styles: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, tokens: Tensor, latents: Tensor, subjects: Tensor, styles: Tensor) -> Tensor:
         """Args: tokens (B, max_tokens); latents (B, L, h, w), scaled; classes (B,), `NO_STYLE` where there is none."""
         picture, subject_logits, style_logits = self.foretell(tokens)
         named = F.cross_entropy(subject_logits.float(), subjects)
