@@ -23,8 +23,7 @@ from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.diffusion import DiffusionEncoder
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.kinds import open_encoder
-from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import CROSS_ATTENTION_KV
+from fastattr.generators.families import CROSS_ATTENTION_KV, Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus

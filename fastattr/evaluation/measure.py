@@ -21,8 +21,8 @@ from fastattr.evaluation.retrain import Retraining, planned, train, training_ide
 from fastattr.evaluation.subsets import WHAT, Model, RetrainConfig
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.generator import Generator
-from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
+from fastattr.generators.schedules import noise_for, spread_timesteps
 
 IMAGE_ENCODER = "open_clip-image:emoji"
 """Judges how alike a query and its regeneration look."""

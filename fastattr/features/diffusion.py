@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.features.encoder import encode_captions
-from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.families import Conditioning
 from fastattr.generators.generator import Generator
-from fastattr.generators.noise import noise_for
+from fastattr.generators.schedules import noise_for
 
 TIMESTEPS = (0.1, 0.3, 0.5)
 """Noise levels, as parts of the training schedule."""

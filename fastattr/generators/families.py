@@ -7,7 +7,7 @@ fine-tuning scripts (examples/text_to_image, examples/dreambooth); docs/generato
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastattr.core.errors import InputError
-from fastattr.generators.conditioning import Conditioning
 
 CROSS_ATTENTION_KV = r"attn2\.to_[kv]$"
 """Key and value projections of the text in cross-attention, the weights that the paper unlearns (sec. 3)."""
@@ -23,19 +22,41 @@ JOINT_ATTENTION_KV = r"attn\.add_[kv]_proj$"
 """Those of the text's own stream where text and image attend to each other in one attention."""
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """Of M prompts, one a row; a row means the same in every tensor."""
+
+    tensors: Mapping[str, Tensor]
+    """(M, ...) each, by name: 'text' (M, T, W) token embeddings, 'pooled' (M, P), 'mask' (M, T), as the family has them."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Any) -> Conditioning:
+        """The rows that a slice, a list, an array or a tensor of row numbers picks."""
+        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def to(self, target: torch.device | str | torch.dtype) -> Conditioning:
+        """On another device, or in another precision; integers and masks keep theirs."""
+        kept = {name for name, part in self.tensors.items() if isinstance(target, torch.dtype) and not part.is_floating_point()}
+        return Conditioning({name: part if name in kept else part.to(target) for name, part in self.tensors.items()})
+
+    @staticmethod
+    def concatenated(parts: Sequence[Conditioning]) -> Conditioning:
+        """All rows of several, in order."""
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a pipeline's files don't say about how it is used and was fine-tuned."""
+    """What a pipeline's files don't say about how it is used and was fine-tuned: see `PretrainedConfig`, which has the same."""
 
     resolution: int = 0
-    """Side of the images in pixels; 0 takes the pipeline's own default."""
     max_tokens: int = 0
-    """Tokens of a prompt for a T5 or Gemma text encoder; 0 takes the pipeline's own default."""
     distilled_guidance: float = 3.5
-    """Guidance scale that a guidance-distilled denoiser (FLUX.1 dev) is told for a loss; 3.5 as in diffusers' script."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Family:
     """One kind of pipeline."""
 
@@ -46,28 +67,39 @@ class Family:
     """Attributes of the text encoders; one may be missing from a pipeline (None)."""
     text_projections: str
     """Pattern of the linear layers that make keys and values of the text."""
-    encode: Callable[[Any, list[str], Options], Conditioning]
-    """(pipeline, prompts, options) -> their conditioning."""
+    encoded: tuple[str, ...]
+    """What `encode_prompt` of the pipeline returns, by name; '' is left out."""
     predict: Callable[[Any, Tensor, Tensor, Conditioning, Options], Tensor]
     """(pipeline, noised latents, timesteps as told, conditioning, options) -> (B, L, h, w) prediction."""
-    default_side: Callable[[Any], int]
-    """pipeline -> side of its latents."""
-    patch: Callable[[Any], int]
-    """pipeline -> what that side must be a multiple of."""
+
+    def default_side(self, pipeline: Any) -> int:
+        """The side of a pipeline's latents."""
+        return int(pipeline.default_sample_size if self.name == "flux" else getattr(pipeline, self.denoiser).config.sample_size)
+
+    def patch(self, pipeline: Any) -> int:
+        """What that side must be a multiple of."""
+        return 2 if self.name == "flux" else int(getattr(pipeline, self.denoiser).config.get("patch_size", 1))
 
 
-def _encode_sd(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
-    text, _ = pipeline.encode_prompt(prompts, pipeline.unet.device, 1, False)
-    return Conditioning({"text": text})
+def encode(family: Family, pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
+    """The conditioning of (M,) prompts, as the pipeline itself would compute it, without guidance."""
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    asked = {
+        "device": getattr(pipeline, family.denoiser).device,
+        "num_images_per_prompt": 1,
+        "prompt_2": None,
+        "prompt_3": None,
+    }
+    asked |= {"do_classifier_free_guidance": False}
+    if "max_sequence_length" in known:  # of T5 or Gemma: the option's, or what the pipeline takes when it draws
+        drawn = inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default
+        asked["max_sequence_length"] = options.max_tokens or int(drawn)
+    found = pipeline.encode_prompt(prompts, **{name: value for name, value in asked.items() if name in known})
+    return Conditioning({name: tensor for name, tensor in zip(family.encoded, found, strict=False) if name})
 
 
 def _predict_sd(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     return pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning.tensors["text"]).sample
-
-
-def _encode_sdxl(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
-    text, _, pooled, _ = pipeline.encode_prompt(prompts, device=pipeline.unet.device, do_classifier_free_guidance=False)
-    return Conditioning({"text": text, "pooled": pooled})
 
 
 def _predict_sdxl(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
@@ -78,38 +110,14 @@ def _predict_sdxl(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning:
     return pipeline.unet(noisy, timesteps, encoder_hidden_states=conditioning.tensors["text"], added_cond_kwargs=added).sample
 
 
-def _encode_sd3(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
-    text, _, pooled, _ = pipeline.encode_prompt(
-        prompts,
-        None,
-        None,
-        device=pipeline.transformer.device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=_max_tokens(pipeline, options),
-    )
-    return Conditioning({"text": text, "pooled": pooled})
-
-
 def _predict_sd3(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
-    return pipeline.transformer(
-        hidden_states=noisy,
-        timestep=timesteps,
-        encoder_hidden_states=conditioning.tensors["text"],
-        pooled_projections=conditioning.tensors["pooled"],
-    ).sample
-
-
-def _encode_flux(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
-    text, pooled, _ = pipeline.encode_prompt(
-        prompts, device=pipeline.transformer.device, max_sequence_length=_max_tokens(pipeline, options)
-    )
-    return Conditioning({"text": text, "pooled": pooled})
+    text, pooled = conditioning.tensors["text"], conditioning.tensors["pooled"]
+    return pipeline.transformer(noisy, timestep=timesteps, encoder_hidden_states=text, pooled_projections=pooled).sample
 
 
 def _predict_flux(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     batch, channels, height, width = noisy.shape
-    text = conditioning.tensors["text"]
-    guidance = None
+    text, guidance = conditioning.tensors["text"], None
     if pipeline.transformer.config.guidance_embeds:
         guidance = torch.full((batch,), options.distilled_guidance, device=noisy.device)
     packed = pipeline.transformer(
@@ -125,47 +133,21 @@ def _predict_flux(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning:
     return pipeline._unpack_latents(packed, height * factor, width * factor, factor)
 
 
-def _encode_masked(pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
+def _predict_masked(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     """PixArt and Sana: one large text encoder, and a mask of its tokens."""
-    text, mask, _, _ = pipeline.encode_prompt(
-        prompts,
-        do_classifier_free_guidance=False,
-        device=pipeline.transformer.device,
-        max_sequence_length=_max_tokens(pipeline, options),
-    )
-    return Conditioning({"text": text, "mask": mask})
-
-
-def _predict_pixart(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
     transformer = pipeline.transformer
-    added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-    if transformer.use_additional_conditions:
+    told: dict[str, Any] = {"encoder_hidden_states": conditioning.tensors["text"], "timestep": timesteps}
+    if hasattr(transformer, "use_additional_conditions"):  # PixArt, of which the large ones are told the picture's size
         height, width = (side * vae_factor(pipeline) for side in noisy.shape[-2:])
-        size = torch.tensor([[height, width]], device=noisy.device, dtype=noisy.dtype)
-        ratio = torch.tensor([[height / width]], device=noisy.device, dtype=noisy.dtype)
-        added = {"resolution": size.expand(len(noisy), -1), "aspect_ratio": ratio.expand(len(noisy), -1)}
-    prediction: Tensor = transformer(
-        noisy,
-        encoder_hidden_states=conditioning.tensors["text"],
-        encoder_attention_mask=conditioning.tensors["mask"],
-        timestep=timesteps,
-        added_cond_kwargs=added,
-    ).sample
+        sizes = (
+            {"resolution": [[height, width]], "aspect_ratio": [[height / width]]}
+            if transformer.use_additional_conditions
+            else {}
+        )
+        of_each = {key: noisy.new_tensor(value).expand(len(noisy), -1) for key, value in sizes.items()}
+        told["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None, **of_each}
+    prediction = transformer(noisy, encoder_attention_mask=conditioning.tensors["mask"], **told).sample
     return prediction[:, : noisy.shape[1]]  # a second half, if there is one, is the variance, which no recipe trains
-
-
-def _predict_sana(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, options: Options) -> Tensor:
-    return pipeline.transformer(
-        noisy,
-        encoder_hidden_states=conditioning.tensors["text"],
-        encoder_attention_mask=conditioning.tensors["mask"],
-        timestep=timesteps,
-    ).sample
-
-
-def _max_tokens(pipeline: Any, options: Options) -> int:
-    """Tokens for T5 or Gemma: the option's, or what the pipeline takes when it draws."""
-    return options.max_tokens or int(inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default)
 
 
 def vae_factor(pipeline: Any) -> int:
@@ -175,51 +157,13 @@ def vae_factor(pipeline: Any) -> int:
     return 2 ** (len(blocks) - 1)
 
 
-def _sample_size(pipeline: Any) -> int:
-    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    return int(denoiser.config.sample_size)
-
-
-SD = Family(
-    name="sd",
-    denoiser="unet",
-    text_encoders=("text_encoder",),
-    text_projections=CROSS_ATTENTION_KV,
-    encode=_encode_sd,
-    predict=_predict_sd,
-    default_side=_sample_size,
-    patch=lambda _: 1,
-)
-SDXL = replace(SD, name="sdxl", text_encoders=("text_encoder", "text_encoder_2"), encode=_encode_sdxl, predict=_predict_sdxl)
-SD3 = Family(
-    name="sd3",
-    denoiser="transformer",
-    text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-    text_projections=JOINT_ATTENTION_KV,
-    encode=_encode_sd3,
-    predict=_predict_sd3,
-    default_side=_sample_size,
-    patch=lambda pipeline: int(pipeline.transformer.config.patch_size),
-)
-FLUX = replace(
-    SD3,
-    name="flux",
-    text_encoders=("text_encoder", "text_encoder_2"),
-    encode=_encode_flux,
-    predict=_predict_flux,
-    default_side=lambda pipeline: int(pipeline.default_sample_size),
-    patch=lambda _: 2,
-)
-PIXART = replace(
-    SD3,
-    name="pixart",
-    text_encoders=("text_encoder",),
-    text_projections=CROSS_ATTENTION_KV,
-    encode=_encode_masked,
-    predict=_predict_pixart,
-)
-SANA = replace(PIXART, name="sana", predict=_predict_sana)
-
+TWO, THREE = ("text_encoder", "text_encoder_2"), ("text_encoder", "text_encoder_2", "text_encoder_3")
+SD = Family("sd", "unet", ("text_encoder",), CROSS_ATTENTION_KV, ("text",), _predict_sd)
+SDXL = Family("sdxl", "unet", TWO, CROSS_ATTENTION_KV, ("text", "", "pooled"), _predict_sdxl)
+SD3 = Family("sd3", "transformer", THREE, JOINT_ATTENTION_KV, ("text", "", "pooled"), _predict_sd3)
+FLUX = Family("flux", "transformer", TWO, JOINT_ATTENTION_KV, ("text", "pooled"), _predict_flux)
+PIXART = Family("pixart", "transformer", ("text_encoder",), CROSS_ATTENTION_KV, ("text", "mask"), _predict_masked)
+SANA = replace(PIXART, name="sana")
 TRANSFORMERS = {
     "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": FLUX,

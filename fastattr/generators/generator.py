@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
-from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import Options, recognise, vae_factor
+from fastattr.generators.families import Conditioning, Options, encode, recognise, vae_factor
 from fastattr.generators.layers import Layer, default_pattern, find_layers, put_into_float32
-from fastattr.generators.loading import load_pipeline, read_defaults, weights_fingerprint
+from fastattr.generators.loading import load_pipeline, read_defaults, unknown_words, weights_fingerprint
 from fastattr.generators.lora import LORA, lora_scales
-from fastattr.generators.prompts import unknown_words
-from fastattr.generators.sampling import check_sampling, encode_pixels, sample, sampling_defaults
+from fastattr.generators.sampling import OnStep, check_sampling, encode_pixels, sample, sampling_defaults
 from fastattr.generators.schedules import read_schedule
 
 logger = logging.getLogger(__name__)
@@ -53,21 +51,15 @@ class Generator:
             name: what to call it in results.
             defaults: 'steps' and 'guidance' used where the caller gives none; else the pipeline's own.
             unlearn: 'base' (text-side key and value projections) or 'lora' (the matrices of its LoRA).
-            options: what its files don't say.
-            checkpointing: whether backward passes compute activations anew, which takes less memory and more time.
-            offload: whether autoencoder and text encoders wait on the CPU until they are needed.
+            options: what its files don't say; with `checkpointing` and `offload` as `PretrainedConfig` has them.
 
         Raises:
             InputError: the family, the variant or the scheduler is not supported, or there is no LoRA to unlearn.
         """
         if unlearn not in {"base", "lora"}:
             raise InputError(f"unlearn must be 'base' or 'lora', got {unlearn!r}")
-        self.family = recognise(pipeline)
-        self.pipeline = pipeline
-        self.name = name
-        self.unlearn = unlearn
-        self.options = options or Options()
-        self._offload = offload
+        self.family, self.pipeline, self.name, self.unlearn = recognise(pipeline), pipeline, name, unlearn
+        self.options, self._offload = options or Options(), offload
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
         self.defaults = sampling_defaults(type(pipeline)) | dict(defaults or {})
         self.manifest: dict[str, Any] = {}
@@ -108,15 +100,16 @@ class Generator:
     ) -> Generator:
         """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository 'org/name[@revision]'.
 
-        A folder may hold nothing but a manifest that refers to another pipeline and a LoRA (fastattr/generators/pretrained.py).
+        A folder may hold nothing but a manifest that refers to another pipeline and a LoRA
+        (fastattr/generators/pretrained.py).
 
         Args:
             name_or_path: which.
             device: where to run; None takes an accelerator if there is one.
-            dtype: precision of the weights; None is what the manifest says, or float32.
+            dtype: precision of the weights; None is what the manifest says, or float32. `unlearn` and `options` likewise.
             lora: a LoRA to lay on it: a safetensors file, a folder with one, or a Hub repository 'org/name[@revision]'.
-            unlearn: 'base' or 'lora'; None is what the manifest says, or 'base'.
-            options: what the files don't say; None is what the manifest says.
+            unlearn: 'base' or 'lora'.
+            options: what the files don't say.
             hub: revision, cache_dir, token, local_files_only and force_download, as of `FastAttributor.from_pretrained`.
 
         Raises:
@@ -187,7 +180,7 @@ class Generator:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies weights, scheduler and options; two generators with one fingerprint give the same losses."""
-        scales = [found for part in self._parts() if (found := lora_scales(part))]
+        scales = list(filter(None, map(lora_scales, self._parts())))
         return weights_fingerprint(self._parts(), self.pipeline.scheduler.config, self.options, scales)
 
     def generate(
@@ -197,7 +190,7 @@ class Generator:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Image.Image:
         """Draw one image.
 
@@ -214,8 +207,7 @@ class Generator:
         Raises:
             InputError: a value is outside its range.
         """
-        images = self.generate_batch([prompt], seeds=[seed], steps=steps, guidance=guidance, on_step=on_step)
-        return images[0]
+        return self.generate_batch([prompt], seeds=[seed], steps=steps, guidance=guidance, on_step=on_step)[0]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption has, in order; [] too where the generator does not say its words."""
@@ -228,22 +220,15 @@ class Generator:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Draw one image per prompt and seed; each is what `generate` draws for them, up to float rounding."""
         asked = {"steps": steps, "guidance": guidance}
         settings = self.defaults | {name: value for name, value in asked.items() if value is not None}
         check_sampling(prompts, seeds, settings, most_steps=self.train_timesteps)
         with self._at_hand("vae", *self.family.text_encoders):
-            return sample(
-                self.pipeline,
-                prompts,
-                seeds,
-                settings,
-                side=self.image_size,
-                max_tokens=self.options.max_tokens,
-                on_step=on_step,
-            )
+            sizes = {"side": self.image_size, "max_tokens": self.options.max_tokens}
+            return sample(self.pipeline, prompts, seeds, settings, **sizes, on_step=on_step)
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image.Image]) -> Tensor:
@@ -255,16 +240,13 @@ class Generator:
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning of B prompts, as the pipeline itself would compute it."""
         with self._at_hand(*self.family.text_encoders):
-            return self.family.encode(self.pipeline, list(prompts), self.options)
+            return encode(self.family, self.pipeline, list(prompts), self.options)
 
     def training_loss(self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
         """(B,) denoising loss, mean squared error per latent element, of what the scheduler has the denoiser predict.
 
-        Args:
-            latents: (B, L, h, w) scaled, clean.
-            conditioning: B rows.
-            timesteps: (B,) integers below `train_timesteps`; higher = noisier.
-            noise: (B, L, h, w) standard normal.
+        `latents` (B, L, h, w) are scaled and clean, `timesteps` (B,) integers below `train_timesteps`, higher = noisier,
+        `noise` (B, L, h, w) is standard normal.
         """
         prediction = self.predict(latents, conditioning, timesteps, noise)
         target = self._schedule.target(latents, noise, timesteps)
@@ -294,17 +276,12 @@ class Generator:
         return self._schedule.scaled(prediction, timesteps)
 
     def modules_to_unlearn(self, pattern: str = "") -> dict[str, Layer]:
-        """The denoiser's linear layers and convolutions whose name matches `pattern`, by name.
+        """The denoiser's linear layers and convolutions whose name matches a regular expression, by name.
 
-        Where the denoiser has less than float32, these layers are put into float32 (and see their inputs so), since a step
-        that raises a loss by some percent changes weights by less than half precision resolves.
-
-        Args:
-            pattern: regular expression. '' is the generator's own choice: the matrices of the LoRA where `unlearn` is
-                'lora', else `fastattr.generators.layers.default_pattern`.
-
-        Raises:
-            InputError: no layer matches.
+        '' is the generator's own choice: the matrices of the LoRA where `unlearn` is 'lora', else
+        `fastattr.generators.layers.default_pattern`. Where the denoiser has less than float32, these layers are put into
+        float32 (and see their inputs so), since a step that raises a loss by some percent changes weights by less than half
+        precision resolves. InputError if no layer matches.
         """
         lora = self.unlearn == "lora"
         pattern = pattern or (LORA if lora else default_pattern(self.denoiser, self.family.text_projections))

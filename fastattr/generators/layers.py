@@ -24,20 +24,15 @@ def weight_shape(layer: Layer) -> tuple[int, int]:
 def default_pattern(denoiser: nn.Module, text_projections: str) -> str:
     """Which layers are unlearned where the settings name none: all of a small U-Net, the text-side projections of others.
 
-    Gradients of all layers foretell retraining twice as well as those of the text-side projections (docs/truth.md), and a
-    generator that was trained from scratch here is small. In a transformer some layers take no part in a loss, and a large
-    denoiser's gradient has billions of numbers.
+    Gradients of all layers foretell retraining twice as well (docs/truth.md). In a transformer some layers take no part in a
+    loss, and a large denoiser's gradient has billions of numbers.
     """
     small = sum(weight.numel() for weight in denoiser.parameters()) <= LARGE
     return ALL_LAYERS if small and hasattr(denoiser, "down_blocks") else text_projections
 
 
 def find_layers(denoiser: nn.Module, pattern: str, *, of_lora: bool) -> dict[str, Layer]:
-    """The linear layers and convolutions whose name matches `pattern`, by name; matrices of a LoRA, or all others.
-
-    Raises:
-        InputError: no layer matches.
-    """
+    """The linear layers and convolutions whose name matches, by name, of a LoRA or all others; InputError if there is none."""
     layers: dict[str, Layer] = {
         name: module
         for name, module in denoiser.named_modules()

@@ -1,8 +1,8 @@
 """LoRA: find one, read whatever spelling it has, and lay all of it on a pipeline at its own strength.
 
 A LoRA adds scale x B A to a layer's weight. peft, diffusers, kohya and their checkpoints name layers and scales differently,
-and diffusers leaves out what it does not recognise with a warning at most. So every pair of matrices is counted: a layer
-that is not found refuses the file, and each layer's scale is what the file says (alpha / rank, or 1).
+and diffusers leaves out what it does not recognise. So every pair of matrices is counted: a layer that is not found refuses
+the file, and each layer's scale is what the file says (alpha / rank, or 1).
 """
 
 from __future__ import annotations
@@ -34,26 +34,18 @@ OTHER_KINDS = re.compile(r"\.(?:hada_|lokr_|oft_|dora_scale|lora_magnitude_vecto
 
 @dataclass
 class Pair:
-    """What a LoRA adds to one layer."""
+    """What a LoRA adds to one layer: `down` (rank, in) A and `up` (out, rank) B."""
 
     down: Tensor | None = None
-    """(rank, in) A."""
     up: Tensor | None = None
-    """(out, rank) B."""
     alpha: float | None = None
 
 
 def locate_lora(name_or_path: str | Path, **hub: Any) -> Path:
     """The safetensors file of a LoRA: the path of a file, or what a folder or Hub repository holds.
 
-    Of a folder that training wrote: the finished LoRA, else that of the checkpoint-N with the highest number.
-
-    Args:
-        name_or_path: which.
-        hub: arguments of `fastattr.core.models.locate` besides.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file, or there are several.
+    Of a folder that training wrote: the finished LoRA, else that of the checkpoint-N with the highest number. `hub` are
+    arguments of `fastattr.core.models.locate`. ArtifactNotFoundError if there is no such file, or there are several.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -67,9 +59,7 @@ def locate_lora(name_or_path: str | Path, **hub: Any) -> Path:
     usual = usual or [file for file in files if not re.search(r"-(\d{6}|step\d+|e\d+)$", file.stem)]
     if len(usual or files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise ArtifactNotFoundError(
-            f"{name_or_path} should hold one LoRA, found {names}; give the path of one safetensors file."
-        )
+        raise ArtifactNotFoundError(f"{name_or_path} should hold one LoRA, found {names}; give the path of one file.")
     return (usual or files)[0]
 
 
@@ -108,10 +98,14 @@ def load_lora(pipeline: Any, file: Path) -> None:
     try:
         pipeline.load_lora_weights(state, adapter_name="lora")
     except Exception as error:  # diffusers and peft raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactDamagedError(f"{file} cannot be laid on {type(pipeline).__name__}: {reason}") from error
+        raise ArtifactDamagedError(f"{file} cannot be laid on {type(pipeline).__name__}: {first_line(error)}") from error
     scales = scales_of(pairs, header, read_json(config) if (config := file.parent / "adapter_config.json").exists() else {})
     _put_in_force(pipeline, scales, file)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def pairs_of(pipeline: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str]]:

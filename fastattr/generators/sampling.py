@@ -22,11 +22,7 @@ def sampling_defaults(pipeline: type) -> dict[str, float]:
 
 
 def check_sampling(prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, float], *, most_steps: int) -> None:
-    """See that prompts, seeds, 'steps' and 'guidance' are within their ranges.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Raise InputError unless prompts, seeds, 'steps' and 'guidance' are within their ranges."""
     for prompt, seed in zip(prompts, seeds, strict=True):
         if not prompt.strip():
             raise InputError("the prompt is empty; say what to draw.")
@@ -38,6 +34,10 @@ def check_sampling(prompts: Sequence[str], seeds: Sequence[int], settings: Mappi
         raise InputError(f"guidance must be at least 0, got {settings['guidance']}")
 
 
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after each step."""
+
+
 def sample(
     pipeline: Any,
     prompts: Sequence[str],
@@ -46,7 +46,7 @@ def sample(
     *,
     side: int,
     max_tokens: int,
-    on_step: Callable[[int, int], None] | None,
+    on_step: OnStep | None,
 ) -> list[Image.Image]:
     """One image of `side` pixels per prompt and seed; `max_tokens` 0 and other arguments as of `Generator.generate_batch`."""
     steps = int(settings["steps"])
@@ -58,20 +58,13 @@ def sample(
 
     known = inspect.signature(type(pipeline).__call__).parameters
     others = {"use_resolution_binning": False, "clean_caption": False, "callback_on_step_end": after_step}
-    if max_tokens:
-        others["max_sequence_length"] = max_tokens
+    others |= {"max_sequence_length": max_tokens} if max_tokens else {}
     if "callback_on_step_end" not in known:  # PixArt keeps diffusers' older form
         others["callback"] = lambda step, timestep, latents: after_step(None, step, timestep, {})
-    result = pipeline(
-        prompt=list(prompts),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=steps,
-        guidance_scale=float(settings["guidance"]),
-        height=side,
-        width=side,
-        **{name: value for name, value in others.items() if name in known},
-    )
-    return result.images
+    sizes = {"num_inference_steps": steps, "guidance_scale": float(settings["guidance"]), "height": side, "width": side}
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    taken = {name: value for name, value in others.items() if name in known}
+    return pipeline(prompt=list(prompts), generator=noise, **sizes, **taken).images
 
 
 def encode_pixels(vae: Any, images: Sequence[Image.Image], *, side: int) -> Tensor:

@@ -1,35 +1,42 @@
-"""Schedules: how a pipeline's scheduler noises latents, and what its denoiser is trained to predict of them."""
+"""Noise: what a loss draws for an image, and how a pipeline's scheduler noises latents and what its denoiser then predicts.
+
+Noise and timesteps are functions of (id, draw, seed) alone, so that no batch, order or process changes them. Integer
+timesteps go from 0 to N - 1, higher = noisier. Of a schedule, `noised` gives (B, L, h, w) noised latents, `told` (B,) the
+timesteps as the denoiser is told them, `scaled` a prediction times the root of its weight in the loss, and `target`
+(B, L, h, w) what that should be.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastattr.core.errors import InputError
 
 
-class Schedule(Protocol):
-    """How a latent is noised at integer timesteps 0 to N - 1, higher = noisier, and what the denoiser should then predict."""
+def noise_for(ids: Sequence[str], draws: Sequence[int], *, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) standard normal noise, each row a function of its id, its draw number and the seed of the run only.
 
-    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(B, L, h, w) noised latents."""
-        ...
-
-    def told(self, timesteps: Tensor) -> Tensor:
-        """(B,) the timesteps as the denoiser is told them."""
-        return timesteps
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(B, L, h, w) what the scaled prediction should be."""
-        ...
-
-    def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
-        """The prediction times the square root of its weight in the loss."""
-        return prediction
+    `ids` (B,) are of images or queries, `draws` (B,) draw numbers, `shape` is one latent's, (L, h, w).
+    """
+    rows = []
+    for name, draw in zip(ids, draws, strict=True):
+        key = int.from_bytes(hashlib.sha256(f"{seed}/{draw}/{name}".encode()).digest()[:16], "little")
+        rows.append(np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32))
+    return torch.from_numpy(np.stack(rows))
 
 
-class DiffusionSchedule(Schedule):
+def spread_timesteps(draws: int, *, train_timesteps: int) -> np.ndarray:
+    """(draws,) timesteps in the middles of `draws` equal parts of the schedule; draw d always has the d-th."""
+    return ((np.arange(draws) + 0.5) / draws * train_timesteps).astype(np.int64)
+
+
+class DiffusionSchedule:
     """Noise added by a table of variances; the denoiser predicts the noise, the velocity or the clean latent."""
 
     def __init__(self, config: Any) -> None:
@@ -40,16 +47,18 @@ class DiffusionSchedule(Schedule):
         self._kind = self._scheduler.config.prediction_type
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See `Schedule`."""
+        """Latents with noise."""
         return self._scheduler.add_noise(latents, noise, timesteps)
 
+    def told(self, timesteps: Tensor) -> Tensor:
+        """The timesteps themselves."""
+        return timesteps
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See `Schedule`."""
-        if self._kind == "epsilon":
-            return noise
+        """The noise, the velocity, or the clean latent, weighted."""
         if self._kind == "sample":
             return self.scaled(latents, timesteps)
-        return self._scheduler.get_velocity(latents, noise, timesteps)
+        return noise if self._kind == "epsilon" else self._scheduler.get_velocity(latents, noise, timesteps)
 
     def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """A predicted clean latent counts by its signal-to-noise ratio, as in diffusers' script; the others as they are."""
@@ -59,7 +68,7 @@ class DiffusionSchedule(Schedule):
         return prediction * (kept / (1 - kept)).sqrt()[:, None, None, None]
 
 
-class FlowSchedule(Schedule):
+class FlowSchedule:
     """Straight lines from latent to noise; the denoiser predicts their direction, noise - latent."""
 
     def __init__(self, config: Any) -> None:
@@ -78,25 +87,25 @@ class FlowSchedule(Schedule):
         return self._levels.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See `Schedule`."""
+        """A point on the line."""
         level = self._level(latents, timesteps)
         return (1 - level) * latents + level * noise
 
     def told(self, timesteps: Tensor) -> Tensor:
-        """See `Schedule`."""
+        """The timesteps as the scheduler shifts them."""
         return self._told.to(timesteps.device)[timesteps]
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See `Schedule`."""
+        """The line's direction."""
         return noise - latents
 
+    def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The prediction itself."""
+        return prediction
 
-def read_schedule(config: Any) -> Schedule:
-    """The schedule that a pipeline's scheduler config describes.
 
-    Raises:
-        InputError: it is of another kind.
-    """
+def read_schedule(config: Any) -> DiffusionSchedule | FlowSchedule:
+    """The schedule that a pipeline's scheduler config describes; InputError if it is of another kind."""
     kind = config.get("prediction_type", "flow_prediction" if "shift" in config else "none")
     if kind == "flow_prediction":
         return FlowSchedule(config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import files_of_parts, in_parts
 from fastattr.corpus.store import Corpus
-from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.families import Conditioning
 from fastattr.generators.generator import Generator
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
-from fastattr.generators.noise import noise_for, spread_timesteps
+from fastattr.generators.schedules import noise_for, spread_timesteps
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.recording import Calls, record_layers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastattr.generators.generator import Generator
-from fastattr.generators.noise import noise_for
+from fastattr.generators.schedules import noise_for
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.teachers.config import TeacherConfig
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastattr.core.errors import NonFiniteError
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
-from fastattr.generators.noise import noise_for
+from fastattr.generators.schedules import noise_for
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
 

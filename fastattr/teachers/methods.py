@@ -15,7 +15,7 @@ from fastattr.core.files import atomic_path
 from fastattr.core.processes import in_parts
 from fastattr.core.stages import fingerprint
 from fastattr.features.store import check_source, folders, read_features
-from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.families import Conditioning
 from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages

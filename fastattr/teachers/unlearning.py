@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattr.core.errors import InputError, NonFiniteError
-from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.families import Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.ekfac import Factors

@@ -18,7 +18,7 @@ from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_enco
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
 from fastattr.generators.layers import weight_shape
-from fastattr.generators.noise import noise_for
+from fastattr.generators.schedules import noise_for
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.ridge import RidgeKernel

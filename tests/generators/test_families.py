@@ -22,8 +22,7 @@ from fastattr.corpus.stage import CorpusConfig, run as read_corpus
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import CandidatesConfig, write_candidates
 from fastattr.generators import pretrained, queries
-from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import Options, recognise
+from fastattr.generators.families import Conditioning, Options, recognise
 from fastattr.generators.generator import Generator
 from fastattr.generators.lora import LORA
 from fastattr.generators.pretrained import PretrainedConfig
@@ -424,12 +423,10 @@ def test_conditioning_rows_stay_together():
     """A mask or pooled embedding at another prompt's row would change losses and crash nothing."""
     text, mask = torch.arange(24.0).reshape(4, 3, 2), torch.arange(12).reshape(4, 3)
     whole = Conditioning({"text": text, "mask": mask})
-    assert (len(whole), whole.numbers) == (4, 9)
+    assert len(whole) == 4
     picked = whole[np.array([2, 0])]
     assert picked.tensors["text"][:, 0, 0].tolist() == [12, 0]
     assert picked.tensors["mask"][:, 0].tolist() == [6, 0]
-    assert whole[[1]].repeated(3).tensors["mask"].tolist() == [mask[1].tolist()] * 3
-    assert picked.repeated(2).tensors["mask"][:, 0].tolist() == [6, 0, 6, 0]
     joined = Conditioning.concatenated([picked, whole[3:]])
     assert joined.tensors["mask"][:, 0].tolist() == [6, 0, 9]
     half = whole.to(torch.float16)

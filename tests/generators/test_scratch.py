@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from fastattr.core.captions import split_caption
-from fastattr.generators.prompts import unknown_words
+from fastattr.generators.loading import unknown_words
 from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, build_denoiser, build_scheduler
-from fastattr.generators.scratch.examples import TrainingExamples
-from fastattr.generators.scratch.prompts import draw_prompt, mistype, rows_without_style
+from fastattr.generators.scratch.examples import TrainingExamples, draw_prompt, mistype, rows_without_style
 from fastattr.generators.scratch.text import NO_STYLE, CaptionLoss, build_text_encoder, tokenize, train_tokenizer
 
 CAPTIONS = [

@@ -14,7 +14,7 @@ from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.corpus.store import Corpus
 from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator
-from fastattr.generators.noise import noise_for
+from fastattr.generators.schedules import noise_for
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.losses import image_losses

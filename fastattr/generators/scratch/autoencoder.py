@@ -2,12 +2,10 @@
 
 Reads corpus/; writes autoencoder/ (a diffusers folder, with its scaling factor) and autoencoder/manifest.json.
 
-The encoder is set, not trained: its weights are such that it computes a principal component analysis of the image's
-patches (one patch a latent position). On flat artwork and a small machine that is far ahead of joint training
-(docs/emoji.md has the figures), and the latents are known before the decoder is, so denoiser and decoder can train at
-the same time. The decoder is trained
-on absolute error in RGB plus the same on colour differences, since RGB alone lets saturated colours drift.
-A fixed part of the images is held out, to report the reconstruction of unseen ones.
+The encoder is set, not trained: its weights compute a principal component analysis of the image's patches (one patch a latent
+position). On flat artwork and a small machine that is far ahead of joint training (docs/emoji.md), and the latents are known
+before the decoder is, so denoiser and decoder can train at the same time. The decoder is trained on absolute error in RGB and
+in colour differences, since RGB alone lets saturated colours drift. A fixed part of the images is held out for the report.
 """
 
 from __future__ import annotations
@@ -128,17 +126,14 @@ def principal_components(rows: np.ndarray, keep: int) -> tuple[np.ndarray, np.nd
 
 @torch.no_grad()
 def set_encoder(autoencoder: AutoencoderKL, images: np.ndarray, *, whitening: float) -> None:
-    """Set the encoder's weights so that it computes the principal components of the images' patches.
+    """Set the encoder's weights so that it computes the principal components of the patches of (N, H, W, 3) uint8 images.
 
-    Every residual branch is zero, so the encoder is a chain of its linear layers: each downsampling convolution sees
-    the 2 x 2 positions under it and keeps their leading components. The last group normalisation and SiLU are made
-    linear: each group holds a pair of large constants, which fixes its variance, and each component as a pair x, -x,
-    since silu(x) - silu(-x) = x.
+    Every residual branch is zero, so the encoder is a chain of its linear layers: each downsampling convolution sees the 2 x 2
+    positions under it and keeps their leading components. The last group normalisation and SiLU are made linear: each group
+    holds a pair of large constants, which fixes its variance, and each component as a pair x, -x, since silu(x) - silu(-x) =
+    x.
 
-    Args:
-        autoencoder: one convolution a level, from `build_autoencoder`; changed in place.
-        images: (N, H, W, 3) uint8 to fit on.
-        whitening: see `AutoencoderConfig`.
+    The autoencoder, one convolution a level (`build_autoencoder`), is changed in place; `whitening` as in `AutoencoderConfig`.
     """
     encoder = autoencoder.encoder
     for parameter in encoder.parameters():
@@ -215,23 +210,18 @@ def encode_latents(autoencoder: AutoencoderKL, images: np.ndarray, *, batch_size
 
 def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:
     """Train the autoencoder on run_dir/corpus; returns the manifest with 'psnr_held_out' (dB, mean over images)."""
-    corpus = Corpus(run_dir / "corpus")
-    folder = run_dir / "autoencoder"
-    inputs = {"corpus": corpus.fingerprint}
+    corpus, folder = Corpus(run_dir / "corpus"), run_dir / "autoencoder"
+    inputs, checkpoint = {"corpus": corpus.fingerprint}, folder / "checkpoint.safetensors"
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    checkpoint = folder / "checkpoint.safetensors"
 
     def work() -> dict[str, Any]:
-        return _train(config, corpus, folder, checkpoint=checkpoint, made_from=[config, inputs], accelerator=accelerator)
+        return _train(config, corpus, folder, accelerator, checkpoint=checkpoint, made_from=[config, inputs])
 
-    return make(
-        folder, work, stage="autoencoder", config=config, inputs=inputs, accelerator=accelerator, temporary=[checkpoint]
-    )
+    made_of: dict[str, Any] = {"stage": "autoencoder", "config": config, "inputs": inputs}
+    return make(folder, work, **made_of, accelerator=accelerator, temporary=[checkpoint])
 
 
-def _train(
-    config: AutoencoderConfig, corpus: Corpus, folder: Path, *, checkpoint: Path, made_from: object, accelerator: Accelerator
-) -> dict[str, Any]:
+def _train(config: AutoencoderConfig, corpus: Corpus, folder: Path, accelerator: Accelerator, **resumed: Any) -> dict[str, Any]:
     """Set the encoder, train the decoder, write both; returns how well unseen images come back."""
     folder.mkdir(parents=True, exist_ok=True)
     images = load_images(corpus, config.resolution)
@@ -252,18 +242,11 @@ def _train(
         picked = training_rows[rows]
         return latents[picked], pixel_tensor(images[picked])
 
-    average = fit(
-        DecoderLoss(autoencoder, chroma_weight=config.chroma_weight).to(memory_format=torch.channels_last),
-        batch_of,
-        config.training,
-        examples=len(training_rows),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="decoder",
-    )
-    autoencoder.decoder.load_state_dict(average.decoder.state_dict())  # type: ignore[union-attr]
-    autoencoder.post_quant_conv.load_state_dict(average.post_quant_conv.state_dict())  # type: ignore[union-attr]
+    loss = DecoderLoss(autoencoder, chroma_weight=config.chroma_weight).to(memory_format=torch.channels_last)
+    about: dict[str, Any] = {"examples": len(training_rows), "accelerator": accelerator, "description": "decoder"}
+    average: Any = fit(loss, batch_of, config.training, **resumed, **about)
+    autoencoder.decoder.load_state_dict(average.decoder.state_dict())
+    autoencoder.post_quant_conv.load_state_dict(average.post_quant_conv.state_dict())
     autoencoder.eval()
     with torch.no_grad():
         sample = pixel_tensor(images[unseen]).to(autoencoder.device)
@@ -271,8 +254,5 @@ def _train(
     if accelerator.is_main_process:
         autoencoder.save_pretrained(folder)
     spread = float(quality.std() / len(quality) ** 0.5)
-    return {
-        "psnr_held_out": float(quality.mean()),
-        "psnr_held_out_standard_error": spread,
-        "held_out_images": int(unseen.sum()),
-    }
+    found = {"psnr_held_out": float(quality.mean()), "psnr_held_out_standard_error": spread}
+    return {**found, "held_out_images": int(unseen.sum())}

@@ -1,8 +1,8 @@
 """Train the embedded feature encoder: a small CLIP on the corpus, with open_clip's own model and loss.
 
-Reads corpus/; writes encoder/, a folder that `open_clip.create_model("local-dir:...")` loads: configuration,
-safetensors and tokenizer. It stands in for the off-the-shelf encoders of the paper where no weights can be
-downloaded; it never sees the generator or the teacher. Source: arXiv:2103.00020.
+Reads corpus/; writes encoder/, a folder that `open_clip.create_model("local-dir:...")` loads. It stands in for the paper's
+off-the-shelf encoders where no weights can be downloaded; it never sees the generator or the teacher. Source:
+arXiv:2103.00020.
 """
 
 from __future__ import annotations
@@ -97,15 +97,14 @@ class ContrastiveLoss(nn.Module):
 
 def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
     """Train the encoder on run_dir/corpus; returns the manifest."""
-    corpus = Corpus(run_dir / "corpus")
-    folder = run_dir / "encoder"
-    inputs = {"corpus": corpus.fingerprint}
+    corpus, folder = Corpus(run_dir / "corpus"), run_dir / "encoder"
+    inputs, checkpoint = {"corpus": corpus.fingerprint}, folder / "checkpoint.safetensors"
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    checkpoint = folder / "checkpoint.safetensors"
 
     def work() -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
-        clip, tokenizer, shape = _train(config, corpus, folder, checkpoint, made_from=[config, inputs], accelerator=accelerator)
+        resumed = {"checkpoint": checkpoint, "made_from": [config, inputs], "accelerator": accelerator}
+        clip, tokenizer, shape = _train(config, corpus, folder, **resumed)
         weights = {name: value.half().contiguous() for name, value in clip.state_dict().items()}
         if accelerator.is_main_process:
             tokenizer.save_pretrained(folder)
@@ -119,7 +118,7 @@ def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _train(
-    config: EncoderConfig, corpus: Corpus, folder: Path, checkpoint: Path, *, made_from: object, accelerator: Accelerator
+    config: EncoderConfig, corpus: Corpus, folder: Path, **resumed: Any
 ) -> tuple[nn.Module, CLIPTokenizer, dict[str, Any]]:
     """The averaged CLIP, its tokenizer, and its shape as open_clip writes it."""
     from open_clip.model import CLIP
@@ -139,14 +138,5 @@ def _train(
         row_shift, column_shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
         return pixels.roll((row_shift, column_shift), dims=(2, 3)), tokens[rows]
 
-    average = fit(
-        loss_module,
-        batch_of,
-        config.training,
-        examples=len(corpus),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="encoder",
-    )
-    return average.clip, tokenizer, shape  # type: ignore[return-value]
+    average: Any = fit(loss_module, batch_of, config.training, **resumed, examples=len(corpus), description="encoder")
+    return average.clip, tokenizer, shape

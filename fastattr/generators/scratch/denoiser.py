@@ -75,10 +75,8 @@ class GeneratorConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least(
-            self, 1, "channels", "layers_per_block", "head_width", "norm_groups", "vocabulary", "text_width", "text_layers"
-        )
-        at_least(self, 1, "steps", "timestep_shift")
+        at_least(self, 1, "channels", "layers_per_block", "head_width", "norm_groups", "vocabulary", "text_width")
+        at_least(self, 1, "text_layers", "steps", "timestep_shift")
         at_least(self, 3, "max_tokens")  # begin, a word, end
         of_all = self.caption_dropout + self.subject_dropout
         if max(self.style_dropout, self.other_captions, self.rewritten, self.decay_share) > 1 or of_all >= 1:
@@ -91,33 +89,22 @@ def build_denoiser(
     config: GeneratorConfig, *, tokenizer: CLIPTokenizer, latent_channels: int, latent_side: int
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """An untrained U-Net and text encoder with `config`'s shape."""
-    levels = range(len(config.channels))
+    crossed = [level in config.attention_levels for level in range(len(config.channels))]
     unet = UNet2DConditionModel(
         sample_size=latent_side,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels
-        ),
-        up_block_types=tuple(
-            "CrossAttnUpBlock2D" if level in config.attention_levels else "UpBlock2D" for level in reversed(levels)
-        ),
+        down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in crossed),
+        up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(crossed)),
         block_out_channels=config.channels,
         layers_per_block=config.layers_per_block,
-        attention_head_dim=tuple(
-            width // config.head_width for width in config.channels
-        ),  # diffusers reads it as the number of heads
+        attention_head_dim=tuple(width // config.head_width for width in config.channels),  # diffusers: the number of heads
         cross_attention_dim=config.text_width,
         norm_num_groups=config.norm_groups,
     )
     unet.set_attn_processor(AttnProcessor())  # as for the text encoder: plain products are faster here
-    return unet, build_text_encoder(
-        tokenizer,
-        max_tokens=config.max_tokens,
-        width=config.text_width,
-        layers=config.text_layers,
-        head_width=config.head_width,
-    )
+    shape = {"max_tokens": config.max_tokens, "width": config.text_width, "layers": config.text_layers}
+    return unet, build_text_encoder(tokenizer, **shape, head_width=config.head_width)
 
 
 def build_scheduler() -> DDIMScheduler:

@@ -19,7 +19,7 @@ from fastattr.core.files import atomic_path, read_json, sha256_file, temporary_f
 from fastattr.core.stages import make, open_stage
 from fastattr.core.training import fit, trapezoid
 from fastattr.corpus.store import Corpus
-from fastattr.generators.prompts import WORDS, words_of
+from fastattr.generators.loading import WORDS, words_of
 from fastattr.generators.scratch.autoencoder import encode_latents, load_images
 from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, build_denoiser, build_scheduler
 from fastattr.generators.scratch.examples import TrainingExamples
@@ -30,10 +30,9 @@ CHECKPOINTS = ("checkpoint-text.safetensors", "checkpoint.safetensors")
 
 def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
     """Train the generator on run_dir/corpus with run_dir/autoencoder; returns the manifest."""
-    corpus = Corpus(run_dir / "corpus")
-    autoencoder_manifest = open_stage(run_dir / "autoencoder", "autoencoder")
-    folder = run_dir / "generator"
-    inputs = {"corpus": corpus.fingerprint, "autoencoder": autoencoder_manifest["fingerprint"]}
+    corpus, folder = Corpus(run_dir / "corpus"), run_dir / "generator"
+    inputs = {"corpus": corpus.fingerprint}
+    inputs["autoencoder"] = open_stage(run_dir / "autoencoder", "autoencoder")["fingerprint"]
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
 
     def work() -> dict[str, Any]:
@@ -43,11 +42,10 @@ def run(config: GeneratorConfig, run_dir: Path) -> dict[str, Any]:
         if not accelerator.is_main_process:
             return {}
         save(average, autoencoder, tokenizer, corpus, folder)
+        weights = sorted(folder.glob("*/*.safetensors"))
         return {
             "corpus_fingerprint": corpus.fingerprint,
-            "sha256": {
-                path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.glob("*/*.safetensors"))
-            },
+            "sha256": {path.relative_to(folder).as_posix(): sha256_file(path) for path in weights},
             "defaults": {"steps": config.steps, "guidance": config.guidance},
             "unet_parameters": sum(parameter.numel() for parameter in average.unet.parameters()),
             "text_parameters": sum(parameter.numel() for parameter in average.text_encoder.parameters()),
@@ -70,63 +68,42 @@ def train(
     images = load_images(corpus, autoencoder.config.sample_size)
     latents = encode_latents(autoencoder, images) * autoencoder.config.scaling_factor
     with temporary_folder(folder) as scratch:
-        tokenizer = train_tokenizer(
-            (caption for captions in corpus.captions for caption in captions),
-            vocabulary=config.vocabulary,
-            max_tokens=config.max_tokens,
-            scratch=scratch,
-        )
+        every = (caption for captions in corpus.captions for caption in captions)
+        tokenizer = train_tokenizer(every, vocabulary=config.vocabulary, max_tokens=config.max_tokens, scratch=scratch)
     torch.manual_seed(config.training.seed)
     scheduler = build_scheduler()
     examples = TrainingExamples(latents, corpus.captions, tokenizer, config, scheduler.config.num_train_timesteps)
-    unet, text_encoder = build_denoiser(
-        config, tokenizer=tokenizer, latent_channels=latents.shape[1], latent_side=latents.shape[2]
-    )
+    shape = {"latent_channels": latents.shape[1], "latent_side": latents.shape[2]}
+    unet, text_encoder = build_denoiser(config, tokenizer=tokenizer, **shape)
     made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
-    foretelling = fit(
-        CaptionLoss(
-            text_encoder,
-            latent_shape=latents.shape[1:],
-            subjects=len(examples.subjects),
-            styles=len(examples.styles),
-            name_weight=config.name_weight,
-        ),
+    about: dict[str, Any] = {"examples": len(corpus), "made_from": made_from, "accelerator": accelerator}
+    classes = {"subjects": len(examples.subjects), "styles": len(examples.styles)}
+    foretelling: Any = fit(
+        CaptionLoss(text_encoder, latent_shape=latents.shape[1:], name_weight=config.name_weight, **classes),
         examples.captions_of,
         config.text_training,
-        examples=len(corpus),
         checkpoint=folder / CHECKPOINTS[0],
-        made_from=made_from,
-        accelerator=accelerator,
         description="text encoder",
+        **about,
     )
     text_encoder = foretelling.text_encoder.requires_grad_(False)
-    average = fit(
+    average: Any = fit(
         DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
         examples.batch_of,
         config.training,
-        examples=len(corpus),
         checkpoint=folder / CHECKPOINTS[1],
-        made_from=made_from,
-        accelerator=accelerator,
         schedule=trapezoid(config.decay_share),
         description="generator",
+        **about,
     )
-    assert isinstance(average, DenoiserLoss)
     return average, tokenizer
 
 
 def save(average: DenoiserLoss, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, corpus: Corpus, folder: Path) -> None:
     """Write the pipeline in half precision, which ships, so that later stages score and measure it, and its words."""
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=average.text_encoder,
-        tokenizer=tokenizer,
-        unet=average.unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    networks = {"vae": autoencoder, "text_encoder": average.text_encoder, "tokenizer": tokenizer, "unet": average.unet}
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**networks, scheduler=build_scheduler(), **unused)
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     _tidy_configs(folder)
     words = {word for captions in corpus.captions for caption in captions for word in words_of(caption)}
