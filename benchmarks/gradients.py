@@ -41,9 +41,8 @@ from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.losses import denoising_losses
 from fastattr.gradients.recording import example_gradients, record_layers
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.fitted import FittedTeacher, Member, features_of
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 
 BLOCK = 200_000
 """Numbers of each gradient that are in single precision at once."""

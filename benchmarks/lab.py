@@ -29,9 +29,8 @@ from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.losses import image_losses
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.fitted import FittedTeacher
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 from fastattr.teachers.unlearning import exact_scores, query_step
 
 SETTINGS = "settings.json"

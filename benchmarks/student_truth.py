@@ -33,12 +33,11 @@ from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.features.gradient import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
+from fastattr.gradients.compression import RidgeKernel
 from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import Student, StudentConfig, embed
-from fastattr.teachers.ensembles import averaged
-from fastattr.teachers.similarity import similarity_scores
+from fastattr.teachers.kernels import averaged, similarity_scores
 
 SPLITS = ("train", "validation", "test")
 GRADIENTS = RECIPES

@@ -45,9 +45,8 @@ from fastattr.gradients.compression import Compression, GradientConfig, gradient
 from fastattr.students.distill import DistillConfig, distill
 from fastattr.students.pairs import labels_of, make_table
 from fastattr.students.student import Student, embed
-from fastattr.teachers.ensembles import averaged
+from fastattr.teachers.kernels import averaged, similarity_scores
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.task import layers_to_unlearn
 
 DOCS = Path(__file__).parents[1] / "docs" / "truth.md"

@@ -25,11 +25,10 @@ from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
-from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
+from fastattr.gradients.compression import Compression, GradientConfig, RidgeKernel, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.gradients.losses import denoising_losses
-from fastattr.gradients.ridge import RidgeKernel
 
 FACTOR_IMAGES = 512
 """Training images, spread over the corpus, on which the curvature is fitted, each at `GradientConfig.draws` timesteps."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastattr.core.errors import InputError
+from fastattr.core.settings import at_least
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer, weight_shape
 from fastattr.gradients.ekfac import Factors
@@ -56,8 +57,8 @@ class GradientConfig:
             raise InputError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         if not 0 <= self.span[0] < self.span[1] <= 1:
             raise InputError(f"span must be a part of the schedule from 0 to 1, got {self.span}")
-        if self.width < 0 or min(self.draws, self.batch_size) < 1:
-            raise InputError("width must not be negative; draws and batch_size must be at least 1")
+        at_least(self, 1, "draws", "batch_size")
+        at_least(self, 0, "width")
         if self.damping <= 0:
             raise InputError(f"damping must be positive, got {self.damping}")
 
@@ -76,8 +77,7 @@ class GradientConfig:
     @property
     def drawn(self) -> dict[str, Any]:
         """The settings that `denoising_losses` takes."""
-        names = ("draws", "batch_size", "seed", "output", "antithetic", "span")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("draws", "batch_size", "seed", "output", "antithetic", "span")}
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ class Turn:
     """How one layer's gradients get into the eigenbasis, as far as coordinates of it are kept."""
 
     left: Tensor
-    """(out, o) kept eigenvectors of the output gradients."""
     right: Tensor
-    """(in, i) kept eigenvectors of the inputs."""
+    """(out, o) and (in, i) kept eigenvectors, of the output gradients and of the inputs."""
     scale: Tensor
     """(o, i) factors that whiten."""
     places: Tensor | None
@@ -126,8 +125,8 @@ class Compression:
             layers: whose gradients come, in this order.
             config: the settings.
             factors: EKFAC factors of these layers; InputError where `config.whiten` and there are none.
-            coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as
-                `leading_coordinates` finds them; without them all are sketched, or kept where `config.width` is 0.
+            coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as `leading_coordinates`
+                finds them; without them all are sketched, or kept where `config.width` is 0.
             turns: how each layer is rotated and cut, as an earlier compression has it, instead of factors and coordinates.
         """
         if config.whiten and factors is None and turns is None:
@@ -150,8 +149,10 @@ class Compression:
         """(groups, k) from what `record_layers` recorded; each row is of the sum over a group of consecutive examples."""
         if not self.turns:
             return self._short([example_gradients(recorded[name], groups).flatten(1) for name in self._names])
-        kept = [(turn, recorded[name]) for name, turn in self.turns.items()]
-        return self._short([turn.picked(rotated_gradients(calls, groups, turn.left, turn.right), 1) for turn, calls in kept])
+        rotated = (
+            (turn, rotated_gradients(recorded[name], groups, turn.left, turn.right)) for name, turn in self.turns.items()
+        )
+        return self._short([turn.picked(gradients, 1) for turn, gradients in rotated])
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """(B, out, in) gradients by layer -> (B, k)."""
@@ -164,16 +165,15 @@ class Compression:
     def _of_matrices(self, matrices: Mapping[str, Tensor], power: int) -> Tensor:
         if not self.turns:
             return self._short([matrices[name].flatten(1) for name in self._names])
-        kept = [(turn, matrices[name]) for name, turn in self.turns.items()]
-        return self._short([turn.picked(turn.left.T @ matrix @ turn.right, power) for turn, matrix in kept])
+        kept = self.turns.items()
+        return self._short([turn.picked(turn.left.T @ matrices[name] @ turn.right, power) for name, turn in kept])
 
     def _short(self, parts: Sequence[Tensor]) -> Tensor:
         """(B, k) of all layers side by side, which are cut already where they are rotated."""
         flat = torch.cat(list(parts), dim=1)
         if not self._sketched:
             return flat
-        sketch = flat.new_zeros(len(flat), self.width)
-        return sketch.index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
+        return flat.new_zeros(len(flat), self.width).index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
 
 
 def _turns(
@@ -209,14 +209,9 @@ def gradient_features(
 ) -> np.ndarray:
     """(C, k) float32: the compressed gradient of each image's mean output over its draws.
 
-    All draws of an image are in one batch as far as `config.batch_size` allows, and are summed before anything is rotated.
-
-    Args:
-        generator: with base weights.
-        layers: whose gradients are taken.
-        images: encoded images, of the corpus or queries; `rows` (C,) says which of them.
-        compression: of the same layers.
-        config: the settings.
+    All draws of an image are in one batch as far as `config.batch_size` allows, and are summed before anything is rotated. The
+    generator has base weights; `images` are of the corpus or queries, `rows` (C,) says which of them; `compression` is of the
+    same layers.
 
     Raises:
         NonFiniteError: a gradient is NaN or infinite; the image is named.
@@ -238,10 +233,7 @@ def gradients_of_draws(
     compression: Compression,
     config: GradientConfig,
 ) -> np.ndarray:
-    """(L, k) float32: what each draw adds to `gradient_features` of one image, whose mean they have; L draws x captions.
-
-    Their spread says how sure the mean is.
-    """
+    """(L, k) float32: what each of L draws x captions adds to `gradient_features` of one image, which are their mean."""
     passes = recorded_losses(generator, layers, images, np.array([row]), **config.drawn)
     every = torch.cat([compression.of_records(recorded, count).float().cpu() for _, count, recorded in passes])
     each: np.ndarray = (every * len(every)).numpy()
@@ -255,8 +247,8 @@ def leading_coordinates(
     """(k,) coordinates, of all layers' whitened gradients side by side, with the largest mean square over a sample of images.
 
     Each layer keeps the same part of its numbers: on emoji-bench that orders images by 0.79 as whole gradients do at 16,384
-    numbers, the leading ones of all layers by 0.67 and a sketch by 0.73 (docs/teacher.md). k is the width of the
-    settings, or all coordinates if they are fewer; arguments as of `gradient_features`.
+    numbers, the leading ones of all layers by 0.67 and a sketch by 0.73 (docs/teacher.md). k is the width of the settings, or
+    all coordinates if they are fewer.
     """
     whole = replace(config, width=0)
     compression = Compression(layers, whole, factors)
@@ -270,3 +262,37 @@ def leading_coordinates(
     parts = zip(np.split(energy, ends[:-1]), ends - np.diff(ends, prepend=0), counts, strict=True)
     kept = [start + np.argsort(-part, kind="stable")[:count] for part, start, count in parts]
     return np.sort(np.concatenate(kept))
+
+
+@dataclass(frozen=True)
+class RidgeKernel:
+    """What makes inner products of gradient features TRAK's and D-TRAK's kernel scores, up to one factor for all of them.
+
+    With Phi (n, k) the features of a sample of training images, it multiplies with (Phi^T Phi + lambda I)^(-1/2) lambda^(1/2):
+    along each of the sample's r directions with a number below 1, and elsewhere with 1.
+    Source: arXiv:2303.14186, sec. 3.2, and arXiv:2311.00500 for the ridge.
+    """
+
+    directions: np.ndarray
+    """(r, k) float32, orthonormal."""
+    factors: np.ndarray
+    """(r,) float32 in (0, 1)."""
+
+    @classmethod
+    def fit(cls, features: np.ndarray, *, ridge: float) -> RidgeKernel:
+        """Of (n, k) features of the sample.
+
+        `ridge` is lambda, as a fraction of the mean of those min(n, k) eigenvalues of Phi^T Phi that can be other than 0;
+        InputError if it is not positive.
+        """
+        if ridge <= 0:
+            raise InputError(f"ridge must be positive, got {ridge}")
+        _, singular, directions = np.linalg.svd(features.astype(np.float64), full_matrices=False)
+        level = ridge * float(np.mean(singular**2))
+        factors = np.sqrt(level / (singular**2 + level))
+        return cls(directions.astype(np.float32), factors.astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(B, k) -> (B, k) float32."""
+        along = features @ self.directions.T
+        return (features - (along * (1 - self.factors)) @ self.directions).astype(np.float32)

@@ -1,13 +1,12 @@
 """EKFAC: the curvature that shapes the unlearning step.
 
-For a linear layer (or a convolution, as a linear layer on patches) with inputs a (T rows an example) and output
-gradients g, the Fisher block is approximated by Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose
-eigenvectors are kept, and whose eigenvalues are replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the
-gradient of one example: exact second moments in the Kronecker eigenbasis.
-Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
+For a linear layer (or a convolution, as a linear layer on patches) with inputs a (T rows an example) and output gradients g,
+the Fisher block is approximated by Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose eigenvectors are kept, and
+whose eigenvalues are replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the gradient of one example: exact second
+moments in the Kronecker eigenbasis. Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
 
-Files are kronfluence's (activation_eigenvectors, gradient_eigenvectors, lambda_matrix, num_lambda_processed,
-each a safetensors file with one tensor a layer; lambda is a sum over examples, shaped (out, in)).
+Files are kronfluence's (activation_eigenvectors, gradient_eigenvectors, lambda_matrix, num_lambda_processed, each a
+safetensors file with one tensor a layer; lambda is a sum over examples, shaped (out, in)).
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Factors:
         """(out, in) natural gradients by layer: (F + damping * mean eigenvalue of the layer)^-1 applied to gradients."""
         natural = {}
         for name, gradient in gradients.items():
-            left = self.gradient_eigenvectors[name].to(gradient.device)
-            right = self.activation_eigenvectors[name].to(gradient.device)
+            sides = (self.gradient_eigenvectors, self.activation_eigenvectors)
+            left, right = (vectors[name].to(gradient.device) for vectors in sides)
             rotated = left.T @ gradient.to(left.dtype) @ right
             damped = self.damped(name, damping).to(gradient.device)
             natural[name] = (left @ (rotated / damped) @ right.T).to(gradient.dtype)
@@ -114,12 +113,10 @@ class Factors:
                 require_same(f"the {what} of the factors in {folder}", found.get(what), expected, fix)
         elif made_of and folder.exists():
             logger.warning("%s does not say which generator and corpus its factors are of; they are taken as they are", folder)
-        contents = {}
-        for file in FACTOR_FILES:
-            path = folder / f"{file}.safetensors"
-            if not path.exists():
-                raise ArtifactNotFoundError(f"{path} does not exist; fit the factors again.")
-            contents[file] = load_file(path)
+        paths = {file: folder / f"{file}.safetensors" for file in FACTOR_FILES}
+        if missing := [path for path in paths.values() if not path.exists()]:
+            raise ArtifactNotFoundError(f"{missing[0]} does not exist; fit the factors again.")
+        contents = {file: load_file(path) for file, path in paths.items()}
         found = {name: tuple(value.shape) for name, value in contents["lambda_matrix"].items()}
         wanted = {name: weight_shape(layer) for name, layer in layers.items()}
         if found != wanted:
@@ -129,13 +126,8 @@ class Factors:
                 "Fit factors for this generator and pattern."
             )
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
-        eigenvalues = {name: value.double() / examples for name, value in contents["lambda_matrix"].items()}
-        return cls(
-            {name: value.double() for name, value in contents["activation_eigenvectors"].items()},
-            {name: value.double() for name, value in contents["gradient_eigenvectors"].items()},
-            eigenvalues,
-            examples,
-        )
+        right, left, sums = ({name: value.double() for name, value in contents[file].items()} for file in FACTOR_FILES[:3])
+        return cls(right, left, {name: value / examples for name, value in sums.items()}, examples)
 
 
 def factor_bytes(layers: Mapping[str, Layer]) -> int:
@@ -148,27 +140,23 @@ def factor_sizes(shapes: Iterable[tuple[int, int]]) -> int:
     return sum(8 * (2 * out * out + 2 * inner * inner + out * inner) for out, inner in shapes)
 
 
+Batches = Callable[[], Iterable[Tensor]]
+"""Gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes each its own part."""
+
+
 def fit_ekfac(
-    layers: Mapping[str, Layer],
-    batches: Callable[[], Iterable[Tensor]],
-    *,
-    accelerator: Accelerator | None = None,
-    diagonal: bool = False,
+    layers: Mapping[str, Layer], batches: Batches, *, accelerator: Accelerator | None = None, diagonal: bool = False
 ) -> Factors:
-    """Fit EKFAC factors on per-example losses.
+    """Fit EKFAC factors, in float64, on per-example losses.
 
     Args:
         layers: linear layers and convolutions, by name, whose weights require gradients; biases are ignored.
-        batches: gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes
-            each its own part. It is called twice: for the covariances, then for the eigenvalues. For the true Fisher
-            the losses must be those of targets sampled from the model; with the data's own targets the result is the
-            empirical Fisher.
+        batches: is called twice: for the covariances, then for the eigenvalues. For the true Fisher the losses must be those
+            of
+            targets sampled from the model; with the data's own targets the result is the empirical Fisher.
         accelerator: the processes to sum over; None is this one alone. All get the same factors.
-        diagonal: keep the weights' own basis instead of the Kronecker factors' eigenvectors, which makes the curvature
-            the diagonal of the Fisher matrix (AbU, arXiv:2406.09408).
-
-    Returns:
-        Factors in float64.
+        diagonal: keep the weights' own basis instead of the Kronecker factors' eigenvectors, which makes the curvature the
+            diagonal of the Fisher matrix (AbU, arXiv:2406.09408).
 
     Raises:
         NonFiniteError: a covariance or an eigenvalue is NaN or infinite; the layer is named.
@@ -176,10 +164,9 @@ def fit_ekfac(
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     logger.info("EKFAC factors of %d layers take %.1f MB of memory", len(layers), factor_bytes(layers) / 1e6)
     if diagonal:
-        right = {name: torch.eye(inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
-        left = {name: torch.eye(out, dtype=torch.float64) for name, (out, _) in shapes.items()}
+        left, right = ({name: torch.eye(shape[side]).double() for name, shape in shapes.items()} for side in (0, 1))
     else:
-        left, right = _eigenbasis(layers, shapes, batches, accelerator)
+        left, right = _eigenbasis(layers, batches, accelerator)
     eigenvalues = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     examples = 0
     rotations = {name: (left[name].to(layer.weight), right[name].to(layer.weight)) for name, layer in layers.items()}
@@ -200,27 +187,23 @@ def fit_ekfac(
 
 
 def _eigenbasis(
-    layers: Mapping[str, Layer],
-    shapes: Mapping[str, tuple[int, int]],
-    batches: Callable[[], Iterable[Tensor]],
-    accelerator: Accelerator | None,
+    layers: Mapping[str, Layer], batches: Batches, accelerator: Accelerator | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Eigenvectors of the output gradients' and of the inputs' covariances, by layer, the same on all processes."""
-    gradient = {name: torch.zeros(out, out, dtype=torch.float64) for name, (out, _) in shapes.items()}
-    activation = {name: torch.zeros(inner, inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
+    sizes = {name: weight_shape(layer) for name, layer in layers.items()}
+    sums = [{name: torch.zeros(size[side], size[side]).double() for name, size in sizes.items()} for side in (0, 1)]
     with record_layers(layers) as recorded:
         for losses in batches():
             losses.sum().backward()
             for name, calls in recorded.items():
                 for inputs, output_gradients in calls:
-                    flat_inputs, flat_gradients = inputs.flatten(0, 1), output_gradients.flatten(0, 1)
-                    activation[name] += (flat_inputs.T @ flat_inputs).double().cpu()
-                    gradient[name] += (flat_gradients.T @ flat_gradients).double().cpu()
+                    for total, rows in zip(sums, (output_gradients.flatten(0, 1), inputs.flatten(0, 1)), strict=True):
+                        total[name] += (rows.T @ rows).double().cpu()
                 calls.clear()
-    left, right = {}, {}
-    for name in layers:
-        right[name] = _eigenvectors(_summed(activation[name], accelerator), f"inputs of layer {name}", accelerator)
-        left[name] = _eigenvectors(_summed(gradient[name], accelerator), f"output gradients of layer {name}", accelerator)
+    left, right = (
+        {name: _eigenvectors(_summed(total[name], accelerator), f"{what} of layer {name}", accelerator) for name in layers}
+        for total, what in zip(sums, ("output gradients", "inputs"), strict=True)
+    )
     return left, right
 
 

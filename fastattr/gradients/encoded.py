@@ -57,11 +57,11 @@ def encode_corpus(
     mirrored: bool = False,
     accelerator: Accelerator | None = None,
 ) -> EncodedImages:
-    """Latents and conditioning of every training image.
+    """Latents and conditioning of every training image, `batch_size` of them, or of their captions, at once.
 
     Args:
         generator: whose VAE and text encoder to use.
-        corpus: the images; `batch_size` of them, or of their captions, are encoded at once.
+        corpus: the images.
         folder: what is computed is kept there for the next run; its name must say generator and corpus.
         captions: 'first' or 'all'.
         mirrored: whether to encode the mirror images as a second view.
@@ -81,25 +81,19 @@ def encode_corpus(
     def computed(name: str, count: int, compute: Callable[[range], np.ndarray]) -> Tensor:
         return torch.from_numpy(in_parts(folder / name, count, batch_size, compute, accelerator, description=f"encode {name}"))
 
-    latents = computed("latents", len(corpus), partial(view, mirror=False)).unsqueeze(1)
-    if mirrored:
-        other = computed("mirrored", len(corpus), partial(view, mirror=True)).unsqueeze(1)
-        latents = torch.cat([latents, other], dim=1)
-    return EncodedImages(
-        corpus.image_ids,
-        latents,
-        _conditioning_in_parts(folder / f"{captions}-prompts", len(texts), batch_size, conditioning, accelerator),
-        np.cumsum([0, *map(len, chosen)]),
-    )
+    views = {"latents": False} | ({"mirrored": True} if mirrored else {})
+    latents = [computed(name, len(corpus), partial(view, mirror=mirror)) for name, mirror in views.items()]
+    told = _conditioning_in_parts(folder / f"{captions}-prompts", len(texts), batch_size, conditioning, accelerator)
+    return EncodedImages(corpus.image_ids, torch.stack(latents, dim=1), told, np.cumsum([0, *map(len, chosen)]))
 
 
 def _conditioning_in_parts(
     folder: Path, count: int, size: int, compute: Callable[[range], Conditioning], accelerator: Accelerator | None
 ) -> Conditioning:
-    """As `in_parts`, of several tensors at once, in the precision in which they come.
+    """As `in_parts`, of several tensors at once, in their own precision.
 
     Token embeddings of a large text encoder outgrow memory long before latents do, so that the result is left on disk, one
-    plain file a tensor, and mapped: processes share the pages, and only the rows in use are read.
+    plain file a tensor, and mapped.
     """
 
     def write(path: Path, rows: range) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,6 @@ def denoising_losses(
         latent element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions;
         one whose evaluations outnumber `batch_size` comes in several batches.
     """
-    measure = partial(OUTPUTS[output], generator)
     pairs = 2 if antithetic else 1
     timesteps = _timesteps(draws // pairs, generator.train_timesteps, span).repeat(pairs)
     captions = (images.first_caption[rows + 1] - images.first_caption[rows]).repeat(images.views)
@@ -63,11 +61,13 @@ def denoising_losses(
         caption, draw = np.divmod(np.tile(evaluations, len(positions)), draws)
         image, view = np.divmod(position, images.views)
         picked = rows[image]
-        ids = [images.image_ids[row] for row in picked]
-        noise = noise_for(ids, (draw // pairs).tolist(), seed=seed, shape=generator.latent_shape)
+        noise = noise_for(
+            [images.image_ids[row] for row in picked], (draw // pairs).tolist(), seed=seed, shape=generator.latent_shape
+        )
         if antithetic:
             noise = noise * torch.from_numpy(1.0 - 2.0 * (draw % 2)).to(noise.dtype)[:, None, None, None]
-        losses = measure(
+        losses = OUTPUTS[output](
+            generator,
             images.latents[picked, view].to(generator.device),
             images.conditioning[images.first_caption[picked] + caption].to(generator.device),
             torch.from_numpy(timesteps[draw]).to(generator.device),
@@ -92,7 +92,7 @@ def recorded_losses(
 def _timesteps(draws: int, train_timesteps: int, span: tuple[float, float]) -> np.ndarray:
     """(draws,) timesteps in the middles of equal parts of that part of the schedule."""
     low, high = span
-    if (low, high) == (0.0, 1.0):
+    if span == (0.0, 1.0):
         return spread_timesteps(draws, train_timesteps=train_timesteps)
     return ((low + (np.arange(draws) + 0.5) / draws * (high - low)) * train_timesteps).astype(np.int64)
 
@@ -111,17 +111,12 @@ def _batches(evaluations: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, n
 
 @torch.no_grad()
 def image_losses(generator: Generator, images: EncodedImages, rows: np.ndarray, **drawn: Any) -> np.ndarray:
-    """(C, V) float64 denoising losses of training images, averaged over draws and captions, as `denoising_losses` draws them.
-
-    Raises:
-        NonFiniteError: a loss is NaN or infinite; the image is named.
-    """
+    """(C, V) float64 denoising losses of images, means over draws and captions; NonFiniteError names the first that is not."""
     losses: np.ndarray = np.zeros(len(rows) * images.views)
     for positions, part in denoising_losses(generator, images, rows, **drawn):
         np.add.at(losses, positions, part.sum(dim=1, dtype=torch.float64).cpu().numpy())
-    losses = losses.reshape(len(rows), images.views)
-    require_finite(losses, images, rows, "loss")
-    return losses
+    require_finite(losses.reshape(len(rows), -1), images, rows, "loss")
+    return losses.reshape(len(rows), images.views)
 
 
 def require_finite(values: np.ndarray, images: EncodedImages, rows: np.ndarray, what: str) -> None:

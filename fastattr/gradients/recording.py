@@ -24,8 +24,8 @@ Calls = Sequence[tuple[Tensor, Tensor]]
 def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """While open, collect inputs and output gradients (`Calls`) of every backward pass, by layer name.
 
-    The layers' weights are frozen while it is open: a backward pass then goes no further than the layers' outputs, which
-    saves a third of the work, and leaves `weight.grad` alone.
+    The layers' weights are frozen while it is open: a backward pass then goes no further than the layers' outputs, which saves
+    a third of the work.
     """
     recorded: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     wanted = {name: layer.weight.requires_grad for name, layer in layers.items()}
@@ -57,21 +57,17 @@ def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[
 def _input_rows(layer: Layer, inputs: Tensor) -> Tensor:
     """(B, ..., in) -> (B, T, in); for a convolution (B, C, H, W) -> its patches, (B, T, C x kernel)."""
     if isinstance(layer, nn.Linear):
-        return _rows(inputs)
+        return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise InputError(f"convolutions padded with {layer.padding!r} {layer.padding_mode} are not supported by EKFAC.")
-    patches = F.unfold(inputs, layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride)
-    return patches.transpose(1, 2)
+    form = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+    return F.unfold(inputs, layer.kernel_size, **form).transpose(1, 2)
 
 
 def _output_rows(layer: Layer, gradients: Tensor) -> Tensor:
     """(B, ..., out) -> (B, T, out); for a convolution from (B, out, H, W)."""
-    return _rows(gradients) if isinstance(layer, nn.Linear) else gradients.flatten(2).transpose(1, 2)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(B, ..., W) -> (B, T, W)."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    of_linear = isinstance(layer, nn.Linear)
+    return gradients.reshape(len(gradients), -1, gradients.shape[-1]) if of_linear else gradients.flatten(2).transpose(1, 2)
 
 
 def joined(calls: Calls, groups: int) -> tuple[Tensor, Tensor]:
@@ -109,8 +105,7 @@ def rotated_gradients(calls: Calls, groups: int, left: Tensor, right: Tensor) ->
             after = few_out * outer * wide_in * (not turn_outputs) + few_out * inner * few_in * (not turn_inputs)
             costs[turn_inputs, turn_outputs] = before + rows * wide_in * wide_out + after
     turn_inputs, turn_outputs = min(costs, key=costs.__getitem__)
-    inputs = inputs @ right if turn_inputs else inputs
     gradients = gradients @ left if turn_outputs else gradients
-    total = torch.bmm(gradients.transpose(1, 2), inputs)
+    total = torch.bmm(gradients.transpose(1, 2), inputs @ right if turn_inputs else inputs)
     total = total if turn_outputs else left.T @ total
     return total if turn_inputs else total @ right

@@ -66,30 +66,17 @@ def find_widening(
 
     Arguments as `fit_calibration` has them; names that are expected to hold less than `least_share` are left out.
     """
+    drawn, none = {"corpus_size": corpus_size, "resamples": resamples, "seed": seed}, np.zeros(0)
     ratios = []
     for fold in range(min(FOLDS, len(scored))):
-        held_out = range(fold, len(scored), FOLDS)
         others = [row for row in range(len(scored)) if row % FOLDS != fold] or list(range(len(scored)))
-        curves = fit_curves(
-            [similarities[row] for row in others],
-            [scored[row] for row in others],
-            corpus_size=corpus_size,
-            resamples=resamples,
-            seed=seed,
-        )
-        fitted = Calibration(**curves, widening=1.0, feature_mean=np.zeros(0), ownness=None)
-        for row in held_out:
+        curves = fit_curves([similarities[row] for row in others], [scored[row] for row in others], **drawn)
+        fitted = Calibration(**curves, widening=1.0, feature_mean=none, ownness=None)
+        for row in range(fold, len(scored), FOLDS):
             near = ~scored[row].is_outsider
             _, family, sizes = np.unique(families[row][near], return_inverse=True, return_counts=True)
-            expected = divide(
-                fitted,
-                similarities[row][near],
-                names[row][near],
-                family,
-                weights=1 / sizes[family],
-                level=np.zeros(resamples + 1),
-                seed=seed + row,
-            )
+            counted: dict[str, Any] = {"weights": 1 / sizes[family], "level": np.zeros(resamples + 1), "seed": seed + row}
+            expected = divide(fitted, similarities[row][near], names[row][near], family, **counted)
             found, actual = teacher_shares(scored[row].influence[near], 1 / sizes[family], names[row][near])
             actual = actual[np.isin(found, expected.names)]
             side = np.where(actual > expected.share, expected.high - expected.share, expected.share - expected.low)
@@ -111,20 +98,16 @@ def fit_calibration(
     resamples: int = 200,
     seed: int = 0,
 ) -> Calibration:
-    """Fit everything on validation queries.
+    """Fit everything on validation queries; InputError if there is none.
 
     Of Q queries, the similarities, names (say creators) and families are (C,) arrays of their candidates; names find how wide
     intervals must be. `feature_mean` is (F,) of the corpus; the others are as `fit_curves` has them.
-
-    Raises:
-        InputError: there is no query.
     """
     if not scored:
         raise InputError("a calibration needs validation queries; score some with `fastattr teach`.")
-    curves = fit_curves(similarities, scored, corpus_size=corpus_size, resamples=resamples, seed=seed)
-    widening = find_widening(
-        similarities, scored, names, families, corpus_size=corpus_size, resamples=min(resamples, 100), seed=seed
-    )
+    sizes = {"corpus_size": corpus_size, "seed": seed}
+    curves = fit_curves(similarities, scored, **sizes, resamples=resamples)
+    widening = find_widening(similarities, scored, names, families, **sizes, resamples=min(resamples, 100))
     return Calibration(**curves, widening=widening, feature_mean=feature_mean.astype(np.float32), ownness=ownness)
 
 
@@ -186,13 +169,9 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
                 "there are %d and %d, and encoders of picture and prompt apart",
                 *(LEAST_QUERIES, LEAST_HELD_OUT, len(train), len(scored)),
             )
-        return {
-            "queries": len(scored),
-            "own_or_foreign": ownness.match is not None,
-            "widening": round(calibration.widening, 4),
-            "unrelated": round(float(calibration.unrelated[0]), 4),
-            "level": round(float(calibration.level[0]), 4),
-            "highest_influence": round(float(calibration.influence[-1]), 4),
-        }
+        facts = {"widening": calibration.widening, "unrelated": calibration.unrelated[0], "level": calibration.level[0]}
+        facts["highest_influence"] = calibration.influence[-1]
+        rounded = {name: round(float(value), 4) for name, value in facts.items()}
+        return {"queries": len(scored), "own_or_foreign": ownness.match is not None, **rounded}
 
     return make(folder, work, stage="calibration", config=config, inputs=inputs)

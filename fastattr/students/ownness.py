@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,13 +68,9 @@ def fit_match(
 ) -> Match:
     """Learn to tell own pictures with their prompts from own pictures with other prompts.
 
-    Args:
-        own: (M, F) features of generated images and prompts; on `held_out` (V, F) of others the threshold is set.
-        held_out: see there.
-        image: (F,) bool, features of the picture alone; `text` those of the prompt alone.
-        text: see there.
-        false_alarms: part of own images that may be called foreign, in (0, 1); with V held-out ones no less than 1 / V.
-        seed: of the network's start and of the prompts that are exchanged.
+    `own` (M, F) are features of generated images and prompts; on `held_out` (V, F) of others the threshold is set. `image`
+    (F,) bool are the features of the picture alone, `text` those of the prompt alone. `false_alarms` in (0, 1) is the part of
+    own images that may be called foreign; with V held-out ones no less than 1 / V.
     """
     import torch
     from torch.nn import functional as F
@@ -84,10 +79,8 @@ def fit_match(
     if image.sum() != text.sum():
         left, _, right = np.linalg.svd(own[:, image].T @ own[:, text], full_matrices=False)
         axes = [left.astype(np.float32), right.T.astype(np.float32)]
-    none = np.zeros(0, np.float32)
-    compared: dict[str, Any] = {"image": image.astype(np.float32), "text": text.astype(np.float32)}
-    compared |= {"image_axes": axes[0], "text_axes": axes[1], "threshold": np.array(np.inf)}
-    start = Match(**compared, hidden=none, bias=none, out=none)
+    none, never = np.zeros(0, np.float32), np.array(np.inf)
+    start = Match(image.astype(np.float32), text.astype(np.float32), *axes, none, none, none, never)
     width = start.inputs(own[:1]).shape[1]
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     hidden = (torch.randn(width, HIDDEN, generator=random) / width**0.5).requires_grad_()
@@ -103,7 +96,7 @@ def fit_match(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    match = Match(**compared, hidden=hidden.detach().numpy(), bias=bias.detach().numpy(), out=out.detach().numpy())
+    match = replace(start, hidden=hidden.detach().numpy(), bias=bias.detach().numpy(), out=out.detach().numpy())
     distances = np.sort(match.distance(held_out))
     # The quantile that own images exceed with this probability, their number taken into account (split conformal).
     place = min(len(distances) - 1, int(np.ceil((len(distances) + 1) * (1 - false_alarms))) - 1)
@@ -119,9 +112,8 @@ class Density:
     variances: np.ndarray
     """(F,), (P, F) orthonormal and (P,) float32, along the axes."""
     rest: np.ndarray
-    """() variance along each of the other directions."""
     threshold: np.ndarray
-    """() distances above it are called foreign."""
+    """() variance along each of the other directions, and the distance above which a picture is called foreign."""
 
     def distance(self, features: np.ndarray) -> np.ndarray:
         """(Q,) squared distance of (Q, F) features, in standard deviations, divided by F."""
@@ -140,8 +132,8 @@ def measures_of(image: Image.Image) -> np.ndarray:
     """
     pixels = np.asarray(image.resize((MEASURE_SIDE, MEASURE_SIDE), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     grey = pixels.mean(axis=2)
-    steps = (np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2
-    return np.array([grey.mean(), grey.std(), (pixels.max(axis=2) - pixels.min(axis=2)).mean(), steps], dtype=np.float32)
+    steps = sum(np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1)) / 2
+    return np.array([grey.mean(), grey.std(), np.ptp(pixels, axis=2).mean(), steps], dtype=np.float32)
 
 
 def words_of(texts: Iterable[str]) -> set[str]:
@@ -180,10 +172,8 @@ class Ownness:
                 if names:
                     found[row].append(f"the {' and '.join(names)} of the picture are those of none that it makes")
             if prompt and self.match is not None and distances[row] > self.match.threshold:
-                found[row].append(
-                    f"picture and prompt do not go together as its own do ({distances[row]:.2f}; its own stay below "
-                    f"{self.match.threshold.item():.2f})"
-                )
+                by = f"({distances[row]:.2f}; its own stay below {self.match.threshold.item():.2f})"
+                found[row].append(f"picture and prompt do not go together as its own do {by}")
         return found
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -199,11 +189,7 @@ class Ownness:
 
     @classmethod
     def read(cls, tensors: Mapping[str, np.ndarray], feature_dim: int) -> Ownness | None:
-        """From `tensors`; None from none.
-
-        Raises:
-            ValueError, TypeError: they are something else, or for features of another width.
-        """
+        """From `tensors`; None from none. ValueError or TypeError if they are something else, or for another width."""
         if not tensors:
             return None
         rest = dict(tensors)

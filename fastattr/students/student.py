@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
+from fastattr.core.settings import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,7 @@ class StudentConfig:
     """After each hidden layer."""
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1 or any(width < 1 for width in self.hidden):
-            raise InputError("embed_dim and hidden widths must be at least 1")
+        at_least(self, 1, "embed_dim", "hidden")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -46,8 +46,7 @@ class StudentConfig:
     def from_json(cls, values: Mapping[str, Any]) -> StudentConfig:
         """From a manifest or config.json; what an older one lacks keeps its default.
 
-        Raises:
-            InputError: it is of a student with a part that this version has no more.
+        InputError if it is of a student with a part that this version has no more.
         """
         used = [name for name in cls.RETIRED if values.get(name)]
         if used:
@@ -69,9 +68,7 @@ class Student(nn.Module):
         widths = [feature_dim, *config.hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-            if config.dropout:
-                layers.append(nn.Dropout(config.dropout))
+            layers += [nn.Linear(before, after), nn.ReLU(), *([nn.Dropout(config.dropout)] if config.dropout else [])]
         last = nn.Linear(widths[-1], config.embed_dim)
         if config.linear_path:
             nn.init.zeros_(last.weight)

@@ -1,8 +1,8 @@
 """A fitted teacher: all that queries share is computed once, so that one call scores a new query over the whole corpus.
 
 First order and the kernel methods score by inner products of compressed gradients (fastattr/gradients/compression.py). What is
-kept of a training image is a row; of the generator's curvature only the eigenvectors that the kept coordinates need. A
-query then costs its own gradient and one inner product an image; the spread over its draws says how sure the scores are.
+kept of a training image is a row; of the generator's curvature only the eigenvectors that the kept coordinates need. A query
+then costs its own gradient and one inner product an image; the spread over its draws says how sure the scores are.
 
 A folder holds manifest.json, ids.parquet and, for each member M of the mean, M-rows.npy (N, k) and M-turns.safetensors.
 """
@@ -37,10 +37,8 @@ from fastattr.gradients.compression import (
 from fastattr.gradients.ekfac import Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.teachers.config import KERNELS, TeacherConfig
-from fastattr.teachers.curvature import factor_batches
-from fastattr.teachers.ensembles import averaged
-from fastattr.teachers.kernels import kernel_rows
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.kernels import averaged, kernel_rows
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 
 STAGE = "fitted_teacher"
 QUERY = "query"
@@ -95,11 +93,11 @@ class FittedTeacher:
     def fit(
         cls, generator: Generator, images: EncodedImages, config: TeacherConfig, *, factors: Factors | None = None
     ) -> FittedTeacher:
-        """Fit to an encoded corpus, in memory.
+        """Fit to an encoded corpus of one view, in memory.
 
         Args:
             generator: with base weights.
-            images: the encoded corpus, of one view.
+            images: the encoded corpus.
             config: which methods and how; `gradient_width` 0 keeps whole gradients.
             factors: EKFAC factors of the layers; None fits them where a method needs them.
 
@@ -115,8 +113,8 @@ class FittedTeacher:
         for member in config.members_of():
             settings, coordinates = member.gradients_of(member.method), None
             if settings.whiten and factors is None:
-                diagonal = config.curvature == "diagonal"
-                factors = fit_ekfac(layers, factor_batches(generator, images, config), diagonal=diagonal)
+                batches = factor_batches(generator, images, config)
+                factors = fit_ekfac(layers, batches, diagonal=config.curvature == "diagonal")
             if settings.whiten and settings.width and factors is not None:
                 coordinates = leading_coordinates(generator, layers, images, factors, settings)
             compression = Compression(layers, settings, factors if settings.whiten else None, coordinates)
@@ -150,12 +148,7 @@ class FittedTeacher:
         return ScoredImages(self.image_ids, influence, np.sqrt(np.sum(np.square(errors), axis=0)) / len(errors))
 
     def save(self, folder: Path, *, generator: str) -> None:
-        """Write to a folder; rows in half precision.
-
-        Args:
-            folder: is made.
-            generator: the name by which `open` loads the generator, a folder or a Hub id.
-        """
+        """Write to a folder; rows in half precision. `generator` is the name by which `open` loads the generator."""
         folder.mkdir(parents=True, exist_ok=True)
         described = []
         for number, member in enumerate(self.members):
@@ -182,8 +175,7 @@ class FittedTeacher:
         generator = generator or Generator.from_pretrained(manifest["generator"])
         require_same("the generator", generator.fingerprint, manifest["inputs"]["generator"], "Fit the teacher again.")
         settings: dict[str, Any] = manifest["config"]
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        config = TeacherConfig(**settings)
+        config = TeacherConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
         layers = layers_to_unlearn(generator, config.pattern)
         members = []
         for number, described in enumerate(manifest["members"]):

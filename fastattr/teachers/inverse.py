@@ -93,15 +93,8 @@ def refined_inverse(
 ) -> dict[str, Tensor]:
     """A query's (out, in) natural gradient by layer, some steps of conjugate gradients beyond EKFAC's.
 
-    Args:
-        gradients: the query's.
-        factors: EKFAC factors of the same layers.
-        matrix: G.
-        damping: as a fraction of each layer's mean eigenvalue.
-        steps: of conjugate gradients; 0 gives EKFAC's own.
-
-    Raises:
-        NonFiniteError: G has no curvature along EKFAC's solution.
+    `gradients` are the query's, `factors` of the same layers, `matrix` is G, `damping` a fraction of each layer's mean
+    eigenvalue; 0 steps give EKFAC's own. NonFiniteError if G has no curvature along EKFAC's solution.
     """
     numbers = [value.numel() for value in gradients.values()]
 
@@ -151,11 +144,8 @@ def conjugate_gradients(
 ) -> Tensor:
     """(P,) x near the solution of A x = target, A and its rough inverse symmetric and positive.
 
-    Args:
-        product: v -> A v; `steps` of them are spent.
-        precondition: v -> near A^-1 v.
-        target: (P,).
-        start: (P,) the first x, and `image`, A start.
+    `product` is v -> A v, of which `steps` are spent, `precondition` v -> near A^-1 v, `start` the first x, and `image` A
+    start.
     """
     solution, residual = start, target - image
     turned = precondition(residual)

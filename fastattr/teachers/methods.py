@@ -20,15 +20,11 @@ from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.teachers.config import KERNELS, queries_a_pass, stores_gradients
-from fastattr.teachers.ensembles import averaged
-from fastattr.teachers.first_order import flat_step, linearised_scores
-from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.kernels import averaged, kernel_scores, similarity_scores
 from fastattr.teachers.retraining import read_retrained, retraining_scores
 from fastattr.teachers.scores import read_shard
-from fastattr.teachers.similarity import similarity_scores
-from fastattr.teachers.store import PART_ROWS
-from fastattr.teachers.task import Task
-from fastattr.teachers.unlearning import exact_scores
+from fastattr.teachers.task import PART_ROWS, Task
+from fastattr.teachers.unlearning import exact_scores, flat_step, linearised_scores
 
 
 def score_by_unlearning(task: Task) -> None:

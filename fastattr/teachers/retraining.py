@@ -1,13 +1,13 @@
 """Retraining: correct a teacher's scores by what models trained on random subsets of the corpus did with the query.
 
-A studio whose LoRA trains in minutes can afford some dozen models. With A the models' centred memberships, f their centred
-log losses of a query (negated: higher = known better) and s0 a teacher's scores, the scores are
+A studio whose LoRA trains in minutes can afford some dozen models. With A the models' centred memberships, f their centred log
+losses of a query (negated: higher = known better) and s0 a teacher's scores, the scores are
 
     s = c s0 + A^T (A A^T + lambda I)^-1 (f - c A s0),
 
-a ridge regression of f on memberships around the prior c s0. c and lambda are chosen by how well models that are left out
-are foretold. Of scores and losses only what differs between queries counts, as in residual LDS (docs/truth.md).
-Source: datamodels (arXiv:2202.00622); the prior is ours.
+a ridge regression of f on memberships around the prior c s0. c and lambda are chosen by how well models that are left out are
+foretold. Of scores and losses only what differs between queries counts, as in residual LDS (docs/truth.md). Source: datamodels
+(arXiv:2202.00622); the prior is ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
-from fastattr.teachers.ensembles import standardised
+from fastattr.teachers.kernels import standardised, with_ridge
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """lambda, as a fraction of the mean eigenvalue of A A^T, that are tried."""
@@ -57,19 +57,15 @@ class Retrained:
 def retraining_scores(
     teacher: np.ndarray, retrained: Retrained, *, priors: Sequence[float] = PRIORS
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Correct a teacher's (Q, N) scores.
-
-    Returns:
-        (Q, N) float64 scores, higher = more influential, and the 'prior' (c) and 'ridge' (lambda) that were chosen.
+    """Correct a teacher's (Q, N) scores: (Q, N) float64, and the 'prior' (c) and 'ridge' (lambda) that were chosen.
 
     Raises:
         InputError: shapes differ, a loss is not positive, or all models were trained on one part.
     """
     kept, losses = retrained.kept.astype(np.float64), retrained.losses
     if kept.shape != (len(losses), teacher.shape[1]) or losses.shape[1] != len(teacher):
-        raise InputError(
-            f"scores (Q, N), kept (M, N) and losses (M, Q) must agree, got {teacher.shape}, {kept.shape} and {losses.shape}"
-        )
+        shapes = f"{teacher.shape}, {kept.shape} and {losses.shape}"
+        raise InputError(f"scores (Q, N), kept (M, N) and losses (M, Q) must agree, got {shapes}")
     if not (np.isfinite(losses).all() and (losses > 0).all()):
         raise InputError("losses must be positive and finite.")
     outputs = -np.log(losses)
@@ -83,8 +79,7 @@ def retraining_scores(
             for held in retrained.folds():
                 fitted = ridge_scores(scores, kept[~held], outputs[~held], share, ridge)
                 foretold = (kept[held] - kept[~held].mean(axis=0)) @ fitted.T
-                missed = outputs[held] - outputs[~held].mean(axis=0) - foretold
-                tried[share, ridge] += float(np.square(missed).sum())
+                tried[share, ridge] += float(np.square(outputs[held] - outputs[~held].mean(axis=0) - foretold).sum())
     share, ridge = min(tried, key=tried.__getitem__)
     return ridge_scores(scores, kept, outputs, share, ridge), {"prior": share, "ridge": ridge}
 
@@ -95,8 +90,7 @@ def ridge_scores(prior: np.ndarray, kept: np.ndarray, outputs: np.ndarray, share
     foretold = memberships @ prior.T  # (M, Q)
     spread = foretold.std(axis=0)
     factor = share * outputs.std(axis=0) / np.where(spread > 0, spread, np.inf)
-    kernel = memberships @ memberships.T
-    kernel[np.diag_indices_from(kernel)] += ridge * float(np.trace(kernel)) / len(kernel)
+    kernel = with_ridge(memberships @ memberships.T, ridge)
     corrections = memberships.T @ np.linalg.solve(kernel, outputs - factor * foretold)
     return factor[:, None] * prior + corrections.T
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -18,26 +19,28 @@ from tqdm import tqdm
 from fastattr.core.errors import FastattrError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import in_parts, split_between
-from fastattr.core.stages import fingerprint
+from fastattr.core.stages import fingerprint, make
 from fastattr.corpus.store import Corpus
+from fastattr.features.store import write_features
 from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.generators.queries import Queries
-from fastattr.gradients.compression import Compression, GradientConfig, leading_coordinates
+from fastattr.generators.schedules import noise_for
+from fastattr.gradients.compression import SCALE_ROWS, Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import MADE_OF, Factors, fit_ekfac
 from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.losses import image_losses
 from fastattr.teachers.config import TeacherConfig, teacher_name
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.store import PART_ROWS, write_gradient_features
 from fastattr.teachers.unlearning import query_step
 
 logger = logging.getLogger(__name__)
 
 ENCODED_ROWS = 128
 """Training images that are encoded at once, whatever the settings, so that every run finds what another one kept."""
+PART_ROWS = 512
+"""Images whose features go into one file; a killed run loses at most one part."""
 TRIES = 3
 """How often a failing query is tried before it is passed over."""
 
@@ -48,6 +51,79 @@ def layers_to_unlearn(generator: Generator, pattern: str) -> dict[str, Layer]:
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     return layers
+
+
+def factor_batches(
+    generator: Generator, images: EncodedImages, config: TeacherConfig, accelerator: Accelerator | None = None
+) -> Callable[[], Iterator[Tensor]]:
+    """What `fit_ekfac` asks for: per-example losses on random images of the corpus; each process gets its own batches."""
+    rng, count = np.random.default_rng([config.seed, 7]), config.factor_examples
+    rows = rng.choice(len(images.image_ids), size=count, replace=count > len(images.image_ids))
+    timesteps = rng.integers(0, generator.train_timesteps, size=count)
+    views = rng.integers(0, images.views, size=count)
+    captions = rng.integers(images.first_caption[rows], images.first_caption[rows + 1])
+    index, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+    def batches() -> Iterator[Tensor]:
+        starts = range(0, count, config.batch_size)[index::processes]
+        for start in tqdm(starts, desc="EKFAC factors", unit="batch", disable=index > 0):
+            part = slice(start, start + config.batch_size)
+            ids = [f"factor/{position}" for position in range(count)[part]]
+            noise, target_noise = (
+                noise_for(ids, [draw] * len(ids), seed=config.seed, shape=generator.latent_shape).to(generator.device)
+                for draw in (0, 1)
+            )
+            latents, told = images.latents[rows[part], views[part]], images.conditioning[captions[part]]
+            times = torch.from_numpy(timesteps[part]).to(generator.device)
+            arguments = (latents.to(generator.device), told.to(generator.device), times, noise)
+            true = config.fisher == "true"
+            yield generator.sampled_loss(*arguments, target_noise) if true else generator.training_loss(*arguments)
+
+    return batches
+
+
+def write_gradient_features(
+    folder: Path,
+    generator: Generator,
+    layers: Mapping[str, Layer],
+    images: EncodedImages,
+    compression: Compression,
+    config: GradientConfig,
+    accelerator: Accelerator,
+    *,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write the gradient features of all images, in parts split over the processes and kept if killed.
+
+    Args:
+        folder: gets features.npy, (N, k) float16, ids.parquet and manifest.json, as every feature folder has them; if it has
+            them already, nothing is done.
+        generator: this and the next four as of `gradient_features`.
+        inputs: fingerprints of what the features are made from besides the generator: 'source' (the corpus) and others.
+
+    Returns:
+        The manifest. Its 'scale' is the factor on the stored numbers, since half precision needs them near 1: true
+        features = stored / scale. 'bytes_per_image' is what the store keeps of each.
+    """
+    parts = folder / f"parts-{fingerprint([config.identity, generator.fingerprint, list(images.image_ids), sorted(layers)])}"
+
+    def features(rows: range) -> np.ndarray:
+        return gradient_features(generator, layers, images, np.array(rows), compression, config)
+
+    def work() -> dict[str, Any]:
+        sample = features(range(min(SCALE_ROWS, len(images.image_ids))))
+        scale = float(1 / np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
+
+        def part(rows: range) -> np.ndarray:
+            return (features(rows) * scale).astype(np.float16)
+
+        stored = in_parts(parts, len(images.image_ids), PART_ROWS, part, accelerator, description="gradient features")
+        if accelerator.is_main_process:
+            write_features(folder, stored, images.image_ids)
+        return {"layers": sorted(layers), "scale": scale, "bytes_per_image": stored[0].nbytes}
+
+    made_of = {"generator": generator.fingerprint, **inputs}
+    return make(folder, work, stage="features", config=config, inputs=made_of, accelerator=accelerator, temporary=[parts])
 
 
 @dataclass(frozen=True)
@@ -92,15 +168,10 @@ class Task:
     def encode_corpus(self) -> EncodedImages:
         """The corpus as the denoiser sees it; kept for the next run."""
         with self.timed("encode"):
-            return encode_corpus(
-                self.generator,
-                self.corpus,
-                batch_size=ENCODED_ROWS,
-                folder=self.run_dir / "encoded" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint]),
-                captions=self.config.captions,
-                mirrored=self.config.mirrored,
-                accelerator=self.accelerator,
-            )
+            folder = self.run_dir / "encoded" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint])
+            seen: dict[str, Any] = {"captions": self.config.captions, "mirrored": self.config.mirrored}
+            parts: dict[str, Any] = {"batch_size": ENCODED_ROWS, "folder": folder, "accelerator": self.accelerator}
+            return encode_corpus(self.generator, self.corpus, **parts, **seen)
 
     def rows_of(self, row: int) -> np.ndarray:
         """(C,) rows in the corpus of the candidates of query `row`."""
@@ -115,9 +186,8 @@ class Task:
         query_id, split = self.queries.query_ids[row], self.queries.splits[row]
         image_ids, is_outsider = self.candidates[query_id]
         scored = ScoredQuery(query_id, self.queries.prompts[row], split, image_ids, influence, is_outsider, rise)
-        write_shard(
-            self.shard(row), [scored], teacher=teacher_name(self.config, [split]), config=fingerprint(vars(self.config))
-        )
+        made_by = {"teacher": teacher_name(self.config, [split]), "config": fingerprint(vars(self.config))}
+        write_shard(self.shard(row), [scored], **made_by)
 
     def failure(self, row: int) -> Path:
         """Where it is recorded that query `row` failed."""
@@ -158,10 +228,8 @@ class Task:
     def curved(self, images: EncodedImages) -> GaussNewton | None:
         """The Gauss-Newton matrix, where the settings ask for a better inverse than EKFAC's."""
         config = self.config
-        if not config.inverse_steps:
-            return None
         sizes = {"examples": config.inverse_examples, "batch_size": config.batch_size, "seed": config.seed}
-        return GaussNewton(self.generator, self.layers, images, **sizes)
+        return GaussNewton(self.generator, self.layers, images, **sizes) if config.inverse_steps else None
 
     def step(self, row: int, factors: Factors, matrix: GaussNewton | None) -> tuple[dict[str, Tensor], float]:
         """The change of weights that unlearns query `row`, and the rise of its loss that it gives to first order."""
@@ -178,12 +246,8 @@ class Task:
         folder = self.run_dir / "ekfac" / fingerprint(identity)
         accelerator.wait_for_everyone()
         if not (folder / MADE_OF).exists():
-            factors = fit_ekfac(
-                self.layers,
-                factor_batches(self.generator, images, config, accelerator),
-                accelerator=accelerator,
-                diagonal=config.curvature == "diagonal",
-            )
+            batches = factor_batches(self.generator, images, config, accelerator)
+            factors = fit_ekfac(self.layers, batches, accelerator=accelerator, diagonal=config.curvature == "diagonal")
             if accelerator.is_main_process:
                 factors.save(folder, made_of=made_of)
         accelerator.wait_for_everyone()
@@ -192,7 +256,7 @@ class Task:
     def base_loss(self, images: EncodedImages) -> np.ndarray:
         """(N, V) base losses of the corpus, measured in parts that are split over the processes and kept for the next run."""
         config = self.config
-        settings = [config.loss_draws, config.captions, config.mirrored, config.seed]
+        settings: list[Any] = [config.loss_draws, config.captions, config.mirrored, config.seed]
         settings += [list(config.span)] if config.span != (0.0, 1.0) else []
         folder = self.run_dir / "base_loss" / fingerprint([self.generator.fingerprint, self.corpus.fingerprint, *settings])
 

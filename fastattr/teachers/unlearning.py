@@ -1,12 +1,14 @@
 """Unlearning: the natural-gradient step that makes the generator forget a query, and the scores that it gives.
 
-Pure functions on a generator's layers; fastattr/teachers/teach.py applies them to every query of a run.
-Source: arXiv:2511.10721, sec. 3 (AbU+). Where we differ from the paper: docs/differences.md.
+Exactly: every candidate's loss is measured again after the step (AbU+, arXiv:2511.10721, sec. 3; where we differ:
+docs/differences.md). To first order (ours): a training image's loss changes by the inner product of its mean loss gradient
+with the step. The queries' steps are rows of a matrix; the corpus passes by once, each image's gradient is contracted with
+all steps and forgotten. As the step shrinks, the exact score divided by the step's length converges to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +22,8 @@ from fastattr.generators.generator import Generator
 from fastattr.generators.layers import Layer
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses, image_losses
+from fastattr.gradients.losses import denoising_losses, image_losses, recorded_losses, require_finite
+from fastattr.gradients.recording import example_gradients
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.inverse import GaussNewton, refined_inverse
 
@@ -109,16 +112,11 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
 
     Args:
         base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
-        unlearned_loss: (C, V) the same after unlearning, with the same noise draws.
+        unlearned_loss: (C, V) the same after unlearning, with the same noise draws; InputError if the shapes differ.
 
     Returns:
         (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
         influential; values may be negative.
-
-    Raises:
-        InputError: the shapes differ.
-
-    Source: arXiv:2511.10721, sec. 3.
     """
     if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
         raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
@@ -135,7 +133,7 @@ def exact_scores(
     candidate_rows: np.ndarray,
     config: TeacherConfig,
 ) -> np.ndarray:
-    """Influence of each candidate on the query that a step unlearns.
+    """(C,) influence of each candidate on the query that a step unlearns; higher = more influential.
 
     Args:
         generator: with base weights, which it has again on return.
@@ -144,9 +142,6 @@ def exact_scores(
         base_loss: (N, V) losses of the whole corpus before unlearning.
         step: (out, in) change by layer, as `query_step` gives it.
         config: the teacher's settings.
-
-    Returns:
-        (C,) influence scores, higher = more influential.
     """
 
     def losses() -> np.ndarray:
@@ -183,13 +178,43 @@ def query_step(
     for _ in range(config.unlearning_steps):
         with unlearned(layers, total):
             gradients, loss = query_gradient(generator, layers, latent, conditioning, query_id=query_id, **drawn)
-            if matrix is None:
-                natural = factors.precondition(gradients, damping=config.damping)
-            else:
-                natural = refined_inverse(gradients, factors, matrix, damping=config.damping, steps=config.inverse_steps)
-        step, rise = unlearning_step(
-            gradients, natural, loss=loss, rise=config.query_loss_rise / config.unlearning_steps, step_size=config.step_size
-        )
+            natural = (
+                factors.precondition(gradients, damping=config.damping)
+                if matrix is None
+                else refined_inverse(gradients, factors, matrix, damping=config.damping, steps=config.inverse_steps)
+            )
+        wanted = config.query_loss_rise / config.unlearning_steps
+        step, rise = unlearning_step(gradients, natural, loss=loss, rise=wanted, step_size=config.step_size)
         total = {name: total[name] + change for name, change in step.items()}
         total_rise += rise
     return total, total_rise
+
+
+def flat_step(step: Mapping[str, Tensor], layers: Sequence[str]) -> np.ndarray:
+    """(P,) the changes of all layers, in the order of `layers`."""
+    return torch.cat([step[name].detach().flatten() for name in layers]).cpu().numpy()
+
+
+def linearised_scores(
+    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, rows: np.ndarray, steps: Tensor, **drawn: Any
+) -> np.ndarray:
+    """(Q, C) float64 first-order loss change of training images under each query's step; higher = more influential.
+
+    Args:
+        generator: with base weights.
+        layers: those that the steps change; their weights must require gradients.
+        images: the encoded corpus; `rows` (C,) says which of its images. Of two views the larger change counts.
+        steps: (Q, P) change of weights by query, as `flat_step` has them.
+        drawn: draws, batch_size, seed and span, as of `image_losses` in the exact teacher.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite; the image is named.
+    """
+    scores = torch.zeros(len(rows) * images.views, len(steps), dtype=torch.float64)
+    steps = steps.to(generator.device)
+    for positions, _, recorded in recorded_losses(generator, layers, images, rows, **drawn):
+        gradients = torch.cat([example_gradients(recorded[name], len(positions)).flatten(1) for name in layers], dim=1)
+        scores.index_add_(0, torch.from_numpy(positions), (gradients @ steps.T).double().cpu())
+    largest = scores.reshape(len(rows), images.views, len(steps)).amax(dim=1).numpy()
+    require_finite(largest, images, rows, "first-order score")
+    return largest.T

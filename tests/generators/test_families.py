@@ -33,9 +33,8 @@ from fastattr.gradients.encoded import EncodedImages, encode_corpus
 from fastattr.gradients.recording import example_gradients, record_layers
 from fastattr.teachers import teach
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.scores import read_scores
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 from fastattr.teachers.unlearning import query_gradient, unlearned, unlearning_step
 from tests.generators.test_pretrained import save_lora
 from tests.tiny import draw, write_folder
