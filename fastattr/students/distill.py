@@ -1,10 +1,9 @@
 """Distill: teach the student the teacher's ranking.
 
 Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). A step takes some
-training queries and some training images, sends each through the network once and uses every pair of them that the score
-table holds (pairs.py); the loss is one of losses.py. The averaged
-weights are judged by mAP(1%) on the validation queries, which stops the training; test queries are not looked at.
-Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
+training queries and some training images, sends each through the network once and uses every pair of them that the score table
+holds (pairs.py); the loss is one of losses.py. The averaged weights are judged by mAP(1%) on the validation queries, which
+stops the training. Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
+from fastattr.core.settings import at_least
 from fastattr.core.stages import make, open_stage
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
@@ -61,21 +61,14 @@ class DistillConfig:
     """Judgements without a better one after which training stops."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=600,
-            batch_size=128,
-            learning_rate=1e-3,
-            weight_decay=0.01,
-            warmup_steps=20,
-            ema_decay=0.99,
-            checkpoint_every=200,
+            steps=600, batch_size=128, learning_rate=1e-3, warmup_steps=20, ema_decay=0.99, checkpoint_every=200
         )
     )
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if min(self.images_per_step, self.judge_every, self.patience) < 1:
-            raise InputError("images_per_step, judge_every and patience must be at least 1")
+        at_least(self, 1, "images_per_step", "judge_every", "patience")
 
     @property
     def target_kind(self) -> str:
@@ -128,27 +121,20 @@ def distill(
     images: FeatureRows,
     config: DistillConfig,
     *,
-    checkpoint: Path,
     validation: Validation | None = None,
-    made_from: object = None,
-    accelerator: Accelerator | None = None,
     on_judgement: Callable[[float], None] | None = None,
+    **resumed: Any,
 ) -> Student:
-    """Train a student on a table.
+    """Train a student on a table; returns it with averaged weights.
 
     Args:
         table: of the Q training queries.
         queries: (Q, F) their features, in the same order.
         images: (N, F) features of the training images.
         config: shape and training.
-        checkpoint: this, `made_from` and `accelerator` as `training.fit` has them.
         validation: stops the training and chooses the weights; None trains for all steps.
-        made_from: see there.
-        accelerator: see there.
         on_judgement: told each validation mAP.
-
-    Returns:
-        The student with averaged weights.
+        resumed: checkpoint, made_from and accelerator, as `training.fit` has them.
     """
     torch.manual_seed(config.training.seed)
     student = Student(images.shape[1], config.student)
@@ -161,35 +147,17 @@ def distill(
         arrays = (queries[picked], images[drawn], targets, known.astype(np.float32))
         return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
-    stopping = None
-    if validation is not None:
-        stopping = EarlyStopping(_judge(validation, images, on_judgement), config.judge_every, config.patience)
-    average = fit(
-        DistillLoss(student, config.loss),
-        batch_of,
-        config.training,
-        examples=len(table),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        stopping=stopping,
-        description="student",
-    )
-    return cast(DistillLoss, average).student
-
-
-def _judge(
-    validation: Validation, images: FeatureRows, on_judgement: Callable[[float], None] | None
-) -> Callable[[nn.Module], float]:
-    """What tells how good a `DistillLoss`'s student is, and tells `on_judgement`."""
-
     def judge(module: nn.Module) -> float:
+        assert validation is not None
         value = validation.mean_average_precision(cast(DistillLoss, module).student, images)
         if on_judgement is not None:
             on_judgement(value)
         return value
 
-    return judge
+    stopping = EarlyStopping(judge, config.judge_every, config.patience) if validation is not None else None
+    about: dict[str, Any] = {"examples": len(table), "stopping": stopping, "description": "student"}
+    average = fit(DistillLoss(student, config.loss), batch_of, config.training, **resumed, **about)
+    return cast(DistillLoss, average).student
 
 
 def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
@@ -216,8 +184,7 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
         scored = read_scores(run_dir / "scores", split="validation")
         validation = Validation(
             read_features(query_folders, [query.query_id for query in scored]),
-            [corpus.rows(query.image_ids) for query in scored],
-            [query.influence for query in scored],
+            *([corpus.rows(query.image_ids) for query in scored], [query.influence for query in scored]),
         )
         student = distill(
             open_table(mapped),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.encoded import EncodedImages
 from fastattr.teachers.config import KERNELS, queries_a_pass, stores_gradients
+from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.kernels import averaged, kernel_scores, similarity_scores
 from fastattr.teachers.retraining import read_retrained, retraining_scores
 from fastattr.teachers.scores import read_shard
@@ -31,56 +33,43 @@ def score_by_unlearning(task: Task) -> None:
     """AbU+ or AbU: some splits to first order, the others exactly."""
     config, splits = task.config, task.queries.splits
     images = task.encode_corpus()
-    # What the settings below determine is kept in folders named by them, so nothing stale is ever picked up.
-    with task.timed("factors"):
-        factors = task.factors(images)
+    factors, matrix = task.factors(images), task.curved(images)
     by_first_order = [row for row, split in enumerate(splits) if config.is_linearised(split)]
     if exact := [row for row, split in enumerate(splits) if not config.is_linearised(split)]:
-        _score_exactly(task, images, factors, exact)
+        with task.timed("base loss"):
+            base_loss = task.base_loss(images)
+
+        def score(row: int) -> None:
+            step, rise = task.step(row, factors, matrix)
+            measured: dict[str, Any] = {"candidate_rows": task.rows_of(row), "config": config}
+            task.write(row, exact_scores(task.generator, task.layers, images, base_loss, step, **measured), rise)
+
+        task.attempt_all(exact, score, description="teacher")
     parameters = sum(layer.weight.numel() for layer in task.layers.values())
-    if by_first_order and stores_gradients(config, queries=len(by_first_order), parameters=parameters):
-        _score_from_store(task, images, factors, by_first_order)
-    else:
-        size = queries_a_pass(config, parameters)
-        for start in range(0, len(by_first_order), size):
-            _score_linearised(task, images, factors, by_first_order[start : start + size])
+    stored = stores_gradients(config, queries=len(by_first_order), parameters=parameters)
+    size = len(by_first_order) if stored else queries_a_pass(config, parameters)
+    score_some = _score_from_store if stored else _score_linearised
+    for start in range(0, len(by_first_order), size or 1):
+        rows = by_first_order[start : start + size]
+        if not all(task.shard(row).exists() for row in rows):
+            score_some(task, images, factors, matrix, rows)
 
 
-def _score_exactly(task: Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
-    """Score these queries one by one, split over the processes; those with a shard are done."""
-    with task.timed("base loss"):
-        base_loss = task.base_loss(images)
-
-    matrix = task.curved(images)
-
-    def score(row: int) -> None:
-        step, rise = task.step(row, factors, matrix)
-        influence = exact_scores(
-            task.generator, task.layers, images, base_loss, step, candidate_rows=task.rows_of(row), config=task.config
-        )
-        task.write(row, influence, rise)
-
-    task.attempt_all(rows, score, description="teacher")
-
-
-def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
+def _score_linearised(
+    task: Task, images: EncodedImages, factors: Factors, matrix: GaussNewton | None, rows: Sequence[int]
+) -> None:
     """Score these queries together: their steps, split over the processes, then their candidates in parts, split too.
 
     Steps and parts are kept in files until the queries have their shards, so a killed run goes on where it stood.
     """
-    if all(task.shard(row).exists() for row in rows):
-        return
-    accelerator, config = task.accelerator, task.config
-    scratch = task.shards / f"linearised-{fingerprint([task.queries.query_ids[row] for row in rows])}"
-    step_files = {row: scratch / f"step-{task.queries.query_ids[row]}.safetensors" for row in rows}
-
-    matrix = task.curved(images)
+    config, ids = task.config, task.queries.query_ids
+    scratch = task.shards / f"linearised-{fingerprint([ids[row] for row in rows])}"
+    step_files = {row: scratch / f"step-{ids[row]}.safetensors" for row in rows}
 
     def keep_step(row: int) -> None:
         step, rise = task.step(row, factors, matrix)
-        flat = {"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}
         with atomic_path(step_files[row]) as temporary:
-            save_file(flat, temporary)
+            save_file({"step": flat_step(step, list(task.layers)), "rise": np.array([rise])}, temporary)
 
     task.attempt_all([row for row in rows if not step_files[row].exists()], keep_step, description="query steps")
     rows = [row for row in rows if step_files[row].exists()]
@@ -95,54 +84,42 @@ def _score_linearised(task: Task, images: EncodedImages, factors: Factors, rows:
         some = union[positions.start : positions.stop]
         return linearised_scores(task.generator, task.layers, images, some, steps, **config.measured).T.astype(np.float32)
 
-    folder = scratch / f"parts-{fingerprint([task.queries.query_ids[row] for row in rows])}"
+    folder = scratch / f"parts-{fingerprint([ids[row] for row in rows])}"
     with task.timed("linearised pass"):
-        scores = in_parts(folder, len(union), PART_ROWS, scores_of, accelerator, description="linearised")
-    if accelerator.is_main_process:
+        scores = in_parts(folder, len(union), PART_ROWS, scores_of, task.accelerator, description="linearised")
+    if task.accelerator.is_main_process:
         for position, row in enumerate(rows):
-            if task.shard(row).exists():
-                continue
-            influence = scores[np.searchsorted(union, task.rows_of(row)), position]
-            task.write(row, influence, float(load_file(step_files[row])["rise"][0]))
-    accelerator.wait_for_everyone()
+            if not task.shard(row).exists():
+                influence = scores[np.searchsorted(union, task.rows_of(row)), position]
+                task.write(row, influence, float(load_file(step_files[row])["rise"][0]))
+    task.accelerator.wait_for_everyone()
 
 
-def _score_from_store(task: Task, images: EncodedImages, factors: Factors, rows: Sequence[int]) -> None:
+def _score_from_store(
+    task: Task, images: EncodedImages, factors: Factors, matrix: GaussNewton | None, rows: Sequence[int]
+) -> None:
     """Score these queries to first order from stored whitened gradients: one inner product an image."""
-    if all(task.shard(row).exists() for row in rows):
-        return
-    config = task.config
-    store, scale, compression = task.stored_gradients(images, config.gradients_of("first-order"), factors)
-    matrix = task.curved(images)
+    store, scale, compression = task.stored_gradients(images, task.config.gradients_of("first-order"), factors)
 
     def score(row: int) -> None:
         step, rise = task.step(row, factors, matrix)
-        influence = store[task.rows_of(row)].astype(np.float32) @ (compression.of_step(step).cpu().numpy() / scale)
-        task.write(row, influence, rise)
+        short = compression.of_step(step).cpu().numpy() / scale
+        task.write(row, store[task.rows_of(row)].astype(np.float32) @ short, rise)
 
     task.attempt_all(rows, score, description="teacher")
 
 
 def score_by_kernel(task: Task) -> None:
     """TRAK and D-TRAK: gradients of training images and queries, and a ridge-regularised kernel."""
-    config = task.config
-    images = task.encode_corpus()
-    settings, factors = config.gradients_of(config.method), None
-    if settings.whiten:
-        with task.timed("factors"):
-            factors = task.factors(images)
-    store, scale, compression = task.stored_gradients(images, settings, factors)
-    ids = task.queries.query_ids
-    encoded = [task.query(row) for row in range(len(ids))]
-    queries = EncodedImages(
-        ids,
-        torch.stack([query["latent"] for query in encoded]),
-        Conditioning.concatenated([task.generator.encode_prompt([query["prompt"]]) for query in encoded]),
-        np.arange(len(ids) + 1),
-    )
+    config, ids = task.config, task.queries.query_ids
+    images, settings = task.encode_corpus(), config.gradients_of(config.method)
+    store, scale, compression = task.stored_gradients(images, settings, task.factors(images) if settings.whiten else None)
+    latents = torch.stack([task.query(row)["latent"] for row in range(len(ids))])
+    told = [task.generator.encode_prompt([prompt]) for prompt in task.queries.prompts]
+    queries = EncodedImages(ids, latents, Conditioning.concatenated(told), np.arange(len(ids) + 1))
+    drawn = replace(settings, draws=config.query_draws, antithetic=config.antithetic)
 
     def features_of(rows: range) -> np.ndarray:
-        drawn = replace(settings, draws=config.query_draws, antithetic=config.antithetic)
         return gradient_features(task.generator, task.layers, queries, np.array(rows), compression, drawn)
 
     features = in_parts(task.shards / "features", len(ids), 1, features_of, task.accelerator, description="query gradients")

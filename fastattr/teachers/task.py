@@ -191,7 +191,7 @@ class Task:
 
     def failure(self, row: int) -> Path:
         """Where it is recorded that query `row` failed."""
-        return self.shards / f"{self.queries.query_ids[row]}.failed.json"
+        return self.shard(row).with_suffix(".failed.json")
 
     def attempt(self, row: int, work: Callable[[int], None]) -> None:
         """Do `work` for query `row`; if it fails `TRIES` times, record the error and pass on."""
@@ -219,11 +219,8 @@ class Task:
 
     def query(self, row: int) -> dict[str, Any]:
         """The query as `query_step` takes it."""
-        return {
-            "latent": self.generator.encode_image([self.queries.image(row)]),
-            "prompt": self.queries.prompts[row],
-            "query_id": self.queries.query_ids[row],
-        }
+        latent = self.generator.encode_image([self.queries.image(row)])
+        return {"latent": latent, "prompt": self.queries.prompts[row], "query_id": self.queries.query_ids[row]}
 
     def curved(self, images: EncodedImages) -> GaussNewton | None:
         """The Gauss-Newton matrix, where the settings ask for a better inverse than EKFAC's."""
@@ -237,8 +234,11 @@ class Task:
 
     def factors(self, images: EncodedImages) -> Factors:
         """Curvature: the user's, one fitted earlier, or one fitted now by all processes together."""
-        if self.given_factors:
-            return self.given_factors
+        with self.timed("factors"):
+            return self.given_factors or self._fitted_factors(images)
+
+    def _fitted_factors(self, images: EncodedImages) -> Factors:
+        """Of a folder named by all that determines them, so nothing stale is ever picked up."""
         config, accelerator = self.config, self.accelerator
         made_of = {"generator": self.generator.fingerprint, "corpus": self.corpus.fingerprint}
         settings = ("curvature", "fisher", "factor_examples", "captions", "mirrored", "batch_size", "seed")
@@ -271,8 +271,7 @@ class Task:
         """(N, k) half-precision gradient features of the corpus, memory-mapped, the factor on them, and their compression."""
         inputs = {"source": self.corpus.fingerprint, "layers": fingerprint(sorted(self.layers))}
         inputs |= {"views": str(images.views), "captions": self.config.captions}
-        if factors is not None:
-            inputs["factors"] = factors.fingerprint
+        inputs |= {} if factors is None else {"factors": factors.fingerprint}
         folder = self.run_dir / "gradients" / fingerprint([self.generator.fingerprint, inputs, settings.identity])
         coordinates, kept = None, folder / "coordinates.npy"
         with self.timed("gradient store"):

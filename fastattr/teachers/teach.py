@@ -54,10 +54,8 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     inputs = {"candidates": candidates_fingerprint, "generator": generator.fingerprint}
     made_of = {"generator": generator.fingerprint, "corpus": corpus.fingerprint}
     given = Factors.load(Path(config.factors), layers, made_of=made_of) if config.factors else None
-    if given:
-        inputs["factors"] = given.fingerprint
-    if models:
-        inputs["models"] = fingerprint([model.fingerprint for model in models])
+    inputs |= {"factors": given.fingerprint} if given else {}
+    inputs |= {"models": fingerprint([model.fingerprint for model in models])} if models else {}
     shards = folder / f"shards-{fingerprint([inputs, {**vars(config), 'allow_failures': None}])}"
     task = Task(
         generator, layers, corpus, queries, candidates, candidate_rows, given, config, accelerator, run_dir, shards, models
@@ -66,8 +64,7 @@ def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         started = time.monotonic()
         score(task)
-        facts = _write_table(task, folder)
-        return {**facts, "seconds": round(time.monotonic() - started, 1)}
+        return {**_write_table(task, folder), "seconds": round(time.monotonic() - started, 1)}
 
     return make(folder, work, stage="scores", config=config, inputs=inputs, accelerator=accelerator, temporary=[shards])
 
