@@ -26,8 +26,7 @@ from fastattr.features.kinds import open_encoder
 from fastattr.generators.families import CROSS_ATTENTION_KV, Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.fitted import FittedTeacher
 from fastattr.teachers.task import factor_batches, layers_to_unlearn

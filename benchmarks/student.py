@@ -37,8 +37,7 @@ from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
 from fastattr.features.encoder import unit_vectors
 from fastattr.features.store import folders, read_features
-from fastattr.students.distill import DistillConfig, Validation, distill
-from fastattr.students.losses import LOSSES
+from fastattr.students.distill import LOSSES, DistillConfig, Validation, distill
 from fastattr.students.pairs import labels_of, make_table
 from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed

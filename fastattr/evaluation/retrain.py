@@ -36,8 +36,7 @@ from fastattr.evaluation.subsets import Model, RetrainConfig, choose_part, group
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries
 from fastattr.generators.scratch.autoencoder import encode_latents, load_images
-from fastattr.generators.scratch.denoiser import DenoiserLoss, build_denoiser, build_scheduler
-from fastattr.generators.scratch.text import tokenize, train_tokenizer
+from fastattr.generators.scratch.denoiser import DenoiserLoss, build_denoiser, build_scheduler, tokenize, train_tokenizer
 
 RANKINGS = "rankings.parquet"
 """In the run, and kept with the ground truth: whom each method names for each query of leave-K-out."""

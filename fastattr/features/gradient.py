@@ -23,12 +23,11 @@ from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
+from fastattr.generators.families import Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import Compression, GradientConfig, RidgeKernel, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses
+from fastattr.gradients.losses import EncodedImages, denoising_losses
 
 FACTOR_IMAGES = 512
 """Training images, spread over the corpus, on which the curvature is fitted, each at `GradientConfig.draws` timesteps."""

@@ -1,20 +1,24 @@
-"""Families: how each kind of diffusers text-to-image pipeline encodes prompts, runs its denoiser and is trained.
+"""Families: how each kind of diffusers text-to-image pipeline encodes prompts, runs its denoiser, is trained and draws.
 
-A family is recognised from the pipeline's own parts, not from its name. Each follows the recipe of diffusers' own
-fine-tuning scripts (examples/text_to_image, examples/dreambooth); docs/generators.md says which.
+A family is recognised from the pipeline's own parts, not from its name. Each follows the recipe of diffusers' own fine-tuning
+scripts (examples/text_to_image, examples/dreambooth); docs/generators.md says which. Here too: which layers can be unlearned.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image, ImageOps
+from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
+from fastattr.generators.lora import LORA
 
 CROSS_ATTENTION_KV = r"attn2\.to_[kv]$"
 """Key and value projections of the text in cross-attention, the weights that the paper unlearns (sec. 3)."""
@@ -202,3 +206,115 @@ def recognise(pipeline: Any) -> Family:
     if config.get("time_cond_proj_dim") is not None or (family is SANA and config.get("guidance_embeds")):
         raise InputError(f"{kind} is a consistency model, trained by distillation; attribute the model it was distilled from.")
     return family
+
+
+Layer = nn.Linear | nn.Conv2d
+"""What EKFAC is defined for here; a convolution is a linear layer on the patches of its input."""
+ALL_LAYERS = r"."
+LARGE = 50_000_000
+"""Weights of a denoiser above which the gradient of all of them is too long to keep for every training image."""
+
+
+def weight_shape(layer: Layer) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix; in = channels x kernel height x kernel width for a convolution."""
+    return layer.weight.shape[0], layer.weight[0].numel()
+
+
+def default_pattern(denoiser: nn.Module, text_projections: str) -> str:
+    """Which layers are unlearned where the settings name none: all of a small U-Net, the text-side projections of others.
+
+    Gradients of all layers foretell retraining twice as well (docs/truth.md). In a transformer some layers take no part in a
+    loss, and a large denoiser's gradient has billions of numbers.
+    """
+    small = sum(weight.numel() for weight in denoiser.parameters()) <= LARGE
+    return ALL_LAYERS if small and hasattr(denoiser, "down_blocks") else text_projections
+
+
+def find_layers(denoiser: nn.Module, pattern: str, *, of_lora: bool) -> dict[str, Layer]:
+    """The linear layers and convolutions whose name matches, by name, of a LoRA or all others; InputError if there is none."""
+    layers: dict[str, Layer] = {
+        name: module
+        for name, module in denoiser.named_modules()
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and bool(re.search(LORA, name)) == of_lora
+    }
+    # peft keeps the layer that a LoRA lies on as its `base_layer`.
+    found = {name: layer for name, layer in layers.items() if re.search(pattern, name.removesuffix(".base_layer"))}
+    if not found:
+        raise InputError(f"no layer of the denoiser matches {pattern!r}; it has e.g. {sorted(layers)[:5]}.")
+    return found
+
+
+def put_into_float32(layer: Layer, *, casts: bool) -> None:
+    """Put a layer into float32 for good; with `casts`, what comes in is cast, and what goes out is cast back."""
+    dtype = layer.weight.dtype
+    layer.float()
+    if casts:
+        layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(), *inputs[1:]))
+        layer.register_forward_hook(lambda _layer, _inputs, output: output.to(dtype))
+
+
+def sampling_defaults(pipeline: type) -> dict[str, float]:
+    """'steps' and 'guidance' that a class of pipelines takes where the caller gives none."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    return {name: float(parameters[theirs].default) for name, theirs in names.items()}
+
+
+def check_sampling(prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, float], *, most_steps: int) -> None:
+    """Raise InputError unless prompts, seeds, 'steps' and 'guidance' are within their ranges."""
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        if not prompt.strip():
+            raise InputError("the prompt is empty; say what to draw.")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed must be between 0 and 2**63 - 1, got {seed}")
+    if not 1 <= settings["steps"] <= most_steps:
+        raise InputError(f"steps must be between 1 and {most_steps}, got {settings['steps']}")
+    if not settings["guidance"] >= 0:
+        raise InputError(f"guidance must be at least 0, got {settings['guidance']}")
+
+
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after each step."""
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, float],
+    *,
+    side: int,
+    max_tokens: int,
+    on_step: OnStep | None,
+) -> list[Image.Image]:
+    """One image of `side` pixels per prompt and seed; `max_tokens` 0 and other arguments as of `Generator.generate_batch`."""
+    steps = int(settings["steps"])
+
+    def after_step(_pipeline: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1, steps)
+        return values
+
+    known = inspect.signature(type(pipeline).__call__).parameters
+    others = {"use_resolution_binning": False, "clean_caption": False, "callback_on_step_end": after_step}
+    others |= {"max_sequence_length": max_tokens} if max_tokens else {}
+    if "callback_on_step_end" not in known:  # PixArt keeps diffusers' older form
+        others["callback"] = lambda step, timestep, latents: after_step(None, step, timestep, {})
+    sizes = {"num_inference_steps": steps, "guidance_scale": float(settings["guidance"]), "height": side, "width": side}
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    taken = {name: value for name, value in others.items() if name in known}
+    return pipeline(prompt=list(prompts), generator=noise, **sizes, **taken).images
+
+
+def encode_pixels(vae: Any, images: Sequence[Image.Image], *, side: int) -> Tensor:
+    """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `side`."""
+    size = (side, side)
+    fitted = [image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in fitted])).permute(0, 3, 1, 2)
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype).div(127.5).sub(1.0))
+    latents: Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    mean, spread, shift = (vae.config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    if mean is not None and spread is not None:  # channel by channel
+        latents = (latents - latents.new_tensor(mean)[:, None, None]) / latents.new_tensor(spread)[:, None, None]
+    return (latents if shift is None else latents - shift) * vae.config.scaling_factor

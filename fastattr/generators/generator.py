@@ -20,11 +20,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
-from fastattr.generators.families import Conditioning, Options, encode, recognise, vae_factor
-from fastattr.generators.layers import Layer, default_pattern, find_layers, put_into_float32
+from fastattr.generators.families import (
+    Conditioning,
+    Layer,
+    OnStep,
+    Options,
+    check_sampling,
+    default_pattern,
+    encode,
+    encode_pixels,
+    find_layers,
+    put_into_float32,
+    recognise,
+    sample,
+    sampling_defaults,
+    vae_factor,
+)
 from fastattr.generators.loading import load_pipeline, read_defaults, unknown_words, weights_fingerprint
 from fastattr.generators.lora import LORA, lora_scales
-from fastattr.generators.sampling import OnStep, check_sampling, encode_pixels, sample, sampling_defaults
 from fastattr.generators.schedules import read_schedule
 
 logger = logging.getLogger(__name__)
@@ -279,7 +292,7 @@ class Generator:
         """The denoiser's linear layers and convolutions whose name matches a regular expression, by name.
 
         '' is the generator's own choice: the matrices of the LoRA where `unlearn` is 'lora', else
-        `fastattr.generators.layers.default_pattern`. Where the denoiser has less than float32, these layers are put into
+        `fastattr.generators.families.default_pattern`. Where the denoiser has less than float32, these layers are put into
         float32 (and see their inputs so), since a step that raises a loss by some percent changes weights by less than half
         precision resolves. InputError if no layer matches.
         """

@@ -17,9 +17,8 @@ from fastattr.core.errors import ArtifactDamagedError, ArtifactMismatchError
 from fastattr.core.files import read_json, sha256_file
 from fastattr.core.models import PIPELINE_FILES, locate
 from fastattr.core.stages import fingerprint
-from fastattr.generators.families import Options
+from fastattr.generators.families import Options, sampling_defaults
 from fastattr.generators.lora import first_line, load_lora, locate_lora
-from fastattr.generators.sampling import sampling_defaults
 
 WORDS = "words.txt"
 """File of a generator folder: the words of its training captions, one a line."""

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from fastattr.core.errors import InputError
 from fastattr.core.settings import at_least
+from fastattr.generators.families import Layer, weight_shape
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer, weight_shape
-from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import OUTPUTS, recorded_losses, require_finite
-from fastattr.gradients.recording import Calls, example_gradients, rotated_gradients
+from fastattr.gradients.ekfac import Calls, Factors, example_gradients, rotated_gradients
+from fastattr.gradients.losses import OUTPUTS, EncodedImages, recorded_losses, require_finite
 
 SCALE_ROWS = 16
 """Images that set the scale at which features are stored."""

@@ -2,8 +2,12 @@
 
 Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). A step takes some
 training queries and some training images, sends each through the network once and uses every pair of them that the score table
-holds (pairs.py); the loss is one of losses.py. The averaged weights are judged by mAP(1%) on the validation queries, which
-stops the training. Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
+holds (pairs.py). The averaged weights are judged by mAP(1%) on the validation queries, which stops the training. Source:
+arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
+
+A loss is a short function of `logits` (Q, N), which rise with the cosine, and `targets` (Q, N): 1 for a query's most
+influential image, falling with its rank towards 0 (for 'mse_scores' the teacher's scores, standardised for each query).
+`weights` (Q, N) are 0 where the teacher has said nothing of a pair. All give a scalar, lower = better.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
@@ -26,7 +31,6 @@ from fastattr.core.stages import make, open_stage
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
-from fastattr.students.losses import LOSSES
 from fastattr.students.pairs import (
     FeatureRows,
     MappedFeatures,
@@ -40,6 +44,54 @@ from fastattr.students.ranking import teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import read_scores
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Targets that the ordinal loss asks to exceed."""
+TOP = 0.02
+"""Decay of what the list-wise loss gives a rank, in parts of the candidate set: rank r of C counts exp(-r / (TOP C))."""
+
+
+def bce(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Binary cross-entropy with targets as probabilities. Source: arXiv:2511.10721, sec. 4 (the paper's choice)."""
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum().clamp_min(1e-6)
+
+
+def ordinal(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cumulative links: the logit shifted by each threshold's own logit says whether the target exceeds it.
+
+    Source: McCullagh, J. R. Stat. Soc. B 42 (1980), with thresholds fixed at the logits of `THRESHOLDS`.
+    """
+    total = logits.new_zeros(())
+    for threshold in THRESHOLDS:
+        shift = torch.logit(torch.tensor(threshold)).item()
+        total = total + bce(logits - shift, (targets > threshold).to(logits.dtype), weights)
+    return total / len(THRESHOLDS)
+
+
+def mse(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Squared error of the logits themselves: regression, of ranks or of scores as the targets are."""
+    return ((logits - targets).square() * weights).sum() / weights.sum().clamp_min(1e-6)
+
+
+def listwise(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy between softmax of the logits and the top-weighted targets, for each query over its images.
+
+    Source: Cao et al., ICML 2007 (ListNet), with probabilities exp(-rank / (TOP C)) instead of exp(score).
+    """
+    known = weights > 0
+    scores = logits.masked_fill(~known, -torch.inf)
+    wanted = torch.exp((targets - 1) / TOP) * weights
+    wanted = wanted / wanted.sum(dim=1, keepdim=True).clamp_min(1e-6)
+    found = torch.log_softmax(scores, dim=1).masked_fill(~known, 0.0)
+    return -(wanted * found).sum(dim=1).mean()
+
+
+LOSSES: dict[str, Loss] = {"bce": bce, "ordinal": ordinal, "mse_ranks": mse, "mse_scores": mse, "listwise": listwise}
+"""By the name that a config gives."""
+
+
 START_ROWS = 20_000
 """Training images, spread over the corpus, from which the student's linear path starts."""
 
@@ -52,7 +104,7 @@ class DistillConfig:
     """Settings of earlier versions, by the value that remains."""
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: str = "listwise"
-    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise' (losses.py)."""
+    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise'."""
     images_per_step: int = 1024
     """Training images drawn at each step, of those that the step's queries have as candidates."""
     judge_every: int = 100

@@ -24,8 +24,8 @@ from torch import Tensor
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.stages import open_stage, require_same, write_manifest
+from fastattr.generators.families import Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import (
     Compression,
     GradientConfig,
@@ -35,7 +35,7 @@ from fastattr.gradients.compression import (
     leading_coordinates,
 )
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import EncodedImages
 from fastattr.teachers.config import KERNELS, TeacherConfig
 from fastattr.teachers.kernels import averaged, kernel_rows
 from fastattr.teachers.task import factor_batches, layers_to_unlearn

@@ -19,11 +19,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattr.core.errors import NonFiniteError
+from fastattr.generators.families import Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
 from fastattr.generators.schedules import noise_for
 from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import EncodedImages
 
 Weights = Mapping[str, Tensor]
 """(out, in) numbers by layer."""

@@ -22,14 +22,13 @@ from fastattr.core.processes import in_parts, split_between
 from fastattr.core.stages import fingerprint, make
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import write_features
+from fastattr.generators.families import Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
 from fastattr.generators.queries import Queries
 from fastattr.generators.schedules import noise_for
 from fastattr.gradients.compression import SCALE_ROWS, Compression, GradientConfig, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import MADE_OF, Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
 from fastattr.teachers.config import TeacherConfig, teacher_name
 from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.scores import ScoredQuery, write_shard

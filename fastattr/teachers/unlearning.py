@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 
 from fastattr.core.errors import InputError, NonFiniteError
-from fastattr.generators.families import Conditioning
+from fastattr.generators.families import Conditioning, Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
-from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses, image_losses, recorded_losses, require_finite
-from fastattr.gradients.recording import example_gradients
+from fastattr.gradients.ekfac import Factors, example_gradients
+from fastattr.gradients.losses import EncodedImages, denoising_losses, image_losses, recorded_losses, require_finite
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.inverse import GaussNewton, refined_inverse
 

@@ -17,7 +17,7 @@ from fastattr.features.diffusion import PARTS, TIMESTEPS, DiffusionEncoder
 from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_encoder, open_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
-from fastattr.generators.layers import weight_shape
+from fastattr.generators.families import weight_shape
 from fastattr.generators.schedules import noise_for
 from fastattr.gradients.compression import Compression, GradientConfig, RidgeKernel, gradient_features
 from fastattr.gradients.ekfac import Factors

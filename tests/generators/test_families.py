@@ -22,15 +22,13 @@ from fastattr.corpus.stage import CorpusConfig, run as read_corpus
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import CandidatesConfig, write_candidates
 from fastattr.generators import pretrained, queries
-from fastattr.generators.families import Conditioning, Options, recognise
+from fastattr.generators.families import Conditioning, Options, recognise, sampling_defaults
 from fastattr.generators.generator import Generator
 from fastattr.generators.lora import LORA
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.queries import Queries, QueriesConfig
-from fastattr.generators.sampling import sampling_defaults
-from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.recording import example_gradients, record_layers
+from fastattr.gradients.ekfac import example_gradients, fit_ekfac, record_layers
+from fastattr.gradients.losses import EncodedImages, encode_corpus
 from fastattr.teachers import teach
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.scores import read_scores

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.store import Corpus
-from fastattr.generators.families import CROSS_ATTENTION_KV
+from fastattr.generators.families import CROSS_ATTENTION_KV, weight_shape
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import weight_shape
 from fastattr.gradients.compression import (
     Compression,
     GradientConfig,
@@ -23,8 +22,7 @@ from fastattr.gradients.compression import (
     leading_coordinates,
 )
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import encode_corpus
-from fastattr.gradients.losses import denoising_losses
+from fastattr.gradients.losses import denoising_losses, encode_corpus
 from fastattr.teachers import store as module
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.kernels import kernel_scores, similarity_scores

@@ -12,7 +12,7 @@ import torch
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import encode_corpus
+from fastattr.gradients.losses import encode_corpus
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.inverse import GaussNewton, conjugate_gradients, refined_inverse
 from fastattr.teachers.task import factor_batches, layers_to_unlearn

@@ -16,8 +16,7 @@ from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator
 from fastattr.generators.schedules import noise_for
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.task import factor_batches, layers_to_unlearn
 from fastattr.teachers.unlearning import (

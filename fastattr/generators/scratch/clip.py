@@ -25,7 +25,7 @@ from fastattr.core.stages import make
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import load_images, pixel_tensor
-from fastattr.generators.scratch.text import tokenize, train_tokenizer
+from fastattr.generators.scratch.denoiser import tokenize, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
