@@ -18,10 +18,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
-from fastattr.generators.lora import LORA
 
 CROSS_ATTENTION_KV = r"attn2\.to_[kv]$"
 """Key and value projections of the text in cross-attention, the weights that the paper unlearns (sec. 3)."""
+LORA = r"\.lora_[AB]\."
+"""Matrices of LoRA adapters, by the names that peft gives them."""
 JOINT_ATTENTION_KV = r"attn\.add_[kv]_proj$"
 """Those of the text's own stream where text and image attend to each other in one attention."""
 

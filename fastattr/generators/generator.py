@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
 from fastattr.generators.families import (
+    LORA,
     Conditioning,
     Layer,
     OnStep,
@@ -36,8 +37,7 @@ from fastattr.generators.families import (
     sampling_defaults,
     vae_factor,
 )
-from fastattr.generators.loading import load_pipeline, read_defaults, unknown_words, weights_fingerprint
-from fastattr.generators.lora import LORA, lora_scales
+from fastattr.generators.loading import load_pipeline, lora_scales, read_defaults, unknown_words, weights_fingerprint
 from fastattr.generators.schedules import read_schedule
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class Generator:
         self.evaluations = {"forward": 0, "backward": 0}
         """Latents that went through the denoiser for a loss, and those of them whose gradient could be taken."""
         self._schedule = read_schedule(pipeline.scheduler.config)
-        self._dtype: torch.dtype = pipeline.unet.dtype if self.family.denoiser == "unet" else pipeline.transformer.dtype
+        self.dtype: torch.dtype = self.denoiser.dtype
+        """Precision of the denoiser; layers that are unlearned have float32 or better in any case."""
         step = vae_factor(pipeline) * self.family.patch(pipeline)
         if self.image_size % step:
             raise InputError(
@@ -152,11 +153,6 @@ class Generator:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the denoiser; layers that are unlearned have float32 or better in any case."""
-        return self._dtype
-
     def _parts(self) -> list[nn.Module]:
         """All networks: autoencoder, text encoders, denoiser."""
         names = ("vae", *self.family.text_encoders, self.family.denoiser)
@@ -205,7 +201,7 @@ class Generator:
         guidance: float | None = None,
         on_step: OnStep | None = None,
     ) -> Image.Image:
-        """Draw one image.
+        """Draw one RGB image of `image_size` pixels a side.
 
         Args:
             prompt: what to draw; not empty.
@@ -213,9 +209,6 @@ class Generator:
             steps: denoising steps, 1 to 1000; None takes the generator's default.
             guidance: classifier-free guidance scale, at least 0; None takes the generator's default.
             on_step: called with (steps done, steps in all) after each step.
-
-        Returns:
-            An RGB image of `image_size` pixels a side.
 
         Raises:
             InputError: a value is outside its range.
@@ -299,9 +292,8 @@ class Generator:
         lora = self.unlearn == "lora"
         pattern = pattern or (LORA if lora else default_pattern(self.denoiser, self.family.text_projections))
         found = find_layers(self.denoiser, pattern, of_lora=lora)
-        if any(layer.weight.dtype.itemsize < 4 for layer in found.values()):
-            _ = self.fingerprint  # of the weights as they were loaded
-            for layer in found.values():
-                if layer.weight.dtype.itemsize < 4:
-                    put_into_float32(layer, casts=self.unlearn == "base")  # peft casts by itself
+        for layer in found.values():
+            if layer.weight.dtype.itemsize < 4:
+                _ = self.fingerprint  # of the weights as they were loaded
+                put_into_float32(layer, casts=not lora)  # peft casts by itself
         return found

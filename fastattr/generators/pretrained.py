@@ -16,8 +16,7 @@ from fastattr.core.models import PIPELINE_FILES, commit_of, locate, split_revisi
 from fastattr.core.stages import make
 from fastattr.generators.families import Options
 from fastattr.generators.generator import Generator
-from fastattr.generators.loading import DTYPES
-from fastattr.generators.lora import locate_lora
+from fastattr.generators.loading import DTYPES, locate_lora
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def _unlearning_lora(network: Network, generator: PretrainedConfig) -> Network:
     """The network with the LoRA's matrices as the weights to unlearn, if the LoRA is a file here; else as it is."""
     from safetensors import safe_open
 
-    from fastattr.generators.lora import locate_lora
+    from fastattr.generators.loading import locate_lora
     from fastattr.gradients.ekfac import factor_sizes
 
     if not Path(generator.lora).exists():

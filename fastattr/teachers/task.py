@@ -30,9 +30,8 @@ from fastattr.gradients.compression import SCALE_ROWS, Compression, GradientConf
 from fastattr.gradients.ekfac import MADE_OF, Factors, fit_ekfac
 from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
 from fastattr.teachers.config import TeacherConfig, teacher_name
-from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.unlearning import query_step
+from fastattr.teachers.unlearning import GaussNewton, query_step
 
 logger = logging.getLogger(__name__)
 

@@ -35,12 +35,11 @@ from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.losses import EncodedImages
 from fastattr.teachers.config import KERNELS, TeacherConfig, queries_a_pass, stores_gradients, teacher_name
-from fastattr.teachers.inverse import GaussNewton
 from fastattr.teachers.kernels import averaged, kernel_scores, similarity_scores
 from fastattr.teachers.retraining import read_retrained, retraining_scores
 from fastattr.teachers.scores import read_shard
 from fastattr.teachers.task import PART_ROWS, TRIES, Task, layers_to_unlearn
-from fastattr.teachers.unlearning import exact_scores, flat_step, linearised_scores
+from fastattr.teachers.unlearning import GaussNewton, exact_scores, flat_step, linearised_scores
 
 
 def score_by_unlearning(task: Task) -> None:

@@ -22,9 +22,8 @@ from fastattr.corpus.stage import CorpusConfig, run as read_corpus
 from fastattr.corpus.store import Corpus
 from fastattr.features.candidates import CandidatesConfig, write_candidates
 from fastattr.generators import pretrained, queries
-from fastattr.generators.families import Conditioning, Options, recognise, sampling_defaults
+from fastattr.generators.families import LORA, Conditioning, Options, recognise, sampling_defaults
 from fastattr.generators.generator import Generator
-from fastattr.generators.lora import LORA
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.queries import Queries, QueriesConfig
 from fastattr.gradients.ekfac import example_gradients, fit_ekfac, record_layers

@@ -23,7 +23,7 @@ from fastattr.gradients.compression import (
 )
 from fastattr.gradients.ekfac import fit_ekfac
 from fastattr.gradients.losses import denoising_losses, encode_corpus
-from fastattr.teachers import store as module
+from fastattr.teachers import task as module
 from fastattr.teachers.config import TeacherConfig
 from fastattr.teachers.kernels import kernel_scores, similarity_scores
 from fastattr.teachers.task import factor_batches, layers_to_unlearn, write_gradient_features
