@@ -89,13 +89,8 @@ class Family:
 def encode(family: Family, pipeline: Any, prompts: list[str], options: Options) -> Conditioning:
     """The conditioning of (M,) prompts, as the pipeline itself would compute it, without guidance."""
     known = inspect.signature(pipeline.encode_prompt).parameters
-    asked = {
-        "device": getattr(pipeline, family.denoiser).device,
-        "num_images_per_prompt": 1,
-        "prompt_2": None,
-        "prompt_3": None,
-    }
-    asked |= {"do_classifier_free_guidance": False}
+    asked = {"device": getattr(pipeline, family.denoiser).device, "num_images_per_prompt": 1}
+    asked |= {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
     if "max_sequence_length" in known:  # of T5 or Gemma: the option's, or what the pipeline takes when it draws
         drawn = inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default
         asked["max_sequence_length"] = options.max_tokens or int(drawn)
@@ -144,13 +139,9 @@ def _predict_masked(pipeline: Any, noisy: Tensor, timesteps: Tensor, conditionin
     told: dict[str, Any] = {"encoder_hidden_states": conditioning.tensors["text"], "timestep": timesteps}
     if hasattr(transformer, "use_additional_conditions"):  # PixArt, of which the large ones are told the picture's size
         height, width = (side * vae_factor(pipeline) for side in noisy.shape[-2:])
-        sizes = (
-            {"resolution": [[height, width]], "aspect_ratio": [[height / width]]}
-            if transformer.use_additional_conditions
-            else {}
-        )
+        sizes = {"resolution": [[height, width]], "aspect_ratio": [[height / width]]}
         of_each = {key: noisy.new_tensor(value).expand(len(noisy), -1) for key, value in sizes.items()}
-        told["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None, **of_each}
+        told["added_cond_kwargs"] = of_each if transformer.use_additional_conditions else dict.fromkeys(sizes)
     prediction = transformer(noisy, encoder_attention_mask=conditioning.tensors["mask"], **told).sample
     return prediction[:, : noisy.shape[1]]  # a second half, if there is one, is the variance, which no recipe trains
 
@@ -169,13 +160,8 @@ SD3 = Family("sd3", "transformer", THREE, JOINT_ATTENTION_KV, ("text", "", "pool
 FLUX = Family("flux", "transformer", TWO, JOINT_ATTENTION_KV, ("text", "pooled"), _predict_flux)
 PIXART = Family("pixart", "transformer", ("text_encoder",), CROSS_ATTENTION_KV, ("text", "mask"), _predict_masked)
 SANA = replace(PIXART, name="sana")
-TRANSFORMERS = {
-    "SD3Transformer2DModel": SD3,
-    "FluxTransformer2DModel": FLUX,
-    "PixArtTransformer2DModel": PIXART,
-    "SanaTransformer2DModel": SANA,
-}
-"""Family by the class of the transformer."""
+TRANSFORMERS = {"SD3": SD3, "Flux": FLUX, "PixArt": PIXART, "Sana": SANA}
+"""Family by the class of the transformer, less 'Transformer2DModel'."""
 
 
 def recognise(pipeline: Any) -> Family:
@@ -186,8 +172,9 @@ def recognise(pipeline: Any) -> Family:
     """
     kind = type(pipeline).__name__
     unet, transformer = getattr(pipeline, "unet", None), getattr(pipeline, "transformer", None)
-    if transformer is not None and type(transformer).__name__ in TRANSFORMERS:
-        family = TRANSFORMERS[type(transformer).__name__]
+    known = {f"{name}Transformer2DModel": family for name, family in TRANSFORMERS.items()}
+    if type(transformer).__name__ in known:
+        family = known[type(transformer).__name__]
     elif unet is not None and type(unet).__name__ == "UNet2DConditionModel":
         family = SDXL if unet.config.addition_embed_type == "text_time" else SD
     else:

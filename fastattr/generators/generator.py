@@ -20,23 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastattr.core.errors import InputError
-from fastattr.generators.families import (
-    LORA,
-    Conditioning,
-    Layer,
-    OnStep,
-    Options,
-    check_sampling,
-    default_pattern,
-    encode,
-    encode_pixels,
-    find_layers,
-    put_into_float32,
-    recognise,
-    sample,
-    sampling_defaults,
-    vae_factor,
-)
+from fastattr.generators import families
+from fastattr.generators.families import LORA, Conditioning, Layer, OnStep, Options, vae_factor
 from fastattr.generators.loading import load_pipeline, lora_scales, read_defaults, unknown_words, weights_fingerprint
 from fastattr.generators.schedules import read_schedule
 
@@ -71,10 +56,10 @@ class Generator:
         """
         if unlearn not in {"base", "lora"}:
             raise InputError(f"unlearn must be 'base' or 'lora', got {unlearn!r}")
-        self.family, self.pipeline, self.name, self.unlearn = recognise(pipeline), pipeline, name, unlearn
+        self.family, self.pipeline, self.name, self.unlearn = families.recognise(pipeline), pipeline, name, unlearn
         self.options, self._offload = options or Options(), offload
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
-        self.defaults = sampling_defaults(type(pipeline)) | dict(defaults or {})
+        self.defaults = families.sampling_defaults(type(pipeline)) | dict(defaults or {})
         self.manifest: dict[str, Any] = {}
         """What its folder says of how it was made; {} without a manifest."""
         self._words: frozenset[str] | None = None
@@ -134,15 +119,10 @@ class Generator:
         """
         pipeline, manifest, words = load_pipeline(name_or_path, dtype=dtype, lora=lora, **hub)
         reference: dict[str, Any] = manifest.get("reference", {})
-        generator = cls(
-            pipeline,
-            name=str(name_or_path),
-            defaults=manifest.get("defaults"),
-            unlearn=unlearn or reference.get("unlearn", "base"),
-            options=options or Options(**reference.get("options", {})),
-            checkpointing=bool(reference.get("checkpointing")),
-            offload=bool(reference.get("offload")),
-        )
+        said: dict[str, Any] = {name: bool(reference.get(name)) for name in ("checkpointing", "offload")}
+        said |= {"name": str(name_or_path), "defaults": manifest.get("defaults")}
+        options = options or Options(**reference.get("options", {}))
+        generator = cls(pipeline, unlearn=unlearn or reference.get("unlearn", "base"), options=options, **said)
         generator.manifest, generator._words = manifest, words
         for part in [generator.denoiser] if generator._offload else generator._parts():
             part.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -231,22 +211,22 @@ class Generator:
         """Draw one image per prompt and seed; each is what `generate` draws for them, up to float rounding."""
         asked = {"steps": steps, "guidance": guidance}
         settings = self.defaults | {name: value for name, value in asked.items() if value is not None}
-        check_sampling(prompts, seeds, settings, most_steps=self.train_timesteps)
+        families.check_sampling(prompts, seeds, settings, most_steps=self.train_timesteps)
         with self._at_hand("vae", *self.family.text_encoders):
             sizes = {"side": self.image_size, "max_tokens": self.options.max_tokens}
-            return sample(self.pipeline, prompts, seeds, settings, **sizes, on_step=on_step)
+            return families.sample(self.pipeline, prompts, seeds, settings, **sizes, on_step=on_step)
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `image_size`."""
         with self._at_hand("vae"):
-            return encode_pixels(self.pipeline.vae, images, side=self.image_size)
+            return families.encode_pixels(self.pipeline.vae, images, side=self.image_size)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning of B prompts, as the pipeline itself would compute it."""
         with self._at_hand(*self.family.text_encoders):
-            return encode(self.family, self.pipeline, list(prompts), self.options)
+            return families.encode(self.family, self.pipeline, list(prompts), self.options)
 
     def training_loss(self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
         """(B,) denoising loss, mean squared error per latent element, of what the scheduler has the denoiser predict.
@@ -290,10 +270,10 @@ class Generator:
         precision resolves. InputError if no layer matches.
         """
         lora = self.unlearn == "lora"
-        pattern = pattern or (LORA if lora else default_pattern(self.denoiser, self.family.text_projections))
-        found = find_layers(self.denoiser, pattern, of_lora=lora)
+        pattern = pattern or (LORA if lora else families.default_pattern(self.denoiser, self.family.text_projections))
+        found = families.find_layers(self.denoiser, pattern, of_lora=lora)
         for layer in found.values():
             if layer.weight.dtype.itemsize < 4:
                 _ = self.fingerprint  # of the weights as they were loaded
-                put_into_float32(layer, casts=not lora)  # peft casts by itself
+                families.put_into_float32(layer, casts=not lora)  # peft casts by itself
         return found

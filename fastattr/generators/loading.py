@@ -1,4 +1,4 @@
-"""Loading: a diffusers pipeline from an embedded folder, a folder, or the Hub, the words it knows, and the LoRA that lies on it.
+"""Loading: a diffusers pipeline from an embedded folder, a folder, or the Hub, its words, and the LoRA that lies on it.
 
 A LoRA adds scale x B A to a layer's weight. peft, diffusers, kohya and their checkpoints name layers and scales differently,
 and diffusers leaves out what it does not recognise. So every pair of matrices is counted: a layer that is not found refuses

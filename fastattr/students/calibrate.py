@@ -140,28 +140,16 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
         asked = Queries(run_dir / "queries")
         place = {query_id: row for row, query_id in enumerate(asked.query_ids)}
         pictures = [*train[:PICTURES], *(query.query_id for query in scored)]
-        ownness = fit_ownness(
-            read_features(query_folders, train),
-            own,
-            image=kinds == "image",
-            text=kinds == "text",
-            measures=np.stack([measures_of(asked.image(place[query_id])) for query_id in pictures]),
-            captions=(text for texts in corpus.captions for text in texts),
-            false_alarms=config.false_alarms,
-            seed=config.seed,
-        )
+        looks = np.stack([measures_of(asked.image(place[query_id])) for query_id in pictures])
+        about: dict[str, Any] = {"image": kinds == "image", "text": kinds == "text", "measures": looks}
+        about |= {"captions": (text for texts in corpus.captions for text in texts), "false_alarms": config.false_alarms}
+        ownness = fit_ownness(read_features(query_folders, train), own, **about, seed=config.seed)
         creators, families = np.array(corpus.column("creator")), families_of(corpus.column("family"))
-        calibration = fit_calibration(
-            [images[part] @ query for part, query in zip(rows, queries, strict=True)],
-            scored,
-            [creators[part] for part in rows],
-            [families[part] for part in rows],
-            corpus_size=len(corpus),
-            feature_mean=features.mean(axis=0),
-            ownness=ownness,
-            resamples=config.resamples,
-            seed=config.seed,
-        )
+        similarities = [images[part] @ query for part, query in zip(rows, queries, strict=True)]
+        of_candidates = ([creators[part] for part in rows], [families[part] for part in rows])
+        facts: dict[str, Any] = {"corpus_size": len(corpus), "feature_mean": features.mean(axis=0), "ownness": ownness}
+        drawn = {"resamples": config.resamples, "seed": config.seed}
+        calibration = fit_calibration(similarities, scored, *of_candidates, **facts, **drawn)
         save_calibration(calibration, folder / FILE)
         if ownness.match is None:
             logger.warning(
@@ -169,9 +157,9 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
                 "there are %d and %d, and encoders of picture and prompt apart",
                 *(LEAST_QUERIES, LEAST_HELD_OUT, len(train), len(scored)),
             )
-        facts = {"widening": calibration.widening, "unrelated": calibration.unrelated[0], "level": calibration.level[0]}
-        facts["highest_influence"] = calibration.influence[-1]
-        rounded = {name: round(float(value), 4) for name, value in facts.items()}
+        found = {"widening": calibration.widening, "unrelated": calibration.unrelated[0], "level": calibration.level[0]}
+        found["highest_influence"] = calibration.influence[-1]
+        rounded = {name: round(float(value), 4) for name, value in found.items()}
         return {"queries": len(scored), "own_or_foreign": ownness.match is not None, **rounded}
 
     return make(folder, work, stage="calibration", config=config, inputs=inputs)

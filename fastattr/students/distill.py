@@ -238,26 +238,14 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
             read_features(query_folders, [query.query_id for query in scored]),
             *([corpus.rows(query.image_ids) for query in scored], [query.influence for query in scored]),
         )
-        student = distill(
-            open_table(mapped),
-            MappedFeatures(query_folders, query_ids),
-            features,
-            config,
-            checkpoint=checkpoint,
-            validation=validation if scored else None,
-            made_from=[config, inputs],
-            accelerator=accelerator,
-        )
+        resumed = {"checkpoint": checkpoint, "made_from": [config, inputs], "accelerator": accelerator}
+        queries, judged = MappedFeatures(query_folders, query_ids), validation if scored else None
+        student = distill(open_table(mapped), queries, features, config, validation=judged, **resumed)
         if accelerator.is_main_process:
             save_student(student, folder / "model.safetensors")
-        return {
-            "encoders": list(encoders),
-            "feature_dim": features.shape[1],
-            "corpus_fingerprint": corpus.fingerprint,
-            "generator_fingerprint": scores_manifest["generator_fingerprint"],
-            "teacher": scores_manifest["teacher"],
-            "training_queries": len(query_ids),
-        }
+        facts = {name: scores_manifest[name] for name in ("generator_fingerprint", "teacher")}
+        facts |= {"corpus_fingerprint": corpus.fingerprint, "training_queries": len(query_ids)}
+        return {"encoders": list(encoders), "feature_dim": features.shape[1], **facts}
 
     temporary = [checkpoint, mapped]
     return make(folder, work, stage="student", config=config, inputs=inputs, accelerator=accelerator, temporary=temporary)

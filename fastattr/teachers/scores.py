@@ -21,18 +21,9 @@ from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS
 
 TEXT, SINGLE = pa.string(), pa.float32()
-SCHEMA = pa.schema(
-    {
-        **dict.fromkeys(("query_id", "prompt", "split"), TEXT),
-        "image_ids": pa.list_(TEXT),
-        "influence": pa.list_(SINGLE),
-        "rank": pa.list_(pa.int32()),
-        "is_outsider": pa.list_(pa.bool_()),
-        "query_loss_rise": SINGLE,
-        "teacher": TEXT,
-        "config": TEXT,
-    }
-)
+COLUMNS = {"query_id": TEXT, "prompt": TEXT, "split": TEXT, "image_ids": pa.list_(TEXT), "influence": pa.list_(SINGLE)}
+COLUMNS |= {"rank": pa.list_(pa.int32()), "is_outsider": pa.list_(pa.bool_()), "query_loss_rise": SINGLE}
+SCHEMA = pa.schema(COLUMNS | {"teacher": TEXT, "config": TEXT})
 
 
 @dataclass(frozen=True)
@@ -62,17 +53,8 @@ def ranks_of(influence: np.ndarray) -> np.ndarray:
 
 def write_shard(path: Path, rows: Iterable[ScoredQuery], *, teacher: str, config: str) -> None:
     """Write one shard of a score table, atomically."""
-    records = [
-        {
-            **vars(row),
-            "influence": row.influence.astype(np.float32).tolist(),
-            "rank": ranks_of(row.influence).tolist(),
-            "is_outsider": row.is_outsider.tolist(),
-            "teacher": teacher,
-            "config": config,
-        }
-        for row in rows
-    ]
+    made_by = {"teacher": teacher, "config": config}
+    records = [vars(row) | {"rank": ranks_of(row.influence)} | made_by for row in rows]
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), temporary)
 

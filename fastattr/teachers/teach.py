@@ -160,12 +160,8 @@ def score_by_similarity(task: Task) -> None:
     task.accelerator.wait_for_everyone()
 
 
-SCORED_BY: dict[str, Callable[[Task], None]] = {
-    "unlearning": score_by_unlearning,
-    "first-order": score_by_unlearning,
-    **dict.fromkeys(KERNELS, score_by_kernel),
-    "similarity": score_by_similarity,
-}
+SCORED_BY: dict[str, Callable[[Task], None]] = dict.fromkeys(KERNELS, score_by_kernel) | {"similarity": score_by_similarity}
+SCORED_BY |= {"unlearning": score_by_unlearning, "first-order": score_by_unlearning}
 """What scores a run's queries, by method; 'averaged' is the mean of some."""
 
 
@@ -274,8 +270,8 @@ def _write_table(task: Task, folder: Path) -> dict[str, Any]:
     """Join the shards of all processes into the score table, unless too many queries failed; returns the manifest's facts."""
     accelerator, config, queries, generator = task.accelerator, task.config, task.queries, task.generator
     accelerator.wait_for_everyone()
-    spent = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
-    evaluations = dict(zip(generator.evaluations, spent.tolist(), strict=True))  # of the run that finished
+    counts = accelerator.reduce(torch.tensor(list(generator.evaluations.values()), device=accelerator.device), reduction="sum")
+    evaluations = dict(zip(generator.evaluations, counts.tolist(), strict=True))  # of the run that finished
     peaks = accelerator.gather(torch.tensor([peak_memory()], device=accelerator.device))
     failures = task.failures()
     if len(failures) > config.allow_failures:
@@ -290,15 +286,13 @@ def _write_table(task: Task, folder: Path) -> dict[str, Any]:
             if tables:
                 with atomic_path(folder / f"{split}-00000.parquet") as temporary:
                     pq.write_table(pa.concat_tables(tables), temporary)
+    made_of: dict[str, Any] = {"corpus": task.corpus, "queries": queries, "generator": generator}
+    spent = {"processes": accelerator.num_processes, "seconds_by_part": task.seconds, "peak_memory": int(peaks.max())}
     return {
         "teacher": teacher_name(config, sorted(set(queries.splits))),
-        "corpus_fingerprint": task.corpus.fingerprint,
-        "queries_fingerprint": queries.fingerprint,
-        "generator_fingerprint": generator.fingerprint,
-        "processes": accelerator.num_processes,
-        "seconds_by_part": task.seconds,
+        **{f"{name}_fingerprint": stage.fingerprint for name, stage in made_of.items()},
+        **spent,
         "queries": len(queries.query_ids) - len(failures),
         "failures": failures,
         "evaluations": evaluations,
-        "peak_memory": int(peaks.max()),
     }

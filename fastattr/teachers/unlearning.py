@@ -129,14 +129,12 @@ def refined_inverse(
         if not float(start @ along) > 0:
             raise NonFiniteError(f"the Gauss-Newton matrix has the curvature {float(start @ along):.4g} along a query's step.")
         factor = float(start @ (target - diagonal * start)) / float(start @ along)
-        solution = conjugate_gradients(
-            lambda vector: factor * curved(vector) + diagonal * vector,
-            precondition,
-            target,
-            start=start,
-            image=factor * along + diagonal * start,
-            steps=steps,
-        )
+
+        def product(vector: Tensor) -> Tensor:
+            return factor * curved(vector) + diagonal * vector
+
+        image = factor * along + diagonal * start
+        solution = conjugate_gradients(product, precondition, target, start=start, image=image, steps=steps)
     return {name: value.to(gradients[name].dtype) for name, value in unflat(solution).items()}
 
 

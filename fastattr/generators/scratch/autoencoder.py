@@ -100,16 +100,10 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """An untrained autoencoder with `config`'s shape; its residual branches start at zero."""
     levels = len(config.channels)
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=8,
-        sample_size=config.resolution,
-        mid_block_add_attention=False,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    sizes = {"block_out_channels": config.channels, "sample_size": config.resolution, "norm_num_groups": 8}
+    sizes |= {name: getattr(config, name) for name in ("layers_per_block", "latent_channels")}
+    autoencoder = AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False)
     for name, parameter in autoencoder.named_parameters():
         if ".conv2." in name:
             nn.init.zeros_(parameter)
@@ -201,11 +195,9 @@ def load_images(corpus: Corpus, resolution: int) -> np.ndarray:
 @torch.no_grad()
 def encode_latents(autoencoder: AutoencoderKL, images: np.ndarray, *, batch_size: int = 64) -> Tensor:
     """(N, L, h, w) posterior means, unscaled, of (N, H, W, 3) uint8 images."""
-    batches = [
-        autoencoder.encode(pixel_tensor(images[start : start + batch_size]).to(autoencoder.device)).latent_dist.mean.cpu()
-        for start in tqdm(range(0, len(images), batch_size), desc="encode latents", unit="batch")
-    ]
-    return torch.cat(batches)
+    starts = tqdm(range(0, len(images), batch_size), desc="encode latents", unit="batch")
+    batches = (pixel_tensor(images[start : start + batch_size]).to(autoencoder.device) for start in starts)
+    return torch.cat([autoencoder.encode(batch).latent_dist.mean.cpu() for batch in batches])
 
 
 def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:

@@ -56,27 +56,12 @@ class EncoderConfig:
 
 def model_config(config: EncoderConfig, *, eos_id: int, pad_id: int, vocab_size: int) -> dict[str, Any]:
     """open_clip's `model_cfg` for this shape."""
-    return {
-        "embed_dim": config.embed_dim,
-        "vision_cfg": {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "width": config.image_width,
-            "layers": config.image_layers,
-            "head_width": config.head_width,
-        },
-        "text_cfg": {
-            "context_length": config.max_tokens,
-            "vocab_size": vocab_size,
-            "hf_tokenizer_name": "local",
-            "width": config.text_width,
-            "heads": config.text_width // config.head_width,
-            "layers": config.text_layers,
-            "pool_type": "eos",
-            "eos_id": eos_id,
-            "pad_id": pad_id,
-        },
-    }
+    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "width": config.image_width}
+    vision |= {"layers": config.image_layers, "head_width": config.head_width}
+    text: dict[str, Any] = {"context_length": config.max_tokens, "vocab_size": vocab_size, "hf_tokenizer_name": "local"}
+    text |= {"width": config.text_width, "heads": config.text_width // config.head_width, "layers": config.text_layers}
+    text |= {"pool_type": "eos", "eos_id": eos_id, "pad_id": pad_id}
+    return {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
 
 
 class ContrastiveLoss(nn.Module):

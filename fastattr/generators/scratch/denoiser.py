@@ -46,13 +46,8 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
     split = (bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(caption)) for caption in captions)
     # The trainer numbers a word's last letters in an order of its own in every process, and breaks ties by these numbers.
     ends = sorted({word[-1] + "</w>" for words in split for word, _ in words})
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[START, END, *ends],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
+    known = {"special_tokens": [START, END, *ends], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, **known, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(captions, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
@@ -69,20 +64,10 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 def build_text_encoder(tokenizer: CLIPTokenizer, *, max_tokens: int, width: int, layers: int, head_width: int) -> CLIPTextModel:
     """An untrained text encoder for this tokenizer's prompts."""
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // head_width,
-            max_position_embeddings=max_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=width,
-        )
-    )
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": width // head_width, "max_position_embeddings": max_tokens, "vocab_size": len(tokenizer)}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_encoder = CLIPTextModel(CLIPTextConfig(**shape, **ids))
     # With so few tokens, plain products train faster on a CPU in bfloat16 than fused attention, which computes the same.
     text_encoder.set_attn_implementation("eager")
     return text_encoder
@@ -190,10 +175,9 @@ def build_denoiser(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """An untrained U-Net and text encoder with `config`'s shape."""
     crossed = [level in config.attention_levels for level in range(len(config.channels))]
+    latents = {"sample_size": latent_side, "in_channels": latent_channels, "out_channels": latent_channels}
     unet = UNet2DConditionModel(
-        sample_size=latent_side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
+        **latents,
         down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in crossed),
         up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(crossed)),
         block_out_channels=config.channels,

@@ -214,24 +214,13 @@ def train(
     made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
     about: dict[str, Any] = {"examples": len(corpus), "made_from": made_from, "accelerator": accelerator}
     classes = {"subjects": len(examples.subjects), "styles": len(examples.styles)}
-    foretelling: Any = fit(
-        CaptionLoss(text_encoder, latent_shape=latents.shape[1:], name_weight=config.name_weight, **classes),
-        examples.captions_of,
-        config.text_training,
-        checkpoint=folder / CHECKPOINTS[0],
-        description="text encoder",
-        **about,
-    )
+    caption_loss = CaptionLoss(text_encoder, latent_shape=latents.shape[1:], name_weight=config.name_weight, **classes)
+    about |= {"description": "text encoder", "checkpoint": folder / CHECKPOINTS[0]}
+    foretelling: Any = fit(caption_loss, examples.captions_of, config.text_training, **about)
     text_encoder = foretelling.text_encoder.requires_grad_(False)
-    average: Any = fit(
-        DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler),
-        examples.batch_of,
-        config.training,
-        checkpoint=folder / CHECKPOINTS[1],
-        schedule=trapezoid(config.decay_share),
-        description="generator",
-        **about,
-    )
+    loss = DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler)
+    about |= {"description": "generator", "checkpoint": folder / CHECKPOINTS[1], "schedule": trapezoid(config.decay_share)}
+    average: Any = fit(loss, examples.batch_of, config.training, **about)
     return average, tokenizer
 
 
