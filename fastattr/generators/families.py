@@ -178,9 +178,8 @@ def recognise(pipeline: Any) -> Family:
     elif unet is not None and type(unet).__name__ == "UNet2DConditionModel":
         family = SDXL if unet.config.addition_embed_type == "text_time" else SD
     else:
-        raise InputError(
-            f"{kind} is of no supported family; there are Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, PixArt and Sana."
-        )
+        known_ones = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1, PixArt and Sana"
+        raise InputError(f"{kind} is of no supported family; there are {known_ones}.")
     missing = [part for part in ("vae", "tokenizer", "text_encoder", "scheduler") if getattr(pipeline, part, None) is None]
     if missing:
         raise InputError(f"{kind} has no {', '.join(missing)}; a complete text-to-image pipeline is expected.")
@@ -198,6 +197,8 @@ def recognise(pipeline: Any) -> Family:
 
 Layer = nn.Linear | nn.Conv2d
 """What EKFAC is defined for here; a convolution is a linear layer on the patches of its input."""
+Layers = Mapping[str, Layer]
+"""By name."""
 ALL_LAYERS = r"."
 LARGE = 50_000_000
 """Weights of a denoiser above which the gradient of all of them is too long to keep for every training image."""

@@ -42,14 +42,10 @@ class Generator:
         checkpointing: bool = False,
         offload: bool = False,
     ) -> None:
-        """Wrap a loaded diffusers pipeline.
+        """Wrap a loaded diffusers pipeline, of a family that `fastattr.generators.families.recognise` knows.
 
-        Args:
-            pipeline: of a family that `fastattr.generators.families.recognise` knows.
-            name: what to call it in results.
-            defaults: 'steps' and 'guidance' used where the caller gives none; else the pipeline's own.
-            unlearn: 'base' (text-side key and value projections) or 'lora' (the matrices of its LoRA).
-            options: what its files don't say; with `checkpointing` and `offload` as `PretrainedConfig` has them.
+        `name` is what to call it in results. `defaults` are 'steps' and 'guidance' used where the caller gives none; else the
+        pipeline's own. `unlearn`, `options`, `checkpointing` and `offload` are as `PretrainedConfig` has them.
 
         Raises:
             InputError: the family, the variant or the scheduler is not supported, or there is no LoRA to unlearn.
@@ -100,16 +96,10 @@ class Generator:
         """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository 'org/name[@revision]'.
 
         A folder may hold nothing but a manifest that refers to another pipeline and a LoRA
-        (fastattr/generators/pretrained.py).
-
-        Args:
-            name_or_path: which.
-            device: where to run; None takes an accelerator if there is one.
-            dtype: precision of the weights; None is what the manifest says, or float32. `unlearn` and `options` likewise.
-            lora: a LoRA to lay on it: a safetensors file, a folder with one, or a Hub repository 'org/name[@revision]'.
-            unlearn: 'base' or 'lora'.
-            options: what the files don't say.
-            hub: revision, cache_dir, token, local_files_only and force_download, as of `FastAttributor.from_pretrained`.
+        (fastattr/generators/pretrained.py). `device` None takes an accelerator if there is one. `lora` is laid on it: a
+        safetensors file, a folder with one, or a Hub repository. `dtype`, `unlearn` and `options` None are what the manifest
+        says, or float32, 'base' and the pipeline's own. `hub`: revision, cache_dir, token, local_files_only and
+        force_download, as of `FastAttributor.from_pretrained`.
 
         Raises:
             ArtifactNotFoundError: there is no such model.
@@ -183,15 +173,9 @@ class Generator:
     ) -> Image.Image:
         """Draw one RGB image of `image_size` pixels a side.
 
-        Args:
-            prompt: what to draw; not empty.
-            seed: of the starting noise, 0 to 2**63 - 1.
-            steps: denoising steps, 1 to 1000; None takes the generator's default.
-            guidance: classifier-free guidance scale, at least 0; None takes the generator's default.
-            on_step: called with (steps done, steps in all) after each step.
-
-        Raises:
-            InputError: a value is outside its range.
+        `prompt` is not empty; `seed` is of the starting noise, 0 to 2**63 - 1; `steps` (1 to 1000) and `guidance`
+        (classifier-free, at least 0) None take the generator's defaults. `on_step` is called with (steps done, steps in all)
+        after each step. InputError if a value is outside its range.
         """
         return self.generate_batch([prompt], seeds=[seed], steps=steps, guidance=guidance, on_step=on_step)[0]
 

@@ -100,9 +100,7 @@ def split_of(subject: str, config: QueriesConfig) -> str:
 def read_prompts(source: str, column: str) -> Iterator[str]:
     """The prompts of a file or of a dataset's train split, in its order; empty ones are left out.
 
-    Raises:
-        ArtifactNotFoundError: it looks like a file and is none.
-        InputError: it has no such column.
+    ArtifactNotFoundError if it looks like a file and is none, InputError if it has no such column.
     """
     path = Path(source)
     kinds = {".txt": "text", ".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -126,19 +124,12 @@ def read_prompts(source: str, column: str) -> Iterator[str]:
 
 
 def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequence[str] = ()) -> list[Prompt]:
-    """Choose the prompts of all splits.
+    """Choose the prompts of all splits: distinct ones, but each of the training split `train_drawings` times; train first.
 
-    Args:
-        captions: main captions of the corpus, 'SUBJECT, SET style' where sets are known, else any text.
-        config: sizes and shares.
-        more: free text that comes after `config.free_prompts`, in an order that follows from the texts alone.
-
-    Returns:
-        Distinct prompts, but each of the training split `train_drawings` times; train first. Captions fill up where a split
-        has too few free prompts or recombinations.
-
-    Raises:
-        InputError: the corpus has too few distinct subjects; the text proposes numbers that fit.
+    `captions` are main captions of the corpus, 'SUBJECT, SET style' where sets are known, else any text; they fill up where a
+    split has too few free prompts or recombinations. `more` is free text that comes after `config.free_prompts`, in an order
+    that follows from the texts alone. InputError if the corpus has too few distinct subjects; the text proposes numbers that
+    fit.
     """
     try:
         return _choose(captions, config, more)

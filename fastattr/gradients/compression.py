@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattr.core.errors import InputError
 from fastattr.core.settings import at_least
-from fastattr.generators.families import Layer, weight_shape
+from fastattr.generators.families import Layers, weight_shape
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import Calls, Factors, example_gradients, rotated_gradients
 from fastattr.gradients.losses import OUTPUTS, EncodedImages, recorded_losses, require_finite
@@ -110,22 +110,19 @@ class Compression:
 
     def __init__(
         self,
-        layers: Mapping[str, Layer],
+        layers: Layers,
         config: GradientConfig,
         factors: Factors | None = None,
         coordinates: np.ndarray | None = None,
         *,
         turns: Mapping[str, Turn] | None = None,
     ) -> None:
-        """Prepare rotation and sketch; the same for the same arguments.
+        """Prepare rotation and sketch; the same for the same arguments. Gradients come in the order of `layers`.
 
-        Args:
-            layers: whose gradients come, in this order.
-            config: the settings.
-            factors: EKFAC factors of these layers; InputError where `config.whiten` and there are none.
-            coordinates: (k,) sorted numbers of the coordinates to keep, of all layers' side by side, as `leading_coordinates`
-                finds them; without them all are sketched, or kept where `config.width` is 0.
-            turns: how each layer is rotated and cut, as an earlier compression has it, instead of factors and coordinates.
+        `factors` are EKFAC's of these layers; InputError where `config.whiten` and there are none. `coordinates` (k,) are
+        sorted numbers of the coordinates to keep, of all layers' side by side, as `leading_coordinates` finds them; without
+        them all are sketched, or kept where `config.width` is 0. `turns`: how each layer is rotated and cut, as an earlier
+        compression has it, instead of both.
         """
         if config.whiten and factors is None and turns is None:
             raise InputError("whitened gradient features need EKFAC factors; fit them first, or set whiten to false.")
@@ -174,9 +171,7 @@ class Compression:
         return flat.new_zeros(len(flat), self.width).index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
 
 
-def _turns(
-    layers: Mapping[str, Layer], config: GradientConfig, factors: Factors, coordinates: np.ndarray | None
-) -> dict[str, Turn]:
+def _turns(layers: Layers, config: GradientConfig, factors: Factors, coordinates: np.ndarray | None) -> dict[str, Turn]:
     """The rotation of each layer of which coordinates are kept; eigenvectors that no kept coordinate needs are left out."""
     turns, start = {}, 0
     for name, layer in layers.items():
@@ -199,7 +194,7 @@ def _turns(
 
 def gradient_features(
     generator: Generator,
-    layers: Mapping[str, Layer],
+    layers: Layers,
     images: EncodedImages,
     rows: np.ndarray,
     compression: Compression,
@@ -224,12 +219,7 @@ def gradient_features(
 
 
 def gradients_of_draws(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    images: EncodedImages,
-    row: int,
-    compression: Compression,
-    config: GradientConfig,
+    generator: Generator, layers: Layers, images: EncodedImages, row: int, compression: Compression, config: GradientConfig
 ) -> np.ndarray:
     """(L, k) float32: what each of L draws x captions adds to `gradient_features` of one image, which are their mean."""
     passes = recorded_losses(generator, layers, images, np.array([row]), **config.drawn)
@@ -240,7 +230,7 @@ def gradients_of_draws(
 
 
 def leading_coordinates(
-    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, factors: Factors, config: GradientConfig
+    generator: Generator, layers: Layers, images: EncodedImages, factors: Factors, config: GradientConfig
 ) -> np.ndarray:
     """(k,) coordinates, of all layers' whitened gradients side by side, with the largest mean square over a sample of images.
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.stages import require_same
-from fastattr.generators.families import Layer, weight_shape
+from fastattr.generators.families import Layer, Layers, weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ Calls = Sequence[tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def record_layers(layers: Mapping[str, Layer]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+def record_layers(layers: Layers) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """While open, collect inputs and output gradients (`Calls`) of every backward pass, by layer name.
 
     The layers' weights are frozen while it is open: a backward pass then goes no further than the layers' outputs, which saves
@@ -195,14 +195,11 @@ class Factors:
         write_json(folder / MADE_OF, dict(made_of or {}))
 
     @classmethod
-    def load(cls, folder: Path, layers: Mapping[str, Layer], *, made_of: Mapping[str, str] | None = None) -> Factors:
+    def load(cls, folder: Path, layers: Layers, *, made_of: Mapping[str, str] | None = None) -> Factors:
         """Read kronfluence's factor files of these layers.
 
         `made_of` are fingerprints that those saved beside them must agree with; kronfluence's own have none, which is logged.
-
-        Raises:
-            ArtifactNotFoundError: a file is missing.
-            ArtifactMismatchError: they belong to other layers, another generator or another corpus.
+        ArtifactNotFoundError if a file is missing, ArtifactMismatchError if they belong to other layers, generator or corpus.
         """
         if (folder / MADE_OF).exists():
             found = read_json(folder / MADE_OF)
@@ -228,7 +225,7 @@ class Factors:
         return cls(right, left, {name: value / examples for name, value in sums.items()}, examples)
 
 
-def factor_bytes(layers: Mapping[str, Layer]) -> int:
+def factor_bytes(layers: Layers) -> int:
     """Memory that fitting takes for sums and factors, all in float64: covariances, eigenvectors and eigenvalues."""
     return factor_sizes([weight_shape(layer) for layer in layers.values()])
 
@@ -242,22 +239,15 @@ Batches = Callable[[], Iterable[Tensor]]
 """Gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes each its own part."""
 
 
-def fit_ekfac(
-    layers: Mapping[str, Layer], batches: Batches, *, accelerator: Accelerator | None = None, diagonal: bool = False
-) -> Factors:
+def fit_ekfac(layers: Layers, batches: Batches, *, accelerator: Accelerator | None = None, diagonal: bool = False) -> Factors:
     """Fit EKFAC factors, in float64, on per-example losses.
 
-    Args:
-        layers: linear layers and convolutions, by name, whose weights require gradients; biases are ignored.
-        batches: is called twice: for the covariances, then for the eigenvalues. For the true Fisher the losses must be those
-            of
-            targets sampled from the model; with the data's own targets the result is the empirical Fisher.
-        accelerator: the processes to sum over; None is this one alone. All get the same factors.
-        diagonal: keep the weights' own basis instead of the Kronecker factors' eigenvectors, which makes the curvature the
-            diagonal of the Fisher matrix (AbU, arXiv:2406.09408).
-
-    Raises:
-        NonFiniteError: a covariance or an eigenvalue is NaN or infinite; the layer is named.
+    `layers` are linear layers and convolutions, by name, whose weights require gradients; biases are ignored. `batches` is
+    called twice: for the covariances, then for the eigenvalues. For the true Fisher the losses must be those of targets
+    sampled from the model; with the data's own targets the result is the empirical Fisher. `accelerator`: the processes to sum
+    over, None is this one alone; all get the same factors. `diagonal` keeps the weights' own basis instead of the Kronecker
+    factors' eigenvectors, which makes the curvature the diagonal of the Fisher matrix (AbU, arXiv:2406.09408). NonFiniteError
+    names the layer.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     logger.info("EKFAC factors of %d layers take %.1f MB of memory", len(layers), factor_bytes(layers) / 1e6)
@@ -285,7 +275,7 @@ def fit_ekfac(
 
 
 def _eigenbasis(
-    layers: Mapping[str, Layer], batches: Batches, accelerator: Accelerator | None
+    layers: Layers, batches: Batches, accelerator: Accelerator | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Eigenvectors of the output gradients' and of the inputs' covariances, by layer, the same on all processes."""
     sizes = {name: weight_shape(layer) for name, layer in layers.items()}

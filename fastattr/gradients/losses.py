@@ -24,7 +24,7 @@ from fastattr.core.errors import NonFiniteError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.processes import files_of_parts, in_parts
 from fastattr.corpus.store import Corpus
-from fastattr.generators.families import Conditioning, Layer
+from fastattr.generators.families import Conditioning, Layers
 from fastattr.generators.generator import Generator
 from fastattr.generators.schedules import noise_for, spread_timesteps
 from fastattr.gradients.ekfac import Calls, record_layers
@@ -66,13 +66,9 @@ def encode_corpus(
 ) -> EncodedImages:
     """Latents and conditioning of every training image, `batch_size` of them, or of their captions, at once.
 
-    Args:
-        generator: whose VAE and text encoder to use.
-        corpus: the images.
-        folder: what is computed is kept there for the next run; its name must say generator and corpus.
-        captions: 'first' or 'all'.
-        mirrored: whether to encode the mirror images as a second view.
-        accelerator: the processes to split the work over; None is this one alone.
+    What is computed is kept in `folder` for the next run; its name must say generator and corpus. `captions` is 'first' or
+    'all'; `mirrored` encodes the mirror images as a second view. `accelerator`: the processes to split the work over; None is
+    this one.
     """
     chosen = [texts if captions == "all" else texts[:1] for texts in corpus.captions]
     texts = [text for own in chosen for text in own]
@@ -149,20 +145,18 @@ def denoising_losses(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Losses of training images or queries, batch by batch, with their graphs where gradients are on.
 
-    Args:
-        generator: with the weights to measure.
-        images: encoded images; `rows` (C,) says which of them.
+    `rows` (C,) says which of the images. Args besides:
         draws: timesteps spread evenly over the span, each with noise of its own, fixed by (image id, draw, seed).
         batch_size: network evaluations at once; does not change the losses.
-        seed: of the noise.
         output: one of `OUTPUTS`.
         antithetic: draws 2k and 2k + 1 have one timestep and opposite noise.
         span: the part of the schedule that timesteps are spread over, from little noise (0) to much (1).
 
     Yields:
         (P,) positions in the flattened (C, V) images x views, and (P, L) losses of each, L its draws x captions: means per
-        latent element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions;
-        one whose evaluations outnumber `batch_size` comes in several batches.
+            latent
+        element, divided by L, so that their sum over a position is its mean loss. A batch holds whole positions; one whose
+        evaluations outnumber `batch_size` comes in several batches.
     """
     pairs = 2 if antithetic else 1
     timesteps = _timesteps(draws // pairs, generator.train_timesteps, span).repeat(pairs)
@@ -190,7 +184,7 @@ def denoising_losses(
 
 
 def recorded_losses(
-    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, rows: np.ndarray, **drawn: Any
+    generator: Generator, layers: Layers, images: EncodedImages, rows: np.ndarray, **drawn: Any
 ) -> Iterator[tuple[np.ndarray, int, Mapping[str, Calls]]]:
     """Positions of a batch of `denoising_losses`, its number of evaluations, and what its backward pass gave each layer."""
     with record_layers(layers) as recorded:

@@ -24,7 +24,7 @@ from fastattr.generators.queries import Queries
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import LEAST_HELD_OUT, LEAST_QUERIES, Ownness, fit_ownness, measures_of
-from fastattr.students.shares import divide, families_of, teacher_shares
+from fastattr.students.shares import LEAST_SHARE, divide, families_of, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PICTURES = 5000
 """Training queries whose pictures are looked at."""
+Arrays = Sequence[np.ndarray]
 FOLDS = 5
 """Parts of the validation queries, each of which is foretold by the others to find how wide intervals must be."""
 
@@ -52,21 +53,20 @@ class CalibrateConfig:
 
 
 def find_widening(
-    similarities: Sequence[np.ndarray],
+    similarities: Arrays,
     scored: Sequence[ScoredQuery],
-    names: Sequence[np.ndarray],
-    families: Sequence[np.ndarray],
+    names: Arrays,
+    families: Arrays,
     *,
-    corpus_size: int,
     resamples: int,
     seed: int,
-    least_share: float = 0.01,
+    **corpus: int,
 ) -> float:
     """By which factor, at least 1, intervals must be widened to hold 95% of held-out queries' shares among their neighbours.
 
-    Arguments as `fit_calibration` has them; names that are expected to hold less than `least_share` are left out.
+    Arguments as `fit_calibration` has them; names that are expected to hold less than `LEAST_SHARE` are left out.
     """
-    drawn, none = {"corpus_size": corpus_size, "resamples": resamples, "seed": seed}, np.zeros(0)
+    drawn, none = {"resamples": resamples, "seed": seed, **corpus}, np.zeros(0)
     ratios = []
     for fold in range(min(FOLDS, len(scored))):
         others = [row for row in range(len(scored)) if row % FOLDS != fold] or list(range(len(scored)))
@@ -81,16 +81,16 @@ def find_widening(
             actual = actual[np.isin(found, expected.names)]
             side = np.where(actual > expected.share, expected.high - expected.share, expected.share - expected.low)
             ratio = np.abs(actual - expected.share) / np.maximum(side, 1e-9)
-            ratios.append(ratio[expected.share >= least_share])
+            ratios.append(ratio[expected.share >= LEAST_SHARE])
     every = np.concatenate(ratios)
     return max(1.0, float(np.quantile(every, 0.95))) if len(every) else 1.0
 
 
 def fit_calibration(
-    similarities: Sequence[np.ndarray],
+    similarities: Arrays,
     scored: Sequence[ScoredQuery],
-    names: Sequence[np.ndarray],
-    families: Sequence[np.ndarray],
+    names: Arrays,
+    families: Arrays,
     *,
     corpus_size: int,
     feature_mean: np.ndarray,

@@ -31,15 +31,8 @@ from fastattr.core.stages import make, open_stage
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
-from fastattr.students.pairs import (
-    FeatureRows,
-    MappedFeatures,
-    PairTable,
-    make_table,
-    open_table,
-    split_query_ids,
-    stream_labels,
-)
+from fastattr.students import pairs
+from fastattr.students.pairs import FeatureRows, MappedFeatures, PairTable
 from fastattr.students.ranking import teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import read_scores
@@ -177,16 +170,11 @@ def distill(
     on_judgement: Callable[[float], None] | None = None,
     **resumed: Any,
 ) -> Student:
-    """Train a student on a table; returns it with averaged weights.
+    """Train a student on a table of Q queries; returns it with averaged weights.
 
-    Args:
-        table: of the Q training queries.
-        queries: (Q, F) their features, in the same order.
-        images: (N, F) features of the training images.
-        config: shape and training.
-        validation: stops the training and chooses the weights; None trains for all steps.
-        on_judgement: told each validation mAP.
-        resumed: checkpoint, made_from and accelerator, as `training.fit` has them.
+    `queries` (Q, F) are their features, in the same order, `images` (N, F) those of the training images. `validation` stops
+    the training and chooses the weights, None trains for all steps; `on_judgement` is told each validation mAP. `resumed`:
+    checkpoint, made_from and accelerator, as `training.fit` has them.
     """
     torch.manual_seed(config.training.seed)
     student = Student(images.shape[1], config.student)
@@ -227,11 +215,11 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
     checkpoint, mapped = folder / "checkpoint.safetensors", folder / "table"
 
     def work() -> dict[str, Any]:
-        labels = stream_labels(run_dir / "scores", corpus.image_ids)
+        labels = pairs.stream_labels(run_dir / "scores", corpus.image_ids)
         if accelerator.is_main_process:
-            make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
+            pairs.make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
         accelerator.wait_for_everyone()
-        query_ids = split_query_ids(run_dir / "scores", "train")
+        query_ids = pairs.split_query_ids(run_dir / "scores", "train")
         features = MappedFeatures(corpus_folders, corpus.image_ids)
         scored = read_scores(run_dir / "scores", split="validation")
         validation = Validation(
@@ -240,7 +228,7 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
         )
         resumed = {"checkpoint": checkpoint, "made_from": [config, inputs], "accelerator": accelerator}
         queries, judged = MappedFeatures(query_folders, query_ids), validation if scored else None
-        student = distill(open_table(mapped), queries, features, config, validation=judged, **resumed)
+        student = distill(pairs.open_table(mapped), queries, features, config, validation=judged, **resumed)
         if accelerator.is_main_process:
             save_student(student, folder / "model.safetensors")
         facts = {name: scores_manifest[name] for name in ("generator_fingerprint", "teacher")}

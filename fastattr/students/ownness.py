@@ -14,8 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 
 MEASURES = ("brightness", "contrast", "saturation", "roughness")
@@ -36,21 +38,20 @@ STEPS, EXAMPLES = 800, 256
 class Match:
     """How badly a picture goes with its prompt, by the features of both; earlier calibrations have a `Density` instead."""
 
-    image: np.ndarray
-    text: np.ndarray
+    image: ndarray
+    text: ndarray
     """(F,) float32, 1 for features of the picture alone and of the prompt alone."""
-    image_axes: np.ndarray
-    text_axes: np.ndarray
+    image_axes: ndarray
+    text_axes: ndarray
     """(Fi, P) and (Ft, P) float32, directions in which picture and prompt are compared; P = 0: as they are."""
-    hidden: np.ndarray
-    """(3P, H) float32."""
-    bias: np.ndarray
-    out: np.ndarray
-    """(H,) float32."""
-    threshold: np.ndarray
+    hidden: ndarray
+    bias: ndarray
+    out: ndarray
+    """(3P, H), (H,) and (H,) float32."""
+    threshold: ndarray
     """() distances above it are called foreign."""
 
-    def inputs(self, features: np.ndarray) -> np.ndarray:
+    def inputs(self, features: ndarray) -> ndarray:
         """(Q, F) features -> (Q, 3P): picture and prompt, scaled to have values near 1, and their products."""
         parts = []
         for chosen, axes in ((self.image, self.image_axes), (self.text, self.text_axes)):
@@ -58,14 +59,12 @@ class Match:
             parts.append((part @ axes if axes.size else part) * np.float32(part.shape[1] ** 0.5))
         return np.concatenate([parts[0] * parts[1], *parts], axis=1)
 
-    def distance(self, features: np.ndarray) -> np.ndarray:
+    def distance(self, features: ndarray) -> ndarray:
         """(Q,) log odds that (Q, F) features are of a picture with another prompt than its own."""
         return np.maximum(self.inputs(features) @ self.hidden + self.bias, 0) @ self.out
 
 
-def fit_match(
-    own: np.ndarray, held_out: np.ndarray, *, image: np.ndarray, text: np.ndarray, false_alarms: float, seed: int = 0
-) -> Match:
+def fit_match(own: ndarray, held_out: ndarray, *, image: ndarray, text: ndarray, false_alarms: float, seed: int = 0) -> Match:
     """Learn to tell own pictures with their prompts from own pictures with other prompts.
 
     `own` (M, F) are features of generated images and prompts; on `held_out` (V, F) of others the threshold is set. `image`
@@ -107,15 +106,15 @@ def fit_match(
 class Density:
     """A Gaussian over features of own images with their prompts: what calibrations of format 1 have instead of a `Match`."""
 
-    mean: np.ndarray
-    axes: np.ndarray
-    variances: np.ndarray
+    mean: ndarray
+    axes: ndarray
+    variances: ndarray
     """(F,), (P, F) orthonormal and (P,) float32, along the axes."""
-    rest: np.ndarray
-    threshold: np.ndarray
+    rest: ndarray
+    threshold: ndarray
     """() variance along each of the other directions, and the distance above which a picture is called foreign."""
 
-    def distance(self, features: np.ndarray) -> np.ndarray:
+    def distance(self, features: ndarray) -> ndarray:
         """(Q,) squared distance of (Q, F) features, in standard deviations, divided by F."""
         centred = features - self.mean
         along = centred @ self.axes.T
@@ -124,7 +123,7 @@ class Density:
         return (within + beyond) / features.shape[1]
 
 
-def measures_of(image: Image.Image) -> np.ndarray:
+def measures_of(image: Image.Image) -> ndarray:
     """(4,) float32 `MEASURES` of an RGB picture, each 0 to 1.
 
     Mean and standard deviation of the brightness, mean difference between the largest and the smallest channel, and mean
@@ -147,14 +146,12 @@ class Ownness:
 
     match: Match | Density | None
     """None where features are not of picture and prompt apart, or queries were too few."""
-    ranges: np.ndarray | None
+    ranges: ndarray | None
     """(2, 4) float32, lowest and highest `MEASURES` of own pictures; None in format 1."""
     words: frozenset[str] | None
     """Of training captions; None in format 1."""
 
-    def doubts(
-        self, features: np.ndarray, prompts: Sequence[str], measures: Sequence[np.ndarray] | None = None
-    ) -> list[list[str]]:
+    def doubts(self, features: ndarray, prompts: Sequence[str], measures: Sequence[ndarray] | None = None) -> list[list[str]]:
         """For each query why it does not look like this generator's output: a sentence for each check that fails.
 
         Features are (Q, F), measures Q arrays (4,) of the pictures, if there are any; an empty prompt is not looked at.
@@ -176,7 +173,7 @@ class Ownness:
                 found[row].append(f"picture and prompt do not go together as its own do {by}")
         return found
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, ndarray]:
         """As a calibration file holds it, by name; every name has a dot."""
         kind = type(self.match).__name__.lower()
         parts = {} if self.match is None else vars(self.match)
@@ -188,7 +185,7 @@ class Ownness:
         return held
 
     @classmethod
-    def read(cls, tensors: Mapping[str, np.ndarray], feature_dim: int) -> Ownness | None:
+    def read(cls, tensors: Mapping[str, ndarray], feature_dim: int) -> Ownness | None:
         """From `tensors`; None from none. ValueError or TypeError if they are something else, or for another width."""
         if not tensors:
             return None
@@ -205,15 +202,7 @@ class Ownness:
 
 
 def fit_ownness(
-    own: np.ndarray,
-    held_out: np.ndarray,
-    *,
-    image: np.ndarray,
-    text: np.ndarray,
-    measures: np.ndarray,
-    captions: Iterable[str],
-    false_alarms: float,
-    seed: int = 0,
+    own: ndarray, held_out: ndarray, *, measures: ndarray, captions: Iterable[str], image: ndarray, text: ndarray, **fitted: Any
 ) -> Ownness:
     """Fit all checks.
 
@@ -222,8 +211,6 @@ def fit_ownness(
     """
     low, high = measures.min(axis=0), measures.max(axis=0)
     enough = len(own) >= LEAST_QUERIES and len(held_out) >= LEAST_HELD_OUT and image.any() and text.any()
-    return Ownness(
-        match=fit_match(own, held_out, image=image, text=text, false_alarms=false_alarms, seed=seed) if enough else None,
-        ranges=np.stack([low / 2, high + (high - low) / 2]).astype(np.float32),
-        words=frozenset(words_of(captions)),
-    )
+    match = fit_match(own, held_out, image=image, text=text, **fitted) if enough else None
+    ranges = np.stack([low / 2, high + (high - low) / 2]).astype(np.float32)
+    return Ownness(match, ranges, frozenset(words_of(captions)))

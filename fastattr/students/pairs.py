@@ -95,15 +95,9 @@ def make_table(
 ) -> PairTable:
     """Turn scores into a table of targets.
 
-    Args:
-        labels: gives the queries in order, as often as it is called.
-        corpus_size: N.
-        kind: 'ranks' (1 for the first, outsiders 0) or 'scores' (standardised).
-        folder: where the table is written, to be mapped into memory; None keeps it there.
-
-    Raises:
-        InputError: there is no query, or the kind is unknown.
-        NonFiniteError: a score is NaN or infinite.
+    `labels` gives the queries in order, as often as it is called. `kind` is 'ranks' (1 for the first, outsiders 0) or 'scores'
+    (standardised). The table is written to `folder`, to be mapped into memory; None keeps it there. InputError if there is no
+    query, or the kind is unknown; NonFiniteError if a score is.
     """
     if kind not in TARGETS:
         raise InputError(f"targets must be one of {', '.join(TARGETS)}, got {kind!r}")

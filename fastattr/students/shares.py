@@ -63,16 +63,9 @@ def divide(
 ) -> Shares:
     """Divide expected influence above a level among names; zero levels divide it as it is.
 
-    Args:
-        calibration: the curves.
-        similarity: (M,).
-        names: (M,), '' for no one's.
-        families: (M,) drawn together in the bootstrap, of which `seed` is the seed.
-        weights: (M,) what each image counts.
-        level: (1 + R,) of the curve and of each of its bootstrap draws.
-        rest: influence that belongs to the whole and to no image.
-        least: names with less are unassigned.
-        copies: (M,) bool, images that hold `COPY_SHARE` together, or None.
+    Of M images `names` are '' for no one's, `families` are drawn together in the bootstrap (`seed`), `weights` say what each
+    counts, `copies` (bool) hold `COPY_SHARE` together. `level` is (1 + R,) of the curve and of each of its bootstrap draws,
+    `rest` influence that belongs to the whole and to no image. Names with less than `least` are unassigned.
     """
     curves = np.vstack([calibration.influence_of(similarity), calibration.draws_of(similarity)])
     excess = np.maximum(curves - level[:, None], 0)
@@ -122,15 +115,9 @@ def share_table(
 ) -> pd.DataFrame:
     """Shares of a query's influence, above what unrelated images have, by one column of the catalogue.
 
-    The whole is the excess of all images and one unrelated image's level: so much may be chance.
-
-    Args:
-        calibration: the curves.
-        similarity: (M,) of the M most similar images.
+    The whole is the excess of all images and one unrelated image's level: so much may be chance. Of the M most similar images:
         columns: (M,) texts by name of the column, '' for no one's: `by`, and 'source' where `by` is 'creator'.
-        by: the column.
-        families: (M,) near-duplicates share one; their members count once together.
-        family_sizes: (M,) how many images of the corpus share each image's family.
+        families, family_sizes: near-duplicates share one; their members, of which the corpus has so many, count once together.
         copies: (M,) bool, images that the picture looks like a copy of; None: nobody has looked.
         own: whether the picture is the generator's own; the calibration says nothing of others, so only copies are named.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.stages import open_stage, require_same, write_manifest
-from fastattr.generators.families import Layer
+from fastattr.generators.families import Layers
 from fastattr.generators.generator import Generator
 from fastattr.gradients.compression import (
     Compression,
@@ -93,16 +93,11 @@ class FittedTeacher:
     def fit(
         cls, generator: Generator, images: EncodedImages, config: TeacherConfig, *, factors: Factors | None = None
     ) -> FittedTeacher:
-        """Fit to an encoded corpus of one view, in memory.
+        """Fit to an encoded corpus of one view, in memory; the generator has base weights.
 
-        Args:
-            generator: with base weights.
-            images: the encoded corpus.
-            config: which methods and how; `gradient_width` 0 keeps whole gradients.
-            factors: EKFAC factors of the layers; None fits them where a method needs them.
-
-        Raises:
-            InputError: a method has no inner-product form, or a setting asks for what is measured anew for every query.
+        `config` says which methods and how; `gradient_width` 0 keeps whole gradients. `factors` are EKFAC's of the layers;
+        None fits them where a method needs them. InputError if a method has no inner-product form, or a setting asks for what
+        is measured anew for every query.
         """
         if config.inverse_steps or config.models or config.retrained or set(config.methods) - {"first-order", *KERNELS}:
             raise InputError(
@@ -188,7 +183,7 @@ class FittedTeacher:
 
 
 def features_of(
-    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, compression: Compression, settings: GradientConfig
+    generator: Generator, layers: Layers, images: EncodedImages, compression: Compression, settings: GradientConfig
 ) -> np.ndarray:
     """(N, k) float32 gradient features of all of them."""
     found = np.empty((len(images.image_ids), compression.width), np.float32)
@@ -204,7 +199,7 @@ def _tensors(turns: Mapping[str, Turn]) -> dict[str, Tensor]:
     return {name: value.float().contiguous() if value.is_floating_point() else value for name, value in parts.items()}
 
 
-def _turns_of(tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]) -> dict[str, Turn]:
+def _turns_of(tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Turn]:
     """What `_tensors` was given, in the order of the layers."""
     found = {}
     for name, layer in layers.items():

@@ -22,7 +22,7 @@ from fastattr.core.processes import in_parts, split_between
 from fastattr.core.stages import fingerprint, make
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import write_features
-from fastattr.generators.families import Layer
+from fastattr.generators.families import Layer, Layers
 from fastattr.generators.generator import Generator
 from fastattr.generators.queries import Queries
 from fastattr.generators.schedules import noise_for
@@ -83,7 +83,7 @@ def factor_batches(
 def write_gradient_features(
     folder: Path,
     generator: Generator,
-    layers: Mapping[str, Layer],
+    layers: Layers,
     images: EncodedImages,
     compression: Compression,
     config: GradientConfig,
@@ -93,15 +93,10 @@ def write_gradient_features(
 ) -> dict[str, Any]:
     """Write the gradient features of all images, in parts split over the processes and kept if killed.
 
-    Args:
-        folder: gets features.npy, (N, k) float16, ids.parquet and manifest.json, as every feature folder has them; if it has
-            them already, nothing is done.
-        generator: this and the next four as of `gradient_features`.
-        inputs: fingerprints of what the features are made from besides the generator: 'source' (the corpus) and others.
-
-    Returns:
-        The manifest. Its 'scale' is the factor on the stored numbers, since half precision needs them near 1: true
-        features = stored / scale. 'bytes_per_image' is what the store keeps of each.
+    `folder` gets features.npy, (N, k) float16, ids.parquet and manifest.json, as every feature folder has them; if it has them
+    already, nothing is done. `inputs`: fingerprints of what they are made from besides the generator, 'source' (the corpus)
+    and others. In the manifest, which is returned, 'scale' is the factor on the stored numbers, since half precision needs
+    them near 1: true features = stored / scale; 'bytes_per_image' is what the store keeps of each.
     """
     parts = folder / f"parts-{fingerprint([config.identity, generator.fingerprint, list(images.image_ids), sorted(layers)])}"
 
@@ -129,7 +124,7 @@ class Task:
     """What scoring any query of a run needs."""
 
     generator: Generator
-    layers: Mapping[str, Layer]
+    layers: Layers
     corpus: Corpus
     queries: Queries
     candidates: Mapping[str, tuple[list[str], np.ndarray]]

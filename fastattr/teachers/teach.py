@@ -35,8 +35,7 @@ from fastattr.gradients.compression import gradient_features
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.losses import EncodedImages
 from fastattr.teachers.config import KERNELS, TeacherConfig, queries_a_pass, stores_gradients, teacher_name
-from fastattr.teachers.kernels import averaged, kernel_scores, similarity_scores
-from fastattr.teachers.retraining import read_retrained, retraining_scores
+from fastattr.teachers.kernels import averaged, kernel_scores, read_retrained, retraining_scores, similarity_scores
 from fastattr.teachers.scores import read_shard
 from fastattr.teachers.task import PART_ROWS, TRIES, Task, layers_to_unlearn
 from fastattr.teachers.unlearning import GaussNewton, exact_scores, flat_step, linearised_scores
@@ -206,10 +205,7 @@ def _corrections(task: Task, members: Sequence[Task]) -> Callable[[int, np.ndarr
 
 
 def run(config: TeacherConfig, run_dir: Path) -> dict[str, Any]:
-    """Score every query's candidates; queries are split over the processes of `accelerate launch`.
-
-    Returns:
-        The manifest of run_dir/scores.
+    """Score every query's candidates on all processes of `accelerate launch`; returns the manifest of run_dir/scores.
 
     Raises:
         ArtifactMismatchError: the stages of the run folder do not belong together.

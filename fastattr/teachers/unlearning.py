@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastattr.core.errors import InputError, NonFiniteError
-from fastattr.generators.families import Conditioning, Layer
+from fastattr.generators.families import Conditioning, Layers
 from fastattr.generators.generator import Generator
 from fastattr.generators.schedules import noise_for
 from fastattr.gradients.ekfac import Factors, example_gradients
@@ -42,14 +42,7 @@ class GaussNewton:
     """The Gauss-Newton matrix of the mean denoising loss over random (image, timestep, noise) triples, by its products."""
 
     def __init__(
-        self,
-        generator: Generator,
-        layers: Mapping[str, Layer],
-        images: EncodedImages,
-        *,
-        examples: int,
-        batch_size: int,
-        seed: int,
+        self, generator: Generator, layers: Layers, images: EncodedImages, *, examples: int, batch_size: int, seed: int
     ) -> None:
         """Choose the triples of an encoded corpus; `batch_size` of them are computed at once, which changes no product."""
         self._generator, self._layers, self._images = generator, layers, images
@@ -82,7 +75,7 @@ class GaussNewton:
 
 
 @contextmanager
-def _varied(layers: Mapping[str, Layer], direction: Weights) -> Iterator[None]:
+def _varied(layers: Layers, direction: Weights) -> Iterator[None]:
     """While open, each weight carries a tangent, so that what is computed with it has a forward-mode derivative."""
     kept = {name: layer._parameters["weight"] for name, layer in layers.items()}
     try:
@@ -169,28 +162,13 @@ def conjugate_gradients(
 
 
 def query_gradient(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    latent: Tensor,
-    conditioning: Conditioning,
-    *,
-    query_id: str,
-    **drawn: Any,
+    generator: Generator, layers: Layers, latent: Tensor, conditioning: Conditioning, *, query_id: str, **drawn: Any
 ) -> tuple[dict[str, Tensor], float]:
-    """Mean gradient of the query's denoising loss.
+    """(out, in) mean gradient of the query's denoising loss by layer (a convolution's as `weight_shape`), and the mean loss.
 
-    Args:
-        generator: with base weights.
-        layers: those to unlearn; their weights must require gradients.
-        latent: (1, L, h, w), and `conditioning`, of one prompt.
-        query_id: fixes the noise, together with draw number and seed.
-        drawn: draws, batch_size, seed, antithetic and span, as of `denoising_losses`.
-
-    Returns:
-        (out, in) gradient by layer (a convolution's as `weight_shape`), and the mean loss.
-
-    Raises:
-        NonFiniteError: a gradient is missing or not finite; the layer is named.
+    The generator has base weights, the layers' weights require gradients; `latent` is (1, L, h, w), `conditioning` of one
+    prompt. `query_id` fixes the noise, together with draw number and seed; `drawn` is as of `denoising_losses`. NonFiniteError
+    names a layer whose gradient is missing or not finite.
     """
     query, total = EncodedImages([query_id], latent[None], conditioning, np.arange(2)), 0.0
     for layer in layers.values():
@@ -213,17 +191,10 @@ def unlearning_step(
 ) -> tuple[dict[str, Tensor], float]:
     """The change of weights that unlearns a query: uphill in its loss, along the natural gradient.
 
-    Args:
-        gradients: (out, in) gradient of the query's loss, by layer.
-        natural: the same, preconditioned by the curvature.
-        loss: the query's loss, and `rise`, the part of itself by which the step should raise it, to first order.
-        step_size: a fixed factor instead, or None.
-
-    Returns:
-        (out, in) change by layer, and the relative rise that it gives to first order.
-
-    Raises:
-        NonFiniteError: there is no way up: the gradient is zero or not finite.
+    `gradients` are (out, in) of the query's loss, by layer, `natural` the same, preconditioned by the curvature. The step
+    should raise the loss by the part `rise` of itself, to first order; `step_size` is a fixed factor instead. Returns (out,
+    in) change by layer, and the relative rise that it gives to first order. NonFiniteError if there is no way up: the gradient
+    is zero or not finite.
     """
     slope = sum(float((gradients[name].double() * natural[name].double()).sum()) for name in gradients)
     if not slope > 0:
@@ -233,7 +204,7 @@ def unlearning_step(
 
 
 @contextmanager
-def unlearned(layers: Mapping[str, Layer], step: Mapping[str, Tensor]) -> Iterator[None]:
+def unlearned(layers: Layers, step: Mapping[str, Tensor]) -> Iterator[None]:
     """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
@@ -250,13 +221,9 @@ def unlearned(layers: Mapping[str, Layer], step: Mapping[str, Tensor]) -> Iterat
 def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.ndarray:
     """Score each candidate by how much unlearning the query hurt it.
 
-    Args:
-        base_loss: (C, V) denoising loss of each view before unlearning, mean squared error per latent element.
-        unlearned_loss: (C, V) the same after unlearning, with the same noise draws; InputError if the shapes differ.
-
-    Returns:
-        (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher is more
-        influential; values may be negative.
+    Both (C, V) losses are of each view, mean squared error per latent element, with the same noise draws; InputError if the
+    shapes differ. Returns (C,) in the unit of the losses; of two views (image and mirror image) the larger rise counts. Higher
+    is more influential; values may be negative.
     """
     if base_loss.shape != unlearned_loss.shape or base_loss.ndim != 2:
         raise InputError(f"losses must share one (C, V) shape, got {base_loss.shape} and {unlearned_loss.shape}")
@@ -265,7 +232,7 @@ def influence_scores(base_loss: np.ndarray, unlearned_loss: np.ndarray) -> np.nd
 
 def exact_scores(
     generator: Generator,
-    layers: Mapping[str, Layer],
+    layers: Layers,
     images: EncodedImages,
     base_loss: np.ndarray,
     step: Mapping[str, Tensor],
@@ -275,13 +242,8 @@ def exact_scores(
 ) -> np.ndarray:
     """(C,) influence of each candidate on the query that a step unlearns; higher = more influential.
 
-    Args:
-        generator: with base weights, which it has again on return.
-        layers: those that the step changes.
-        images: the encoded corpus; `candidate_rows` (C,) says which of its images.
-        base_loss: (N, V) losses of the whole corpus before unlearning.
-        step: (out, in) change by layer, as `query_step` gives it.
-        config: the teacher's settings.
+    The generator has base weights, again on return; `candidate_rows` (C,) says which of the images; `base_loss` (N, V) are
+    losses of the whole corpus before unlearning; `step` is (out, in) change by layer, as `query_step` gives it.
     """
 
     def losses() -> np.ndarray:
@@ -298,7 +260,7 @@ def exact_scores(
 
 def query_step(
     generator: Generator,
-    layers: Mapping[str, Layer],
+    layers: Layers,
     factors: Factors,
     *,
     latent: Tensor,
@@ -336,19 +298,13 @@ def flat_step(step: Mapping[str, Tensor], layers: Sequence[str]) -> np.ndarray:
 
 
 def linearised_scores(
-    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, rows: np.ndarray, steps: Tensor, **drawn: Any
+    generator: Generator, layers: Layers, images: EncodedImages, rows: np.ndarray, steps: Tensor, **drawn: Any
 ) -> np.ndarray:
     """(Q, C) float64 first-order loss change of training images under each query's step; higher = more influential.
 
-    Args:
-        generator: with base weights.
-        layers: those that the steps change; their weights must require gradients.
-        images: the encoded corpus; `rows` (C,) says which of its images. Of two views the larger change counts.
-        steps: (Q, P) change of weights by query, as `flat_step` has them.
-        drawn: draws, batch_size, seed and span, as of `image_losses` in the exact teacher.
-
-    Raises:
-        NonFiniteError: a score is NaN or infinite; the image is named.
+    The generator has base weights; weights of the layers that the steps change must require gradients. `rows` (C,) says which
+    of the images; of two views the larger change counts. `steps` (Q, P) are changes of weights by query, as `flat_step` has
+    them; `drawn` is as of `image_losses` in the exact teacher. NonFiniteError names an image whose score is NaN or infinite.
     """
     scores = torch.zeros(len(rows) * images.views, len(steps), dtype=torch.float64)
     steps = steps.to(generator.device)

@@ -28,17 +28,9 @@ from fastattr.core.stages import make, open_stage
 from fastattr.core.training import fit, trapezoid
 from fastattr.corpus.store import Corpus
 from fastattr.generators.loading import WORDS, words_of
+from fastattr.generators.scratch import denoiser
 from fastattr.generators.scratch.autoencoder import encode_latents, load_images
-from fastattr.generators.scratch.denoiser import (
-    NO_STYLE,
-    CaptionLoss,
-    DenoiserLoss,
-    GeneratorConfig,
-    build_denoiser,
-    build_scheduler,
-    tokenize,
-    train_tokenizer,
-)
+from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, build_scheduler
 
 ARTICLES = ("a", "the", "one", "some", "my")
 FRAMES = ("a picture of", "a drawing of a", "an emoji of a", "a photo of the", "a piece of", "a pair of")
@@ -131,7 +123,7 @@ class TrainingExamples:
         names, styles = zip(*(split_caption(of_image[0]) for of_image in captions), strict=True)
         self.subjects, self.styles = sorted(set(names)), sorted(set(styles) - {""})
         self._subject = torch.tensor([self.subjects.index(name) for name in names])
-        self._style = torch.tensor([self.styles.index(style) if style else NO_STYLE for style in styles])
+        self._style = torch.tensor([self.styles.index(style) if style else denoiser.NO_STYLE for style in styles])
         self.tokenizer, self._config = tokenizer, config
         self._without_style = rows_without_style(self.captions)
         self._shift, self._timesteps = config.timestep_shift, timesteps
@@ -146,8 +138,8 @@ class TrainingExamples:
     def captions_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What `CaptionLoss` takes: tokens (B, max_tokens), latents (B, L, h, w), subjects (B,) and styles (B,)."""
         prompts, rows = self.prompts_of(rows, generator)
-        styles = torch.where(torch.tensor([bool(prompt) for prompt in prompts]), self._style[rows], NO_STYLE)
-        return tokenize(self.tokenizer, prompts), self.latents[rows], self._subject[rows], styles
+        styles = torch.where(torch.tensor([bool(prompt) for prompt in prompts]), self._style[rows], denoiser.NO_STYLE)
+        return denoiser.tokenize(self.tokenizer, prompts), self.latents[rows], self._subject[rows], styles
 
     def batch_of(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Latents (B, L, h, w), tokens (B, max_tokens), timesteps (B,) and noise (B, L, h, w) of these (B,) rows."""
@@ -158,7 +150,7 @@ class TrainingExamples:
         share = stratum / len(rows)
         share = self._shift * share / (1 + (self._shift - 1) * share)
         timesteps = (share * self._timesteps).long().clamp_max(self._timesteps - 1)
-        return picked, tokenize(self.tokenizer, prompts), timesteps, torch.randn(picked.shape, generator=generator)
+        return picked, denoiser.tokenize(self.tokenizer, prompts), timesteps, torch.randn(picked.shape, generator=generator)
 
 
 CHECKPOINTS = ("checkpoint-text.safetensors", "checkpoint.safetensors")
@@ -205,16 +197,16 @@ def train(
     latents = encode_latents(autoencoder, images) * autoencoder.config.scaling_factor
     with temporary_folder(folder) as scratch:
         every = (caption for captions in corpus.captions for caption in captions)
-        tokenizer = train_tokenizer(every, vocabulary=config.vocabulary, max_tokens=config.max_tokens, scratch=scratch)
+        tokenizer = denoiser.train_tokenizer(every, vocabulary=config.vocabulary, max_tokens=config.max_tokens, scratch=scratch)
     torch.manual_seed(config.training.seed)
     scheduler = build_scheduler()
     examples = TrainingExamples(latents, corpus.captions, tokenizer, config, scheduler.config.num_train_timesteps)
     shape = {"latent_channels": latents.shape[1], "latent_side": latents.shape[2]}
-    unet, text_encoder = build_denoiser(config, tokenizer=tokenizer, **shape)
+    unet, text_encoder = denoiser.build_denoiser(config, tokenizer=tokenizer, **shape)
     made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
     about: dict[str, Any] = {"examples": len(corpus), "made_from": made_from, "accelerator": accelerator}
     classes = {"subjects": len(examples.subjects), "styles": len(examples.styles)}
-    caption_loss = CaptionLoss(text_encoder, latent_shape=latents.shape[1:], name_weight=config.name_weight, **classes)
+    caption_loss = denoiser.CaptionLoss(text_encoder, latent_shape=latents.shape[1:], name_weight=config.name_weight, **classes)
     about |= {"description": "text encoder", "checkpoint": folder / CHECKPOINTS[0]}
     foretelling: Any = fit(caption_loss, examples.captions_of, config.text_training, **about)
     text_encoder = foretelling.text_encoder.requires_grad_(False)
