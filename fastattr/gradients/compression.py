@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from fastattr.core.errors import InputError
@@ -113,7 +114,7 @@ class Compression:
         layers: Layers,
         config: GradientConfig,
         factors: Factors | None = None,
-        coordinates: np.ndarray | None = None,
+        coordinates: ndarray | None = None,
         *,
         turns: Mapping[str, Turn] | None = None,
     ) -> None:
@@ -171,7 +172,7 @@ class Compression:
         return flat.new_zeros(len(flat), self.width).index_add_(1, self._buckets, flat * self._signs.to(flat.dtype))
 
 
-def _turns(layers: Layers, config: GradientConfig, factors: Factors, coordinates: np.ndarray | None) -> dict[str, Turn]:
+def _turns(layers: Layers, config: GradientConfig, factors: Factors, coordinates: ndarray | None) -> dict[str, Turn]:
     """The rotation of each layer of which coordinates are kept; eigenvectors that no kept coordinate needs are left out."""
     turns, start = {}, 0
     for name, layer in layers.items():
@@ -193,13 +194,8 @@ def _turns(layers: Layers, config: GradientConfig, factors: Factors, coordinates
 
 
 def gradient_features(
-    generator: Generator,
-    layers: Layers,
-    images: EncodedImages,
-    rows: np.ndarray,
-    compression: Compression,
-    config: GradientConfig,
-) -> np.ndarray:
+    generator: Generator, layers: Layers, images: EncodedImages, rows: ndarray, compression: Compression, config: GradientConfig
+) -> ndarray:
     """(C, k) float32: the compressed gradient of each image's mean output over its draws.
 
     All draws of an image are in one batch as far as `config.batch_size` allows, and are summed before anything is rotated. The
@@ -213,25 +209,25 @@ def gradient_features(
     for positions, _, recorded in recorded_losses(generator, layers, images, rows, **config.drawn):
         compressed = compression.of_records(recorded, len(positions))
         features.index_add_(0, torch.from_numpy(positions), compressed.float().cpu())
-    mean: np.ndarray = features.reshape(len(rows), images.views, -1).mean(dim=1).numpy()
+    mean: ndarray = features.reshape(len(rows), images.views, -1).mean(dim=1).numpy()
     require_finite(mean, images, rows, "gradient")
     return mean
 
 
 def gradients_of_draws(
     generator: Generator, layers: Layers, images: EncodedImages, row: int, compression: Compression, config: GradientConfig
-) -> np.ndarray:
+) -> ndarray:
     """(L, k) float32: what each of L draws x captions adds to `gradient_features` of one image, which are their mean."""
     passes = recorded_losses(generator, layers, images, np.array([row]), **config.drawn)
     every = torch.cat([compression.of_records(recorded, count).float().cpu() for _, count, recorded in passes])
-    each: np.ndarray = (every * len(every)).numpy()
+    each: ndarray = (every * len(every)).numpy()
     require_finite(each[None], images, np.array([row]), "gradient")
     return each
 
 
 def leading_coordinates(
     generator: Generator, layers: Layers, images: EncodedImages, factors: Factors, config: GradientConfig
-) -> np.ndarray:
+) -> ndarray:
     """(k,) coordinates, of all layers' whitened gradients side by side, with the largest mean square over a sample of images.
 
     Each layer keeps the same part of its numbers: on emoji-bench that orders images by 0.79 as whole gradients do at 16,384
@@ -261,13 +257,13 @@ class RidgeKernel:
     Source: arXiv:2303.14186, sec. 3.2, and arXiv:2311.00500 for the ridge.
     """
 
-    directions: np.ndarray
+    directions: ndarray
     """(r, k) float32, orthonormal."""
-    factors: np.ndarray
+    factors: ndarray
     """(r,) float32 in (0, 1)."""
 
     @classmethod
-    def fit(cls, features: np.ndarray, *, ridge: float) -> RidgeKernel:
+    def fit(cls, features: ndarray, *, ridge: float) -> RidgeKernel:
         """Of (n, k) features of the sample.
 
         `ridge` is lambda, as a fraction of the mean of those min(n, k) eigenvalues of Phi^T Phi that can be other than 0;
@@ -280,7 +276,7 @@ class RidgeKernel:
         factors = np.sqrt(level / (singular**2 + level))
         return cls(directions.astype(np.float32), factors.astype(np.float32))
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
+    def __call__(self, features: ndarray) -> ndarray:
         """(B, k) -> (B, k) float32."""
         along = features @ self.directions.T
         return (features - (along * (1 - self.factors)) @ self.directions).astype(np.float32)

@@ -187,7 +187,7 @@ def query_gradient(
 
 
 def unlearning_step(
-    gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor], *, loss: float, rise: float, step_size: float | None
+    gradients: Weights, natural: Weights, *, loss: float, rise: float, step_size: float | None
 ) -> tuple[dict[str, Tensor], float]:
     """The change of weights that unlearns a query: uphill in its loss, along the natural gradient.
 
@@ -204,7 +204,7 @@ def unlearning_step(
 
 
 @contextmanager
-def unlearned(layers: Layers, step: Mapping[str, Tensor]) -> Iterator[None]:
+def unlearned(layers: Layers, step: Weights) -> Iterator[None]:
     """Weights changed by a step while open; restored bit for bit at the end, whatever happened inside."""
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
@@ -235,7 +235,7 @@ def exact_scores(
     layers: Layers,
     images: EncodedImages,
     base_loss: np.ndarray,
-    step: Mapping[str, Tensor],
+    step: Weights,
     *,
     candidate_rows: np.ndarray,
     config: TeacherConfig,
@@ -292,7 +292,7 @@ def query_step(
     return total, total_rise
 
 
-def flat_step(step: Mapping[str, Tensor], layers: Sequence[str]) -> np.ndarray:
+def flat_step(step: Weights, layers: Sequence[str]) -> np.ndarray:
     """(P,) the changes of all layers, in the order of `layers`."""
     return torch.cat([step[name].detach().flatten() for name in layers]).cpu().numpy()
 
