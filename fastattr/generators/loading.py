@@ -116,12 +116,8 @@ def pairs_of(pipeline: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pa
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
-    kohya = {
-        f"lora_{word}_{name.removeprefix(part + '.').replace('.', '_')}": name
-        for name in layers
-        for word, part in PARTS.items()
-        if name.startswith(part + ".")
-    }
+    of_parts = [(word, name, f"{part}.") for word, part in PARTS.items() for name in layers if name.startswith(f"{part}.")]
+    kohya = {f"lora_{word}_{name.removeprefix(part).replace('.', '_')}": name for word, name, part in of_parts}
     pairs: dict[str, Pair] = {}
     unknown = []
     for name, tensor in tensors.items():

@@ -79,11 +79,10 @@ class QueriesConfig:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it comes from."""
+    """A prompt, its kind ('caption', 'recombined' or 'free') and its split."""
 
     text: str
     kind: str
-    """'caption', 'recombined' or 'free'."""
     split: str
 
 

@@ -87,7 +87,8 @@ def encode_corpus(
     views = {"latents": False} | ({"mirrored": True} if mirrored else {})
     latents = [computed(name, len(corpus), partial(view, mirror=mirror)) for name, mirror in views.items()]
     told = _conditioning_in_parts(folder / f"{captions}-prompts", len(texts), batch_size, conditioning, accelerator)
-    return EncodedImages(corpus.image_ids, torch.stack(latents, dim=1), told, np.cumsum([0, *map(len, chosen)]))
+    whole = torch.stack(latents, dim=1) if mirrored else latents[0].unsqueeze(1)  # a single view is not copied
+    return EncodedImages(corpus.image_ids, whole, told, np.cumsum([0, *map(len, chosen)]))
 
 
 def _conditioning_in_parts(

@@ -111,8 +111,6 @@ class Student(nn.Module):
 @torch.no_grad()
 def embed(student: Student, features: np.ndarray, *, batch_size: int = 8192) -> np.ndarray:
     """(N, D) float32 unit embeddings of (N, F) features of queries or training images."""
-    parts = [
-        student(torch.from_numpy(np.ascontiguousarray(features[start : start + batch_size])).float()).cpu().numpy()
-        for start in range(0, len(features), batch_size)
-    ]
-    return np.concatenate(parts)
+    batches = (features[start : start + batch_size] for start in range(0, len(features), batch_size))
+    tensors = (torch.from_numpy(np.ascontiguousarray(batch)).float() for batch in batches)
+    return np.concatenate([student(batch).cpu().numpy() for batch in tensors])

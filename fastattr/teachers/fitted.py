@@ -100,10 +100,9 @@ class FittedTeacher:
         is measured anew for every query.
         """
         if config.inverse_steps or config.models or config.retrained or set(config.methods) - {"first-order", *KERNELS}:
-            raise InputError(
-                f"a teacher for new queries takes first-order, {', '.join(KERNELS)} and their mean, without inverse_steps, "
-                f"models or retrained; {', '.join(config.methods)} can't be fitted for new queries."
-            )
+            wanted = f"first-order, {', '.join(KERNELS)} and their mean, without inverse_steps, models or retrained"
+            found = ", ".join(config.methods)
+            raise InputError(f"a teacher for new queries takes {wanted}; {found} can't be fitted for new queries.")
         layers, members = layers_to_unlearn(generator, config.pattern), []
         for member in config.members_of():
             settings, coordinates = member.gradients_of(member.method), None

@@ -188,8 +188,6 @@ def read_retrained(folder: Path, image_ids: Sequence[str], query_ids: Sequence[s
     models = [row for row in models if set(query_ids) <= set(measured.get(row["model_id"], {}))]
     if not models:
         raise InputError(f"{folder} has no model of kind {kind!r} with losses of all {len(query_ids)} queries.")
-    return Retrained(
-        np.stack([~np.isin(np.array(image_ids), row["removed_image_ids"]) for row in models]),
-        np.array([[measured[row["model_id"]][query_id] for query_id in query_ids] for row in models]),
-        [row["subset"] for row in models],
-    )
+    kept = np.stack([~np.isin(np.array(image_ids), row["removed_image_ids"]) for row in models])
+    losses = np.array([[measured[row["model_id"]][query_id] for query_id in query_ids] for row in models])
+    return Retrained(kept, losses, [row["subset"] for row in models])

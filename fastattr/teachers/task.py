@@ -67,10 +67,8 @@ def factor_batches(
         for start in tqdm(starts, desc="EKFAC factors", unit="batch", disable=index > 0):
             part = slice(start, start + config.batch_size)
             ids = [f"factor/{position}" for position in range(count)[part]]
-            noise, target_noise = (
-                noise_for(ids, [draw] * len(ids), seed=config.seed, shape=generator.latent_shape).to(generator.device)
-                for draw in (0, 1)
-            )
+            drawn: dict[str, Any] = {"seed": config.seed, "shape": generator.latent_shape}
+            noise, target_noise = (noise_for(ids, [draw] * len(ids), **drawn).to(generator.device) for draw in (0, 1))
             latents, told = images.latents[rows[part], views[part]], images.conditioning[captions[part]]
             times = torch.from_numpy(timesteps[part]).to(generator.device)
             arguments = (latents.to(generator.device), told.to(generator.device), times, noise)
@@ -275,7 +273,6 @@ class Task:
                 self.accelerator.wait_for_everyone()
                 coordinates = np.load(kept)
             compression = Compression(self.layers, settings, factors, coordinates)
-            manifest = write_gradient_features(
-                folder, self.generator, self.layers, images, compression, settings, self.accelerator, inputs=inputs
-            )
+            of_model = (self.generator, self.layers, images, compression, settings)
+            manifest = write_gradient_features(folder, *of_model, self.accelerator, inputs=inputs)
         return np.load(folder / "features.npy", mmap_mode="r"), manifest["scale"], compression
