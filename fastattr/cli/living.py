@@ -163,7 +163,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push models, score tables or the page to the Hub."""
-    from fastattr.publishing import publish, score_tables
+    from fastattr.publishing import publish
 
     *source, repo_id = places
     if len(source) != (kind != "space"):
@@ -183,7 +183,7 @@ def push(
         elif kind == "generator":
             sent = publish.push_generator(folder, repo_id, images=publish.training_images(source[0]), **options)
         else:
-            sent = score_tables.push_scores(folder, repo_id, config_name=config_name or None, **options)
+            sent = publish.push_scores(folder, repo_id, config_name=config_name or None, **options)
     show(vars(sent), as_json, sent.in_words())
 
 
