@@ -186,10 +186,9 @@ def recognise(pipeline: Any) -> Family:
     config = getattr(pipeline, family.denoiser).config
     latent = pipeline.vae.config.latent_channels * (4 if family is FLUX else 1)
     if config.in_channels != latent:
-        raise InputError(
-            f"the denoiser of {kind} takes {config.in_channels} channels, a latent has {latent}: it wants an image beside the "
-            "prompt (inpainting, editing). Only text-to-image is supported."
-        )
+        found = f"the denoiser of {kind} takes {config.in_channels} channels, a latent has {latent}"
+        why = "it wants an image beside the prompt (inpainting, editing). Only text-to-image is supported."
+        raise InputError(f"{found}: {why}")
     if config.get("time_cond_proj_dim") is not None or (family is SANA and config.get("guidance_embeds")):
         raise InputError(f"{kind} is a consistency model, trained by distillation; attribute the model it was distilled from.")
     return family

@@ -66,9 +66,8 @@ class Generator:
         """Precision of the denoiser; layers that are unlearned have float32 or better in any case."""
         step = vae_factor(pipeline) * self.family.patch(pipeline)
         if self.image_size % step:
-            raise InputError(
-                f"{self.image_size} pixels don't fit {type(pipeline).__name__}; its images' sides are multiples of {step}."
-            )
+            kind = type(pipeline).__name__
+            raise InputError(f"{self.image_size} pixels don't fit {kind}; its images' sides are multiples of {step}.")
         if unlearn == "lora" and not any(re.search(LORA, module) for module, _ in self.denoiser.named_modules()):
             raise InputError("there is no LoRA on the denoiser to unlearn; name one (`lora`), or set unlearn to 'base'.")
         self.pipeline.set_progress_bar_config(disable=True)

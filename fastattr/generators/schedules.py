@@ -111,7 +111,5 @@ def read_schedule(config: Any) -> DiffusionSchedule | FlowSchedule:
         return FlowSchedule(config)
     if kind in {"epsilon", "v_prediction", "sample"} and "beta_schedule" in config:
         return DiffusionSchedule(config)
-    raise InputError(
-        f"the scheduler {config.get('_class_name', '')} predicts {kind!r}; 'epsilon', 'v_prediction' and 'sample' on a table "
-        "of variances are supported, and flow matching."
-    )
+    known = "'epsilon', 'v_prediction' and 'sample' on a table of variances are supported, and flow matching"
+    raise InputError(f"the scheduler {config.get('_class_name', '')} predicts {kind!r}; {known}.")

@@ -79,7 +79,7 @@ def fit_match(own: ndarray, held_out: ndarray, *, image: ndarray, text: ndarray,
         left, _, right = np.linalg.svd(own[:, image].T @ own[:, text], full_matrices=False)
         axes = [left.astype(np.float32), right.T.astype(np.float32)]
     none, never = np.zeros(0, np.float32), np.array(np.inf)
-    start = Match(image.astype(np.float32), text.astype(np.float32), *axes, none, none, none, never)
+    start = Match(image.astype(np.float32), text.astype(np.float32), axes[0], axes[1], none, none, none, never)
     width = start.inputs(own[:1]).shape[1]
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     hidden = (torch.randn(width, HIDDEN, generator=random) / width**0.5).requires_grad_()
