@@ -70,19 +70,8 @@ class Sizes:
     timed_queries: int = 7
 
 
-QUICK = Sizes(
-    factor_examples=128,
-    draws=8,
-    before=1,
-    after=4,
-    width=1024,
-    corpus_images=2000,
-    timed_queries=3,
-    curve_images=48,
-    curve_queries=6,
-    curve_draws=4,
-    query_draws=8,
-)
+QUICK = Sizes(factor_examples=128, draws=8, before=1, after=4, width=1024, corpus_images=2000, timed_queries=3)
+QUICK = replace(QUICK, curve_images=48, curve_queries=6, curve_draws=4, query_draws=8)
 
 
 def draw_by_draw(embedded: Embedded, rows: np.ndarray, coordinates: np.ndarray, config: GradientConfig) -> np.ndarray:

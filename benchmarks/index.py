@@ -32,9 +32,9 @@ from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import ASSETS
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig, coarse_lists
+from fastattr.index.files import Read, reader
 from fastattr.index.search import open_ranked
 from fastattr.index.tune import exact_neighbours, recall_of
-from fastattr.index.vectors import Read, reader
 
 SIZES = {"1m": 1_000_000, "10m": 10_000_000}
 QUICK_SIZES = {"1m": 8_000, "10m": 12_000}

@@ -119,8 +119,6 @@ def checked_features(features: np.ndarray, count: int, width: int) -> np.ndarray
     return features
 
 
-# ---- restrictions: which images an answer may name
-
 FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")  # columns that a search can be restricted by
 DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)")  # how a date is kept; a time after it is allowed, and ignored
 

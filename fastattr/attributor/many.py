@@ -29,22 +29,17 @@ BATCH = 64  # queries that are encoded at once
 PART = re.compile(r"part-([0-9a-f]{16}-)?\d{6}\.parquet")  # files of this stage
 
 
-def read_queries(path: Path) -> pa.Table:
-    """The table of queries; ArtifactNotFoundError or InputError if it can't be used."""
-    if not path.is_file():
-        raise ArtifactNotFoundError(f"there is no file {path}; give a .parquet or .jsonl table of queries.")
-    table = pq.read_table(path) if path.suffix == ".parquet" else pj.read_json(path)
-    if not {"query_id", "prompt"} <= set(table.column_names) or len({"image", "features"} & set(table.column_names)) != 1:
-        raise InputError(f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {table.column_names}.")
-    if len(table["query_id"].unique()) < len(table):
-        raise InputError(f"{path}: query ids occur twice.")
-    return table
-
-
 def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]:
     """Attribute all queries of a table with an attributor ('emoji', a folder, a Hub id); k training images each."""
     state = Accelerator()
-    table = read_queries(queries)
+    if not queries.is_file():
+        raise ArtifactNotFoundError(f"there is no file {queries}; give a .parquet or .jsonl table of queries.")
+    table = pq.read_table(queries) if queries.suffix == ".parquet" else pj.read_json(queries)
+    columns = set(table.column_names)
+    if not {"query_id", "prompt"} <= columns or len({"image", "features"} & columns) != 1:
+        raise InputError(f"{queries} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {sorted(columns)}.")
+    if len(table["query_id"].unique()) < len(table):
+        raise InputError(f"{queries}: query ids occur twice.")
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
     config, inputs = {"k": k}, {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
     files = [out / f"part-{fingerprint([config, inputs])}-{part:06d}.parquet" for part in range(-(-len(table) // PART_ROWS))]

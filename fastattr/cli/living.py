@@ -98,10 +98,10 @@ def sign(
     key: Annotated[Path, typer.Option(help="Private ed25519 key, PEM (`openssl genpkey -algorithm ed25519`).")],
 ) -> None:
     """Sign an attributor for those who trust a key."""
-    from fastattr.attributor import signature
+    from fastattr.attributor import folder
     from fastattr.core.models import locate
 
-    say(f"signed: {signature.sign(locate(attributor, 'attributor', files=[]), key)}")
+    say(f"signed: {folder.sign(locate(attributor, 'attributor', files=[]), key)}")
 
 
 @app.command()

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 import shutil
 import subprocess
 import tarfile
@@ -291,6 +290,6 @@ def _resolve(icons: dict[str, Any], name: str) -> dict[str, Any]:
 def _member(tar: tarfile.TarFile, name: str) -> io.BufferedReader:
     """An open file of the archive."""
     file = tar.extractfile(name)
-    if file is None or not re.match(r"package/", name):
+    if file is None or not name.startswith("package/"):
         raise ArtifactDamagedError(f"{name} is not a file of the package")
     return file  # type: ignore[return-value]
