@@ -134,5 +134,6 @@ def describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dict
             "corpus": config["corpus_fingerprint"],
             "generator": config["generator_fingerprint"],
         },
+        **({"reservations": config["reservations"]} if "reservations" in config else {}),
         "metrics": metrics,
     }

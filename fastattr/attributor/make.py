@@ -117,6 +117,7 @@ def build_attributor(
             files=files,
             **built,
             corpus_fingerprint=manifest["corpus_fingerprint"],
+            **({"reservations": found} if (found := corpus.manifest.get("reservations")) else {}),
             generator_fingerprint=manifest["generator_fingerprint"],
             teacher=manifest["teacher"],
             training_queries=manifest["training_queries"],

@@ -120,6 +120,10 @@ def corpus(
     caption_column: Annotated[str, typer.Option(help="Of a dataset.")] = "caption",
     resolution: Annotated[int, typer.Option(help="Side at which emoji are drawn.")] = 64,
     creator_from_folder: Annotated[bool, typer.Option("--creator-from-folder", help="Folders name creators.")] = False,
+    reservations: Annotated[
+        Literal["exclude", "list", "ignore"], typer.Option(help="Of images whose creators say no.")
+    ] = "exclude",
+    opt_out: Annotated[str, typer.Option(help="File of ids, creators, URLs and hashes to leave out.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Read training images into a corpus folder."""
@@ -138,6 +142,8 @@ def corpus(
         creator_from_folder=creator_from_folder,
         shards=shards,
         duplicates=duplicates,
+        reservations=reservations,
+        opt_out=opt_out,
     )
     manifest = stage.run(config, Path(out))
     if as_json:

@@ -28,6 +28,7 @@ from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, looks_like_an_image, read_bytes
 from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of, take_captions
+from fastattr.corpus.reservations import SITE_FILE, site_rules
 from fastattr.corpus.text import as_captions, as_text, decode_text
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -90,11 +91,13 @@ def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
         path.relative_to(folder).as_posix(): path for path in walk(folder, leave_out=leave_out, skipped=listing.skipped)
     }
     tables = [name for name in listing.files if posixpath.basename(name).lower() in TABLES]
-    others = [name for name in listing.files if name not in tables]
+    others = [name for name in listing.files if name not in tables and posixpath.basename(name) != SITE_FILE]
     images = [name for name in others if _is_image(listing.files[name])]
     rows = _rows_by_file(listing, tables, images)
     named = {*rows, *images}
     listing.images = {name: rows.get(name, []) for name in others if name in named}
+    for name, rule in site_rules(listing.images, folder).items():
+        listing.images[name] = [*listing.images[name], rule]
     _find_sidecars(listing, others)
     return listing
 

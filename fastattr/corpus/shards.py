@@ -32,6 +32,7 @@ from fastattr.corpus.records import (
     state_of,
     take_captions,
 )
+from fastattr.corpus.reservations import COLUMNS, SITE_FILE, site_rules
 from fastattr.corpus.text import as_captions, as_text, decode_text
 
 
@@ -50,8 +51,10 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
+    rules = site_rules((f"{split}/{image['file_name']}" for image in annotations["images"]), folder)
     rows = [
         {
+            **rules.get(f"{split}/{image['file_name']}", {}),
             "path": folder / split / image["file_name"],
             "captions": as_captions(captions.get(image["id"], [])),
             "license": licenses.get(image.get("license", -1)),
@@ -67,7 +70,7 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
 
 def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:
     for row in block:
-        metadata = {name: row[name] for name in ("license", "source", "url")}
+        metadata = {name: row.get(name) for name in ("license", "source", "url", SITE_FILE)}
         yield as_training_image(
             image_id=row["path"].stem, image=read_bytes(row["path"]), captions=row["captions"], metadata=metadata
         )
@@ -157,8 +160,8 @@ def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
             raise InputError(f"{file} has no column 'url'; it has {names}.")
-        known = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *(name for names in SYNONYMS.values() for name in names)}
-        wanted = [name for name in names if name.lower() in known]
+        known = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *COLUMNS, *(name for names in SYNONYMS.values() for name in names)}
+        wanted = [name for name in names if name.lower().replace("_", "-") in known]
         rows |= {row[column]: row for row in pq.read_table(file, columns=wanted).to_pylist() if row[column]}
     return rows
 

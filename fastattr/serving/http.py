@@ -21,6 +21,7 @@ import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ import numpy as np
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import InputError, MissingExtraError, NonFiniteError
+from fastattr.corpus.reservations import OptOuts
 
 try:
     import uvicorn
@@ -187,8 +189,12 @@ def _receipt(found: Attribution) -> Response:
     return Response(found.to_json(), media_type="application/json")
 
 
-def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None) -> None:
+def run(
+    model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None, opt_out: Path | None = None
+) -> None:
     """Serve an attributor until the process is told to end; what is being answered then is answered.
+
+    What an opt-out list names is removed first, see `OptOuts`.
 
     Raises:
         InputError: other machines could reach it and no token is set.
@@ -198,7 +204,10 @@ def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeC
     if host not in LOCAL and not settings.token:
         raise InputError(f"{host} can be reached by others: set FASTATTR_TOKEN to a secret that requests must carry.")
     # In torch, which takes longer to import than the encoders' NumPy form, and less for a batch.
-    app = create_app(FastAttributor.from_pretrained(model, thumbnails=False, backend="torch"), settings)
+    attributor = FastAttributor.from_pretrained(model, thumbnails=opt_out is not None, backend="torch")
+    if opt_out and (listed := OptOuts(opt_out).listed_in(attributor.catalog)):
+        attributor.remove(listed, reason=f"opt-out list {opt_out.name}")
+    app = create_app(attributor, settings)
     uvicorn.run(
         app,
         host=host,
