@@ -35,7 +35,7 @@ def measure(work: Path) -> dict[str, object]:
         name
         for name, reserved in expected.items()
         if (reserved and not skipped.get(name, "").startswith("reserved by "))
-        or (not reserved and ("damaged" in name) != ("reservation not read" in noted.get(name, "damaged")))
+        or (not reserved and ("damaged" in name) != ("reserved_unread" in noted.get(name, "damaged")))
     ]
     return {
         "reservations_found": len(expected) - len(wrong),

@@ -45,9 +45,12 @@ LONGEST_XMP = 16_000_000
 """Characters; a longer packet is not read."""
 MANIFEST = b"jumdc2pa"
 """What a C2PA manifest begins with, in a file of any format."""
-LISTED, RESERVED, UNREAD = "on the opt-out list", "reservation", "reservation not read"
-"""In skipped.parquet; in `metadata`; in `metadata`."""
+LISTED = "on the opt-out list"
+KEPT = {"reserved_by": "kept, reserved by ", "reserved_unread": "not read: "}
+"""What `metadata` of an image that is kept may say, and how the manifest says it."""
 LINE = re.compile("(id|creator|url): *(.+)|(hash): *([0-9a-fA-F]{400})")
+YES = frozenset({"1", "1.0", "true", "yes"})
+NO_AI = frozenset({"noai", "noimageai"})
 
 
 def honoured(found: Iterable[Found], mode: str, opt_outs: OptOuts | None = None) -> Iterator[Found]:
@@ -67,7 +70,7 @@ def honoured(found: Iterable[Found], mode: str, opt_outs: OptOuts | None = None)
             reason = f"{LISTED} ({listed})" if listed else f"reserved by {said}"
             yield Skipped(name=each.image_id, reason=reason, url=each.url)
         elif said or unread:
-            row |= {name: text for name, text in ((RESERVED, said), (UNREAD, unread)) if text}
+            row |= {name: text for name, text in zip(KEPT, (said, unread), strict=True) if text}
             yield replace(each, metadata=json.dumps(row, ensure_ascii=False, sort_keys=True))
         else:
             yield each
@@ -94,24 +97,18 @@ def _said(field: str, value: str, policy: str = "") -> str:
     return f"{field} ({value}, policy {policy})" if policy else f"{field} ({value})"
 
 
-def _has(words: set[str], value: str) -> bool:
+def _has(words: frozenset[str], value: str) -> bool:
     return not words.isdisjoint(re.split(r"[\s,;:]+", value.lower()))
 
 
-def _is_yes(value: Any) -> bool:
-    return _has({"1", "1.0", "true", "yes"}, str(value))
-
-
 def _in_columns(row: Mapping[str, str]) -> str:
-    policy = row.get("tdm-policy", "")
-    if _is_yes(row.get("tdm-reservation")):
-        return _said("tdm-reservation", row["tdm-reservation"], policy)
-    if SITE_FILE in row and "tdm-reservation" not in row:  # what is said of the picture goes before what is said of its site
-        rule = json.loads(row[SITE_FILE])
-        if _is_yes(rule.get("tdm-reservation")):
-            return _said(SITE_FILE, f"location {rule['location']}", rule.get("tdm-policy", policy))
+    own = row.get("tdm-reservation", "")
+    if _has(YES, own):
+        return _said("tdm-reservation", own, row.get("tdm-policy", ""))
+    if not own and _has(YES, row.get(SITE_FILE, "").partition(" ")[0]):  # the picture's own word goes before its site's
+        return _said(SITE_FILE, row[SITE_FILE])
     for name in COLUMNS[2:]:
-        if _has({"noai", "noimageai"}, row.get(name, "")) or (name.startswith("no") and _is_yes(row.get(name))):
+        if _has(NO_AI | YES if name in NO_AI else NO_AI, row.get(name, "")):
             return _said(name, row[name])
     return ""
 
@@ -168,8 +165,8 @@ def site_files(folder: Path) -> list[Path]:
     return [path for path in (folder / SITE_FILE, folder / ".well-known" / SITE_FILE) if path.is_file()]
 
 
-def site_rules(names: Iterable[str], root: Path) -> dict[str, dict[str, Any]]:
-    """Image -> the rule that the nearest `tdmrep.json` has for it, as a row, for images by their path below `root`.
+def site_rules(names: Iterable[str], root: Path) -> dict[str, dict[str, str]]:
+    """Image -> what the nearest `tdmrep.json` says of it, as a row, for images by their path below `root`; none without a rule.
 
     The file lies in a folder above the image, the one around `root` at most, or in .well-known there. Locations are paths below
     that folder, as robots.txt writes them; the first that matches counts. Raises InputError for a file that cannot be read.
@@ -193,7 +190,8 @@ def site_rules(names: Iterable[str], root: Path) -> dict[str, dict[str, Any]]:
         places = [(root.parent.joinpath(*parts[:depth]), "/" + "/".join(parts[depth:])) for depth in range(len(parts))]
         rules = (rule for folder, path in reversed(places) for pattern, rule in rules_in(folder) if re.match(pattern, path))
         if rule := next(rules, None):
-            rows[name] = {SITE_FILE: rule}
+            policy = f", policy {rule['tdm-policy']}" if rule.get("tdm-policy") else ""
+            rows[name] = {SITE_FILE: f"{rule.get('tdm-reservation')} for {rule['location']}{policy}"}
     return rows
 
 
@@ -202,8 +200,8 @@ def count(folder: Path, skipped: Mapping[str, int]) -> dict[str, int]:
     found = Counter({reason: number for reason, number in skipped.items() if reason.startswith(("reserved by ", LISTED))})
     for file in sorted(folder.glob("data-*.parquet")):
         metadata = pq.read_table(file, columns=["metadata"])["metadata"]
-        for row in map(json.loads, metadata.filter(pc.match_substring(metadata, f'"{RESERVED}')).to_pylist()):
-            found.update(f"{name}: {row[name].split(' (')[0]}" for name in (RESERVED, UNREAD) if name in row)
+        for row in map(json.loads, metadata.filter(pc.match_substring(metadata, '"reserved_')).to_pylist()):
+            found.update(words + row[name].split(" (")[0] for name, words in KEPT.items() if name in row)
     return dict(found)
 
 
@@ -224,15 +222,12 @@ class OptOuts:
             elif line and not line.startswith("#"):
                 raise InputError(f"{path}:{number}: expected id:, creator:, url: or hash: and its value, found {line[:60]!r}.")
         self.fingerprint = fingerprint(found)
-        self.ids, self.creators, self.urls = (
-            set(found["id"]),
-            set(map(_plain, found["creator"])),
-            set(map(_plain, found["url"])),
-        )
-        self.sites = tuple(url[:-1] for url in self.urls if url.endswith("*"))
+        self.ids, self.urls = set(found["id"]), set(map(_plain, found["url"]))
+        self.creators = set(map(_plain, found["creator"]))
+        self.sites = tuple(url[:-1] for url in self.urls - {"*"} if url.endswith("*"))
         self.looks = looks_of(list(map(bytes.fromhex, found["hash"])))
 
-    def why(self, image_id: str, creator: str, url: str, picture: bytes) -> str:
+    def why(self, image_id: str, creator: str, url: str, thumbnail: bytes) -> str:
         """The line by which an image is on the list, or ''; one of several creators is enough."""
         if image_id in self.ids:
             return f"id: {image_id}"
@@ -242,7 +237,7 @@ class OptOuts:
         if url and (_plain(url) in self.urls or _plain(url).startswith(self.sites)):
             return f"url: {url}"
         if len(self.looks):
-            look = looks_of([look_of(load_rgb(picture))])
+            look = looks_of([look_of(load_rgb(thumbnail))])
             close = np.unpackbits(self.looks.signs ^ look.signs, axis=1).sum(axis=1) <= MAX_BITS
             if len(near_copies(look, self.looks[np.flatnonzero(close)])[0]):
                 return "hash: a near-copy"
@@ -254,7 +249,7 @@ class OptOuts:
             raise InputError("the opt-out list has hashes, which are compared with thumbnails; load the attributor with them.")
         names = ["image_id", "creator", "url", *["thumbnail"] * bool(len(self.looks))]
         rows = (row for batch in catalog.select(names).to_batches(10_000) for row in batch.to_pylist())
-        return [row["image_id"] for row in rows if self.why(*[row[name] for name in names[:3]], row.get("thumbnail", b""))]
+        return [row["image_id"] for row in rows if self.why(**{"thumbnail": b"", **row})]
 
 
 def _plain(text: str) -> str:
