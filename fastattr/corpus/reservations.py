@@ -31,23 +31,18 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import FORMATS, load_rgb
 from fastattr.corpus.near_copies import MAX_BITS, look_of, looks_of, near_copies
-from fastattr.corpus.records import Skipped, TrainingImage
-from fastattr.corpus.text import decode_text
+from fastattr.corpus.records import Found, Skipped, decode_text
 
-Found = TrainingImage | Skipped
 MODES = ("exclude", "list", "ignore")
 SITE_FILE = "tdmrep.json"
-COLUMNS = ("tdm-reservation", "tdm-policy", "noai", "noimageai", "x-robots-tag", "robots")
-"""Columns that say it, with - or _ and in any case of letters."""
+COLUMNS = ("tdm-reservation", "tdm-policy", "noai", "noimageai", "x-robots-tag", "robots")  # with - or _, in any case
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 DATA_MINING = "{http://ns.useplus.org/ldf/xmp/1.0/}DataMining"
-LONGEST_XMP = 16_000_000
-"""Characters; a longer packet is not read."""
-MANIFEST = b"jumdc2pa"
-"""What a C2PA manifest begins with, in a file of any format."""
+LONGEST_XMP = 16_000_000  # characters
+MANIFEST = b"jumdc2pa"  # what a C2PA manifest begins with, in a file of any format
 LISTED = "on the opt-out list"
+# What `metadata` of an image that is kept may say, and how the manifest counts it.
 KEPT = {"reserved_by": "kept, reserved by ", "reserved_unread": "not read: "}
-"""What `metadata` of an image that is kept may say, and how the manifest says it."""
 LINE = re.compile("(id|creator|url): *(.+)|(hash): *([0-9a-fA-F]{400})")
 YES = frozenset({"1", "1.0", "true", "yes"})
 NO_AI = frozenset({"noai", "noimageai"})

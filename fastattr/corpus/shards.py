@@ -1,8 +1,4 @@
-"""Shards: read COCO, webdataset shards, and URLs with the shards of their images.
-
-Webdataset shards are read as img2dataset writes them: NNNNN.tar with KEY.jpg, KEY.txt and KEY.json (url, caption, and
-LAION's LICENSE, NSFW, similarity), and NNNNN.parquet beside it, which also lists the URLs that could not be fetched.
-"""
+"""Shards: read COCO, webdataset shards as img2dataset writes them, and URLs with the shards of their images."""
 
 from __future__ import annotations
 
@@ -21,19 +17,19 @@ from fastattr.core.files import read_json
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
 from fastattr.corpus.records import (
-    CAPTION_COLUMNS,
+    KNOWN,
     ROWS_AT_ONCE,
-    SYNONYMS,
-    TEXT_COLUMNS,
+    Found,
     Part,
     Skipped,
-    TrainingImage,
+    as_captions,
+    as_text,
     as_training_image,
+    decode_text,
     state_of,
     take_captions,
 )
-from fastattr.corpus.reservations import COLUMNS, SITE_FILE, site_rules
-from fastattr.corpus.text import as_captions, as_text, decode_text
+from fastattr.corpus.reservations import COLUMNS, site_rules
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
@@ -52,28 +48,20 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
     rules = site_rules((f"{split}/{image['file_name']}" for image in annotations["images"]), folder)
-    rows = [
-        {
-            **rules.get(f"{split}/{image['file_name']}", {}),
-            "path": folder / split / image["file_name"],
-            "captions": as_captions(captions.get(image["id"], [])),
-            "license": licenses.get(image.get("license", -1)),
-            "source": f"coco-{split}",
-            "url": image.get("flickr_url") or image.get("coco_url"),
-        }
-        for image in sorted(annotations["images"], key=lambda image: image["id"])
-    ]
+    rows: list[tuple[Path, list[str], dict[str, Any]]] = []
+    for image in sorted(annotations["images"], key=lambda image: image["id"]):
+        found = {"license": licenses.get(image.get("license", -1)), "url": image.get("flickr_url") or image.get("coco_url")}
+        found |= rules.get(f"{split}/{image['file_name']}", {})
+        written = as_captions(captions.get(image["id"], []))
+        rows.append((folder / split / image["file_name"], written, {"source": f"coco-{split}", **found}))
     blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    states = [[(row | {"path": row["path"].name}, state_of(row["path"])) for row in block] for block in blocks]
+    states = [[(path.name, *row, state_of(path)) for path, *row in block] for block in blocks]
     return [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
 
 
-def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:
-    for row in block:
-        metadata = {name: row.get(name) for name in ("license", "source", "url", SITE_FILE)}
-        yield as_training_image(
-            image_id=row["path"].stem, image=read_bytes(row["path"]), captions=row["captions"], metadata=metadata
-        )
+def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[Found]:
+    for path, captions, metadata in block:
+        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=captions, metadata=metadata)
 
 
 def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | None = None, made_of: str = "") -> list[Part]:
@@ -82,15 +70,10 @@ def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | 
     return [Part(fingerprint(state), partial(read_shard, shard, rows)) for state, shard in zip(states, shards, strict=True)]
 
 
-def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
-    """Read one tar shard, a sample at a time.
-
-    The image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys
-    count from 0 in every shard.
-
-    Args:
-        shard: NNNNN.tar; img2dataset's NNNNN.parquet beside it, if there is one, adds columns and the failed downloads.
-        rows: metadata by URL, which goes before the shard's own.
+def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Found]:
+    """Read one tar shard, a sample at a time, with img2dataset's NNNNN.parquet of columns and failures if it is beside it. The
+    image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys count from 0
+    in every shard. `rows` is metadata by URL, which goes before the shard's own.
     """
     beside = shard.with_suffix(".parquet")
     rows_beside = pq.read_table(beside).to_pylist() if beside.exists() else []
@@ -138,13 +121,11 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes] | Skipped]]:
                     key, files = found, dict[str, bytes]()
                 content = archive.extractfile(member)
                 files[f".{suffix.lower()}"] = content.read() if content else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
-        # The last sample may lack its end, so it is not taken.
+        if files:
+            yield key, files
+    except (tarfile.TarError, EOFError, OSError) as error:  # the last sample may lack its end, so it is not taken
         reason = f"the shard breaks off here ({type(error).__name__}: {error})"
-        yield f"{shard.name}", Skipped(name=f"{shard.name}: after {key or 'its start'}", reason=reason)
-        return
-    if files:
-        yield key, files
+        yield shard.name, Skipped(name=f"{shard.name}: after {key or 'its start'}", reason=reason)
 
 
 def _lowered(row: Any) -> dict[str, Any]:
@@ -160,8 +141,7 @@ def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
             raise InputError(f"{file} has no column 'url'; it has {names}.")
-        known = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *COLUMNS, *(name for names in SYNONYMS.values() for name in names)}
-        wanted = [name for name in names if name.lower().replace("_", "-") in known]
+        wanted = [name for name in names if name.lower().replace("_", "-") in {*KNOWN, *COLUMNS}]
         rows |= {row[column]: row for row in pq.read_table(file, columns=wanted).to_pylist() if row[column]}
     return rows
 

@@ -1,37 +1,33 @@
-"""Files of an index: written atomically, compared with their checksum before FAISS reads a byte, mapped into memory.
+"""Files of an index, compared with their checksum before FAISS reads a byte, and of exact vectors, each with its digest.
 
-FAISS is native code, and whoever makes an attributor makes its checksums too. Its reader checks what it reads; its mapping
-reader does not (a file of 27 bytes ended the process), so a file is mapped only once `_ends_where_it_says` has followed its
-structure to the last byte. Nothing may allocate more than the file has.
+FAISS's reader checks what it reads; its mapping reader does not, so a file is mapped only once `_ends_where_it_says` has
+followed its structure to the last byte. Nothing may allocate more than the file has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import faiss
+import numpy as np
+from tqdm import tqdm
 
-from fastattr.core.errors import ArtifactDamagedError, MissingFileError
+from fastattr.core.errors import ArtifactDamagedError, MissingFileError, NonFiniteError
 from fastattr.core.files import atomic_path, sha256_file
 
-SUPPORTED = (
-    faiss.IndexFlat,
-    faiss.IndexScalarQuantizer,
-    faiss.IndexPQ,
-    faiss.IndexRaBitQ,
-    faiss.IndexHNSW,
-    faiss.IndexIVFFlat,
-    faiss.IndexIVFScalarQuantizer,
-    faiss.IndexIVFPQ,
-    faiss.IndexIVFRaBitQ,
-)
+KINDS = ("Flat", "ScalarQuantizer", "PQ", "RaBitQ", "HNSW", "IVFFlat", "IVFScalarQuantizer", "IVFPQ", "IVFRaBitQ")
+SUPPORTED = tuple(getattr(faiss, f"Index{kind}") for kind in KINDS)
 """FAISS classes that `search` can make leave out chosen rows, and whose files FAISS checks; alone, or behind PCA, OPQ, ..."""
-_LIMITS = threading.Lock()
-"""FAISS's limits on what it reads are the process's."""
+BATCH = 65_536  # rows that are read, encoded and written at once
+DIGEST_BYTES = 16  # of each row's SHA-256, kept beside the float16 vectors
+Read = Callable[[int, int], np.ndarray]  # (start, stop) -> the (stop - start, D) float32 unit vectors of these rows
+_LIMITS = threading.Lock()  # FAISS's limits on what it reads are the process's
 
 
 def _after_fork() -> None:
@@ -65,45 +61,24 @@ def save_index(index: faiss.Index, path: Path) -> None:
 
 
 def check_file(path: Path, sha256: str) -> None:
-    """Compare a file's checksum.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ArtifactDamagedError: its checksum is another.
-    """
+    """Compare a file's checksum; MissingFileError or ArtifactDamagedError."""
     if not path.exists():
         raise MissingFileError(f"{path} does not exist; fetch or build the attributor again.")
     found = sha256_file(path)
-    if found != sha256:
-        raise ArtifactDamagedError(
-            f"{path} has SHA-256 {found[:12]}..., expected {str(sha256)[:12]}...; fetch it again with force_download=True."
-        )
+    if (found := sha256_file(path)) != sha256:
+        differs = f"has SHA-256 {found[:12]}..., expected {str(sha256)[:12]}..."
+        raise ArtifactDamagedError(f"{path} {differs}; fetch it again with force_download=True.")
 
 
 def load_index(path: Path, *, sha256: str, inverted: bool = False) -> faiss.Index:
-    """Map an index into memory whose checksum is as expected; FAISS sees no byte of any other file.
-
-    Args:
-        path: the index.
-        sha256: its checksum.
-        inverted: whether it is an inverted file, which FAISS maps in another way.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ArtifactDamagedError: a checksum is another, or the file is no index that fastattr searches.
-    """
+    """Map an index into memory whose checksum is as expected; FAISS sees no byte of any other file."""
     check_file(path, sha256)
     return map_index(path, inverted=inverted)
 
 
 def map_index(path: Path, *, inverted: bool) -> faiss.Index:
-    """The index of a file, mapped into memory where FAISS can; no file ends the process, whoever made it.
-
-    Raises:
-        ArtifactDamagedError: the file is no index that fastattr searches.
-    """
-    size = path.stat().st_size
-    flags = 0
+    """The index of a file, mapped into memory where FAISS can; no file ends the process: ArtifactDamagedError."""
+    size, flags = path.stat().st_size, 0
     if inverted:
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     elif _ends_where_it_says(path, size):
@@ -115,20 +90,22 @@ def map_index(path: Path, *, inverted: bool) -> faiss.Index:
         try:
             index = faiss.read_index(str(path), flags)
         except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ArtifactDamagedError(f"{path} can't be read by FAISS ({reason}); fetch the attributor again.") from error
+            raise ArtifactDamagedError(f"{path} can't be read by FAISS ({cause(error)}); fetch it again.") from error
         finally:
             faiss.set_deserialization_vector_byte_limit(largest)
             faiss.set_deserialization_loop_limit(longest)
-    if not is_supported(index):
-        raise ArtifactDamagedError(
-            f"{path} holds a FAISS index of a kind that fastattr does not search ({type(inner_of(index)).__name__}); "
-            "build the attributor again with another index.factory."
-        )
     inner = inner_of(index)
+    if not is_supported(index):
+        kind = f"holds a FAISS index of a kind that fastattr does not search ({type(inner).__name__})"
+        raise ArtifactDamagedError(f"{path} {kind}; build the attributor again with another index.factory.")
     if isinstance(inner, faiss.IndexFlatCodes) and inner.codes.size() != inner.ntotal * inner.code_size:
         raise ArtifactDamagedError(f"{path} holds fewer codes than rows; fetch the attributor again.")
     return index
+
+
+def cause(error: Exception) -> str:
+    """What FAISS says, in one line."""
+    return str(error).splitlines()[0][:200]
 
 
 def _ends_where_it_says(path: Path, size: int) -> bool:
@@ -146,21 +123,16 @@ def _skip_index(file: BinaryIO) -> bool:
     _read(file, "<iqqq?i")  # width, rows, two unused, trained, metric
     if kind in {b"IHNf", b"IHNs"}:
         for width in (8, 4, 4, 8, 4):  # probabilities, neighbours a level, levels, offsets, neighbours
-            _skip_vector(file, width)
+            file.seek(_read(file, "<Q")[0] * width, 1)
         _read(file, "<5i")
         return _skip_index(file)
     if kind == b"IxSQ":
         _read(file, "<iifQQ")  # kind of quantiser, range, its argument, width, bytes a code
-        _skip_vector(file, 4)
-        _skip_vector(file, 1)
+        file.seek(_read(file, "<Q")[0] * 4, 1)
+        file.seek(_read(file, "<Q")[0], 1)
     elif kind in {b"IxFI", b"IxF2"}:
-        _skip_vector(file, 4)
+        file.seek(_read(file, "<Q")[0] * 4, 1)
     return kind in {b"IxSQ", b"IxFI", b"IxF2"}
-
-
-def _skip_vector(file: BinaryIO, width: int) -> None:
-    (count,) = _read(file, "<Q")
-    file.seek(count * width, 1)
 
 
 def _read(file: BinaryIO, layout: str) -> tuple[Any, ...]:
@@ -180,3 +152,83 @@ def empty_copy(path: Path, factory: str) -> faiss.Index:
     ivf.replace_invlists(lists, True)
     ivf.ntotal = index.ntotal = 0
     return index
+
+
+def require_finite(vectors: np.ndarray, image_ids: Sequence[str] = (), *, first: int = 0) -> np.ndarray:
+    """The (n, D) vectors of consecutive rows; NonFiniteError names those that are not finite, by id, or row from `first`."""
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        named = [repr(image_ids[row]) if len(image_ids) else f"row {first + row:,}" for row in wrong[:5]]
+        more = ", ..." if len(wrong) > 5 else ""
+        raise NonFiniteError(
+            f"{len(wrong)} embeddings are NaN or infinite: {', '.join(named)}{more}. No search could find them, and they would "
+            "spoil the index for others; encode these images again (in float32), or leave them out."
+        )
+    return vectors
+
+
+def write_vectors(read: Read, rows: int, dim: int, folder: Path, name: str) -> dict[str, Any]:
+    """Write the vectors as float16 and a digest of each; goes on after the last whole batch."""
+    stem = "vectors" + name.removeprefix("index")
+    listed: dict[str, Any] = {"file": f"{stem}.f16", "digests": f"{stem}.sha256", "rows": rows, "dim": dim}
+    values, digests = folder / listed["file"], folder / listed["digests"]
+    done = 0
+    if values.exists() and digests.exists():
+        done = min(values.stat().st_size // (2 * dim), digests.stat().st_size // DIGEST_BYTES) // BATCH * BATCH
+    with values.open("r+b" if done else "wb") as out, digests.open("r+b" if done else "wb") as digest_out:
+        out.truncate(done * 2 * dim)
+        digest_out.truncate(done * DIGEST_BYTES)
+        out.seek(0, os.SEEK_END)
+        digest_out.seek(0, os.SEEK_END)
+        for start in tqdm(range(done, rows, BATCH), desc="vectors", unit="batch", disable=rows <= BATCH):
+            half = read(start, min(start + BATCH, rows)).astype(np.float16)
+            out.write(half.tobytes())
+            digest_out.write(b"".join(row_digests(half)))
+        for file in (out, digest_out):
+            file.flush()
+            os.fsync(file.fileno())
+    return listed
+
+
+def row_digests(half: np.ndarray) -> list[bytes]:
+    """The digest of each of (n, D) float16 rows."""
+    return [hashlib.sha256(row.data).digest()[:DIGEST_BYTES] for row in np.ascontiguousarray(half)]
+
+
+def reader(path: Path, dim: int) -> Read:
+    """Reads a file of (N, D) float16 rows that this process wrote; nothing is checked."""
+
+    def read(start: int, stop: int) -> np.ndarray:
+        half = np.fromfile(path, dtype=np.float16, count=(stop - start) * dim, offset=start * dim * 2)
+        return half.reshape(-1, dim).astype(np.float32)
+
+    return read
+
+
+class Vectors:
+    """(N, D) float16 vectors on disk; every row is compared with its digest whenever it is read."""
+
+    def __init__(self, folder: Path, listed: dict[str, Any], *, digests_sha256: str) -> None:
+        """Open them; MissingFileError, or ArtifactDamagedError if a file has another size or checksum than config.json says."""
+        self._path = folder / listed["file"]
+        self.rows, self.dim = int(listed["rows"]), int(listed["dim"])
+        digests = folder / listed["digests"]
+        check_file(digests, digests_sha256)
+        for path, size in ((self._path, self.rows * self.dim * 2), (digests, self.rows * DIGEST_BYTES)):
+            if not path.exists():
+                raise MissingFileError(f"{path} does not exist; fetch or build the attributor again.")
+            if path.stat().st_size != size:
+                raise ArtifactDamagedError(f"{path} has {path.stat().st_size} bytes, expected {size}; fetch it again.")
+        self._digests = np.memmap(digests, dtype=f"V{DIGEST_BYTES}", mode="r", shape=(self.rows,))
+        self._file = self._path.open("rb", buffering=0)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 vectors of these rows; ArtifactDamagedError if one is not what was written."""
+        size, descriptor = 2 * self.dim, self._file.fileno()
+        data = [os.pread(descriptor, size, row * size) for row in rows.tolist()]
+        found = b"".join([hashlib.sha256(row).digest()[:DIGEST_BYTES] for row in data])
+        if found != self._digests[rows].tobytes():
+            raise ArtifactDamagedError(f"{self._path} has rows whose digests differ; fetch it again with force_download=True.")
+        return np.frombuffer(b"".join(data), dtype=np.float16).reshape(len(data), self.dim).astype(np.float32)

@@ -1,8 +1,7 @@
 """Tune a search: measure what it finds of the exact neighbours, and choose the least work that reaches the recall wanted.
 
-Recall is measured on rows of the whole corpus, of each region of it, and on queries as they come (embeddings of generated
-images) where there are some; the recall that config.json claims is the lowest of these. Copies of a row stand for each
-other: any of them counts as found.
+Recall is measured on rows of every region of the corpus, and on queries as they come (embeddings of generated images); the
+recall that config.json claims is the lowest of these. Copies of a row stand for each other: any of them counts as found.
 """
 
 from __future__ import annotations
@@ -18,26 +17,20 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from fastattr.index.files import inner_of, map_index
+from fastattr.index.files import BATCH, Read, inner_of, map_index
 from fastattr.index.search import TUNED_K, Shards, join, nearest, set_breadth
-from fastattr.index.vectors import BATCH, Read
 
 logger = logging.getLogger(__name__)
 
-TUNING_QUERIES = 200
-"""Rows of the corpus that serve as queries, and at most so many queries as they come."""
-REGIONS = 4
-"""Consecutive parts of the corpus in each of which the recall is reached: a source, or what was added last, may be far off."""
-MADE_QUERIES = 50
-"""Queries that are made for kinds that may fail where no row is."""
+TUNING_QUERIES = 200  # rows of the corpus that serve as queries, and at most so many queries as they come
+REGIONS = 4  # consecutive parts of the corpus, of each of which the recall is reached: what was added last may be far off
+MADE_QUERIES = 50  # queries that are made for kinds that may fail where no row is
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)
-"""Breadths of a search in a graph."""
+NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)  # breadths of a search in a graph
 SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
-READ_COST = 150
-"""Codes that are compared in the time in which one vector is read from the disk's cache, checked and compared."""
-EQUAL = 1e-6
-"""Rows whose similarities to a query differ by no more are equally near."""
+READ_COST = 150  # codes that are compared in the time in which one vector is read from the disk's cache, checked and compared
+Queries = np.ndarray | None  # (Q, D) embeddings of queries as they come, which are in no index
+EQUAL = 1e-6  # rows whose similarities to a query differ by no more are equally near
 
 
 def exact_neighbours(queries: np.ndarray, read: Read, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,28 +46,20 @@ def recall_of(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.sum(hits) / exact.size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample:
     """Queries whose exact neighbours are known."""
 
-    queries: np.ndarray
-    """(Q, D)."""
-    own: np.ndarray
-    """(Q,) the row that a query is, which does not count as its own neighbour; -1 for none."""
-    groups: list[np.ndarray]
-    """(Q,) bool masks: of each the recall has to be reached."""
-    exact: np.ndarray
-    """(Q, k) the nearest rows."""
-    clear: np.ndarray
-    """(Q, k) bool: nearer than any row that is not listed; among the others, any equally near row would do."""
-    least: np.ndarray
-    """(Q,) similarity of the k-th."""
+    queries: np.ndarray  # (Q, D)
+    own: np.ndarray  # (Q,) the row that a query is, which does not count as its own neighbour; -1 for none
+    groups: list[np.ndarray]  # (Q,) bool masks: of each the recall has to be reached
+    exact: np.ndarray  # (Q, k) the nearest rows
+    clear: np.ndarray  # (Q, k) bool: nearer than any row that is not listed; among the others, any equally near row would do
+    least: np.ndarray  # (Q,) similarity of the k-th
 
     def lowest(self, hits: np.ndarray, wanted: np.ndarray) -> float:
         """The lowest recall of any group, from (Q,) hits and (Q,) rows wanted; 1 where nothing is wanted."""
-        return min(
-            float(hits[group].sum() / max(wanted[group].sum(), 1e-9)) if wanted[group].any() else 1.0 for group in self.groups
-        )
+        return min(float(hits[group].sum() / wanted[group].sum()) if wanted[group].any() else 1.0 for group in self.groups)
 
 
 def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
@@ -82,42 +67,27 @@ def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([read(int(row), int(row) + 1) for row in rows])
 
 
-def draw(
-    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int], made: np.ndarray | None
-) -> Sample:
+def draw(read: Read, rows: int, *, queries: np.ndarray | None, parts: Sequence[int], made: np.ndarray | None) -> Sample:
     """Queries with their exact neighbours: rows of every region, (M, D) made ones, and (Q, D) as they come; see `tune`."""
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([0, 1])
     bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
-    picked = [
-        np.sort(low + rng.permutation(high - low)[: TUNING_QUERIES // REGIONS]) for low, high in itertools.pairwise(bounds)
-    ]
-    own = np.concatenate(picked)
-    asked = [read_rows(read, own)]
-    masks = [np.isin(own, chosen) for chosen in picked]
-    if made is not None:
-        asked.append(made)
-        own = np.concatenate([own, np.full(len(made), -1)])
-        masks = [np.concatenate([mask, np.zeros(len(made), dtype=bool)]) for mask in masks] + [own < 0]
+    each = TUNING_QUERIES // REGIONS
+    picked = [np.sort(low + rng.permutation(high - low)[:each]) for low, high in itertools.pairwise(bounds)]
+    asked = [(read_rows(read, chosen), chosen) for chosen in picked]
     if queries is not None and len(queries):
-        chosen = rng.permutation(len(queries))[:TUNING_QUERIES]
-        asked.append(np.asarray(queries[np.sort(chosen)], dtype=np.float32))
-        own = np.concatenate([own, np.full(len(chosen), -1)])
-        masks = [np.concatenate([mask, np.zeros(len(chosen), dtype=bool)]) for mask in masks]
-        masks.append(np.arange(len(own)) >= len(own) - len(chosen))
-    together = np.concatenate(asked)
+        chosen = np.sort(rng.permutation(len(queries))[:TUNING_QUERIES])
+        asked.append((np.asarray(queries[chosen], dtype=np.float32), np.full(len(chosen), -1)))
+    if made is not None:
+        asked.append((made, np.full(len(made), -1)))
+    together, own = (np.concatenate(each) for each in zip(*asked, strict=True))
+    group = np.repeat(np.arange(len(asked)), [len(each) for each, _ in asked])
     k = max(min(TUNED_K, rows - 1), 1)
     similarities, found = exact_neighbours(together, read, rows, min(k + 2, rows))
     keep = np.argsort(found == own[:, None], axis=1, kind="stable")  # the row itself goes last
     similarities, found = np.take_along_axis(similarities, keep, axis=1), np.take_along_axis(found, keep, axis=1)
     following = similarities[:, k : k + 1] if rows > k + 1 else np.full((len(found), 1), -np.inf)
-    return Sample(
-        queries=together,
-        own=own,
-        groups=masks,
-        exact=found[:, :k],
-        clear=similarities[:, :k] > following + EQUAL,
-        least=similarities[:, k - 1],
-    )
+    groups, clear = [group == number for number in range(len(asked))], similarities[:, :k] > following + EQUAL
+    return Sample(together, own, groups, found[:, :k], clear, similarities[:, k - 1])
 
 
 def tune(
@@ -125,33 +95,20 @@ def tune(
     settings: dict[str, Any],
     read: Read,
     rows: int,
-    *,
     recall: float,
-    seed: int = 0,
-    queries: np.ndarray | None = None,
+    queries: Queries = None,
     parts: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Choose how far a search looks and how long its short list is: the least work that reaches the recall everywhere.
 
-    Args:
-        folder: with the index.
-        settings: 'index', 'index_shards' and 'vectors', as `build` returns them.
-        read: gives the vectors.
-        rows: N.
-        recall: of the 100 nearest, wanted.
-        seed: of the rows that serve as queries.
-        queries: (Q, D) queries as they come, which are in no index; None for none.
-        parts: first rows of regions whose recall is looked at besides.
-
-    Returns:
-        'search' ('nprobe', 'neighbours' and 'shortlist', 0 where they mean nothing), 'recall_wanted' and
-        'recall_of_search', the lowest that was measured.
+    Of settings it needs 'index', 'index_shards' and 'vectors', as `build` returns them; `read` gives the (rows, D) vectors;
+    `recall` is of the 100 nearest; `parts` are first rows of regions whose recall is looked at besides. Returns 'search'
+    ('nprobe', 'neighbours' and 'shortlist', 0 where they mean nothing), 'recall_wanted' and 'recall_of_search', the lowest.
     """
-    listed = settings["index_shards"]
-    inverted = "IVF" in settings["index"]
+    listed, inverted = settings["index_shards"], "IVF" in settings["index"]
     shards = join([(map_index(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
-    made = None if inverted else _made_queries(settings, read, rows, seed)
-    sample = draw(read, rows, seed=seed, queries=queries, parts=parts, made=made)
+    made = None if inverted else _made_queries(settings, read, rows)
+    sample = draw(read, rows, queries=queries, parts=parts, made=made)
     itself, k = 1, sample.exact.shape[1]
     # Exact re-ranking keeps each true neighbour that the short list has, so it need not be done to know the recall.
     lengths = [min(length + itself, rows) for length in (SHORTLISTS if settings["vectors"] else (k,))]
@@ -175,24 +132,20 @@ def tune(
     measured = min(measured, reached_by_graph(shards, sample.queries[:: max(len(sample.queries) // 8, 1)]))
     if measured < recall:
         logger.warning("the search finds %.1f%% of the 100 nearest, wanted %.1f%%", 100 * measured, 100 * recall)
-    return {
-        "search": {"nprobe": nprobe, "neighbours": neighbours, "shortlist": length if settings["vectors"] else 0},
-        "recall_wanted": recall,
-        "recall_of_search": measured,
-    }
+    search = {"nprobe": nprobe, "neighbours": neighbours, "shortlist": length if settings["vectors"] else 0}
+    return {"search": search, "recall_wanted": recall, "recall_of_search": measured}
 
 
-def _made_queries(settings: dict[str, Any], read: Read, rows: int, seed: int) -> np.ndarray | None:
+def _made_queries(settings: dict[str, Any], read: Read, rows: int) -> np.ndarray | None:
     """Queries unlike any row: between four rows, where a graph may have no way, or in any direction, which PCA may drop."""
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([0, 2])
     if "HNSW" in settings["index"]:
         made = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
     elif settings["vectors"]:
         made = rng.standard_normal((MADE_QUERIES, int(settings["vectors"]["dim"])), dtype=np.float32)
     else:
         return None  # all rows are compared, as they are
-    unit: np.ndarray = made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-9)
-    return unit
+    return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-9)
 
 
 def reached_by_graph(shards: Shards, queries: np.ndarray) -> float:
@@ -228,8 +181,7 @@ def hits(sample: Sample, found: np.ndarray, read: Read, rows: int) -> np.ndarray
         inside = (found[unclear] >= start) & (found[unclear] < start + values.shape[1])
         mine = np.take_along_axis(values, np.where(inside, found[unclear] - start, 0), axis=1)
         near[unclear] |= inside & others[unclear] & (mine >= sample.least[unclear, None] - EQUAL)
-    counts: np.ndarray = near.sum(axis=1)
-    return counts
+    return near.sum(axis=1)
 
 
 def _places(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:

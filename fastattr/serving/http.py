@@ -1,15 +1,11 @@
 """Serve: an attributor for machines over HTTP: an image and prompt, or features, come in; the receipt goes out.
 
-    fastattr serve emoji                                              # on 127.0.0.1:8000, for this machine
-    FASTATTR_TOKEN=... fastattr serve org/name --host 0.0.0.0         # for others: only with a token
-
-POST /attribute        multipart form: image (PNG, JPEG, WebP, GIF or BMP), prompt, k
+POST /attribute            multipart form: image (PNG, JPEG, WebP, GIF or BMP), prompt, k
 POST /attribute/features   JSON: {"features": [...], "prompt": "...", "k": 20, "where": {"creator": "..."}}
 GET  /health, /metrics (Prometheus text), /info
 
-Requests that wait are answered together. An upload is refused before it is read if it is too large, and before it is decoded
-if it has too many pixels or is of another type; what does not get its turn in time gets 503. No answer is kept, so none can
-outlive a removal.
+An upload is refused before it is read if it is too large, and before it is decoded if it has too many pixels or is of another
+type; what does not get its turn in time gets 503. No answer is kept, so none can outlive a removal.
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import InputError, MissingExtraError, NonFiniteError
 from fastattr.corpus.reservations import OptOuts
@@ -40,8 +35,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
-    from fastattr.serving.batches import Batcher, Room, busy
-    from fastattr.serving.limits import Guard, PatientProtocol, pixels_of, read_upload
+    from fastattr.serving.batches import Batcher, Guard, PatientProtocol, Room, busy, pixels_of, read_upload
 except ImportError as failure:
     raise MissingExtraError(f"the server lacks a package ({failure}); run: pip install 'fastattr[serve]'") from failure
 
@@ -49,28 +43,20 @@ LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 LONGEST_PROMPT = 4000
 LONGEST_K = 1000
 PATHS = frozenset({"/attribute", "/attribute/features", "/health", "/metrics", "/info"})
-DECODERS = 2
-"""Uploads that are decoded at once; each takes some 16 bytes a pixel meanwhile."""
+DECODERS = 2  # uploads that are decoded at once; each takes some 16 bytes a pixel meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Limits of the server."""
 
-    max_bytes: int = 10_000_000
-    """Of one request."""
-    max_pixels: int = 20_000_000
-    """Of one image; it is not decoded if it has more."""
-    max_waiting_pixels: int = 100_000_000
-    """Of all images that are decoded and wait for their answer; further ones are decoded once there is room."""
-    max_batch: int = 32
-    """Requests that are answered together."""
-    max_waiting: int = 256
-    """Requests that may wait; more get 503 at once."""
-    timeout: float = 30.0
-    """Seconds from a request's arrival to its answer."""
-    token: str = ""
-    """Bearer token that requests must carry; '' asks for none."""
+    max_bytes: int = 10_000_000  # of one request
+    max_pixels: int = 20_000_000  # of one image; it is not decoded if it has more
+    max_waiting_pixels: int = 100_000_000  # of all images that are decoded and wait; others stay encoded
+    max_batch: int = 32  # requests that are answered together
+    max_waiting: int = 256  # requests that may wait; more get 503 at once
+    timeout: float = 30.0  # seconds from a request's arrival to its answer
+    token: str = ""  # bearer token that requests must carry; '' asks for none
 
 
 def _encodable(text: str) -> str:
@@ -127,13 +113,7 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     def report(path: str, status: int) -> None:
         requests.labels(path if path in PATHS else "other", str(status)).inc()
 
-    app.add_middleware(
-        Guard,
-        max_bytes=settings.max_bytes,
-        seconds=2 * settings.timeout,
-        refuse=refuse,
-        report=report,
-    )
+    app.add_middleware(Guard, max_bytes=settings.max_bytes, seconds=2 * settings.timeout, refuse=refuse, report=report)
 
     @app.exception_handler(InputError)
     @app.exception_handler(NonFiniteError)
@@ -143,9 +123,8 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         # Without the input, which may be long, or hold what UTF-8 can't say.
-        return JSONResponse(
-            {"detail": [f"{'.'.join(map(str, each['loc'][:3]))}: {each['msg']}" for each in error.errors()]}, 422
-        )
+        wrong = [f"{'.'.join(map(str, each['loc'][:3]))}: {each['msg']}" for each in error.errors()]
+        return JSONResponse({"detail": wrong}, 422)
 
     @app.post("/attribute")
     async def attribute(
@@ -162,13 +141,15 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
                 except TimeoutError:
                     raise busy("too many images wait") from None
                 opened = await asyncio.get_running_loop().run_in_executor(decoders, read_upload, data)
-                return _receipt(await batcher.ask(opened, prompt, k))
+                found = await batcher.ask(opened, prompt, k)
+                return Response(found.to_json(), media_type="application/json")
 
     @app.post("/attribute/features")
     async def attribute_features(query: FeaturesRequest) -> Response:
         with seconds.time(), np.errstate(over="ignore"):  # what overflows is refused as not finite
             features = np.array(query.features, dtype=np.float32)
-            return _receipt(await batcher.ask(features, query.prompt, query.k, query.where))
+            found = await batcher.ask(features, query.prompt, query.k, query.where)
+            return Response(found.to_json(), media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -185,20 +166,12 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     return app
 
 
-def _receipt(found: Attribution) -> Response:
-    return Response(found.to_json(), media_type="application/json")
-
-
 def run(
     model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None, opt_out: Path | None = None
 ) -> None:
     """Serve an attributor until the process is told to end; what is being answered then is answered.
 
-    What an opt-out list names is removed first, see `OptOuts`.
-
-    Raises:
-        InputError: other machines could reach it and no token is set.
-        As `FastAttributor.from_pretrained`.
+    What an opt-out list names is removed first. Raises InputError if other machines could reach it and no token is set.
     """
     settings = config or ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""))
     if host not in LOCAL and not settings.token:
@@ -208,14 +181,6 @@ def run(
     if opt_out and (listed := OptOuts(opt_out).listed_in(attributor.catalog)):
         attributor.remove(listed, reason=f"opt-out list {opt_out.name}")
     app = create_app(attributor, settings)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        http=PatientProtocol,
-        log_level="warning",
-        timeout_graceful_shutdown=int(settings.timeout) + 1,
-        timeout_keep_alive=30,
-        limit_concurrency=2 * settings.max_waiting,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    limits: dict[str, Any] = {"limit_concurrency": 2 * settings.max_waiting, "h11_max_incomplete_event_size": 64 * 1024}
+    limits |= {"timeout_graceful_shutdown": int(settings.timeout) + 1, "timeout_keep_alive": 30}
+    uvicorn.run(app, host=host, port=port, http=PatientProtocol, log_level="warning", **limits)

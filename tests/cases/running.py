@@ -132,11 +132,12 @@ if __name__ == "__main__":  # a case's script, under the names of its time
         sys.path.insert(0, "scratch/bugs")
         importlib.import_module("hubenv")
     from fastattr.generators.generator import Generator
-    from fastattr.serving import limits
+    from fastattr.serving import batches
 
     old_names()
     Generator._predict = Generator.predict  # type: ignore[attr-defined]
-    sys.modules["fastattr.serve"].read_upload = lambda data, *_: limits.read_upload(data)  # type: ignore[attr-defined]
+    read_upload = batches.read_upload
+    sys.modules["fastattr.serve"].read_upload = lambda data, *_: read_upload(data)  # type: ignore[attr-defined]
     if "fastattr.space" in text:
         from fastattr.space import answers, app, inputs
 

@@ -16,8 +16,7 @@ import yaml
 from fastattr import ArtifactNotFoundError, InputError
 from fastattr.cli.main import main
 from fastattr.generators.pretrained import PretrainedConfig
-from fastattr.pipeline.check import check
-from fastattr.pipeline.config import BuildConfig, load_config
+from fastattr.pipeline.config import BuildConfig, check, load_config
 
 FREE = {
     "name",
