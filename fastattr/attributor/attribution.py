@@ -245,8 +245,11 @@ class Attribution:
 
 
 def content_sha256(receipt: Mapping[str, Any]) -> str:
-    """SHA-256 of a receipt's content without its own field 'sha256', however the JSON is laid out."""
-    content = {name: value for name, value in receipt.items() if name != "sha256"}
+    """SHA-256 of a receipt's content, however the JSON is laid out.
+
+    'sha256', 'model' and 'generation' are left out: a page shows a model's public name, and adds how it drew; 'versions' stay.
+    """
+    content = {name: value for name, value in receipt.items() if name not in {"sha256", "model", "generation"}}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -146,10 +146,10 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
         ownness = fit_ownness(read_features(query_folders, train), own, **about, seed=config.seed)
         creators, families = np.array(corpus.column("creator")), families_of(corpus.column("family"))
         similarities = [images[part] @ query for part, query in zip(rows, queries, strict=True)]
-        of_candidates = ([creators[part] for part in rows], [families[part] for part in rows])
+        owners, near = [creators[part] for part in rows], [families[part] for part in rows]
         facts: dict[str, Any] = {"corpus_size": len(corpus), "feature_mean": features.mean(axis=0), "ownness": ownness}
-        drawn = {"resamples": config.resamples, "seed": config.seed}
-        calibration = fit_calibration(similarities, scored, *of_candidates, **facts, **drawn)
+        facts |= {"resamples": config.resamples, "seed": config.seed}
+        calibration = fit_calibration(similarities, scored, owners, near, **facts)
         save_calibration(calibration, folder / FILE)
         if ownness.match is None:
             logger.warning(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -139,7 +139,8 @@ def share_table(
     similarity, columns = similarity[near], {name: values[near] for name, values in columns.items()}
 
     def estimate(names: np.ndarray) -> Shares:
-        above = {"level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE, "copies": copies[near]}
+        above: dict[str, Any] = {"level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE}
+        above["copies"] = copies[near]
         return divide(calibration, similarity, names, families[near], weights=1.0 / family_sizes[near], **above)
 
     found = estimate(columns[by])

@@ -169,7 +169,8 @@ class FittedTeacher:
         generator = generator or Generator.from_pretrained(manifest["generator"])
         require_same("the generator", generator.fingerprint, manifest["inputs"]["generator"], "Fit the teacher again.")
         settings: dict[str, Any] = manifest["config"]
-        config = TeacherConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        settings |= {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
+        config = TeacherConfig(**settings)
         layers = layers_to_unlearn(generator, config.pattern)
         members = []
         for number, described in enumerate(manifest["members"]):

@@ -159,8 +159,8 @@ def score_by_similarity(task: Task) -> None:
     task.accelerator.wait_for_everyone()
 
 
-SCORED_BY: dict[str, Callable[[Task], None]] = dict.fromkeys(KERNELS, score_by_kernel) | {"similarity": score_by_similarity}
-SCORED_BY |= {"unlearning": score_by_unlearning, "first-order": score_by_unlearning}
+SCORED_BY: dict[str, Callable[[Task], None]] = {"unlearning": score_by_unlearning, "first-order": score_by_unlearning}
+SCORED_BY |= {**dict.fromkeys(KERNELS, score_by_kernel), "similarity": score_by_similarity}
 """What scores a run's queries, by method; 'averaged' is the mean of some."""
 
 

@@ -70,7 +70,7 @@ class GaussNewton:
         ids = [f"curvature/{number}" for number in range(len(self._rows))[part]]
         noise = noise_for(ids, [0] * len(rows), seed=self._seed, shape=generator.latent_shape)
         latents, conditioning = images.latents[rows, 0], images.conditioning[images.first_caption[rows]]
-        given = (latents, conditioning, self._timesteps[part], noise.to(latents.dtype))
+        given: tuple[Any, ...] = (latents, conditioning, self._timesteps[part], noise.to(latents.dtype))
         return generator.predict(*(each.to(generator.device) for each in given))
 
 

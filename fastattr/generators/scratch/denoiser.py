@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -46,7 +47,7 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int
     split = (bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(caption)) for caption in captions)
     # The trainer numbers a word's last letters in an order of its own in every process, and breaks ties by these numbers.
     ends = sorted({word[-1] + "</w>" for words in split for word, _ in words})
-    known = {"special_tokens": [START, END, *ends], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    known: dict[str, Any] = {"special_tokens": [START, END, *ends], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, **known, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(captions, trainer)
     learned = json.loads(bpe.to_str())["model"]
