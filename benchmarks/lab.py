@@ -32,20 +32,17 @@ from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.by_generator import DiffusionEncoder
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.kinds import open_encoder
-from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import CROSS_ATTENTION_KV
+from fastattr.generators.families import CROSS_ATTENTION_KV, Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
 from fastattr.students.distill import DistillConfig, distill
 from fastattr.students.pairs import labels_of, make_table
 from fastattr.students.student import Student
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.fitted import FittedTeacher
 from fastattr.teachers.scores import ScoredQuery
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 from fastattr.teachers.unlearning import exact_scores, query_step
 
 logger = logging.getLogger(__name__)

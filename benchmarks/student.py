@@ -41,13 +41,12 @@ from fastattr.features.by_generator import KERNEL, RECIPES, GradientEncoder, fit
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
+from fastattr.gradients.compression import RidgeKernel
 from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig
 from fastattr.students.ownness import fit_ownness, measures_of
 from fastattr.students.student import Student, StudentConfig, embed
-from fastattr.teachers.ensembles import averaged
-from fastattr.teachers.similarity import similarity_scores
+from fastattr.teachers.kernels import averaged, similarity_scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results" / "student.json"

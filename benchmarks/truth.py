@@ -42,9 +42,8 @@ from fastattr.evaluation.subsets import RetrainConfig, chosen_queries
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import embed
-from fastattr.teachers.ensembles import averaged
+from fastattr.teachers.kernels import averaged, similarity_scores
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.task import layers_to_unlearn
 
 DOCS = Path(__file__).parents[1] / "docs" / "truth.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,7 +108,7 @@ def attribute(
     for warning in result.warnings:
         warn(f"warning: {on_one_line(warning)}")
     if as_json:
-        say_json(result.to_dict())
+        say_json(json.loads(result.to_json()))
         return
     say(f"{'rank':>4s}  {'score':>6s}  {'image_id':32s}  caption (creator, licence)")
     for row in result.results:
@@ -137,12 +138,13 @@ def attribute_many(
     queries: Annotated[Path, typer.Argument(help=".parquet or .jsonl with query_id, prompt, and image or features.")],
     out: Annotated[Path, typer.Argument(help="Folder of the answers.")],
     top_k: Annotated[int, typer.Option(help="Training images named for each query.")] = 100,
+    receipts: Annotated[bool, typer.Option("--receipts", help="Write receipts, too, for `fastattr statement`.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Attribute a table of queries (`accelerate launch`)."""
     from fastattr.attributor import many
 
-    result = many.run(model, queries, out, k=top_k)
+    result = many.run(model, queries, out, k=top_k, receipts=receipts)
     show(result, as_json, f"{result['queries']} queries, in {result['out']}")
 
 

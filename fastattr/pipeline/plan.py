@@ -21,7 +21,7 @@ from fastattr.core.files import read_json
 from fastattr.core.models import ASSETS, embedded_models
 from fastattr.core.stages import MANIFEST
 from fastattr.corpus.folders import list_folder
-from fastattr.generators.lora import locate_lora
+from fastattr.generators.loading import locate_lora
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.scratch.autoencoder import build_autoencoder
 from fastattr.generators.scratch.denoiser import build_denoiser

@@ -29,8 +29,8 @@ from fastattr.evaluation.lds import rank_correlations
 from fastattr.evaluation.retrain import Retraining
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
-from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
+from fastattr.generators.schedules import noise_for, spread_timesteps
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
 from tests.tiny import write_folder
