@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,13 @@ def made(folder: Path, vectors: np.ndarray, factory: str = "SQfp16") -> Path:
     return attributor_of(vectors, folder, config, name="image-{}", caption="subject number {} in a street at night")
 
 
-PATHS = ("compact", "save", "push")
+STRIDE, REPOSITORY = 3, "tester/model"  # processes that share the calls of one operation
 CALLS = {1, 18, 20, 26, 40, 44, 74, 75, 76, 77, 82, 83, 84, 86, 87, 88, 258, 263, 264, 265, 266, 285, 296, 316, 326}
 """On x86-64: write, pwrite, msync, sendfile, send, fsync, truncate, rename, mkdir, rmdir, link, unlink, fallocate, ..."""
 OPEN, CREATES = {2: 104, 257: 96}, os.O_CREAT | os.O_TRUNC  # opening is one of them if it makes a file: where its flags are
 
 
-def killed_at(step: int, work: Callable[[], object]) -> bool:
+def killed_at(step: int, work: Callable[..., object], *arguments: object) -> bool:
     """Do work in a forked child that is killed before its step-th such system call; whether it came so far."""
     ptrace = ctypes.CDLL(None).ptrace
     ptrace.argtypes, ptrace.restype = [ctypes.c_long] * 4, ctypes.c_long
@@ -72,7 +74,7 @@ def killed_at(step: int, work: Callable[[], object]) -> bool:
         ptrace(0, 0, 0, 0)  # PTRACE_TRACEME
         os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            work()
+            work(*arguments)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -125,38 +127,41 @@ def killed(work: Path, quick: bool) -> dict[str, Any]:
     """Kill compact, a save over an earlier attributor, and a push, before every system call that changes something."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         raise SystemExit("the part `killed` needs Linux on x86-64")
-    start, earlier, points, bad = made(work / "start", unit(0, 50, DIM)), work / "earlier", dict.fromkeys(PATHS, 0), 0
-    own = FastAttributor.from_pretrained(start)
-    own.save_pretrained(earlier)
-    own.add_features(unit(1, 1, DIM), ["c"], [{"image_id": "new"}], thumbnails=None)
+    own = FastAttributor.from_pretrained(made(work / "start", unit(0, 50, DIM)))
+    own.save_pretrained(work / "earlier")
+    own.add_features(unit(1, 1, DIM), ["c"], [{"image_id": "new"}])
     own.remove(["image-3"])
-    with hub():
-        FastAttributor.from_pretrained(earlier).push_to_hub("tester/model")
-        for what in PATHS:
-            for step in itertools.count(1, 20 if quick else 1):
-                folder, target = work / "folder", work / "target"
-                for copy, of in ((folder, start), (target, earlier)):
-                    shutil.rmtree(copy, ignore_errors=True)
-                    shutil.copytree(of, copy)
-                changed = FastAttributor.from_pretrained(folder)
-                doing = {"compact": changed.compact, "save": lambda a=changed, t=target: a.save_pretrained(t)}
-                came = killed_at(step, doing.get(what, lambda a=changed: a.push_to_hub("tester/model")))
-                points[what] += came
-                for place in {"save": (folder, target), "compact": (folder,), "push": (folder, "tester/model")}[what]:
-                    try:
-                        ids = set(FastAttributor.from_pretrained(place).catalog["image_id"].to_pylist())
-                        old = place != folder and came and ids == {f"image-{i}" for i in range(50)}
-                        bad += not old and ids != {f"image-{i}" for i in range(50)} - {"image-3"} | {"new"}
-                    except Exception as error:
-                        print(what, step, place, repr(error), file=sys.stderr)
-                        bad += 1
-                if not came:
-                    break
-    return {
-        "kill_points": sum(points.values()),
-        **{f"kill_points_{what}": n for what, n in points.items()},
-        "kill_points_not_loadable": bad,
-    }
+    shares = [(1, 20)] if quick else [(first + 1, STRIDE) for first in range(STRIDE)]
+    tasks = [(work, what, *share) for what in ("compact", "save") for share in shares]
+    with hub(), ProcessPoolExecutor(len(tasks) + 1, multiprocessing.get_context("fork")) as pool:
+        FastAttributor.from_pretrained(work / "earlier").push_to_hub(REPOSITORY)
+        doing = [pool.submit(_killed, *task) for task in (*tasks, (work, "push", 1, 20 if quick else 1))]
+        done = [future.result() for future in doing]
+    points = {f"kill_points_{what}": sum(n for name, n, _ in done if name == what) for what in ("compact", "save", "push")}
+    return {"kill_points": sum(points.values()), **points, "kill_points_not_loadable": sum(bad for *_, bad in done)}
+
+
+def _killed(work: Path, what: str, first: int, stride: int) -> tuple[str, int, int]:
+    """What was killed at every stride-th call; how often, and after how many of these a folder or repository was wrong."""
+    points, bad, folder, target = 0, 0, work / f"{what}-{first}", work / f"{what}-{first}-target"
+    before, came, step = {f"image-{i}" for i in range(50)}, True, first
+    while came:
+        for copy, of in ((folder, work / "start"), (target, work / "earlier")):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(of, copy)
+        own = FastAttributor.from_pretrained(folder)
+        do = {"compact": (own.compact,), "save": (own.save_pretrained, target), "push": (own.push_to_hub, REPOSITORY)}
+        came = killed_at(step, *do[what])
+        points += came
+        for place in {"save": (folder, target), "compact": (folder,), "push": (folder, REPOSITORY)}[what]:
+            try:
+                ids = set(FastAttributor.from_pretrained(place).catalog["image_id"].to_pylist())
+                bad += ids != before - {"image-3"} | {"new"} and not (place != folder and came and ids == before)
+            except Exception as error:
+                print(what, step, place, repr(error), file=sys.stderr)
+                bad += 1
+        step += stride
+    return what, points, bad
 
 
 def erased(work: Path, quick: bool) -> dict[str, Any]:
