@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -274,13 +273,21 @@ def million(work: Path, quick: bool) -> dict[str, Any]:
     return {**found, "where_after_million_seconds": float(np.median(asks[1:]))}
 
 
-PARTS = {"storm": storm, "killed": killed, "erased": erased, "growth": growth, "million": million}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "storm": storm,
+    "killed": killed,
+    "erased": erased,
+    "growth": growth,
+    "million": million,
+}
 
 
 def main() -> None:
     """Run the parts that are asked for; each is written to the file as it ends."""
     parser = machine.parser(__doc__, quick="small sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--work", type=Path, help="where the storm keeps its folder and notes, so that another run goes on")
+    parser.add_argument("--minutes", type=float, default=60.0, help="end the storm after so long (%(default)s)")
     options = parser.parse_args()
     if os.environ.get("HF_TOKEN") != TOKEN:  # a Hub on this machine, whose address the client reads as it is imported
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -293,7 +300,8 @@ def main() -> None:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="fastattr-") as name:
             constants.HF_HUB_CACHE = str(Path(name) / "hub")
-            result |= PARTS[part](Path(name), options.quick)
+            more = [options.minutes] if part == "storm" else []
+            result |= PARTS[part](options.work if more and options.work else Path(name), options.quick, *more)
         result = machine.finish({**result, f"{part}_seconds": round(time.perf_counter() - started, 1)}, options)
 
 

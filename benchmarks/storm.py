@@ -20,6 +20,7 @@ import numpy as np
 
 from fastattr import FastattrError, FastAttributor
 from fastattr.attributor import bases, changes
+from fastattr.core.files import read_json, write_json
 
 IMAGES = 2000  # of the catalogue before it begins, from the embedded attributor
 FAULTS = (errno.ENOSPC, errno.EIO, errno.ESTALE)
@@ -33,11 +34,10 @@ def unit(seed: int, rows: int, dim: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def write(folder: Path, log: Path, seed: int, threads: int) -> None:
+def write(folder: Path, log: Path, seed: int, threads: int, names: list[str]) -> None:
     """Change a folder until killed; every change is noted in a file before it is begun and after it is done."""
     attributor, notes = FastAttributor.from_pretrained(folder), log.open("a", buffering=1)
-    rng, names, known = np.random.default_rng(seed), attributor.catalog["image_id"].to_pylist(), set[str]()
-    dim = attributor.config["feature_dim"]
+    rng, dim = np.random.default_rng(seed), attributor.config["feature_dim"]
     for where, name in ((changes, "_write_state"), (bases, "_sync"), (bases, "write_config")):
         real = getattr(where, name)
 
@@ -50,7 +50,6 @@ def write(folder: Path, log: Path, seed: int, threads: int) -> None:
 
     def work(number: int) -> None:
         own, mine = np.random.default_rng([seed, number]), names[seed * threads + number : IMAGES : IMAGES // 2]
-        known.update(mine)
         for step in itertools.count():
             kind = str(own.choice(["add", "remove", "update", "compact"], p=[0.5, 0.35, 0.145, 0.005]))
             kind = "add" if kind != "compact" and not mine else kind
@@ -136,13 +135,15 @@ def read(kind: str, folder: Path, logs: Path, port: int) -> None:
         except Exception as error:
             found["readers_failed"] += 1
             errors.append(f"{kind}: {error!r}")
+            time.sleep(1)
             continue
         found["answers"] += 1
         found["removed_ids_answered"] += len(ids & removed)
         found["versions_backwards"] += version < last
         last = version
         time.sleep(0.2)  # the cores are for the writers, too
-    (logs / f"{kind}.json").write_text(json.dumps({**found, "kind": kind, "errors": errors[:5]}))
+    with (logs / "asked").open("a") as file:
+        file.write(json.dumps({**found, "kind": kind, "errors": errors[:5]}) + "\n")
 
 
 def done_by(log: Path) -> int:
@@ -150,17 +151,15 @@ def done_by(log: Path) -> int:
     return log.read_text().count('["done"') if log.exists() else 0
 
 
-def storm(work: Path, quick: bool) -> dict[str, Any]:
-    """Writers, killed again and again, beside readers."""
+def storm(work: Path, quick: bool, minutes: float) -> dict[str, Any]:
+    """Writers, killed again and again, beside readers; what earlier runs have left in the folder is gone on with."""
     folder, logs = work / "storm", work / "logs"
-    logs.mkdir()
-    FastAttributor.from_pretrained("emoji").save_pretrained(folder)
-    own = FastAttributor.from_pretrained(folder)
-    own.remove(own.catalog["image_id"].to_pylist()[IMAGES:])
-    own.compact()
-    before = dict(zip(own.catalog["image_id"].to_pylist(), own.catalog["creator"].to_pylist(), strict=True))
-    writers, wanted, kills_wanted, threads = (2, 100, 8, 2) if quick else (4, 5000, 200, 4)
-    rng, kills, number = np.random.default_rng(0), 0, 0
+    before = _begun(work)
+    writers, wanted, kills_wanted, threads = (2, 60, 8, 2) if quick else (4, 5000, 200, 4)
+    number, until = len(list(logs.glob("*.log"))), time.monotonic() + 60 * minutes
+    rng, kills = np.random.default_rng(number), logs / "kills"
+    kills.touch()
+    (logs / "stop").unlink(missing_ok=True)
 
     def start(what: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
         process = multiprocessing.get_context("fork").Process(target=what, args=arguments)
@@ -173,35 +172,48 @@ def storm(work: Path, quick: bool) -> dict[str, Any]:
         _, ports["page"] = stack.enter_context(machine.served("demo", str(folder), "--generator", "emoji"))
         readers = [start(read, kind, folder, logs, port) for kind, port in ports.items()]
         running: dict[int, multiprocessing.process.BaseProcess] = {}
-        while True:
+        while time.monotonic() < until:
             while len(running) < writers:
                 number += 1
-                running[number] = start(write, folder, logs / f"{number}.log", number, threads)
-            if sum(map(done_by, logs.glob("*.log"))) >= wanted and kills >= kills_wanted:
+                running[number] = start(write, folder, logs / f"{number}.log", number, threads, list(before))
+            if sum(map(done_by, logs.glob("*.log"))) >= wanted and kills.stat().st_size >= kills_wanted:
                 break
             victim = int(rng.choice(list(running)))
-            due = done_by(logs / f"{victim}.log") + int(rng.integers(3, 30 if not quick else 10))
-            while done_by(logs / f"{victim}.log") < due and running[victim].is_alive():
+            due = done_by(logs / f"{victim}.log") + int(rng.integers(1, 12))
+            while done_by(logs / f"{victim}.log") < due and running[victim].is_alive() and time.monotonic() < until:
                 time.sleep(rng.uniform(0.0, 0.1))
             running.pop(victim).kill()
-            kills += 1
+            kills.write_bytes(kills.read_bytes() + b"9")
         for process in running.values():
             process.kill()
         (logs / "stop").touch()
         for reader in readers:
             reader.join()
-    asked = [json.loads((logs / f"{kind}.json").read_text()) for kind in ports]
+    asked = [json.loads(line) for line in (logs / "asked").read_text().splitlines()]
     lines = [json.loads(line) for path in logs.glob("*.log") for line in path.read_text().splitlines() if line.endswith("]")]
     for error in itertools.chain.from_iterable(each["errors"] for each in asked):
         print(error, file=sys.stderr)
     return {
         "changes": sum(state == "done" for state, *_ in lines),
-        "kills": kills,
+        "kills": kills.stat().st_size,
         "faults": sum(state == "fault" for state, *_ in lines),
         "acknowledged_lost": lost(before, lines, FastAttributor.from_pretrained(folder)),
         **{key: sum(each[key] for each in asked) for key in asked[0] if key not in {"kind", "errors"}},
-        **{f"answers_{each['kind']}": each["answers"] for each in asked if each["kind"] in BESIDE},
+        **{f"answers_{kind}": sum(each["answers"] for each in asked if each["kind"] == kind) for kind in BESIDE},
     }
+
+
+def _begun(work: Path) -> dict[str, str]:
+    """Creators by image id of the storm's folder before it began; it is made where there is none."""
+    noted, folder = work / "before.json", work / "storm"
+    if not noted.exists():
+        (work / "logs").mkdir(parents=True, exist_ok=True)
+        FastAttributor.from_pretrained("emoji").save_pretrained(folder)
+        own = FastAttributor.from_pretrained(folder)
+        own.remove(own.catalog["image_id"].to_pylist()[IMAGES:])
+        own.compact()
+        write_json(noted, dict(zip(own.catalog["image_id"].to_pylist(), own.catalog["creator"].to_pylist(), strict=True)))
+    return dict(read_json(noted))
 
 
 def lost(before: dict[str, str], lines: list[list[str]], after: FastAttributor) -> int:
