@@ -44,20 +44,16 @@ FORMAT = "fastattr-statement-1"
 NOTE = "A share is an estimate of influence, not a debt. Intervals are of 95%, as if all receipts erred alike."
 JSON, CSV, HTML, RECEIPTS = FILES = ("statement.json", "statement.csv", "statement.html", "receipts.parquet")
 TEMPLATE = Path(__file__).parents[1] / "templates" / HTML
-UNIT = 10**15
-"""A whole share; receipts have 15 decimals, so that their shares are whole numbers of it."""
-SLACK = 1e-9
-"""By which rounded shares may leave their bounds."""
+UNIT = 10**15  # a whole share; receipts have 15 decimals, so that their shares are whole numbers of it
+SLACK = 1e-9  # by which rounded shares may leave their bounds
+TINY = Fraction(1, 10**6)  # of a cent, by which rounding moves the ends of intervals
+LISTED = 100  # failed receipts that statement.json lists; receipts.parquet has all
+# Decimals of currencies (ISO 4217) that have not 2.
 DECIMALS = dict.fromkeys(("CLP", "ISK", "JPY", "KRW", "VND", "XAF", "XOF"), 0) | dict.fromkeys(("BHD", "JOD", "KWD", "TND"), 3)
-"""Of currencies (ISO 4217) that have not 2."""
 COUNTED, NO_SIGNAL, REPEATED = "counted", "no signal", "repeated"
 KEY = ["sha256", "status"]
 SCHEMA = pa.schema({name: pa.string() for name in ("source", *KEY)} | {"row": pa.int64(), "lines": pa.list_(pa.int32())})
 LINE = ("line", "owner", "amount", "low", "high", "receipts", "below_floor")
-TINY = Fraction(1, 10**6)
-"""Of a cent: by which rounding moves the ends of intervals."""
-LISTED = 100
-"""Failed receipts that statement.json lists; receipts.parquet has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
