@@ -146,8 +146,9 @@ def verify_statement(path: Path, *, attributor: str = "") -> list[str]:
         for one, two in ((listed, found), (found, listed))
     )
     lines = [f"{at[0]}, row {at[1]}: was {gone.get(at, 'absent')}, is: {new.get(at, 'absent')}" for at in sorted(gone | new)]
-    for source, row, text in read_receipts(sources) if own else ():
+    for source, row, text in read_receipts(sources if own else ()):
         with contextlib.suppress(FastattrError):  # one that must not be paid was not
+            assert own
             replayed = verify(_receipt(text, facts["versions"]["model"])[0], own)
             lines += [f"{relpath(source, path.parent)}, row {row}: {line}" for line in replayed]
     now = {f"line of {line['owner']}": line for line in again.pop("lines")} | again
@@ -280,7 +281,7 @@ def _write(
         while batch := list(islice(rows, 20_000)):
             writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
     lines, kept = lines_of(tally, facts.get("images", {}), cents, decimals)
-    statement = {"format": FORMAT, "note": NOTE, **asked, "policy": asdict(policy), "attributor": facts}
+    statement: dict[str, Any] = {"format": FORMAT, "note": NOTE, **asked, "policy": asdict(policy), "attributor": facts}
     statement |= {"sources": [relpath(source, beside) for source in sources], "receipts": tally.counts, "failed": tally.failed}
     statement |= {"kept": kept, "lines": lines}
     with atomic_path(out / CSV) as temporary:
