@@ -277,6 +277,9 @@ class Attribution:
     def __len__(self) -> int:
         return len(self.results)
 
+    def __getitem__(self, rank: int) -> Influence:
+        return self.results[rank]
+
     def __iter__(self) -> Iterator[Influence]:
         return iter(self.results)
 

@@ -162,6 +162,8 @@ class FastAttributor:
             k: how many training images, 1 to the size of the corpus.
             where: see `attribute`.
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError("features need a list of prompts, one text a row.")
         features = checked_features(features, len(prompts), self.config["feature_dim"])
         hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
         asked = Asked(features, list(prompts), hashes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from fastattr.attributor.changes import FILE, MovedError
 from fastattr.attributor.folder import file_of, needed_files, open_folder, read_config, read_table, settled, stamp_of
 from fastattr.attributor.journal import journal_of
 from fastattr.attributor.version import Parts, Version, left, open_version, read_changes, removed_before
-from fastattr.core.errors import EncoderMismatchError
+from fastattr.core.errors import ArtifactDamagedError, EncoderMismatchError, FastattrError
 from fastattr.core.files import read_json
 from fastattr.features.kinds import open_encoder
 from fastattr.students.calibration import FILE as CALIBRATION, load_calibration
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from fastattr.attributor.collection import MilvusBackend
     from fastattr.features.encoder import Encoder
+
+Result = TypeVar("Result")
 
 
 def load(
@@ -64,7 +67,18 @@ def load(
             return model, _in_milvus(folder, config, parts, index_uri), metrics
         return model, open_version(folder, config, parts, stamp=stamp), metrics
 
-    return settled(Path(str(name_or_path)), once)
+    return _sound(name_or_path, once)
+
+
+def _sound(name_or_path: str | Path, load: Callable[[], Result]) -> Result:
+    """What `load` gives, settled; ArtifactDamagedError for whatever a file that a stranger changed makes its reader raise."""
+    try:
+        return settled(Path(str(name_or_path)), load)
+    except (FastattrError, OSError):
+        raise
+    except Exception as error:  # sealed anew, a file can hold anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ArtifactDamagedError(f"{name_or_path} is damaged ({reason}); fetch or build the attributor again.") from error
 
 
 def _in_milvus(folder: Path, config: dict[str, Any], parts: Parts, uri: str) -> Version:
@@ -92,7 +106,7 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
             config, catalog = version.config, version.catalogue.table
         return describe(str(name_or_path), config, catalog, read_json(folder / "metrics.json"))
 
-    return settled(Path(str(name_or_path)), once)
+    return _sound(name_or_path, once)
 
 
 def open_encoders(

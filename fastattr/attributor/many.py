@@ -38,15 +38,22 @@ def read_queries(path: Path) -> pa.Table:
 
     Raises:
         ArtifactNotFoundError: there is no such file.
-        InputError: it lacks a column, or ids occur twice.
+        InputError: it cannot be read, lacks a column or a value, or ids occur twice.
     """
     if not path.is_file():
         raise ArtifactNotFoundError(f"there is no file {path}; give a .parquet or .jsonl table of queries.")
-    table = pq.read_table(path) if path.suffix == ".parquet" else pj.read_json(path)
+    try:
+        table = pq.read_table(path) if path.suffix == ".parquet" else pj.read_json(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     if not {"query_id", "prompt"} <= set(table.column_names) or len({"image", "features"} & set(table.column_names)) != 1:
         raise InputError(
             f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', found {table.column_names}."
         )
+    if any(table[name].null_count for name in {"query_id", "image"} & set(table.column_names)):
+        raise InputError(f"{path}: a query lacks its id or its image.")
+    if "image" in table.column_names and not pa.types.is_string(table["image"].type):
+        raise InputError(f"{path}: the column 'image' must hold file names, found {table['image'].type}.")
     if len(table["query_id"].unique()) < len(table):
         raise InputError(f"{path}: query ids occur twice.")
     return table
@@ -103,7 +110,7 @@ def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int)
         batch = rows.slice(start, BATCH).to_pylist()
         prompts = [row["prompt"] for row in batch]
         if "features" in rows.column_names:
-            features = np.array([row["features"] for row in batch], dtype=np.float32)
+            features: Any = [row["features"] for row in batch]
             answers += attributor.attribute_features(features, prompts, k)
         else:
             found = attributor.attribute([beside / row["image"] for row in batch], prompts, k)

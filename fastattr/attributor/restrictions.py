@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from fastattr.core.errors import InputError
+from fastattr.corpus.text import without_surrogates
 
 FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")
 """Columns that a search can be restricted by."""
@@ -48,6 +49,8 @@ def restriction_of(where: Where) -> Restriction:
     Raises:
         InputError: it names another column, or a bound is no date.
     """
+    if not isinstance(where, Mapping):
+        raise InputError(f"a restriction is a mapping of columns to values, got {where!r:.100}.")
     values: dict[str, list[str]] = {}
     for name, value in where.items():
         if name in {"since", "until"}:
@@ -55,8 +58,8 @@ def restriction_of(where: Where) -> Restriction:
         if name not in FILTERS:
             raise InputError(f"a search can be restricted by {', '.join(FILTERS)}, since and until, not by {name!r}.")
         values[name] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
-        if not all(isinstance(each, str) for each in values[name]):
-            raise InputError(f"a restriction names texts; {name} is to be {value!r}.")
+        if not all(isinstance(each, str) and without_surrogates(each) == each for each in values[name]):
+            raise InputError(f"a restriction names texts that UTF-8 can hold; {name} is to be {value!r:.100}.")
     bounds = {name: where.get(name) for name in ("since", "until")}
     return Restriction(
         values, *("" if bound in (None, "") else bound_of(str(bound), last=name == "until") for name, bound in bounds.items())

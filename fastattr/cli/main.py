@@ -1,7 +1,7 @@
 """Main: puts the commands together, and turns errors into one line and an exit code.
 
-Errors that a user can mend end in one line on stderr and exit code 2; `verify` ends with 1 if something differs; an
-interrupted command ends with 130.
+Errors that a user can mend, a full disk among them, end in one line on stderr and exit code 2; `verify` ends with 1 if
+something differs; an interrupted command ends with 130.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReceiptDiffersError as error:
         warn(f"fastattr: {for_terminal(error)}")
         return 1
-    except FastattrError as error:
+    except (FastattrError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         warn(f"fastattr: error: {for_terminal(error)}")
         return 2
     except SystemExit as ending:

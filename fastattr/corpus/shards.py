@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json
 from fastattr.core.stages import fingerprint
+from fastattr.corpus.folders import walk
 from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
 from fastattr.corpus.records import (
     CAPTION_COLUMNS,
@@ -44,25 +45,40 @@ def files_in(path: Path, suffix: str) -> list[Path]:
 
 
 def coco_parts(folder: Path, split: str) -> list[Part]:
-    """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix."""
-    annotations = read_json(folder / "annotations" / f"captions_{split}.json")
+    """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix.
+
+    Raises:
+        InputError: the annotations are not COCO's.
+    """
+    listed = folder / "annotations" / f"captions_{split}.json"
+    try:
+        rows = _coco_rows(read_json(listed), folder / split)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{listed} is no list of COCO's captions ({reason}); expected 'images' and 'annotations'.") from error
+    known = {row["path"] for row in rows}
+    others = [Skipped(name=path.name, reason=f"not in {listed.name}") for path in walk(folder / split) if path not in known]
+    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    states = [[(row | {"path": row["path"].name}, state_of(row["path"])) for row in block] for block in blocks]
+    parts = [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
+    return [*parts, Part(fingerprint([vars(skipped) for skipped in others]), partial(iter, others))]
+
+
+def _coco_rows(annotations: Any, images: Path) -> list[dict[str, Any]]:
     captions: dict[int, list[str]] = {}
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
-    rows = [
+    return [
         {
-            "path": folder / split / image["file_name"],
+            "path": images / image["file_name"],
             "captions": as_captions(captions.get(image["id"], [])),
             "license": licenses.get(image.get("license", -1)),
-            "source": f"coco-{split}",
+            "source": f"coco-{images.name}",
             "url": image.get("flickr_url") or image.get("coco_url"),
         }
         for image in sorted(annotations["images"], key=lambda image: image["id"])
     ]
-    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    states = [[(row | {"path": row["path"].name}, state_of(row["path"])) for row in block] for block in blocks]
-    return [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
 
 
 def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:

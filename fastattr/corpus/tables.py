@@ -12,9 +12,12 @@ from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import read_bytes
 from fastattr.corpus.records import CAPTION_COLUMNS, ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of
-from fastattr.corpus.text import as_captions, as_text
+from fastattr.corpus.text import as_captions, as_text, read_rows
 
-KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+KINDS = {".parquet": "parquet", ".arrow": "arrow"}
+"""Data files that `datasets` streams."""
+TEXT_KINDS = (".csv", ".tsv", ".json", ".jsonl")
+"""Data files that are read as people write them, see `read_rows`."""
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "file_name", "image_path", "path", "file")
 ROWS_PER_PART = 10_000
 """Of a dataset saved with `save_to_disk`, which can be split anywhere."""
@@ -24,7 +27,8 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     """The files of a dataset as parts.
 
     Args:
-        source: a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`).
+        source: a Hub repository, a folder that `datasets` loads or that `save_to_disk` wrote, or a data file (`KINDS`,
+            `TEXT_KINDS`).
         split: of the dataset; a data file has none.
         image_column: see `image_of`. If it is 'image' and there is none, the first of `IMAGE_COLUMNS` counts.
         caption_column: texts or lists of texts. If it is 'caption' and there is none, the first of `CAPTION_COLUMNS` counts.
@@ -32,25 +36,45 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     Raises:
         InputError: it cannot be opened, or lacks one of the two columns.
     """
+    path = Path(source)
+    base = path.parent if path.is_file() else path
+
+    def names(columns: list[str]) -> dict[str, str]:
+        return {
+            "image_column": _column(source, columns, image_column, IMAGE_COLUMNS),
+            "caption_column": _column(source, columns, caption_column, CAPTION_COLUMNS),
+        }
+
+    if path.is_file() and path.suffix.lower() in TEXT_KINDS:
+        listed = [
+            Skipped(name=f"{path.name}:{line}", reason=f"bad line ({told})") if row is None else row
+            for line, told, row in read_rows(path)
+        ]
+        columns = names(list(dict.fromkeys(name for row in listed if isinstance(row, dict) for name in row)))
+        return [Part(fingerprint([source, state_of(path)]), partial(read_dataset, listed, **columns, base=base))]
     dataset, made_of = _open(source, split)
     features = dataset.features or {}
     dataset = dataset.decode(False) if features else dataset
-    columns = list(features) or list(next(iter(dataset), {}))  # a CSV or JSON file says with its first row
-    names = {
-        "image_column": _column(source, columns, image_column, IMAGE_COLUMNS),
-        "caption_column": _column(source, columns, caption_column, CAPTION_COLUMNS),
-    }
+    columns = names(list(features) or list(next(_readable(source, dataset), {})))
     inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}  # of a list, its elements'
     classes = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
-    path = Path(source)
-    base = path.parent if path.is_file() else path
     count = dataset.num_shards
 
     def read(number: int) -> Iterator[TrainingImage | Skipped]:
-        rows = dataset.shard(count, number) if count > 1 else dataset
-        return read_dataset(rows, **names, prefix=f"{number:05d}-" if count > 1 else "", classes=classes, base=base)
+        rows = _readable(source, dataset.shard(count, number) if count > 1 else dataset)
+        return read_dataset(rows, **columns, prefix=f"{number:05d}-" if count > 1 else "", classes=classes, base=base)
 
     return [Part(fingerprint([made_of, split, number, count]), partial(read, number)) for number in range(count)]
+
+
+def _readable(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; InputError at the first that cannot be read."""
+    try:
+        yield from rows
+    except Exception as error:  # `datasets` and its readers raise many types on damaged files
+        raise InputError(
+            f"{source!r} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})."
+        ) from error
 
 
 def _open(source: str, split: str) -> tuple[Any, Any]:
@@ -66,8 +90,7 @@ def _open(source: str, split: str) -> tuple[Any, Any]:
                 saved = saved[split]
             return saved.to_iterable_dataset(num_shards=max(1, len(saved) // ROWS_PER_PART)), made_of
         if path.is_file() and (kind := KINDS.get(path.suffix.lower())):
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            builder, split = load_dataset_builder(kind, data_files=source, **options), "train"
+            builder, split = load_dataset_builder(kind, data_files=source), "train"
         else:
             builder = load_dataset_builder(source)
         if hasattr(builder.config, "batch_size"):  # of parquet; its default is the first row group's size, which may be 0
@@ -90,7 +113,7 @@ def _column(source: str, columns: list[str], wanted: str, others: tuple[str, ...
 
 
 def read_dataset(
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[dict[str, Any] | Skipped],
     *,
     image_column: str,
     caption_column: str,
@@ -103,7 +126,7 @@ def read_dataset(
     The image id is the row's `image_id` if it has one, else `prefix` and its position, zero-padded.
 
     Args:
-        rows: the rows.
+        rows: the rows, and what was no row.
         image_column: see `image_of`.
         caption_column: texts, numbers, or lists of them.
         prefix: of the ids.
@@ -111,6 +134,9 @@ def read_dataset(
         base: folder that file names start from.
     """
     for position, row in enumerate(rows):
+        if isinstance(row, Skipped):
+            yield row
+            continue
         named = row | {name: _named(row.get(name), names) for name, names in (classes or {}).items()}
         yield as_training_image(
             image_id=as_text(row.get("image_id")) or f"{prefix}{position:09d}",

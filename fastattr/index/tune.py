@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastattr.index.files import inner_of, map_index
-from fastattr.index.search import TUNED_K, Shards, join, nearest, set_breadth
+from fastattr.index.search import EXACT_ROWS, TUNED_K, Shards, join, nearest, set_breadth
 from fastattr.index.vectors import BATCH, Read
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,13 @@ TUNING_QUERIES = 200
 """Rows of the corpus that serve as queries, and at most so many queries as they come."""
 REGIONS = 4
 """Consecutive parts of the corpus in each of which the recall is reached: a source, or what was added last, may be far off."""
-MADE_QUERIES = 50
-"""Queries that are made for kinds that may fail where no row is."""
+MADE_QUERIES = 200
+"""Queries of each of two sorts that are made for kinds that may fail where no row is."""
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)
 """Breadths of a search in a graph."""
 SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
+"""Of up to `EXACT_ROWS` rows, all may be ranked again: copies of one image can fill every shorter list."""
 READ_COST = 150
 """Codes that are compared in the time in which one vector is read from the disk's cache, checked and compared."""
 EQUAL = 1e-6
@@ -83,28 +84,21 @@ def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int], made: np.ndarray | None
+    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int], made: Sequence[np.ndarray]
 ) -> Sample:
-    """Queries with their exact neighbours: rows of every region, (M, D) made ones, and (Q, D) as they come; see `tune`."""
+    """Queries with their exact neighbours: rows of every region, groups of made ones, and (Q, D) as they come; see `tune`."""
     rng = np.random.default_rng([seed, 1])
     bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
     picked = [
         np.sort(low + rng.permutation(high - low)[: TUNING_QUERIES // REGIONS]) for low, high in itertools.pairwise(bounds)
     ]
-    own = np.concatenate(picked)
-    asked = [read_rows(read, own)]
-    masks = [np.isin(own, chosen) for chosen in picked]
-    if made is not None:
-        asked.append(made)
-        own = np.concatenate([own, np.full(len(made), -1)])
-        masks = [np.concatenate([mask, np.zeros(len(made), dtype=bool)]) for mask in masks] + [own < 0]
+    others = [*made]
     if queries is not None and len(queries):
-        chosen = rng.permutation(len(queries))[:TUNING_QUERIES]
-        asked.append(np.asarray(queries[np.sort(chosen)], dtype=np.float32))
-        own = np.concatenate([own, np.full(len(chosen), -1)])
-        masks = [np.concatenate([mask, np.zeros(len(chosen), dtype=bool)]) for mask in masks]
-        masks.append(np.arange(len(own)) >= len(own) - len(chosen))
-    together = np.concatenate(asked)
+        others.append(np.asarray(queries[np.sort(rng.permutation(len(queries))[:TUNING_QUERIES])], dtype=np.float32))
+    groups = [*picked, *others]
+    group = np.repeat(np.arange(len(groups)), [len(each) for each in groups])
+    own = np.concatenate([*picked, *(np.full(len(each), -1) for each in others)])
+    together = np.concatenate([read_rows(read, np.concatenate(picked)), *others])
     k = max(min(TUNED_K, rows - 1), 1)
     similarities, found = exact_neighbours(together, read, rows, min(k + 2, rows))
     keep = np.argsort(found == own[:, None], axis=1, kind="stable")  # the row itself goes last
@@ -113,7 +107,7 @@ def draw(
     return Sample(
         queries=together,
         own=own,
-        groups=masks,
+        groups=[group == number for number in range(len(groups))],
         exact=found[:, :k],
         clear=similarities[:, :k] > following + EQUAL,
         least=similarities[:, k - 1],
@@ -150,11 +144,12 @@ def tune(
     listed = settings["index_shards"]
     inverted = "IVF" in settings["index"]
     shards = join([(map_index(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
-    made = None if inverted else _made_queries(settings, read, rows, seed)
+    made = _made_queries(settings, read, rows, seed)
     sample = draw(read, rows, seed=seed, queries=queries, parts=parts, made=made)
     itself, k = 1, sample.exact.shape[1]
     # Exact re-ranking keeps each true neighbour that the short list has, so it need not be done to know the recall.
-    lengths = [min(length + itself, rows) for length in (SHORTLISTS if settings["vectors"] else (k,))]
+    ranked_again = (*SHORTLISTS, rows) if rows <= EXACT_ROWS else SHORTLISTS
+    lengths = [min(length + itself, rows) for length in (ranked_again if settings["vectors"] else (k,))]
     wanted = sample.clear.sum(axis=1)
     tried: list[tuple[bool, float, float, int, int, int]] = []  # (misses, cost, -recall, ...): the least is chosen
     for nprobe, neighbours, looked_at in breadths(shards):
@@ -182,17 +177,14 @@ def tune(
     }
 
 
-def _made_queries(settings: dict[str, Any], read: Read, rows: int, seed: int) -> np.ndarray | None:
-    """Queries unlike any row: between four rows, where a graph may have no way, or in any direction, which PCA may drop."""
+def _made_queries(settings: dict[str, Any], read: Read, rows: int, seed: int) -> list[np.ndarray]:
+    """Queries unlike any row: between four rows, where a graph may have no way, and in any direction, which PCA may drop."""
+    if "IVF" in settings["index"] or ("HNSW" not in settings["index"] and not settings["vectors"]):
+        return []  # all rows are compared, as they are, or lists would be looked at where no query comes
     rng = np.random.default_rng([seed, 2])
-    if "HNSW" in settings["index"]:
-        made = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
-    elif settings["vectors"]:
-        made = rng.standard_normal((MADE_QUERIES, int(settings["vectors"]["dim"])), dtype=np.float32)
-    else:
-        return None  # all rows are compared, as they are
-    unit: np.ndarray = made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-9)
-    return unit
+    between = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
+    made = (between, rng.standard_normal(between.shape, dtype=np.float32))
+    return [each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-9) for each in made]
 
 
 def reached_by_graph(shards: Shards, queries: np.ndarray) -> float:
