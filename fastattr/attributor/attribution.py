@@ -262,7 +262,7 @@ class Attribution:
         """
         path = Path(path)
         kind = path.suffix.lower()
-        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".webp"}:
+        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"}:
             raise InputError(f"{path} needs a suffix that says what to write: .json, .csv, .parquet, .png, .svg or .pdf.")
         with atomic_path(path) as temporary:
             if kind == ".json":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,14 +108,11 @@ def attribute(
     result: Any = attributor.attribute(opened, prompt, k=top_k, where=restriction(where or [], since, until))
     result.seconds["load"] = loaded
     if figure:
-        from fastattr.core.files import atomic_path
-
-        with atomic_path(figure) as temporary:
-            result.figure().savefig(temporary)
+        result.save(figure)
     for warning in result.warnings:
         warn(f"warning: {on_one_line(warning)}")
     if as_json:
-        say_json(result.to_dict())
+        say_json(json.loads(result.to_json()))
         return
     say(f"{'rank':>4s}  {'score':>6s}  {'image_id':32s}  caption (creator, licence)")
     for row in result.results:

@@ -71,7 +71,7 @@ def check_file(path: Path, sha256: str) -> None:
         MissingFileError: there is no such file.
         ArtifactDamagedError: its checksum is another.
     """
-    if not path.exists():
+    if not path.is_file():
         raise MissingFileError(f"{path} does not exist; fetch or build the attributor again.")
     found = sha256_file(path)
     if found != sha256:
