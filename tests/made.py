@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from fastattr import FastAttributor
-from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import write_table
+from fastattr.attributor.inputs import COLUMNS
 from fastattr.attributor.make import seal_folder
 from fastattr.core.files import write_json
 from fastattr.index.build import build

@@ -1,14 +1,11 @@
-"""Answers: what a version of an attributor says of queries, by the student or by the untuned features.
-
-Every function takes one `Version` and asks nothing else, so that an answer is of one state of the catalogue throughout.
-"""
+"""Answers: what one version of an attributor says of queries, by the student or by the untuned features."""
 
 from __future__ import annotations
 
 import base64
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fastattr.attributor.attribution import REACH, Attribution, Influence, Reach, found as known
+from fastattr.attributor.attribution import REACH, Attribution, Influence, Reach
 from fastattr.attributor.catalogue import Catalogue
-from fastattr.attributor.inputs import image_sha256, open_image
+from fastattr.attributor.inputs import Where, image_sha256, open_image
 from fastattr.attributor.make import plain_vectors
-from fastattr.attributor.restrictions import Where
 from fastattr.attributor.version import Version
 from fastattr.core.errors import InputError
 from fastattr.core.models import commit_of
@@ -34,9 +30,9 @@ from fastattr.students.ownness import measures_of
 if TYPE_CHECKING:
     from fastattr.features.encoder import Encoder
 
+MEASURED = ("rank", "similarity", "percentile", "strength", "image_part", "text_part")
 RESULT_COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "family")
-LOOKED_AT = 12
-"""Most similar images, by the picture alone and by picture and prompt, that are compared with the query's look."""
+LOOKED_AT = 12  # most similar images, by the picture alone and by picture and prompt, that are compared with the query's look
 
 
 @dataclass(frozen=True)
@@ -56,22 +52,20 @@ class Model:
             raise InputError(f"{self.name} has no feature encoders; give features (`attribute_features`, `add_features`).")
         return np.concatenate([encoder.encode(images, captions) for encoder in self.encoders], axis=1)
 
-    def columns_of(self, kinds: set[str]) -> np.ndarray | None:
-        """(F,) bool: which features are of images, if all are of one of these kinds; None otherwise or if it isn't known."""
-        blocks = self.feature_blocks
-        if not blocks or not {block["modality"] for block in blocks} <= kinds:
+    @property
+    def image_columns(self) -> np.ndarray | None:
+        """(F,) bool: which features are of images and not of texts; None if it isn't known, or some are of both."""
+        if not self.feature_blocks or any(block["modality"] not in {"image", "text"} for block in self.feature_blocks):
             return None
-        return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in blocks])
+        return np.concatenate([np.full(block["width"], block["modality"] == "image") for block in self.feature_blocks])
 
     def without_prompt(self, features: np.ndarray, alone: Sequence[bool]) -> np.ndarray:
         """(Q, F) features of queries; where a prompt is unknown, the corpus' mean stands in its features' place."""
         if not any(alone):
             return features
-        images = self.columns_of({"image", "text"})
+        images = self.image_columns
         if images is None or (self.calibration is None and not images.all()):
-            raise InputError(
-                f"{self.name} can't attribute an image without its prompt: it has no calibration; give the prompt."
-            )
+            raise InputError(f"{self.name} can't attribute an image without its prompt, having no calibration; give it.")
         if self.calibration is None:
             return features
         unknown = np.array(alone)[:, None] & ~images
@@ -82,17 +76,12 @@ class Model:
 class Asked:
     """Queries, as far as an answer depends on them."""
 
-    features: np.ndarray
-    """(Q, F); (0, F) where only embeddings are known."""
+    features: np.ndarray  # (Q, F); (0, F) where only embeddings are known
     prompts: list[str]
-    hashes: list[str]
-    """SHA-256 of each query."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Spent on the features."""
-    looks: list[bytes] | None = None
-    """Of each query's picture, see corpus/near_copies.py; None where there is none."""
-    measures: list[np.ndarray] | None = None
-    """Of each query's picture, see students/ownness.py; None where there is none."""
+    hashes: list[str]  # SHA-256 of each query
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on the features
+    looks: list[bytes] | None = None  # of each query's picture, see corpus/near_copies.py; None where there is none
+    measures: list[np.ndarray] | None = None  # of each query's picture, see students/ownness.py; None where there is none
 
 
 def queries_of(model: Model, image: Any, prompt: Any) -> tuple[Asked | None, bool]:
@@ -132,18 +121,13 @@ def checked_k(k: Any, version: Version) -> int:
     return number
 
 
-def by_student(model: Model, version: Version, asked: Asked, k: int, where: Where | None = None) -> list[Attribution]:
-    """The answers of the student to queries with features."""
-    return by_embedding(model, version, asked, model.student.embed(asked.features), k, where)
-
-
-def by_embedding(
-    model: Model, version: Version, asked: Asked, embeddings: np.ndarray, k: int, where: Where | None = None
+def by_student(
+    model: Model, version: Version, asked: Asked, k: int, where: Where | None = None, embeddings: np.ndarray | None = None
 ) -> list[Attribution]:
-    """The answers to queries whose (Q, D) embeddings are known; their features may be missing."""
+    """The answers of the student to queries with features, or to those whose (Q, D) embeddings are known."""
     started = time.perf_counter()
     k, catalogue, calibration = checked_k(k, version), version.catalogue, model.calibration
-    embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+    embeddings = np.ascontiguousarray(model.student.embed(asked.features) if embeddings is None else embeddings, np.float32)
     similarities, rows = catalogue.search(embeddings, k, where=where)
     nearest = list(zip(rows, similarities, strict=True))
     with_features = len(asked.features) > 0
@@ -152,22 +136,19 @@ def by_embedding(
     seconds = {**asked.seconds, "search": time.perf_counter() - started}
     size = catalogue.count(where)
     answers = []
-    for query, (rows, similarities) in enumerate(nearest):
+    for query, (rows, values) in enumerate(nearest):
         records = catalogue.fetch(rows)
+        table, find = partial(getattr, catalogue, "table"), partial(_known, rows, values)
         if not isinstance(catalogue, Catalogue):  # a server's catalogue stays there: shares are of what was found
-            table: Callable[[], pa.Table] = partial(pa.Table.from_pylist, records)
-            find: Callable[[], Any] = partial(known, np.arange(len(records)), similarities)
+            table, find = partial(pa.Table.from_pylist, records), partial(_known, np.arange(len(records)), values)
         elif calibration:  # shares are of everything that may be named
-            table, find = catalogue.as_table, partial(_reached, catalogue, embeddings[query], min(max(k, REACH), size), where)
-        else:
-            table, find = catalogue.as_table, partial(known, rows, similarities)
-        weights = None if calibration else model.student.closeness(similarities)
+            find = partial(_reached, catalogue, embeddings[query], min(max(k, REACH), size), where)
+        weights = None if calibration else model.student.closeness(values)
+        reach = Reach(table, find, weights, calibration, size, own=not warnings[query])
         described = {"sha256": asked.hashes[query], "embedding": encode(embeddings[query]), "k": k}
         described |= {"where": dict(where)} if where else {}
-        own = not warnings[query]
-        answer = _attribution(model, version, asked.prompts[query], records, similarities, parts[query], described, own=own)
-        reach = Reach(table, find, weights, calibration, size, own=own)
-        answers.append(replace(answer, seconds=dict(seconds), warnings=warnings[query], _reach=reach))
+        answer = _attribution(model, version, asked.prompts[query], records, values, parts[query], described, reach)
+        answers.append(replace(answer, seconds=dict(seconds), warnings=warnings[query]))
     return _with_copies(model, version, asked, answers)
 
 
@@ -176,13 +157,11 @@ def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[At
     started = time.perf_counter()
     k, catalogue, plain = checked_k(k, version), version.catalogue, version.plain
     if plain is None or not isinstance(catalogue, Catalogue):
-        raise InputError(
-            f"{model.name} holds no index of untuned features, or was loaded in part; build it with index.plain set."
-        )
+        raise InputError(f"{model.name} holds no index of untuned features (index.plain), or was loaded in part.")
     queries = plain_vectors(asked.features)
     present = catalogue.rows_of(np.arange(plain.ntotal))  # its rows are those of the base
     similarities, found = plain.search(queries, k, allowed=present >= 0)
-    images = model.columns_of({"image", "text"})
+    images = model.image_columns
     answers = []
     for query, (own, values) in enumerate(zip(found, similarities, strict=True)):
         parts = None
@@ -191,12 +170,13 @@ def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[At
             parts = products[:, images].sum(axis=1), products[:, ~images].sum(axis=1)
         rows = present[own]
         described = {"sha256": asked.hashes[query], "k": k}
-        answer = _attribution(model, version, asked.prompts[query], catalogue.fetch(rows), values, parts, described, plain=True)
-        reach = Reach(catalogue.as_table, partial(known, rows, values), np.maximum(values, 1e-6), None, catalogue.ntotal)
-        answers.append(replace(answer, _reach=reach, seconds=dict(asked.seconds)))
+        table, find = partial(getattr, catalogue, "table"), partial(_known, rows, values)
+        reach = Reach(table, find, np.maximum(values, 1e-6), None, catalogue.ntotal)
+        records = catalogue.fetch(rows)
+        answers.append(_attribution(model, version, asked.prompts[query], records, values, parts, described, reach))
     spent = time.perf_counter() - started
     for answer in answers:
-        answer.seconds["search"] = spent
+        answer.seconds.update(asked.seconds, search=spent)
         answer.model["method"] = "plain similarity"
     return _with_copies(model, version, asked, answers)
 
@@ -204,6 +184,11 @@ def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[At
 def encode(embedding: np.ndarray) -> str:
     """A (D,) embedding as receipts hold it."""
     return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+
+
+def _known(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `Reach.find` gives where it is known already."""
+    return rows, similarities
 
 
 def _reached(catalogue: Catalogue, embedding: np.ndarray, count: int, where: Where | None) -> tuple[np.ndarray, np.ndarray]:
@@ -217,11 +202,11 @@ def _parts(
 ) -> list[tuple[np.ndarray, np.ndarray] | None]:
     """For each query what image and prompt contribute to its (k,) similarities: Shapley values of two players.
 
-    With v(S) the similarity when all but S is replaced by the corpus' mean, and v of nothing 0, the image's is
-    (v(image) + v(both) - v(text)) / 2; what remains without either is halved between them.
+    The value of one alone is the similarity with the corpus' mean in the other's place; that of none is 0.
     """
-    images = model.columns_of({"image", "text"})
-    if model.calibration is None or images is None or not isinstance(catalogue, Catalogue):
+    images = model.image_columns
+    readable = isinstance(catalogue, Catalogue) and catalogue.base.reads_rows
+    if model.calibration is None or images is None or not readable:
         return [None] * len(nearest)
     if images.all() or not images.any():
         both = [(values, np.zeros_like(values)) for _, values in nearest]
@@ -230,11 +215,7 @@ def _parts(
     alone = [model.student.embed(np.where(kept, features, mean)) for kept in (images, ~images)]
     parts: list[tuple[np.ndarray, np.ndarray] | None] = []
     for query, (rows, similarities) in enumerate(nearest):
-        vectors = catalogue.vectors(rows)
-        if vectors is None:
-            parts.append(None)
-            continue
-        of_image, of_text = (vectors @ embedded[query] for embedded in alone)
+        of_image, of_text = (catalogue.embeddings(rows) @ embedded[query] for embedded in alone)
         parts.append(((similarities + of_image - of_text) / 2, (similarities + of_text - of_image) / 2))
     return parts
 
@@ -243,15 +224,9 @@ def _warnings(calibration: Calibration | None, asked: Asked) -> list[list[str]]:
     """For each query what its reader should know."""
     if calibration is None or calibration.ownness is None:
         return [[] for _ in asked.prompts]
-    return [
-        [
-            f"Image and prompt do not look like this generator's output: {'; '.join(doubts)}. For an image that it did not "
-            "make, these are the training images that resemble it."
-        ]
-        if doubts
-        else []
-        for doubts in calibration.ownness.doubts(asked.features, asked.prompts, asked.measures)
-    ]
+    text = "Image and prompt do not look like this generator's output: {}. For an image that it did not make, these are the "
+    every = calibration.ownness.doubts(asked.features, asked.prompts, asked.measures)
+    return [[f"{text.format('; '.join(doubts))}training images that resemble it."] if doubts else [] for doubts in every]
 
 
 def _attribution(
@@ -262,50 +237,31 @@ def _attribution(
     similarities: np.ndarray,
     parts: tuple[np.ndarray, np.ndarray] | None,
     query: dict[str, Any],
-    *,
-    plain: bool = False,
-    own: bool = True,
+    reach: Reach,
 ) -> Attribution:
-    """An answer without shares, seconds and warnings."""
-    calibration = None if plain else model.calibration
+    """An answer without seconds and warnings."""
+    calibration = reach.calibration
     percentiles = calibration.percentile_of(similarities).tolist() if calibration else [None] * len(records)
-    strengths = calibration.strengths_of(similarities) if calibration and own else [None] * len(records)
-    image_parts, text_parts = [part.tolist() for part in parts] if parts else [[None] * len(records)] * 2
-    results = [
-        Influence(
-            rank=rank,
-            similarity=float(similarities[rank]),
-            **{column: record.get(column) or "" for column in RESULT_COLUMNS},
-            percentile=percentiles[rank],
-            strength=strengths[rank],
-            image_part=image_parts[rank],
-            text_part=text_parts[rank],
-        )
-        for rank, record in enumerate(records)
-    ]
+    strengths = calibration.strengths_of(similarities) if calibration and reach.own else [None] * len(records)
+    columns = [percentiles, strengths, *([part.tolist() for part in parts] if parts else [[None] * len(records)] * 2)]
+    rows = zip(range(len(records)), similarities.tolist(), *columns, strict=True)
+    fields: list[dict[str, Any]] = [dict(zip(MEASURED, values, strict=True)) for values in rows]
+    for record, each in zip(records, fields, strict=True):
+        each |= {name: record.get(name) or "" for name in RESULT_COLUMNS}
+    results = [Influence(**each) for each in fields]
     config, versions = version.config, version.versions()
-    described = {
-        "name": model.name,
-        "fastattr_version": config["fastattr_version"],
-        "corpus_fingerprint": config["corpus_fingerprint"],
-        "generator_fingerprint": config["generator_fingerprint"],
-        "model_sha256": versions["model"],
-        "index_sha256": versions["index"],
-        "revision": commit_of(version.folder) or "",
-    }
+    described = {key: config[key] for key in ("fastattr_version", "corpus_fingerprint", "generator_fingerprint")}
+    described |= {"name": model.name, "model_sha256": versions["model"], "index_sha256": versions["index"]}
+    described["revision"] = commit_of(version.folder) or ""
     thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
-    return Attribution(results, prompt, {}, described, query=query, versions=versions, _thumbnails=thumbnails)
+    return Attribution(results, prompt, {}, described, [], query, None, versions, reach, thumbnails)
 
 
 # ---- near-copies
 
 
 def _with_copies(model: Model, version: Version, asked: Asked, answers: list[Attribution]) -> list[Attribution]:
-    """The answers, each with the training image that the query's picture is a near-copy of, if there is one.
-
-    The training images that resemble a picture most, by the picture alone and by picture and prompt, are compared with its
-    look. Without thumbnails, or pictures, nothing is known of copies.
-    """
+    """The answers, each with the near-copies of the query's picture among what resembles it most; needs thumbnails."""
     catalogue = version.catalogue
     if asked.looks is None or not isinstance(catalogue, Catalogue) or not catalogue.has_thumbnails:
         return answers
@@ -324,7 +280,7 @@ def _with_copies(model: Model, version: Version, asked: Asked, answers: list[Att
 
 def _by_picture(model: Model, version: Version, features: np.ndarray) -> list[np.ndarray]:
     """For each query the rows of the images that resemble it most by the picture alone, whatever the prompt."""
-    catalogue, images = version.catalogue, model.columns_of({"image", "text"})
+    catalogue, images = version.catalogue, model.image_columns
     assert isinstance(catalogue, Catalogue)
     if images is None or not images.any():
         return [np.zeros(0, dtype=np.int64) for _ in features]

@@ -1,7 +1,4 @@
-"""Attribution: the answer to one query, the training images that influenced an image most.
-
-`Attribution` holds the results, what was asked and by which version it was answered; shares, figure and receipt are made of it.
-"""
+"""Attribution: the answer to one query, of which shares, figure and receipt are made."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-RECEIPT = "fastattr-receipt-1"
-"""Format of `Attribution.to_dict`."""
-FORMULA = re.compile(r"[=+\-@\t\r]")
-"""How a cell begins that spreadsheets take for a formula."""
-REACH = 20_000
-"""Most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated."""
+RECEIPT = "fastattr-receipt-1"  # format of `Attribution.to_dict`
+FORMULA = re.compile(r"[=+\-@\t\r]")  # how a cell begins that spreadsheets take for a formula
+REACH = 20_000  # most similar images that shares are taken of; those of a larger corpus beyond them count as unrelated
 
 
 @dataclass(frozen=True)
@@ -56,59 +50,39 @@ class Influence:
     percentile: float | None = None
     """Expected percentile, by the teacher, among all training images: 100 = the most influential; None if not calibrated."""
     strength: str | None = None
-    """'strong', 'medium' or 'weak' (`Calibration.strengths_of`); None where the calibration separates nothing, or the picture
-    does not look like the generator's own."""
+    """'strong', 'medium' or 'weak'; None where the calibration separates nothing, or the picture is not the generator's own."""
     image_part: float | None = None
     """How much of `similarity` is the image's doing, ..."""
     text_part: float | None = None
-    """... and how much the prompt's: Shapley values, which add up to it; a part is taken away by putting the corpus' mean
-    in its place. None if the attributor has no means, or encoders that read both."""
+    """... and how much the prompt's: Shapley values, which add up to it; None without a calibration, or for joint encoders."""
 
 
 @dataclass(frozen=True)
 class Reach:
     """What the shares of one attribution are taken of; found when they are asked for, in the version that answered."""
 
-    table: Callable[[], pa.Table]
-    """Gives the catalogue of the whole corpus, or of these images alone."""
-    find: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Gives (M,) rows of the catalogue, most similar first, and their similarities."""
-    weights: np.ndarray | None
-    """(M,) what an image counts where there is no calibration."""
+    table: Callable[[], pa.Table]  # gives the catalogue of the whole corpus, or of these images alone
+    find: Callable[[], tuple[np.ndarray, np.ndarray]]  # gives (M,) rows of it, most similar first, and their similarities
+    weights: np.ndarray | None  # (M,) what an image counts where there is no calibration
     calibration: Calibration | None
-    size: int
-    """N, images that could have been found; those beyond the M count as unrelated."""
-    own: bool = True
-    """Whether the picture looks like the generator's own; of others nobody is named."""
+    size: int  # N, images that could have been found; those beyond the M count as unrelated
+    own: bool = True  # whether the picture looks like the generator's own; of others nobody is named
 
     @cached_property
-    def catalog(self) -> pa.Table:
-        """The catalogue whose rows `rows` are."""
-        return self.table()
-
-    @cached_property
-    def _found(self) -> tuple[np.ndarray, np.ndarray]:
+    def found(self) -> tuple[np.ndarray, np.ndarray]:
+        """(M,) rows of the catalogue, most similar first, and their similarities."""
         return self.find()
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(M,) rows of the catalogue, most similar first."""
-        return self._found[0]
-
-    @property
-    def similarities(self) -> np.ndarray:
-        """(M,) their similarities."""
-        return self._found[1]
 
     def first(self, k: int) -> Reach:
         """Of an answer with k images: the same with a calibration, the first k images without."""
         if self.calibration is not None or self.weights is None:
             return self
-        return replace(self, find=partial(found, self.rows[:k], self.similarities[:k]), weights=self.weights[:k])
+        rows, similarities = (each[:k] for each in self.found)
+        return replace(self, find=lambda: (rows, similarities), weights=self.weights[:k])
 
     def names(self, column: str) -> np.ndarray:
         """(M,) values of one column of the catalogue; '' where there is none."""
-        values = self.catalog[column].take(pa.array(self.rows)).to_pylist()
+        values = self.table()[column].take(pa.array(self.found[0])).to_pylist()
         return np.array(["" if value is None else str(value) for value in values])
 
 
@@ -134,7 +108,7 @@ class Attribution:
 
     @property
     def near_copy_of(self) -> str | None:
-        """The training image that the query's picture is a copy of, or nearly so; None if there is none, or it is unknown."""
+        """The first of `near_copies`; None if there is none, or it is unknown."""
         return self.near_copies[0] if self.near_copies else None
 
     def to_pandas(self) -> pd.DataFrame:
@@ -145,17 +119,9 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """The receipt: everything but the thumbnails, as plain values; `fastattr verify` replays it."""
-        return {
-            "format": RECEIPT,
-            "versions": self.versions,
-            "query": {**self.query, "prompt": self.prompt},
-            "results": [asdict(result) for result in self.results],
-            "prompt": self.prompt,
-            "seconds": self.seconds,
-            "model": self.model,
-            "warnings": self.warnings,
-            "near_copies": self.near_copies,
-        }
+        plain = ("versions", "prompt", "seconds", "model", "warnings", "near_copies")
+        query, results = {**self.query, "prompt": self.prompt}, [asdict(result) for result in self.results]
+        return {"format": RECEIPT, "query": query, "results": results, **{name: getattr(self, name) for name in plain}}
 
     def to_json(self) -> str:
         """`to_dict` as JSON, the receipt, with the creators' shares of at least 0.1%."""
@@ -168,25 +134,17 @@ class Attribution:
 
     def first(self, k: int) -> Attribution:
         """The same answer as if only k images had been asked for."""
-        return replace(
-            self,
-            results=self.results[:k],
-            query={**self.query, "k": min(k, self.query.get("k", k))},
-            _reach=self._reach.first(k) if self._reach else None,
-        )
+        query, reach = {**self.query, "k": min(k, self.query.get("k", k))}, self._reach.first(k) if self._reach else None
+        return replace(self, results=self.results[:k], query=query, _reach=reach)
 
     def shares(self, by: str = "creator") -> pd.DataFrame:
         """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
 
         With a calibration, a share is of the influence above what unrelated images have (fastattr/students/shares.py says how).
         What is left is spread too thinly to name and is the last row, the only one with `named` false. By creator, those of the
-        collection (`source`) with the largest share come first. Intervals are of 95%, found on validation queries.
-
-        Without a calibration shares are of the listed images together, each counting with the student's estimate of its
-        closeness to the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
-
-        Args:
-            by: 'creator', 'license', 'source' or another column of the catalogue.
+        collection (`source`) with the largest share come first. Intervals are of 95%, found on validation queries. Without a
+        calibration shares are of the listed images together, each counting with the student's estimate of its closeness to
+        the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
 
         Returns:
             Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it), 'named', largest share first; by
@@ -197,39 +155,27 @@ class Attribution:
         """
         if self._reach is None:
             raise InputError("this attribution was made without a catalogue; shares need one.")
-        reach, catalog = self._reach, self._reach.catalog
+        reach, catalog = self._reach, self._reach.table()
         known = [name for name in catalog.column_names if name not in {"image_id", "thumbnail"}]
         if by not in known:
             raise InputError(f"shares can be taken by {', '.join(known)}, not by {by!r}")
         if reach.calibration is None:
             return listed_table(np.asarray(reach.weights), reach.names(by), by)
+        rows, similarities = reach.found
         every = families_of(catalog["family"].to_pylist()) if "family" in known else np.arange(len(catalog))
-        return share_table(
-            reach.calibration,
-            reach.similarities,
-            {name: reach.names(name) for name in {by, "source"} & set(known)},
-            by=by,
-            families=every[reach.rows],
-            family_sizes=np.bincount(every)[every[reach.rows]],
-            copies=None if self.near_copies is None else np.isin(reach.names("image_id"), self.near_copies),
-            own=reach.own,
-        )
+        families, sizes = every[rows], np.bincount(every)[every[rows]]
+        copies = None if self.near_copies is None else np.isin(reach.names("image_id"), self.near_copies)
+        columns = {name: reach.names(name) for name in {by, "source"} & set(known)}
+        counted = {"families": families, "family_sizes": sizes, "copies": copies, "own": reach.own}
+        return share_table(reach.calibration, similarities, columns, by=by, **counted)
 
     @property
     def dominant(self) -> str | None:
-        """The creator whose share is certainly the largest; None if intervals overlap: there is no dominant source.
-
-        Certainly: the lower end of its interval lies above 0 and above the upper ends of all other creators' of its collection
-        (`source`), and the collection stands in the same way above all others.
-        """
+        """The creator whose share is certainly the largest: its interval lies above 0 and above all others'; None for none."""
         return dominant(self.shares(by="creator"), "creator")
 
     def thumbnail(self, image_id: str) -> Image.Image:
-        """Small RGB picture of one of the results.
-
-        Raises:
-            InputError: it is none of them, or the attributor was loaded without thumbnails.
-        """
+        """Small RGB picture of one of the results; InputError if it is none, or no thumbnails were loaded."""
         if self.results and not self._thumbnails:
             raise InputError("the attributor has no thumbnails, or was loaded with thumbnails=False.")
         if image_id not in self._thumbnails:
@@ -255,11 +201,7 @@ class Attribution:
         return figure
 
     def save(self, path: str | Path) -> None:
-        """Write the answer in the format that the file's suffix names: .json (the receipt), .csv, .parquet, or a picture.
-
-        Raises:
-            InputError: there is no such format.
-        """
+        """Write the answer as the suffix says: .json (the receipt), .csv, .parquet, or a picture; InputError for others."""
         path = Path(path)
         kind = path.suffix.lower()
         if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"}:
@@ -290,15 +232,15 @@ class Attribution:
     def _repr_html_(self) -> str:
         """A table with pictures, for notebooks."""
         head = "".join(f"<th>{name}</th>" for name in ("", "", "caption", "creator", "licence", "similarity"))
-        lines = []
+        table = f"<p>near-copy of {html.escape(_short(self.near_copy_of, 80))}</p>" if self.near_copy_of else ""
+        table += f"<table><tr>{head}</tr>"
         for result in self.results:
             data = base64.b64encode(self._thumbnails.get(result.image_id, b"")).decode()
             picture = f'<img src="data:image/webp;base64,{data}" width="48">' if data else ""
             texts = (_short(result.caption, 80), _short(result.creator, 40), _short(result.license, 40))
             cells = [str(result.rank + 1), picture, *map(html.escape, texts), f"{result.similarity:.3f}"]
-            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        copy = f"<p>near-copy of {html.escape(_short(self.near_copy_of, 80))}</p>" if self.near_copy_of else ""
-        return f"{copy}<table><tr>{head}</tr>{''.join(lines)}</table>"
+            table += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        return f"{table}</table>"
 
 
 def to_csv(table: pd.DataFrame) -> str:
@@ -312,8 +254,3 @@ def _short(text: str, length: int) -> str:
     """The text on one line, cut to a length."""
     line = " ".join(text[: 4 * length].split())
     return line if len(line) <= length else line[: length - 1] + "\u2026"
-
-
-def found(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `Reach.find` gives where it is known already."""
-    return rows, similarities

@@ -1,9 +1,4 @@
-"""Attributor: from an image and its prompt to the training images that influenced it most.
-
-`FastAttributor` holds encoders, student, index and catalogue. Its folder holds config.json (shape, encoders, fingerprints,
-SHA-256 of every other file), model.safetensors, index.faiss (or its shards), catalog.parquet, thumbnails.parquet,
-metrics.json and, where it brings its own, encoder/; once images have come or left, changes.sqlite.
-"""
+"""Attributor: from an image and its prompt to the training images that influenced it most."""
 
 from __future__ import annotations
 
@@ -17,16 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from fastattr.attributor import bases, edits
-from fastattr.attributor.answers import Asked, Model, by_embedding, by_features, by_student, queries_of
+from fastattr.attributor import bases, edits, inputs
+from fastattr.attributor.answers import Asked, Model, by_features, by_student, queries_of
 from fastattr.attributor.attribution import Attribution
-from fastattr.attributor.catalogue import Catalogue
-from fastattr.attributor.changes import history, lock
+from fastattr.attributor.changes import history, lock, plain_entries, read_journal
 from fastattr.attributor.folder import read_config, stamp_of
-from fastattr.attributor.inputs import ImageLike, checked_features, features_sha256
-from fastattr.attributor.journal import plain_entries, read_journal
+from fastattr.attributor.inputs import Captions, ImageLike, Images, Metadata, Prompts, Thumbnails, Where
 from fastattr.attributor.load import describe, load
-from fastattr.attributor.restrictions import Where
 from fastattr.attributor.version import Parts, Version, open_version
 from fastattr.core.errors import InputError, MissingFileError
 from fastattr.core.models import ASSETS, commit_of
@@ -35,13 +27,14 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+Answer = Attribution | list[Attribution]  # of one image, or of a list of images
 
 
 class FastAttributor:
-    """Names the training images that influenced a generated image most."""
+    """Names the training images that influenced a generated image most; changes and saves the folder that it answers from."""
 
     push_to_hub: ClassVar[Callable[..., str]]
-    """Push to a model repository; `fastattr` adds it from publishing/push_to_hub.py, since pushing stands below answering."""
+    """Push to a model repository; `fastattr` adds it from publishing, which stands below answering."""
 
     def __init__(self, model: Model, version: Version, metrics: dict[str, Any]) -> None:
         """Use `from_pretrained`, or `build_attributor` for a run folder."""
@@ -65,6 +58,7 @@ class FastAttributor:
         thumbnails: bool = True,
         shards: Sequence[int] | None = None,
         index_uri: str | None = None,
+        trusted_keys: Sequence[str] | None = None,
     ) -> FastAttributor:
         """Load an attributor: an embedded one ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
 
@@ -72,21 +66,22 @@ class FastAttributor:
             name_or_path: which one; `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`: the Hub client's.
             device: where the feature encoders run; None takes CUDA if there is one, but for small CLIPs, which run in NumPy.
             dtype: of the feature encoders; None is float32.
-            backend: what computes the feature encoders: 'numpy', 'torch', or None, which takes NumPy for small CLIPs on a CPU.
+            backend: of the feature encoders: 'numpy', 'torch', or None, which takes NumPy for small CLIPs on a CPU.
             thumbnails: whether to fetch and load the training images' thumbnails.
             shards: which shards of the index to fetch and search, counted from 0; None takes all.
             index_uri: search the Milvus server or file that `fastattr index --backend milvus` filled, and fetch no index.
+            trusted_keys: ed25519 public keys (PEM), one of which must have signed it (`fastattr sign`) before it is read.
 
         Raises:
             ArtifactNotFoundError: there is no such model, revision or file, or the cache holds a part of it only.
-            ArtifactDamagedError: a file's checksum is not that of config.json; FormatVersionError: a newer fastattr wrote it.
+            ArtifactDamagedError: a checksum or signature is wrong; FormatVersionError: a newer fastattr wrote it.
             EncoderMismatchError: its feature encoders have other weights than those the student was trained on.
             HubError: the Hub refuses, or can't be reached; InputError: there is no such shard.
         """
-        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token, "trusted_keys": trusted_keys}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
         encoders: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
-        return cls(*load(name_or_path, parts=Parts(thumbnails, shards), index_uri=index_uri, **encoders, **hub))
+        return cls(*load(name_or_path, encoders=encoders, parts=Parts(thumbnails, shards), index_uri=index_uri, **hub))
 
     @property
     def folder(self) -> Path:
@@ -106,14 +101,7 @@ class FastAttributor:
     def __len__(self) -> int:
         return int(self._newest().catalogue.ntotal)
 
-    def attribute(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        prompt: str | Sequence[str | None] | None,
-        k: int = 20,
-        *,
-        where: Where | None = None,
-    ) -> Attribution | list[Attribution]:
+    def attribute(self, image: Images, prompt: Prompts, k: int = 20, *, where: Where | None = None) -> Answer:
         """Name the k training images that influenced a generated image most.
 
         Args:
@@ -121,7 +109,7 @@ class FastAttributor:
             prompt: its prompt, or as many prompts; None attributes the image alone.
             k: how many training images, 1 to the size of the corpus.
             where: name only images with these values, e.g. {"creator": ["Ada", "Bob"], "license": "CC0-1.0"}, by a column of
-                `restrictions.FILTERS`; 'since' and 'until' bound the column 'date'. There may be fewer than k.
+                `inputs.FILTERS`; 'since' and 'until' bound the column 'date'. There may be fewer than k.
 
         Returns:
             One `Attribution`, or a list if a list was given. Raises InputError for an image that can't be read and a wrong k.
@@ -133,19 +121,11 @@ class FastAttributor:
         """Whether `plain` has an index to ask."""
         return self._version.plain is not None
 
-    def plain(
-        self, image: ImageLike | Sequence[ImageLike], prompt: str | Sequence[str | None] | None, k: int = 20
-    ) -> Attribution | list[Attribution]:
-        """Name the k training images that are most similar by the untuned features: what resembles, not what influenced.
-
-        As `attribute`; percentiles are None, and shares are of the listed images, each counting with its similarity. Raises
-        InputError, too, if the attributor holds no index of untuned features.
-        """
+    def plain(self, image: Images, prompt: Prompts, k: int = 20) -> Answer:
+        """As `attribute`, by the untuned features: what resembles, not what influenced; InputError without an index of them."""
         return self._answer(image, prompt, k, lambda version, asked: by_features(self._model, version, asked, k))
 
-    def _answer(
-        self, image: Any, prompt: Any, k: int, find: Callable[[Version, Asked], list[Attribution]]
-    ) -> Attribution | list[Attribution]:
+    def _answer(self, image: Any, prompt: Any, k: int, find: Callable[[Version, Asked], list[Attribution]]) -> Answer:
         """`attribute` or `plain`, of one or many."""
         asked, many = queries_of(self._model, image, prompt)
         found = find(self._newest(), asked) if asked else []
@@ -154,18 +134,11 @@ class FastAttributor:
     def attribute_features(
         self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None
     ) -> list[Attribution]:
-        """As `attribute`, of Q images, from features computed elsewhere.
-
-        Args:
-            features: (Q, F) finite, the encoders' outputs side by side, as the student was trained on.
-            prompts: Q prompts, kept in the answers.
-            k: how many training images, 1 to the size of the corpus.
-            where: see `attribute`.
-        """
+        """As `attribute`, of Q images, from (Q, F) finite features computed elsewhere: the encoders' outputs side by side."""
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError("features need a list of prompts, one text a row.")
-        features = checked_features(features, len(prompts), self.config["feature_dim"])
-        hashes = [features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
+        features = inputs.checked_features(features, len(prompts), self.config["feature_dim"])
+        hashes = [inputs.features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
         asked = Asked(features, list(prompts), hashes)
         return by_student(self._model, self._newest(), asked, k, where) if len(prompts) else []
 
@@ -174,13 +147,11 @@ class FastAttributor:
         version = self._newest()
         asked = Asked(np.zeros((0, version.base["feature_dim"]), dtype=np.float32), [prompt], [""])
         k = min(k, version.catalogue.ntotal) or 1
-        return by_embedding(self._model, version, asked, embedding[None], k, where)[0]
+        return by_student(self._model, version, asked, k, where, embedding[None])[0]
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """(n, D) float32 embeddings of rows of the last `catalog`, as well as they are kept."""
-        catalogue = self._version.catalogue
-        if not isinstance(catalogue, Catalogue):
-            raise InputError("embeddings are read from the attributor's own index; load it without index_uri.")
+        catalogue = self._version.own()
         return catalogue.embeddings(np.asarray(rows)) if len(rows) else np.zeros((0, self._model.embed_dim), dtype=np.float32)
 
     def versions(self) -> dict[str, Any]:
@@ -211,30 +182,14 @@ class FastAttributor:
             self._version = found
         return found
 
-    def refresh(self) -> bool:
-        """Take up what another process has changed since; every answer does so by itself. True if there was anything."""
-        before = self._version
-        return self._newest() is not before
-
     def add(
-        self,
-        images: Sequence[ImageLike],
-        captions: Sequence[str | Sequence[str]],
-        metadata: Sequence[Mapping[str, str]] | None = None,
-        *,
-        readmit: bool = False,
+        self, images: Sequence[ImageLike], captions: Captions, metadata: Metadata | None = None, *, readmit: bool = False
     ) -> list[str]:
-        """Take n images into the catalogue; nothing is trained. When this returns, they are on the disk. Returns their ids.
+        """Take n images, with one or several captions each, into the catalogue, and onto the disk; returns their ids.
 
-        Args:
-            images: training images.
-            captions: one, or several, of each.
-            metadata: of each, columns of the catalogue ('creator', 'license', 'source', 'url', 'group', 'subgroup', 'family',
-                'date' as YYYY-MM-DD, 'image_id'); an id that is left out is made from pixels and caption.
-            readmit: whether images that were removed once may come back.
-
-        Raises:
-            InputError: an image can't be read, an id is there already or was removed, or there is no such column.
+        Metadata are columns of the catalogue ('creator', 'license', 'source', 'url', 'group', 'subgroup', 'family', 'date' as
+        YYYY-MM-DD, 'image_id'); an id that is left out is made from pixels and caption. `readmit` lets images come back that
+        were removed. Raises InputError if an image can't be read, an id is there or was removed, or there is no such column.
         """
         if not len(images) and not len(captions):
             return []
@@ -245,13 +200,13 @@ class FastAttributor:
         self,
         features: np.ndarray,
         captions: Sequence[str],
-        metadata: Sequence[Mapping[str, str]],
+        metadata: Metadata,
         *,
-        thumbnails: Sequence[bytes] | None = None,
+        thumbnails: Thumbnails = None,
         readmit: bool = False,
     ) -> list[str]:
         """As `add`, from (n, F) features computed elsewhere; metadata have an 'image_id', thumbnails are small WebP files."""
-        features = checked_features(features, len(captions), self.config["feature_dim"])
+        features = inputs.checked_features(features, len(captions), self.config["feature_dim"])
         records = edits.checked_records(captions, metadata)
         if records:
             embeddings = self._model.student.embed(features)
@@ -260,10 +215,7 @@ class FastAttributor:
         return [record["image_id"] for record in records]
 
     def remove(self, image_ids: Sequence[str], *, reason: str = "") -> None:
-        """Take images out of the catalogue for good: no answer names them from now on. Some may have left already.
-
-        The log keeps the reason. Raises InputError if the catalogue never had one of them, or the removal can't be kept.
-        """
+        """Take images out for good: no answer names them any more; InputError if there was no such one, or it can't be kept."""
         ids = [image_ids] if isinstance(image_ids, str) else list(dict.fromkeys(image_ids))
         with self._changing() as version:
             edits.remove(version, ids, reason)
@@ -286,13 +238,12 @@ class FastAttributor:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Version]:
         """The newest version, which no one else can change until the block ends; what was changed is then taken up."""
-        if not isinstance(self._version.catalogue, Catalogue):
-            raise InputError("change the attributor's folder, then bring Milvus up to it: `fastattr index --backend milvus`.")
+        self._version.own()
         if not self._scratch:
             self._own()
         with lock(self._version.folder):
             version = self._newest()
-            if bases.unswept(version.folder, version.base):
+            if any((version.folder / file).exists() for file in version.base.get("replaced", [])):  # its writer was killed
                 bases.sweep(version.folder, version.base)
             yield version
         self._newest()
@@ -325,6 +276,5 @@ class FastAttributor:
         version = self._newest()
         absent = [file for file in version.base["sha256"] if not (version.folder / file).exists()]
         if absent:
-            raise MissingFileError(
-                f"{self.name} was loaded without {', '.join(absent)}; load it whole (thumbnails, all shards) to pass it on."
-            )
+            whole = "load it whole (thumbnails, all shards) to pass it on"
+            raise MissingFileError(f"{self.name} was loaded without {', '.join(absent)}; {whole}.")

@@ -1,7 +1,7 @@
 """Bases: write what one version of an attributor holds, and nothing of what has left, as a base of its own.
 
-`compact` puts the new base beside the old one and publishes it; `save` writes it to another folder, which replaces an
-earlier attributor there in one step. What is pushed to the Hub is written by `save`, too.
+`compact` puts the new base beside the old one and publishes it; `copy_newest` writes it to another folder, from where it is
+pushed, or takes the place of an earlier attributor in one step (`replacing`).
 """
 
 from __future__ import annotations
@@ -22,24 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fastattr.attributor import changes
+from fastattr.attributor import changes, folder as disk
 from fastattr.attributor.catalogue import Catalogue
-from fastattr.attributor.changes import writing
-from fastattr.attributor.folder import (
-    FORMAT_VERSION,
-    copy_base,
-    copy_file,
-    file_of,
-    index_files,
-    listed_shards,
-    read_config,
-    seal,
-    settled,
-    stamp_of,
-    write_config,
-    write_table,
-)
-from fastattr.attributor.journal import images_of, journal_of, plain_entries, read_journal
+from fastattr.attributor.changes import images_of, journal_of, plain_entries, read_journal, writing
+from fastattr.attributor.folder import FORMAT_VERSION, copy_base, file_of, index_files, sync as _sync, write_config
 from fastattr.attributor.version import Parts, open_version
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
@@ -49,26 +35,21 @@ from fastattr.index.files import empty_copy, load_index, save_index
 from fastattr.index.vectors import write_vectors
 
 PART = r"(catalog|thumbnails|index|vectors|journal|plain|removed|generated|counterfactuals)"
-LEFTOVER = re.compile(rf"\.?{PART}-v\d+[\w.-]*|\.({PART}|config)[\w-]*\.\d+\.\w+")
-"""What a killed writer may have left behind: parts of a base that was not published, and temporary files."""
-ATTRIBUTOR = re.compile(
-    rf"config\.json|{re.escape(changes.FILE)}(-wal|-shm|-journal)?|\.lock|README\.md|LICENSE\.md|\.gitattributes"
+LEFTOVER = re.compile(rf"\.?{PART}-v\d+[\w.-]*|\.({PART}|config)[\w-]*\.\d+\.\w+")  # what a killed writer may have left
+ATTRIBUTOR = re.compile(  # files that belong to an attributor beside those that config.json names
+    rf"config\.json(\.sig)?|{re.escape(changes.FILE)}(-wal|-shm|-journal)?|\.lock|README\.md|LICENSE\.md|\.gitattributes"
 )
-"""Files that belong to an attributor beside those that config.json names."""
 
 
 def upgraded(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a folder that is about to change, in the present format; the caller holds the lock.
-
-    changes.sqlite takes over what an older format kept in a journal.
-    """
+    """config.json of a locked folder that is about to change, in the present format, its journal moved to changes.sqlite."""
     if config["format_version"] == FORMAT_VERSION:
         return config
     journal = journal_of(config)
     files = {part: file for part, file in config.get("files", {}).items() if part != "journal"}
     sha256 = {file: checksum for file, checksum in config["sha256"].items() if file != journal}
     new = {name: value for name, value in config.items() if name != "journal_bytes"}
-    new = seal({**new, "format_version": FORMAT_VERSION, "files": files, "sha256": sha256})
+    new = disk.seal({**new, "format_version": FORMAT_VERSION, "files": files, "sha256": sha256})
     entries = read_journal(folder, config)
     if changes.read(folder, config) is None:
         with writing(folder, config, base=new["seal"]) as writer:
@@ -85,14 +66,13 @@ def upgraded(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def compact(folder: Path) -> None:
     """Fold all changes into a new base and publish it; the caller holds the lock. Files of the old base are deleted."""
-    stamp, config = stamp_of(folder), upgraded(folder, read_config(folder))
+    stamp, config = disk.stamp_of(folder), upgraded(folder, disk.read_config(folder))
     sweep(folder, config)
     version = open_version(folder, config, Parts(), stamp=stamp)
-    catalogue, number = version.catalogue, version.number + 1
-    assert isinstance(catalogue, Catalogue)
+    catalogue, number = version.own(), version.number + 1
     new = write_base(folder, config, catalogue, folder, suffix=f"-v{number}")
     replaced = sorted(config["sha256"].keys() - new["sha256"].keys())
-    new = seal({**new, "catalog_version": number, "folds": config["seal"], "replaced": replaced})
+    new = disk.seal({**new, "catalog_version": number, "folds": config["seal"], "replaced": replaced})
     with writing(folder, config, base=config["seal"]) as writer:
         writer.fold(new["seal"], number)
         writer.note("compact", list(catalogue.removed))
@@ -102,23 +82,14 @@ def compact(folder: Path) -> None:
 
 
 def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, target: Path, *, suffix: str = "") -> dict[str, Any]:
-    """Write a base that holds what a catalogue holds; returns its config.json, which is not written yet.
-
-    Args:
-        folder: of the attributor.
-        config: its config.json.
-        catalogue: what it holds, whole, with thumbnails if it has any.
-        target: where the files go; if it is another folder, files that stay the same are copied.
-        suffix: of the names of files, so that they can stand beside those of another base.
-    """
-    old_files = config.get("files", {})
+    """Write a base of what a whole catalogue holds, beside the old one or to another folder; returns its config.json."""
+    old_files, sha256 = config.get("files", {}), config["sha256"]
     files: dict[str, str] = {}
-    sha256 = config["sha256"]
     table = catalogue.table
     if "thumbnail" in table.column_names:
-        files["thumbnails"] = write_table(table.select(["image_id", "thumbnail"]), target, f"thumbnails{suffix}")
+        files["thumbnails"] = disk.write_table(table.select(["image_id", "thumbnail"]), target, f"thumbnails{suffix}")
         table = table.drop_columns(["thumbnail"])
-    files["catalog"] = write_table(table, target, f"catalog{suffix}")
+    files["catalog"] = disk.write_table(table, target, f"catalog{suffix}")
     if catalogue.removed:
         files["removed"] = f"removed{suffix}.json"
         write_json(target / files["removed"], list(catalogue.removed))
@@ -126,9 +97,13 @@ def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, targe
     plain = file_of(config, "plain")
     if plain in sha256:
         files["plain"] = f"plain{suffix}.faiss"
-        _write_plain(folder / plain, sha256[plain], catalogue, target / files["plain"])
-    stored = config.get("vectors")
-    replaced = {*index_files(config), *([stored["file"]] if stored else []), *old_files.values(), plain}
+        untuned = load_index(folder / plain, sha256=sha256[plain])
+        kept_rows = np.flatnonzero(catalogue.rows_of(np.arange(untuned.ntotal)) >= 0)  # come first in the new base, too
+        copy = empty_copy(folder / plain, factory="")  # read whole: it is exhaustive
+        if len(kept_rows):
+            copy.add(untuned.reconstruct_batch(kept_rows))
+        save_index(copy, target / files["plain"])
+    replaced = {*index_files(config, vectors=True), *old_files.values(), plain}
     replaced |= {file_of(config, part) for part in ("catalog", "thumbnails", "removed")}
     tables = {name for name in [*old_files, *(sha256.keys() - replaced)] if name.endswith(".parquet") and "/" not in name}
     for name in sorted(tables):  # they may name images: see evaluation/showcase.py
@@ -138,10 +113,8 @@ def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, targe
     kept = [file for file in sha256 if file not in replaced]
     if target != folder:
         for file in kept:
-            copy_file(folder, config, file, target)
-    new_stored = index["vectors"]
-    written = [*files.values(), *(shard["file"] for shard in index["index_shards"])]
-    written += [new_stored["file"], new_stored["digests"]] if new_stored else []
+            disk.copy_file(folder, config, file, target)
+    written = [*files.values(), *index_files(index, vectors=True)]
     for file in written:
         _sync(target / file)
     return {
@@ -155,8 +128,8 @@ def write_base(folder: Path, config: dict[str, Any], catalogue: Catalogue, targe
 
 def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, target: Path, suffix: str) -> dict[str, Any]:
     """The index of a catalogue's embeddings, of the same kind and trained as before; returns what config.json says of it."""
-    shards, stored = listed_shards(config), config.get("vectors")
-    empty, factory = empty_copy(folder / shards[0]["file"], config["index"]), config["index"]
+    shards: list[dict[str, Any]] = config.get("index_shards") or disk.SHARDS
+    empty, factory, stored = empty_copy(folder / shards[0]["file"], config["index"]), config["index"], config.get("vectors")
     if not len(catalogue):  # every image has left
         file = f"index{suffix}.faiss"
         save_index(empty, target / file)
@@ -177,16 +150,6 @@ def _write_index(folder: Path, config: dict[str, Any], catalogue: Catalogue, tar
     built = {**config, "index_shards": listed, "vectors": stored}
     parts = [catalogue.first_added] if catalogue.first_added < len(catalogue) else []
     return {"vectors": stored, **retune(target, built, catalogue.read, len(catalogue), dim, name=name, parts=parts)}
-
-
-def _write_plain(path: Path, sha256: str, catalogue: Catalogue, target: Path) -> None:
-    """The index of the untuned features without the images that have left; its rows come first in the new base, too."""
-    untuned = load_index(path, sha256=sha256)
-    kept = np.flatnonzero(catalogue.rows_of(np.arange(untuned.ntotal)) >= 0)
-    copy = empty_copy(path, factory="")  # read whole: it is exhaustive
-    if len(kept):
-        copy.add(untuned.reconstruct_batch(kept))
-    save_index(copy, target)
 
 
 def _write_without(path: Path, removed: dict[str, None], target: Path) -> None:
@@ -212,52 +175,26 @@ def sweep(folder: Path, config: dict[str, Any]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def unswept(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether files of a replaced base are still there: its writer was killed before it could delete them."""
-    return any((folder / file).exists() for file in config.get("replaced", []) if file not in config["sha256"])
-
-
-# ---- another folder
-
-
-def save(folder: Path, config: dict[str, Any], catalogue: Catalogue, version: int, target: Path) -> None:
-    """Write a version into an empty folder: as it is if nothing has changed since the base, else as a base of its own.
-
-    Args:
-        folder: of the attributor.
-        config: its config.json.
-        catalogue: what it holds, whole, with thumbnails if it has any.
-        version: of the catalogue.
-        target: an empty folder.
-    """
-    if not catalogue.changed and journal_of(config) is None:
-        copy_base(folder, config, target)
-    else:
-        write_config(target, {**write_base(folder, config, catalogue, target), "catalog_version": version})
-
-
 def copy_newest(folder: Path, target: Path) -> None:
-    """Write the newest version of an attributor's folder into another folder, as `save` does."""
+    """Write the newest version of a folder into another: as it is if nothing has changed since the base, else as a new base."""
 
     def once() -> None:
-        stamp = stamp_of(folder)
-        version = open_version(folder, read_config(folder), Parts(), stamp=stamp)
-        assert isinstance(version.catalogue, Catalogue)
+        stamp = disk.stamp_of(folder)
+        version = open_version(folder, disk.read_config(folder), Parts(), stamp=stamp)
         remove(target)
         target.mkdir(parents=True)
-        save(folder, version.base, version.catalogue, version.number, target)
+        if not version.own().changed and journal_of(version.base) is None:
+            copy_base(folder, version.base, target)
+        else:
+            new = write_base(folder, version.base, version.own(), target)
+            write_config(target, {**new, "catalog_version": version.number})
 
-    settled(folder, once)
+    disk.settled(folder, once)
 
 
 @contextlib.contextmanager
 def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty folder that takes `target`'s place when the block ends; an earlier attributor there is replaced.
-
-    Args:
-        target: where the attributor will be.
-        overwrite: keep files there that are no attributor's, instead of refusing.
-    """
+    """Give an empty folder that takes the place of `target` and an attributor there; `overwrite` keeps files of others."""
     target = target.resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give a folder.")
@@ -289,10 +226,9 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _foreign(folder: Path) -> Iterator[str]:
     """Files in a folder that are not an attributor's, by their names relative to it."""
-    try:
-        config = read_config(folder) if folder.is_dir() else {"sha256": {}}
-    except FastattrError:
-        config = {"sha256": {}}
+    config: dict[str, Any] = {"sha256": {}}
+    with contextlib.suppress(FastattrError):
+        config = disk.read_config(folder) if folder.is_dir() else config
     own = {*config["sha256"], *config.get("replaced", [])}
     for root, _, files in os.walk(folder):
         for file in sorted(files):
@@ -312,12 +248,3 @@ def _exchange(one: Path, other: Path) -> None:
     other.rename(aside)
     one.rename(other)
     aside.rename(one)
-
-
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

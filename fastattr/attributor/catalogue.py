@@ -1,7 +1,4 @@
-"""Catalogue: the training images an attributor can name, in one version; images come, leave and change.
-
-Removed rows are left out in one place, `Catalogue.search`, whichever path found them.
-"""
+"""Catalogue: the training images an attributor can name, in one version; images come, leave and change."""
 
 from __future__ import annotations
 
@@ -14,14 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastattr.attributor.changes import Image
-from fastattr.attributor.restrictions import DAY, FILTERS, Where, restriction_of
-from fastattr.index.search import Ranked
+from fastattr.attributor.inputs import DAY, FILTERS, Where, restriction_of
+from fastattr.index.search import Ranked, best
 
-COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
-FEW = 1000
-"""Image ids that are looked up without a table of all ids."""
-FOLD = 1000
-"""Changed rows of the base that are kept apart; more are written into the columns in memory."""
+FOLD = 1000  # changed rows of the base that are kept apart; more are written into the columns in memory
 
 
 class Catalogue:
@@ -31,13 +24,7 @@ class Catalogue:
     """
 
     def __init__(self, table: pa.Table, base: Ranked, removed: Sequence[str] = ()) -> None:
-        """A base without changes.
-
-        Args:
-            table: (N rows) with the columns `COLUMNS`, 'date' if known and 'thumbnail' if loaded.
-            base: the index of its rows; may lack shards, whose images are then not found.
-            removed: ids that had left before the base was made.
-        """
+        """A base: its table (`COLUMNS`, 'date' if known, 'thumbnail' if loaded), its index, and what had left before."""
         self._table, self.base, self._rows = table, base, len(table)
         self._first = table  # as the base has it
         self._gone = np.zeros(len(table), dtype=bool)
@@ -49,20 +36,14 @@ class Catalogue:
         self._own: dict[str, tuple[int, int]] = {}  # place and slot of the images added and not removed
         self._changed: dict[int, dict[str, str]] = {}  # of the base, by slot, until there are enough to fold them in
         self._extra: dict[str, None] = {}  # columns that changes have brought
-        self.removed: dict[str, None] = dict.fromkeys(removed)
-        """Ids that have left, in order."""
+        self.removed: dict[str, None] = dict.fromkeys(removed)  # ids that have left, in order
 
     def slots(self, image_ids: Sequence[str]) -> list[int]:
         """Where images are kept, base first; -1 for those that are not there."""
         column = self._table["image_id"]
-        if len(image_ids) < FEW:  # no table of all ids for a few of them
-            rows = np.flatnonzero(pc.is_in(column, value_set=pa.array(image_ids, pa.string())).to_numpy())
-            base = dict(zip(column.take(numbers(rows)).to_pylist(), rows.tolist(), strict=True))
-            found = [base.get(image_id, -1) for image_id in image_ids]
-        else:
-            known = pc.index_in(pa.array(image_ids, pa.string()), value_set=column).to_pylist()
-            found = [-1 if slot is None else slot for slot in known]
-        slots = [self._own[name][1] if name in self._own else slot for name, slot in zip(image_ids, found, strict=True)]
+        rows = np.flatnonzero(pc.is_in(column, value_set=pa.array(image_ids, pa.string())).to_numpy())
+        known = dict(zip(column.take(numbers(rows)).to_pylist(), rows.tolist(), strict=True))
+        slots = [self._own[name][1] if name in self._own else known.get(name, -1) for name in image_ids]
         return [-1 if slot >= 0 and self._gone[slot] else slot for slot in slots]
 
     def applied(self, images: Sequence[Image]) -> Catalogue:
@@ -94,7 +75,7 @@ class Catalogue:
             else:
                 other._own[name] = (image.place, self._rows + len(other._added))
                 other._added.append(record)
-                fresh.append(image.embedding)
+                fresh.append(np.frombuffer(image.vector or b"", dtype="<f2").astype(np.float32))
         if fresh:
             other._gone = np.concatenate([other._gone, np.zeros(len(fresh), dtype=bool)])
             other._embeddings = [*self._embeddings, np.stack(fresh)]
@@ -142,10 +123,6 @@ class Catalogue:
         added = self.fetch(np.arange(len(base), len(self)))
         return pa.concat_tables([base, pa.Table.from_pylist(added, schema=self._schema)])
 
-    def as_table(self) -> pa.Table:
-        """`table`, for those who may never need it."""
-        return self.table
-
     @property
     def has_thumbnails(self) -> bool:
         """Whether thumbnails are loaded."""
@@ -170,10 +147,8 @@ class Catalogue:
     @property
     def _schema(self) -> pa.Schema:
         schema = self._table.schema
-        for name in self._extra:
-            if name not in schema.names and name != "thumbnail":
-                schema = schema.append(pa.field(name, pa.string()))
-        return schema
+        new = [name for name in self._extra if name not in schema.names and name != "thumbnail"]
+        return pa.schema([*schema, *(pa.field(name, pa.string()) for name in new)], schema.metadata)
 
     def fetch(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The records of (n,) rows: what the catalogue says of each image."""
@@ -200,7 +175,7 @@ class Catalogue:
         if wanted.dated and "date" in self._table.column_names:
             column = pc.fill_null(self._table["date"], "")
             days = pc.utf8_slice_codeunits(column, 0, 10)
-            inside = pc.and_(pc.greater_equal(days, wanted.since), pc.less_equal(days, wanted.until or "9999-12-31"))
+            inside = pc.and_(pc.greater_equal(days, wanted.since), pc.less_equal(days, wanted.until))
             base &= pc.and_(inside, pc.match_substring_regex(column, "^" + DAY.pattern)).to_numpy()
         elif wanted.dated:
             base[:] = False
@@ -218,25 +193,14 @@ class Catalogue:
     # ---- search
 
     def search(self, queries: np.ndarray, k: int, *, where: Where | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The k most similar images that have not been removed and meet the restriction.
-
-        Args:
-            queries: (Q, D) float32 unit vectors.
-            k: how many.
-            where: restriction; None for none.
-
-        Returns:
-            (Q, n) similarities, best first, and rows; n is k, or as many images as there are.
-        """
+        """(Q, n) similarities and rows of the images that may be named, most similar to (Q, D) unit vectors first."""
         allowed = self._searchable & self._matching(where) if where else self._searchable
-        base_rows = self._rows
-        similarities, slots = self.base.search(queries, k, allowed=allowed[:base_rows])
-        fresh = np.flatnonzero(allowed[base_rows:])
+        similarities, slots = self.base.search(queries, k, allowed=allowed[: self._rows])
+        fresh = np.flatnonzero(allowed[self._rows :])
         if len(fresh):
             similarities = np.concatenate([similarities, queries @ self._stacked[fresh].T], axis=1)
-            slots = np.concatenate([slots, np.broadcast_to(base_rows + fresh, (len(queries), len(fresh)))], axis=1)
-            best = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-            similarities, slots = np.take_along_axis(similarities, best, axis=1), np.take_along_axis(slots, best, axis=1)
+            slots = np.concatenate([slots, np.broadcast_to(self._rows + fresh, (len(queries), len(fresh)))], axis=1)
+            similarities, slots = best(similarities, slots, k)
         return similarities, np.searchsorted(self.alive, slots)
 
     @property
@@ -248,27 +212,19 @@ class Catalogue:
         """(n,) rows of the images in (n,) slots; -1 for those that have been removed."""
         row = np.full(len(self._gone), -1, dtype=np.int64)
         row[self.alive] = np.arange(len(self.alive))
-        found: np.ndarray = row[slots]
-        return found
+        return row[slots]
 
-    def vectors(self, rows: np.ndarray) -> np.ndarray | None:
-        """(n, D) float32 embeddings of (n,) rows, as well as they are kept; None if the index can't give single ones back."""
-        if not self.base.reads_rows:
-            return None
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 embeddings of (n,) rows, as well as they are kept."""
+        if not self.base.reads_rows:  # an inverted file without vectors gives ranges only
+            low = int(rows.min())
+            return self.read(low, int(rows.max()) + 1)[rows - low]
         slots = self.alive[rows]
         base = slots < self._rows
         found = np.empty((len(rows), self.base.dim), dtype=np.float32)
         found[base] = self.base.take(slots[base])
         if not base.all():
             found[~base] = self._stacked[slots[~base] - self._rows]
-        return found
-
-    def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """As `vectors`, from any index: an inverted file without vectors gives ranges only."""
-        found = self.vectors(rows)
-        if found is None:
-            low = int(rows.min())
-            found = self.read(low, int(rows.max()) + 1)[rows - low]
         return found
 
     def read(self, start: int, stop: int) -> np.ndarray:

@@ -1,20 +1,15 @@
 """Changes: what has happened to an attributor since its base was made, in changes.sqlite beside the base's files.
 
-A base (config.json and the files that it names) never changes. The first `add`, `remove` or `update` makes changes.sqlite:
-for every image that a change has touched, one row with what holds of it now (fields, embedding as float16, thumbnail, or that
-it has left), a log of the changes, and the version, which each change raises by one. A change is one transaction, so that a
-process killed anywhere leaves the version before or after; a reader takes the rows that are newer than what it knows in one
-transaction, so that it sees one version. What leaves is overwritten with zeros (SQLite's secure_delete).
-
-Every row has a digest, and the state has the sum of all digests: a flipped bit or a lost row is found when it is read.
-No connection outlives a call, so nothing is shared between threads, or with a forked child.
-
-The database names the base that it belongs to. A new base (`compact`) is published by renaming its config.json, which says
+It has one row for every image that was touched, with what holds of it now, a log, and the version, which each change raises by
+one. A change is one transaction, and so is reading. What leaves is overwritten with zeros (SQLite's secure_delete). Every row
+has a digest, and the state has their sum: a flipped bit or a lost row is found. No connection outlives a call, so nothing is
+shared between threads, or with a forked child. A new base (`compact`) is published by renaming its config.json, which says
 whose changes it has folded in, before the database is emptied: killed in between, the old rows are known to be folded.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import hashlib
@@ -28,17 +23,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
-from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError
+from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
 FILE = "changes.sqlite"
-SCHEMA = 1
-"""Format of the database."""
-WAIT = 60.0
-"""Seconds that SQLite waits for another process's transaction."""
+SCHEMA = 1  # format of the database
+WAIT = 60.0  # seconds that SQLite waits for another process's transaction
 NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs")
 """File systems whose machines share no memory, as SQLite's write-ahead log needs it."""
 TABLES = """
@@ -60,18 +51,10 @@ class Image:
 
     image_id: str
     has_left: bool
-    fields: dict[str, str]
-    """All metadata of an added image; of one of the base, what differs."""
-    vector: bytes | None = None
-    """(D,) float16, little-endian, of an added image; None for one of the base."""
+    fields: dict[str, str]  # all metadata of an added image; of one of the base, what differs
+    vector: bytes | None = None  # (D,) float16, little-endian, of an added image; None for one of the base
     thumbnail: bytes | None = None
-    place: int = 0
-    """Rises with every addition, so that an image that comes back is known to be another."""
-
-    @property
-    def embedding(self) -> np.ndarray:
-        """(D,) float32 of an added image."""
-        return np.frombuffer(self.vector or b"", dtype="<f2").astype(np.float32)
+    place: int = 0  # rises with every addition, so that an image that comes back is known to be another
 
 
 @dataclass(frozen=True)
@@ -79,8 +62,7 @@ class Changes:
     """Images in the order of their places, as they stand in one version."""
 
     version: int
-    total: str
-    """Identifies everything that has changed since the base."""
+    total: str  # identifies everything that has changed since the base
     images: list[Image]
 
 
@@ -88,13 +70,7 @@ class Changes:
 
 
 def read(folder: Path, config: Mapping[str, Any], *, after: int = -1) -> Changes | None:
-    """What has changed since a version of the same base; None if nothing has changed since the base.
-
-    Args:
-        folder: of the attributor.
-        config: its config.json.
-        after: the version that is known already; -1 reads everything, and checks that no row is missing.
-    """
+    """What has changed since a version of the base (-1 checks that no row is missing); None if nothing has since the base."""
     if not (folder / FILE).exists():
         return None
     with _connection(folder) as connection:
@@ -105,7 +81,7 @@ def read(folder: Path, config: Mapping[str, Any], *, after: int = -1) -> Changes
         if config["seal"] not in (state["base"], state["was"]):
             raise MovedError(f"{folder / FILE} belongs to the base {state['base'][:12]}, not to {config['seal'][:12]}")
         rows = [] if state["version"] <= after else _rows(connection, "WHERE version > ? ORDER BY place", [after])
-        if after < 0 and _total(row["digest"] for row in rows) != state["total"]:
+        if after < 0 and _total(int.from_bytes(row["digest"], "big") for row in rows) != state["total"]:
             raise ArtifactDamagedError(lost(folder, "rows are missing"))
     return Changes(state["version"], state["total"], [_image(row) for row in rows])
 
@@ -116,9 +92,8 @@ def history(folder: Path) -> list[dict[str, Any]]:
         return []
     with _connection(folder) as connection:
         state = _state(connection)
-        names = ("version", "time", "operation", "reason", "image_ids")
-        found = connection.execute(f"SELECT {', '.join(names)} FROM log ORDER BY rowid").fetchall() if state else []
-    entries = [{**dict(zip(names, row, strict=True)), "image_ids": json.loads(row[-1])} for row in found]
+        rows = connection.execute("SELECT * FROM log ORDER BY rowid").fetchall() if state else []
+    entries = [{**dict(row), "image_ids": json.loads(row["image_ids"])} for row in rows]
     for entry in entries:
         if entry["operation"] == "compact":
             entry["removed"] = entry.pop("image_ids")
@@ -183,22 +158,17 @@ class Writer:
 
     def finish(self) -> None:
         """Write the state."""
-        state = self._state | {"version": self.version, "total": f"{self._sum % (1 << 128):032x}"}
-        _write_state(self._connection, state)
+        _write_state(self._connection, self._state | {"version": self.version, "total": _total([self._sum])})
 
-    def _found(self, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+    def _found(self, image_ids: Sequence[str]) -> list[sqlite3.Row]:
         return _rows(self._connection, "WHERE image_id IN (SELECT value FROM json_each(?))", [json.dumps(list(image_ids))])
 
 
 @contextlib.contextmanager
 def writing(folder: Path, config: Mapping[str, Any], *, base: str, first: Sequence[Image] = ()) -> Iterator[Writer]:
-    """One change; the caller holds the lock. When the block has ended the change is on the disk.
+    """One change of a locked folder, on the disk when the block has ended.
 
-    Args:
-        folder: of the attributor.
-        config: its config.json.
-        base: seal of the base that the changes belong to: the config's, or that of the config which is to take its place.
-        first: what held before the first change: images that had left before the base was made.
+    `base` is the seal of the base that it belongs to; `first` are the images that had left before the base was made.
     """
     with _connection(folder, write=True) as connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -243,6 +213,7 @@ def _connection(folder: Path, *, write: bool = False) -> Iterator[sqlite3.Connec
     connection = None
     try:
         connection = _open(path, write=write)
+        connection.row_factory = sqlite3.Row
         yield connection
     except sqlite3.OperationalError as error:
         if "malformed" in str(error) or "no such" in str(error):
@@ -292,14 +263,14 @@ def shares_memory(folder: Path) -> bool:
     return not kinds or not kinds[-1].startswith(NETWORK)
 
 
-def _rows(connection: sqlite3.Connection, condition: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+def _rows(connection: sqlite3.Connection, condition: str, values: Sequence[Any]) -> list[sqlite3.Row]:
     """Rows of `images`, each compared with its digest."""
-    names = ("place", "image_id", "version", "has_left", "fields", "vector", "thumbnail", "digest")
-    found = connection.execute(f"SELECT {', '.join(names)} FROM images {condition}", values).fetchall()
+    names = "place, image_id, version, has_left, fields, vector, thumbnail, digest"
+    found = connection.execute(f"SELECT {names} FROM images {condition}", values).fetchall()
     for row in found:
-        if _digest(*row[1:7]) != row[7]:
-            raise sqlite3.DatabaseError(f"the row of {row[1]!r} is not what was written")
-    return [dict(zip(names, row, strict=True)) for row in found]
+        if _digest(*row[1:7]) != row["digest"]:
+            raise sqlite3.DatabaseError(f"the row of {row['image_id']!r} is not what was written")
+    return found
 
 
 def _digest(image_id: str, version: int, has_left: int, fields: str, vector: bytes | None, thumbnail: bytes | None) -> bytes:
@@ -307,11 +278,11 @@ def _digest(image_id: str, version: int, has_left: int, fields: str, vector: byt
     return hashlib.sha256(text + (vector or b"") + (thumbnail or b"")).digest()[:16]
 
 
-def _total(digests: Iterable[bytes]) -> str:
-    return f"{sum(int.from_bytes(digest, 'big') for digest in digests) % (1 << 128):032x}"
+def _total(digests: Iterable[int]) -> str:
+    return f"{sum(digests) % (1 << 128):032x}"
 
 
-def _image(row: Mapping[str, Any]) -> Image:
+def _image(row: sqlite3.Row) -> Image:
     fields = json.loads(row["fields"]) if row["fields"] else {}
     return Image(row["image_id"], bool(row["has_left"]), fields, row["vector"], row["thumbnail"], row["place"])
 
@@ -320,14 +291,13 @@ def _state(connection: sqlite3.Connection) -> dict[str, Any] | None:
     """The database's state; None for one that a killed writer had not filled yet."""
     if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'state'").fetchone():
         return None
-    names = ("schema", "base", "was", "version", "total", "digest")
-    found = connection.execute(f"SELECT {', '.join(names)} FROM state").fetchall()
+    found = connection.execute("SELECT schema, base, was, version, total, digest FROM state").fetchall()
     if len(found) != 1:
         raise sqlite3.DatabaseError("it has no state")
-    state = dict(zip(names, found[0], strict=True))
+    state = dict(found[0])
     if isinstance(state["schema"], int) and state["schema"] > SCHEMA:
         raise FormatVersionError(f"{FILE} has the format {state['schema']}, this fastattr reads {SCHEMA}; upgrade fastattr.")
-    if _values(state) != found[0]:
+    if _values(state) != tuple(found[0]):
         raise sqlite3.DatabaseError("its state is not what was written")
     return state
 
@@ -354,3 +324,61 @@ def lost(folder: Path, why: str) -> str:
         f"{folder / FILE} is damaged or not this attributor's ({why}). Put back a copy of it; or delete {FILE} to go back to "
         "the base, which knows nothing of additions, updates and removals since it was made."
     )
+
+
+# ---- the journal of format 3, one JSON line a change, which the first change moves to changes.sqlite
+
+
+def journal_of(config: Mapping[str, Any]) -> str | None:
+    """The journal's file; None for an attributor without one."""
+    file = config.get("files", {}).get("journal", "journal.jsonl")
+    return str(file) if file in config["sha256"] else None
+
+
+def read_journal(folder: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The journal's lines, oldest first; none without a journal."""
+    file = journal_of(config)
+    if file is None:
+        return []
+    path = folder / file
+    if not path.exists():
+        raise MissingFileError(f"{path} does not exist; fetch the attributor again.")
+    with path.open("rb") as lines:
+        data = lines.read(int(config["journal_bytes"]))
+    if hashlib.sha256(data).hexdigest() != config["sha256"][file]:
+        raise ArtifactDamagedError(f"{path} is not the journal of config.json (SHA-256 differs); fetch the attributor again.")
+    return [json.loads(line) for line in data.split(b"\n") if line]
+
+
+def plain_entries(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the lines say of versions and ids, as `changes.history` gives it."""
+    plain = ("version", "time", "operation", "image_ids", "removed", "reason")
+    ids = ({"image_ids": [image["image_id"] for image in entry["images"]]} if "images" in entry else {} for entry in entries)
+    every = [{**entry, **own} for entry, own in zip(entries, ids, strict=True)]
+    return [{name: value for name, value in entry.items() if name in plain} for entry in every]
+
+
+def images_of(entries: list[dict[str, Any]]) -> list[Image]:
+    """What holds of each image once all lines of a journal have been followed, in the order of their last coming or going."""
+    images: dict[str, Image] = {}
+    for number, entry in enumerate(entries):
+        operation = entry["operation"]
+        if operation in {"remove", "compact"}:
+            for name in entry["image_ids" if operation == "remove" else "removed"]:
+                images.pop(name, None)
+                images[name] = Image(name, True, {})
+        elif operation == "add":
+            for record in entry["images"]:
+                fields = {key: value for key, value in record.items() if key not in {"image_id", "embedding", "thumbnail"}}
+                vector = base64.b64decode(record["embedding"], validate=True)
+                thumbnail = base64.b64decode(record["thumbnail"]) if "thumbnail" in record else None
+                images.pop(record["image_id"], None)
+                images[record["image_id"]] = Image(record["image_id"], False, fields, vector, thumbnail, number + 1)
+        elif operation == "update":
+            for record in entry["images"]:
+                name, fields = record["image_id"], {key: value for key, value in record.items() if key != "image_id"}
+                old = images.get(name, Image(name, False, {}))
+                images[name] = Image(name, False, {**old.fields, **fields}, old.vector, old.thumbnail, old.place)
+        else:
+            raise ArtifactDamagedError(f"the journal has an operation {operation!r}, which this fastattr does not know.")
+    return list(images.values())

@@ -1,10 +1,7 @@
 """A Milvus collection of an attributor: the same search and records from a server (or a cluster), beyond one machine.
 
-`MilvusBackend` answers as `catalogue.Catalogue` does, with restrictions applied by the server. What the attributor's own
-journal has removed is dropped here as well, so that not even a collection that lags behind names it. `milvus.load` fills the
-collection. Needs `pip install 'fastattr[milvus]'`; a path that ends in .db is Milvus Lite, embedded.
-
-The limits of a Milvus server are kept on this side (Milvus Lite has none): 16,384 results a query, 64 MB a call.
+`MilvusBackend` answers as `catalogue.Catalogue` does. What the attributor's own changes have removed is dropped here as well,
+so that not even a collection that lags behind names it. A server's limits are kept on this side (Milvus Lite has none).
 """
 
 from __future__ import annotations
@@ -13,48 +10,36 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.changes import Image
 from fastattr.attributor.folder import versions
-from fastattr.attributor.restrictions import Where, restriction_of
+from fastattr.attributor.inputs import COLUMNS, Where, restriction_of
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, MissingExtraError
 from fastattr.index.search import require_finite_queries
 
 try:
-    from pymilvus import DataType, MilvusClient
-    from pymilvus.exceptions import MilvusException
+    from pymilvus import DataType, MilvusClient as MilvusClient
+    from pymilvus.exceptions import MilvusException as MilvusException
 except ImportError as failure:
     raise MissingExtraError(f"Milvus needs pymilvus ({failure}); run: pip install 'fastattr[milvus]'") from failure
 
 logger = logging.getLogger(__name__)
 
-MAX_TOPK = 16_384
-"""Results of one query."""
-MAX_CALL = 64_000_000
-"""Bytes of one call, in or out."""
-TEXT = 4_096
-"""Bytes of one text; Milvus keeps them to a given length."""
-LONGEST_ID = 512
-"""Bytes of an image id."""
+MAX_TOPK = 16_384  # results of one query
+MAX_CALL = 64_000_000  # bytes of one call, in or out
+TEXT = 4_096  # bytes of one text; Milvus keeps them to a given length
+LONGEST_ID = 512  # bytes of an image id
 FIELDS = (*COLUMNS, "date")
-STATE = "fastattr_state"
-"""Property of a collection: the versions that it was brought up to."""
+STATE = "fastattr_state"  # property of a collection: the versions that it was brought up to
 
 
 def connect(uri: str, token: str = "") -> MilvusClient:
-    """A client; 'https://...' is encrypted.
-
-    Without a token FASTATTR_MILVUS_TOKEN is taken, and the server's certificate is checked against the file that
-    FASTATTR_MILVUS_CA names, if it is set; both hold for loading and for searching.
-
-    Raises:
-        ArtifactNotFoundError: nothing answers there.
-    """
+    """A client; the environment may give its token (FASTATTR_MILVUS_TOKEN) and its authority's file (FASTATTR_MILVUS_CA)."""
     authority = os.environ.get("FASTATTR_MILVUS_CA")
     secured = {"secure": True, "server_pem_path": authority} if authority else {}
     try:
@@ -80,8 +65,7 @@ def queries_a_call(dim: int, k: int) -> int:
 
 def state_of(client: MilvusClient, collection: str) -> dict[str, Any]:
     """The versions that a collection was last brought up to; empty if it never was."""
-    state: dict[str, Any] = json.loads(client.describe_collection(collection).get("properties", {}).get(STATE, "{}"))
-    return state
+    return dict(json.loads(client.describe_collection(collection).get("properties", {}).get(STATE, "{}")))
 
 
 def create(client: MilvusClient, collection: str, dim: int, index_type: str) -> None:
@@ -115,65 +99,58 @@ def ids_among(ids: Sequence[str]) -> str:
 
 
 def filter_of(where: Where) -> str:
-    """A restriction in Milvus's words.
-
-    Raises:
-        InputError: it names another column.
-    """
+    """A restriction in Milvus's words."""
     wanted = restriction_of(where)
     terms = [f"{name} in {literal(values)}" for name, values in wanted.values.items()]
-    if wanted.since:
-        terms.append(f"date >= {literal(wanted.since)}")
-    if wanted.until:
-        terms.append(f"date <= {literal(wanted.until + chr(0x10FFFF))}")
-    return " and ".join([*terms, 'date != ""'] if wanted.dated else terms)
+    if wanted.dated:
+        terms += [f"date >= {literal(wanted.since)}", f"date <= {literal(wanted.until + chr(0x10FFFF))}", 'date != ""']
+    return " and ".join(terms)
 
 
 class MilvusBackend:
     """Search and records from a collection; a row is what `search` gives `fetch`, the number of an image in this process."""
 
-    def __init__(self, client: MilvusClient, collection: str, config: Mapping[str, Any], removed: Sequence[str]) -> None:
+    def __init__(self, client: MilvusClient, collection: str, config: Mapping[str, Any]) -> None:
         self._client, self._collection = client, collection
         self._dim = int(config["student"]["embed_dim"])
-        self.removed = dict.fromkeys(removed)
-        """Ids that have left."""
-        self._ids: list[str] = []
-        self._rows: dict[str, int] = {}
+        self.removed: dict[str, None] = {}  # ids that have left
+        self._rows: dict[str, int] = {}  # numbers of the images that searches have found, in order
         self.ntotal = int(client.query(collection, filter="", output_fields=["count(*)"])[0]["count(*)"])
 
     @classmethod
-    def open(cls, uri: str, config: Mapping[str, Any], removed: Sequence[str], token: str = "") -> MilvusBackend:
-        """The backend of an attributor.
-
-        Raises:
-            ArtifactNotFoundError: nothing answers, or the collection is not there.
-            ArtifactMismatchError: the collection was filled from another index.
-        """
-        client, collection = connect(uri, token), collection_of(config)
+    def open(cls, uri: str, config: Mapping[str, Any]) -> MilvusBackend:
+        """The backend of an attributor; its config has the present 'catalog_version'."""
+        client, collection = connect(uri), collection_of(config)
         if not client.has_collection(collection):
             raise ArtifactNotFoundError(
                 f"{uri} has no collection of this attributor ({collection}); fill it with "
                 f"`fastattr index --backend milvus --uri {uri} ATTRIBUTOR`."
             )
         client.load_collection(collection)
-        state = state_of(client, collection)
-        own = versions(config)
+        state, own = state_of(client, collection), versions(config)
         if state.get("model") != own["model"]:
             raise ArtifactMismatchError(f"the collection {collection} at {uri} was not filled to its end; fill it again.")
-        if state["catalog_version"] != own["catalog_version"]:
-            logger.warning(
-                "Milvus has version %s of the catalogue, the attributor version %s: bring it up with `fastattr index`",
-                state["catalog_version"],
-                own["catalog_version"],
-            )
+        there, here = state["catalog_version"], own["catalog_version"]
+        if there != here:
+            logger.warning("Milvus has version %s of the catalogue, not %s: bring it up with `fastattr index`", there, here)
         if state.get("missing"):
             logger.warning("Milvus lacks %d images that could not be loaded; see `fastattr index`", state["missing"])
-        return cls(client, collection, config, removed)
+        return cls(client, collection, config)
 
-    def with_removed(self, removed: Sequence[str] | dict[str, None]) -> MilvusBackend:
-        """The backend when these ids have left."""
+    def without(self, removed: Iterable[str]) -> MilvusBackend:
+        """The backend when these ids, and no others, have left."""
         other = copy.copy(self)
         other.removed = dict.fromkeys(removed)
+        return other
+
+    def applied(self, images: Sequence[Image]) -> MilvusBackend:
+        """The backend when changes of images are taken up, as far as they have left or come."""
+        other = self.without(self.removed)
+        for image in images:
+            if image.has_left or image.vector is not None:
+                other.removed.pop(image.image_id, None)
+            if image.has_left:
+                other.removed[image.image_id] = None
         return other
 
     def count(self, where: Where | None) -> int:
@@ -182,19 +159,11 @@ class MilvusBackend:
 
     @property
     def table(self) -> pa.Table:
-        """Not here: the catalogue is on the server.
-
-        Raises:
-            InputError: always.
-        """
+        """Not here, but on the server."""
         raise InputError("the catalogue is in Milvus; load the attributor without index_uri to read all of it.")
 
     def search(self, queries: np.ndarray, k: int, *, where: Where | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `Catalogue.search`.
-
-        Raises:
-            InputError: k is more than a Milvus server gives, a query is not finite, or the restriction names another column.
-        """
+        """As `Catalogue.search`; InputError if k is more than a Milvus server gives."""
         require_finite_queries(queries)
         if k > MAX_TOPK:
             raise InputError(f"Milvus gives at most {MAX_TOPK} images a query, asked for {k}.")
@@ -203,38 +172,29 @@ class MilvusBackend:
         while True:
             answers = self._ask(queries, fetch, expression)
             kept = [[hit for hit in hits if hit[0] not in self.removed] for hits in answers]
-            short = any(len(hits) < k and len(before) == fetch for hits, before in zip(kept, answers, strict=True))
-            if not short or fetch == MAX_TOPK:
+            ends = [len(hits) >= k or len(found) < fetch for hits, found in zip(kept, answers, strict=True)]
+            if fetch == MAX_TOPK or all(ends):
                 break
             fetch = min(2 * fetch, MAX_TOPK)
-        width = min(k, max((len(hits) for hits in kept), default=0), min((len(hits) for hits in kept), default=0))
-        rows = np.array([[self._row(image_id) for image_id, _ in hits[:width]] for hits in kept], dtype=np.int64)
+        width = min(k, min((len(hits) for hits in kept), default=0))
+        known = self._rows
+        rows = np.array([[known.setdefault(name, len(known)) for name, _ in hits[:width]] for hits in kept], dtype=np.int64)
         similarities = np.array([[value for _, value in hits[:width]] for hits in kept], dtype=np.float32)
         return similarities.reshape(len(queries), width), rows.reshape(len(queries), width)
 
     def _ask(self, queries: np.ndarray, k: int, expression: str) -> list[list[tuple[str, float]]]:
         answers: list[list[tuple[str, float]]] = []
-        size = queries_a_call(self._dim, k)
+        size, parameters = queries_a_call(self._dim, k), {"metric_type": "IP", "params": {"ef": max(k, 64)}}
         for start in range(0, len(queries), size):
-            found = self._client.search(
-                self._collection,
-                data=queries[start : start + size].tolist(),
-                limit=k,
-                filter=expression,
-                search_params={"metric_type": "IP", "params": {"ef": max(k, 64)}},
-            )
+            data = queries[start : start + size].tolist()
+            found = self._client.search(self._collection, data=data, limit=k, filter=expression, search_params=parameters)
             answers += [[(str(hit["image_id"]), float(hit["distance"])) for hit in hits] for hits in found]
         return answers
 
-    def _row(self, image_id: str) -> int:
-        if image_id not in self._rows:
-            self._rows[image_id] = len(self._ids)
-            self._ids.append(image_id)
-        return self._rows[image_id]
-
     def fetch(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The records of rows that `search` gave."""
-        ids = [self._ids[row] for row in rows]
+        names = list(self._rows)
+        ids = [names[row] for row in rows]
         found: dict[str, dict[str, Any]] = {}
         for start in range(0, len(ids), 1000):
             chosen = ids_among(ids[start : start + 1000])

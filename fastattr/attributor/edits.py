@@ -1,7 +1,4 @@
-"""Edits: take images into a catalogue and out of it, change what it says of them; the caller holds the folder's lock.
-
-Each edit is checked against the newest version and then written as one transaction; a refused one changes nothing.
-"""
+"""Edits of a locked folder's catalogue: each is checked against the newest version, then written as one transaction."""
 
 from __future__ import annotations
 
@@ -13,16 +10,15 @@ import numpy as np
 
 from fastattr.attributor.answers import Model
 from fastattr.attributor.bases import upgraded
-from fastattr.attributor.catalogue import Catalogue
 from fastattr.attributor.changes import Image, Writer, writing
-from fastattr.attributor.inputs import checked_metadata, image_sha256, open_image
+from fastattr.attributor.inputs import Captions, Metadata, Thumbnails, checked_metadata, image_sha256, open_image
 from fastattr.attributor.make import thumbnail_bytes
 from fastattr.attributor.version import Version, removed_before
 from fastattr.core.errors import InputError
 
 
 def prepared(
-    model: Model, images: Sequence[Any], captions: Sequence[str | Sequence[str]], metadata: Sequence[Mapping[str, str]] | None
+    model: Model, images: Sequence[Any], captions: Captions, metadata: Metadata | None
 ) -> tuple[np.ndarray, list[str], list[dict[str, str]], list[bytes]]:
     """Features, captions, metadata and thumbnails of n images, as `FastAttributor.add_features` takes them."""
     if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
@@ -37,7 +33,7 @@ def prepared(
     return model.encode(opened, texts), [text[0] for text in texts], fields, thumbnails
 
 
-def checked_records(captions: Sequence[str], metadata: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def checked_records(captions: Sequence[str], metadata: Metadata) -> list[dict[str, str]]:
     """What the catalogue is to say of images."""
     if len(metadata) != len(captions):
         raise InputError(f"{len(captions)} images need as many metadata, got {len(metadata)}.")
@@ -48,24 +44,9 @@ def checked_records(captions: Sequence[str], metadata: Sequence[Mapping[str, str
     return records
 
 
-def add(
-    version: Version,
-    records: Sequence[Mapping[str, str]],
-    embeddings: np.ndarray,
-    thumbnails: Sequence[bytes] | None,
-    *,
-    readmit: bool,
-) -> None:
-    """Take images in.
-
-    Args:
-        version: the newest.
-        records: fields of each, with 'image_id'.
-        embeddings: (n, D).
-        thumbnails: of each.
-        readmit: whether images that have left may come back.
-    """
-    catalogue, ids = _catalogue(version), [record["image_id"] for record in records]
+def add(version: Version, records: Metadata, embeddings: np.ndarray, thumbnails: Thumbnails, *, readmit: bool) -> None:
+    """Take images in: fields of each, with 'image_id', and (n, D) embeddings; `readmit` those that have left, too."""
+    catalogue, ids = version.own(), [record["image_id"] for record in records]
     there = [name for name, slot in zip(ids, catalogue.slots(ids), strict=True) if slot >= 0]
     left = [name for name in ids if name in catalogue.removed]
     if there:
@@ -86,14 +67,10 @@ def add(
 
 def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
     """Take images out; some may have left already."""
-    catalogue = _catalogue(version)
     if not all(isinstance(name, str) for name in image_ids):
         raise InputError(f"image ids are texts; got {list(image_ids)!r:.100}.")
-    slots = zip(image_ids, catalogue.slots(image_ids), strict=True)
-    unknown = [name for name, slot in slots if slot < 0 and name not in catalogue.removed]
-    if unknown:
-        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was removed.")
-    leaving = [name for name in image_ids if name not in catalogue.removed]
+    leaving = [name for name in image_ids if name not in version.own().removed]
+    _require(version, leaving)
     if leaving:
         with _writing(version) as writer:
             writer.put([Image(name, True, {}) for name in leaving])
@@ -105,10 +82,7 @@ def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
     if any("image_id" in fields for fields in changes.values()):
         raise InputError("an image keeps its image_id; remove it and add it under another one.")
     changes = {image_id: checked_metadata(fields) for image_id, fields in changes.items()}
-    slots = zip(changes, _catalogue(version).slots(list(changes)), strict=True)
-    unknown = [name for name, slot in slots if slot < 0]
-    if unknown:
-        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was changed.")
+    _require(version, list(changes))
     if changes:
         with _writing(version) as writer:
             known = writer.images(list(changes))
@@ -120,10 +94,10 @@ def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
             writer.note("update", list(changes))
 
 
-def _catalogue(version: Version) -> Catalogue:
-    if not isinstance(version.catalogue, Catalogue):
-        raise InputError("change the attributor's folder, then bring Milvus up to it: `fastattr index --backend milvus`.")
-    return version.catalogue
+def _require(version: Version, image_ids: Sequence[str]) -> None:
+    unknown = [name for name, slot in zip(image_ids, version.own().slots(image_ids), strict=True) if slot < 0]
+    if unknown:
+        raise InputError(f"the catalogue has no image {', '.join(map(repr, unknown[:3]))}; nothing was changed.")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastattr.attributor.changes import MovedError, lost
+from fastattr.attributor.signature import FILE as SIGNATURE, require_signature
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import commit_of, locate, split_revision
@@ -24,10 +25,10 @@ FORMAT_VERSION = 4
 """4 keeps changes in changes.sqlite; 3 kept them in a journal; 1 and 2 had no seal on config.json. All are read."""
 PARTS = {"catalog": "parquet", "thumbnails": "parquet", "plain": "faiss", "removed": "json"}
 """Parts of a base, with their files' endings; 'plain' is the index of the untuned features, 'removed' the ids that had left."""
+SHARDS = [{"file": "index.faiss", "first_row": 0}]  # of an index in one file, as older formats leave it unsaid
 OPTIONAL = ("thumbnails.parquet", "plain.faiss", "calibration.safetensors", "generated.parquet", "counterfactuals.parquet")
 """Files that an attributor may lack, but not hold without a checksum."""
-ARROW_ROWS = 100_000
-"""From here on the catalogue is an Arrow file, larger, but mapped into memory and not read."""
+ARROW_ROWS = 100_000  # from here on the catalogue is an Arrow file, larger, but mapped into memory and not read
 
 Result = TypeVar("Result")
 
@@ -72,8 +73,7 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
             raise ArtifactDamagedError(f"{path} names {file!r}, outside its folder; do not use it.")
         if not isinstance(sha256.get(file, ""), str):
             raise ArtifactDamagedError(f"{path} has no checksum of {file!r}; fetch the attributor again.")
-    stored = config.get("vectors") or {}
-    named = {*index_files(config), *config.get("files", {}).values(), *([stored["file"]] if stored else [])}
+    named = {*index_files(config, vectors=True), *config.get("files", {}).values()}
     named |= {"model.safetensors", "metrics.json", file_of(config, "catalog")}
     own = {specification.partition(":")[2] for specification in config.get("encoders", [])} - {""}
     missing = sorted(named - sha256.keys())
@@ -91,16 +91,20 @@ def _check_names(path: Path, config: Mapping[str, Any]) -> None:
             raise ArtifactDamagedError(f"{path.parent / file} is a link that leads out of the folder; do not use it.")
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Seal a config and put it in the place of config.json, synced; returns it."""
-    config = seal(config)
-    write_json(folder / "config.json", config)
-    descriptor = os.open(folder, os.O_RDONLY)
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Seal a config and put it in the place of config.json, synced."""
+    write_json(folder / "config.json", seal(config))
+    (folder / SIGNATURE).unlink(missing_ok=True)  # it was of the config before
+    sync(folder)  # the rename itself
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the rename itself
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return config
 
 
 def file_of(config: Mapping[str, Any], part: str) -> str:
@@ -109,11 +113,7 @@ def file_of(config: Mapping[str, Any], part: str) -> str:
 
 
 def versions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies an attributor: SHA-256 of model, index and catalogue, and the catalogue's version.
-
-    Args:
-        config: config.json, with 'changes' and the present 'catalog_version' where there have been changes since.
-    """
+    """What identifies a version of an attributor: SHA-256 of model, index and catalogue, and the catalogue's version."""
     sha256 = config["sha256"]
     journal = config.get("files", {}).get("journal")
     parts = [sha256[file_of(config, "catalog")], *([sha256[journal]] if journal else []), config.get("changes", "")]
@@ -125,11 +125,12 @@ def versions(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def index_files(config: Mapping[str, Any]) -> list[str]:
-    """The files of the index and its vectors' digests, in order."""
-    shards = config.get("index_shards") or [{"file": "index.faiss"}]
-    stored = config.get("vectors")
-    return [shard["file"] for shard in shards] + ([stored["digests"]] if stored else [])
+def index_files(config: Mapping[str, Any], *, vectors: bool = False) -> list[str]:
+    """The files of the index and its vectors' digests, in order; the vectors, too, if they are wanted."""
+    stored, parts = config.get("vectors"), ("digests", "file") if vectors else ("digests",)
+    return [shard["file"] for shard in config.get("index_shards") or SHARDS] + (
+        [stored[part] for part in parts] if stored else []
+    )
 
 
 def _together(checksums: Sequence[str]) -> str:
@@ -141,8 +142,7 @@ def _together(checksums: Sequence[str]) -> str:
 
 def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -> None:
     """Compare checksums of files, but for those of the index and its vectors, which are compared when they are opened."""
-    stored = config.get("vectors") or {}
-    later = {*index_files(config), stored.get("file"), config.get("files", {}).get("journal"), file_of(config, "plain")}
+    later = {*index_files(config, vectors=True), config.get("files", {}).get("journal"), file_of(config, "plain")}
     for file in files:
         if not (folder / file).is_file():
             raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
@@ -153,7 +153,10 @@ def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -
 def read_table(path: Path) -> pa.Table:
     """A table: parquet, or Arrow, which is mapped into memory."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all() if path.suffix == ".arrow" else pq.read_table(path)
+        if path.suffix == ".arrow":
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        with pq.ParquetFile(path) as file:  # `pq.read_table` would import pyarrow.dataset, and that pandas
+            return file.read()
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactDamagedError(f"{path} can't be read ({error}); fetch the attributor again.") from error
 
@@ -175,6 +178,8 @@ def copy_base(folder: Path, config: Mapping[str, Any], target: Path) -> None:
     for file in config["sha256"]:
         copy_file(folder, config, file, target)
     write_json(target / "config.json", config)
+    if (folder / SIGNATURE).exists() and (folder / "config.json").read_bytes() == (target / "config.json").read_bytes():
+        shutil.copyfile(folder / SIGNATURE, target / SIGNATURE)
 
 
 def copy_file(folder: Path, config: Mapping[str, Any], file: str, target: Path) -> None:
@@ -188,12 +193,23 @@ def copy_file(folder: Path, config: Mapping[str, Any], file: str, target: Path) 
 
 
 def open_folder(
-    name_or_path: str | Path, files: Callable[[dict[str, Any]], list[str]], *, revision: str | None = None, **where: Any
+    name_or_path: str | Path,
+    files: Callable[[dict[str, Any]], list[str]],
+    *,
+    revision: str | None = None,
+    trusted_keys: Sequence[str] | None = None,
+    **where: Any,
 ) -> tuple[Path, dict[str, Any]]:
-    """An attributor's folder and its config.json, once the checksums of the files that are asked for have been compared."""
+    """An attributor's folder and its config.json, once signature and checksums of the files asked for have been compared."""
     name, revision = split_revision(name_or_path, revision)
-    folder = locate(name, "attributor", files=["config.json"], revision=revision, **where)
+    signed = [] if trusted_keys is None else [SIGNATURE]
+    folder = locate(name, "attributor", files=["config.json", *signed], revision=revision, **where)
+    stamp = stamp_of(folder)
+    if trusted_keys is not None:
+        require_signature(folder, trusted_keys)
     config = read_config(folder)
+    if stamp_of(folder) != stamp:
+        raise MovedError("config.json is of another version by now")
     wanted = files(config)
     # The rest comes from the commit that config.json came from, even if another has been pushed since.
     folder = locate(name, "attributor", files=wanted, revision=commit_of(folder) or revision, **where)
@@ -201,26 +217,17 @@ def open_folder(
     return folder, config
 
 
-def listed_shards(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of the index with their first rows."""
-    shards: list[dict[str, Any]] = config.get("index_shards", [{"file": "index.faiss", "first_row": 0}])
-    return shards
-
-
 def needed_files(
-    config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None = None, index: bool = True, model: bool = True
+    config: dict[str, Any], *, thumbnails: bool, shards: Sequence[int] | None = None, index: bool = True
 ) -> list[str]:
     """The files of an attributor that are needed."""
-    files = [shard["file"] for shard in listed_shards(config)]
+    files = [shard["file"] for shard in config.get("index_shards") or SHARDS]
     unknown = [number for number in shards or [] if not 0 <= number < len(files)]
     if unknown or (shards is not None and not shards):
         raise InputError(f"the index has the shards 0 to {len(files) - 1}, got {list(shards or [])}.")
-    if not model:
-        return [file_of(config, "catalog"), "metrics.json"]
     left_out = {file for number, file in enumerate(files) if shards is not None and number not in shards}
     if not index:
-        stored = config.get("vectors") or {}
-        left_out |= {*index_files(config), stored.get("file"), file_of(config, "catalog"), file_of(config, "thumbnails")}
+        left_out |= {*index_files(config, vectors=True), file_of(config, "catalog"), file_of(config, "thumbnails")}
     if not thumbnails:
         left_out.add(file_of(config, "thumbnails"))
     if shards is not None or not index:

@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from fastattr.attributor.answers import Model
-from fastattr.attributor.changes import FILE, MovedError
+from fastattr.attributor.changes import FILE, MovedError, journal_of
 from fastattr.attributor.folder import file_of, needed_files, open_folder, read_config, read_table, settled, stamp_of
-from fastattr.attributor.journal import journal_of
-from fastattr.attributor.version import Parts, Version, left, open_version, read_changes, removed_before
+from fastattr.attributor.version import Parts, Version, open_version, read_changes
 from fastattr.core.errors import ArtifactDamagedError, EncoderMismatchError, FastattrError
 from fastattr.core.files import read_json
 from fastattr.features.kinds import open_encoder
@@ -21,51 +20,44 @@ from fastattr.students.calibration import FILE as CALIBRATION, load_calibration
 from fastattr.students.light import LightStudent
 
 if TYPE_CHECKING:
-    import torch
-
-    from fastattr.attributor.collection import MilvusBackend
     from fastattr.features.encoder import Encoder
 
 Result = TypeVar("Result")
+VERSIONS = ("fastattr_version", "format_version", "catalog_version", "corpus_fingerprint", "generator_fingerprint")
 
 
 def load(
-    name_or_path: str | Path,
-    *,
-    device: str | None,
-    dtype: torch.dtype | None,
-    backend: str | None,
-    parts: Parts,
-    index_uri: str | None,
-    **where: Any,
+    name_or_path: str | Path, *, encoders: dict[str, Any], parts: Parts, index_uri: str | None, **where: Any
 ) -> tuple[Model, Version, dict[str, Any]]:
     """An attributor's model, newest version and metrics; arguments and errors as `FastAttributor.from_pretrained`."""
+    wanted: dict[str, Any] = {"thumbnails": parts.thumbnails and not index_uri, "shards": parts.shards, "index": not index_uri}
 
     def once() -> tuple[Model, Version, dict[str, Any]]:
-        folder, config = open_folder(
-            name_or_path,
-            lambda found: needed_files(
-                found, thumbnails=parts.thumbnails and not index_uri, shards=parts.shards, index=not index_uri
-            ),
-            **where,
-        )
+        folder, config = open_folder(name_or_path, lambda found: needed_files(found, **wanted), **where)
         stamp = stamp_of(folder)
         if read_config(folder)["seal"] != config["seal"]:
             raise MovedError("config.json is of another version by now")
-        width = config["feature_dim"]
-        calibrated = CALIBRATION in config["sha256"]
+        width, calibrated = config["feature_dim"], CALIBRATION in config["sha256"]
         model = Model(
             name=str(name_or_path),
-            encoders=open_encoders(folder, config, device, dtype, backend),
+            encoders=open_encoders(folder, config, **encoders),
             student=LightStudent(folder / "model.safetensors", feature_dim=width, config=config["student"]),
             calibration=load_calibration(folder / CALIBRATION, feature_dim=width) if calibrated else None,
             embed_dim=int(config["student"]["embed_dim"]),
             feature_blocks=config.get("feature_blocks", []),
         )
-        metrics = read_json(folder / "metrics.json")
+        columns = model.image_columns
+        if columns is not None and len(columns) != width:
+            raise ArtifactDamagedError(
+                f"{folder / 'config.json'} describes {len(columns)} features of {width}; fetch it again."
+            )
+        milvus = None
         if index_uri:
-            return model, _in_milvus(folder, config, parts, index_uri), metrics
-        return model, open_version(folder, config, parts, stamp=stamp), metrics
+            from fastattr.attributor.collection import MilvusBackend
+
+            milvus = MilvusBackend.open(index_uri, {**config, "catalog_version": read_changes(folder, config).version})
+        version = open_version(folder, config, parts, stamp=stamp, milvus=milvus)
+        return model, version, read_json(folder / "metrics.json")
 
     return _sound(name_or_path, once)
 
@@ -81,24 +73,11 @@ def _sound(name_or_path: str | Path, load: Callable[[], Result]) -> Result:
         raise ArtifactDamagedError(f"{name_or_path} is damaged ({reason}); fetch or build the attributor again.") from error
 
 
-def _in_milvus(folder: Path, config: dict[str, Any], parts: Parts, uri: str) -> Version:
-    """The version of an attributor whose index and catalogue are in a Milvus collection."""
-    from fastattr.attributor.collection import MilvusBackend
-
-    stamp, current = stamp_of(folder), read_changes(folder, config)
-    removed = left(removed_before(folder, config), current.images)
-    live = {**config, "catalog_version": current.version} | ({"changes": current.total} if current.total else {})
-    catalogue: MilvusBackend = MilvusBackend.open(uri, live, list(removed))
-    return Version(folder, config, parts, stamp, catalogue, None, current.version, current.total)
-
-
 def read_info(name_or_path: str | Path) -> dict[str, Any]:
     """What `FastAttributor.from_pretrained(name_or_path).info()` says, without loading encoders, network and index."""
 
     def once() -> dict[str, Any]:
-        folder, config = open_folder(
-            name_or_path, lambda found: needed_files(found, thumbnails=False, index=False, model=False)
-        )
+        folder, config = open_folder(name_or_path, lambda found: [file_of(found, "catalog"), "metrics.json"])
         catalog = read_table(folder / file_of(config, "catalog"))
         if (folder / FILE).exists() or journal_of(config):
             folder, config = open_folder(name_or_path, lambda found: needed_files(found, thumbnails=False))
@@ -109,44 +88,34 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
     return _sound(name_or_path, once)
 
 
-def open_encoders(
-    folder: Path, config: dict[str, Any], device: str | None, dtype: torch.dtype | None, backend: str | None
-) -> list[Encoder]:
+def open_encoders(folder: Path, config: dict[str, Any], **options: Any) -> list[Encoder]:
     """The feature encoders of an attributor, see `open_encoder`."""
-    options = {"folder": folder, "captions": config["captions"], "device": device, "dtype": dtype, "backend": backend}
+    options |= {"folder": folder, "captions": config["captions"]}
     opened = [open_encoder(specification, **options) for specification in config["encoders"]]
     found = [encoder.fingerprint for encoder in opened]
     pairs = zip(opened, config["encoder_fingerprints"], strict=True)
     if not all(wanted in {encoder.fingerprint, encoder.former} for encoder, wanted in pairs):
         raise EncoderMismatchError(
-            f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, those "
-            f"loaded have {found}. Fetch the revision of the encoders that the attributor's card names, or the attributor "
-            "that was trained on these."
+            f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, found "
+            f"{found}. Fetch the revision of the encoders that the attributor's card names, or the attributor trained on these."
         )
     return opened
 
 
 def describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dict[str, Any]) -> dict[str, Any]:
     """Size, creators, licences, versions and metrics of an attributor."""
+    shown = np.linspace(0, len(catalog) - 1, min(6, len(catalog)), dtype=int)
     return {
         "name": name,
         "images": len(catalog),
         "creators": len(catalog["creator"].unique()),
         "licences": sorted(set(catalog["license"].to_pylist())),
         "sources": sorted(set(catalog["source"].to_pylist())),
-        "examples": catalog["caption"]
-        .take(pa.array(np.linspace(0, len(catalog) - 1, min(6, len(catalog)), dtype=int)))
-        .to_pylist(),
+        "examples": catalog["caption"].take(pa.array(shown)).to_pylist(),
         "encoders": config["encoders"],
         "embed_dim": config["student"]["embed_dim"],
         "index": config["index"],
         "files": sorted(config["sha256"]),
-        "versions": {
-            "fastattr": config["fastattr_version"],
-            "format": str(config["format_version"]),
-            "catalog": str(config.get("catalog_version", 1)),
-            "corpus": config["corpus_fingerprint"],
-            "generator": config["generator_fingerprint"],
-        },
+        "versions": {name.partition("_")[0]: str(config.get(name, 1)) for name in VERSIONS},
         "metrics": metrics,
     }

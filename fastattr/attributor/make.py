@@ -7,15 +7,15 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from fastattr.attributor.bases import replacing
-from fastattr.attributor.catalogue import COLUMNS
 from fastattr.attributor.folder import FORMAT_VERSION, seal, write_table
+from fastattr.attributor.inputs import COLUMNS
 from fastattr.core.files import read_json, sha256_file, write_json
 from fastattr.core.stages import open_stage, require_same
 from fastattr.corpus.store import Corpus
@@ -25,11 +25,7 @@ from fastattr.index.choose import IndexConfig
 from fastattr.index.files import save_index
 from fastattr.students.calibration import FILE as CALIBRATION
 
-if TYPE_CHECKING:
-    from fastattr.students.student import Student
-
-THUMBNAIL_SIDE = 48
-"""Pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64."""
+THUMBNAIL_SIDE = 48  # pixels; the catalogue of 15,351 emoji is 6 MB with 48 and 8 MB with 64
 
 
 def thumbnail_bytes(image: Image.Image, *, quality: int) -> bytes:
@@ -46,17 +42,12 @@ def build_attributor(
 ) -> None:
     """Put a run folder's corpus, features, student and metrics together as an attributor folder.
 
-    Args:
-        config: of the index.
-        run_dir: with finished corpus, features and student; evaluation/metrics.json is taken along if it is there.
-        folder: where to write.
-        encoders: specifications, in the order of the student's features.
-        captions: 'first' or 'mean', as the features were made.
-        thumbnail_quality: of the WebP thumbnails, 1 to 100.
+    evaluation/metrics.json is taken along if it is there. Encoders are specifications, in the order of the student's features;
+    captions 'first' or 'mean', as the features were made; WebP thumbnails have a quality of 1 to 100.
     """
     from fastattr.features.encoder import modality
     from fastattr.features.gradient import RECIPES
-    from fastattr.features.store import folders, read_features
+    from fastattr.features.store import folders, read_features, read_ids
     from fastattr.students.distill import open_student, save_student
     from fastattr.students.student import embed
 
@@ -66,35 +57,26 @@ def build_attributor(
     paths = folders(run_dir, "features", encoders)
     features = read_features(paths, corpus.image_ids)
     metrics_file = run_dir / "evaluation" / "metrics.json"
+    asked = folders(run_dir, "query_features", encoders)
+    generated = all((path / "ids.parquet").exists() for path in asked)  # images as they will be asked for
     with replacing(folder) as temporary:
         save_student(student, temporary / "model.safetensors")
         embeddings = embed(student, features)
-        built = build(
-            lambda start, stop: embeddings[start:stop],
-            len(embeddings),
-            embeddings.shape[1],
-            config,
-            temporary,
-            queries=_query_embeddings(run_dir, encoders, student),
-            image_ids=corpus.image_ids,
-        )
+        rows, dim = embeddings.shape
+        queries = embed(student, read_features(asked, read_ids(asked[0]))) if generated else None
+        given: dict[str, Any] = {"queries": queries, "image_ids": corpus.image_ids}
+        built = build(lambda start, stop: embeddings[start:stop], rows, dim, config, temporary, **given)
         if config.plain:
             save_index(build_index(plain_vectors(features), config.plain), temporary / "plain.faiss")
         if (run_dir / "calibration" / CALIBRATION).exists():
             calibrated = open_stage(run_dir / "calibration", "calibration")["inputs"]["student"]
             require_same("the student of calibration/", calibrated, manifest["fingerprint"], "Run `fastattr calibrate` again.")
             shutil.copyfile(run_dir / "calibration" / CALIBRATION, temporary / CALIBRATION)
-        catalog = {
-            "image_id": corpus.image_ids,
-            "caption": [captions[0] for captions in corpus.captions],
-            **{column: corpus.column(column) for column in COLUMNS[2:]},
-        }
+        catalog = {"image_id": corpus.image_ids, "caption": [captions[0] for captions in corpus.captions]}
+        catalog |= {column: corpus.column(column) for column in COLUMNS[2:]}
         thumbnails = [thumbnail_bytes(corpus.image(row), quality=thumbnail_quality) for row in range(len(corpus))]
-        pictures = {"image_id": corpus.image_ids, "thumbnail": thumbnails}
-        files = {
-            "catalog": write_table(pa.table(catalog), temporary, "catalog"),
-            "thumbnails": write_table(pa.table(pictures), temporary, "thumbnails"),
-        }
+        tables = {"catalog": catalog, "thumbnails": {"image_id": corpus.image_ids, "thumbnail": thumbnails}}
+        files = {name: write_table(pa.table(columns), temporary, name) for name, columns in tables.items()}
         write_json(temporary / "metrics.json", read_json(metrics_file) if metrics_file.exists() else {})
         if any(specification.endswith(":encoder") for specification in encoders):
             shutil.copytree(run_dir / "encoder", temporary / "encoder")
@@ -103,35 +85,12 @@ def build_attributor(
             if part in own or (part == "generator" and own & set(RECIPES)):
                 shutil.copytree(run_dir / part, temporary / part, ignore=shutil.ignore_patterns("checkpoint*"))
         opened = [open_encoder(specification, folder=temporary, captions=captions) for specification in encoders]
-        seal_folder(
-            temporary,
-            encoders=list(encoders),
-            encoder_fingerprints=[encoder.fingerprint for encoder in opened],
-            captions=captions,
-            feature_dim=manifest["feature_dim"],
-            feature_blocks=[
-                {"modality": modality(specification), "width": open_stage(path, "features")["width"]}
-                for specification, path in zip(encoders, paths, strict=True)
-            ],
-            student=manifest["config"]["student"],
-            files=files,
-            **built,
-            corpus_fingerprint=manifest["corpus_fingerprint"],
-            generator_fingerprint=manifest["generator_fingerprint"],
-            teacher=manifest["teacher"],
-            training_queries=manifest["training_queries"],
-        )
-
-
-def _query_embeddings(run_dir: Path, encoders: Sequence[str], student: Student) -> np.ndarray | None:
-    """(Q, D) embeddings of the run's generated images, for which the search is tuned; None if it has no features of them."""
-    from fastattr.features.store import folders, read_features, read_ids
-    from fastattr.students.student import embed
-
-    paths = folders(run_dir, "query_features", encoders)
-    if not all((path / "ids.parquet").exists() for path in paths):
-        return None
-    return embed(student, read_features(paths, read_ids(paths[0])))
+        widths = [open_stage(path, "features")["width"] for path in paths]
+        blocks = [{"modality": modality(name), "width": width} for name, width in zip(encoders, widths, strict=True)]
+        names = ("feature_dim", "corpus_fingerprint", "generator_fingerprint", "teacher", "training_queries")
+        settings = {name: manifest[name] for name in names} | {"student": manifest["config"]["student"]}
+        settings |= {"encoders": list(encoders), "encoder_fingerprints": [encoder.fingerprint for encoder in opened]}
+        seal_folder(temporary, **settings, captions=captions, feature_blocks=blocks, files=files, **built)
 
 
 def plain_vectors(features: np.ndarray) -> np.ndarray:

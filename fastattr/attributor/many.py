@@ -1,9 +1,8 @@
 """Many: attribute very many queries, divided among the processes of `accelerate launch`, each with the mapped index.
 
 Reads a table (.parquet, .jsonl) with the columns 'query_id', 'prompt' and either 'image' (a file, relative to the table) or
-'features' (numbers); writes OUT/part-*.parquet, one row a query: 'query_id', 'prompt', 'image_ids', 'similarities',
-'catalog_version'. A killed run goes on with the parts that are there, if they are of the same table, settings and catalogue
-version: their names say so. Parts of others are deleted at the end.
+'features' (numbers); writes OUT/part-*.parquet, one row a query. A killed run goes on with the parts that are there, if they
+are of the same table, settings and catalogue version: their names say so.
 """
 
 from __future__ import annotations
@@ -23,23 +22,15 @@ from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, sha256_file
-from fastattr.core.stages import MANIFEST, fingerprint, finished, write_manifest
+from fastattr.core.stages import MANIFEST, fingerprint, make
 
-PART_ROWS = 1024
-"""Queries in one part, which is what a killed process loses at most."""
-BATCH = 64
-"""Queries that are encoded at once."""
-PART = re.compile(r"part-([0-9a-f]{16}-)?\d{6}\.parquet")
-"""Files of this stage."""
+PART_ROWS = 1024  # queries in one part, which is what a killed process loses at most
+BATCH = 64  # queries that are encoded at once
+PART = re.compile(r"part-([0-9a-f]{16}-)?\d{6}\.parquet")  # files of this stage
 
 
 def read_queries(path: Path) -> pa.Table:
-    """The table of queries.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        InputError: it cannot be read, lacks a column or a value, or ids occur twice.
-    """
+    """The table of queries; ArtifactNotFoundError or InputError if it can't be used."""
     if not path.is_file():
         raise ArtifactNotFoundError(f"there is no file {path}; give a .parquet or .jsonl table of queries.")
     try:
@@ -47,9 +38,7 @@ def read_queries(path: Path) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not {"query_id", "prompt"} <= set(table.column_names) or len({"image", "features"} & set(table.column_names)) != 1:
-        raise InputError(
-            f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', found {table.column_names}."
-        )
+        raise InputError(f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {table.column_names}.")
     if any(table[name].null_count for name in {"query_id", "image"} & set(table.column_names)):
         raise InputError(f"{path}: a query lacks its id or its image.")
     if "image" in table.column_names and not pa.types.is_string(table["image"].type):
@@ -60,46 +49,33 @@ def read_queries(path: Path) -> pa.Table:
 
 
 def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]:
-    """Attribute all queries of a table; returns the manifest.
-
-    Args:
-        model: 'emoji', an attributor folder or a Hub id.
-        queries: the table.
-        out: folder of the answers.
-        k: how many training images each.
-
-    Raises:
-        As `FastAttributor.from_pretrained`, `attribute` and `read_queries`.
-    """
+    """Attribute all queries of a table with an attributor ('emoji', a folder, a Hub id); k training images each."""
     state = Accelerator()
     table = read_queries(queries)
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
     config, inputs = {"k": k}, {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
-    if finished(out, stage="attributions", config=config, inputs=inputs):
-        return {"queries": len(table), "out": str(out)}
-    out.mkdir(parents=True, exist_ok=True)
-    key = fingerprint([config, inputs])
-    files = [out / f"part-{key}-{number:06d}.parquet" for number in range(-(-len(table) // PART_ROWS))]
-    mine = range(state.process_index, len(files), state.num_processes)
-    for number in tqdm(mine, desc="attribute", unit="part", disable=not state.is_main_process):
-        if not files[number].exists():
-            answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k)
-            if set(answers["catalog_version"].to_pylist()) - {int(inputs["catalog_version"])}:
-                raise ArtifactMismatchError(f"the catalogue of {model} changed meanwhile; run again, to ask all anew.")
-            with atomic_path(files[number]) as temporary:
-                pq.write_table(answers, temporary, compression="zstd")
-    state.wait_for_everyone()
-    if state.is_main_process:
+    files = [out / f"part-{fingerprint([config, inputs])}-{part:06d}.parquet" for part in range(-(-len(table) // PART_ROWS))]
+
+    def work() -> dict[str, int]:
+        out.mkdir(parents=True, exist_ok=True)
+        mine = range(state.process_index, len(files), state.num_processes)
+        for number in tqdm(mine, desc="attribute", unit="part", disable=not state.is_main_process):
+            if not files[number].exists():
+                answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k)
+                if set(answers["catalog_version"].to_pylist()) - {int(inputs["catalog_version"])}:
+                    raise ArtifactMismatchError(f"the catalogue of {model} changed meanwhile; run again, to ask all anew.")
+                with atomic_path(files[number]) as temporary:
+                    pq.write_table(answers, temporary, compression="zstd")
+        state.wait_for_everyone()
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise ArtifactMismatchError(f"another process has not written {missing[0]}; run again, it goes on.")
-        for path in out.glob("part-*.parquet"):
-            if path not in files and PART.fullmatch(path.name):
+        for path in set(out.glob("part-*.parquet")) - set(files) if state.is_main_process else ():
+            if PART.fullmatch(path.name):
                 path.unlink()
-        write_manifest(
-            out, stage="attributions", config=config, inputs=inputs, queries=len(table), processes=state.num_processes
-        )
-    state.wait_for_everyone()
+        return {"queries": len(table), "processes": state.num_processes}
+
+    make(out, work, stage="attributions", config=config, inputs=inputs, accelerator=state)
     return {"queries": len(table), "out": str(out), "manifest": str(out / MANIFEST)}
 
 

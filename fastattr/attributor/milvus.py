@@ -4,94 +4,64 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from fastattr.attributor import collection as milvus
 from fastattr.attributor.attributor import FastAttributor
-from fastattr.attributor.collection import (
-    FIELDS,
-    LONGEST_ID,
-    MAX_TOPK,
-    STATE,
-    TEXT,
-    collection_of,
-    connect,
-    create,
-    ids_among,
-    literal,
-    rows_a_call,
-    state_of,
-)
+from fastattr.attributor.collection import FIELDS, MAX_TOPK, MilvusClient, MilvusException, ids_among, literal
 from fastattr.attributor.folder import versions
 from fastattr.core.errors import ArtifactMismatchError
-
-from pymilvus import MilvusClient  # isort: skip  # after `collection`, which says what is missing
-from pymilvus.exceptions import MilvusException  # isort: skip
 
 logger = logging.getLogger(__name__)
 
 
-def load(name: str, uri: str, *, token: str = "", index_type: str = "") -> dict[str, Any]:
+def load(name: str, uri: str, *, token: str = "") -> dict[str, Any]:
     """Bring a collection up to an attributor's catalogue: create and fill it, or add, change and delete what has changed.
 
-    Args:
-        name: 'emoji', an attributor folder or a Hub id.
-        uri: 'http://HOST:PORT' ('https://' for TLS), or a file ending in .db.
-        token: 'user:password', or a key; see `connect`.
-        index_type: of Milvus: 'FLAT', 'HNSW', 'IVF_FLAT', 'AUTOINDEX'; '' takes FLAT for a file and AUTOINDEX for a server.
-
-    Returns:
-        'images', 'inserted', 'deleted', 'catalog_version', 'collection', and 'failed': by image id, why Milvus lacks it. Those
-        are tried again the next time.
-
-    Raises:
-        ArtifactMismatchError: the collection still holds images that have left.
+    `uri` is 'http://HOST:PORT' ('https://' for TLS), or a file ending in .db, `token` 'user:password', or a key. Returns
+    'images', 'inserted', 'deleted', 'catalog_version', 'collection', and 'failed': by image id, why Milvus lacks it; these are
+    tried again the next time. Raises ArtifactMismatchError if the collection still holds images that have left.
     """
     attributor = FastAttributor.from_pretrained(name, thumbnails=False)
-    client, collection = connect(uri, token), collection_of(attributor.config)
+    client, collection = milvus.connect(uri, token), milvus.collection_of(attributor.config)
     dim = int(attributor.config["student"]["embed_dim"])
     if not client.has_collection(collection):
-        create(client, collection, dim, index_type or ("FLAT" if uri.endswith(".db") else "AUTOINDEX"))
+        milvus.create(client, collection, dim, "FLAT" if uri.endswith(".db") else "AUTOINDEX")
     client.load_collection(collection)
     current = {record["image_id"]: record for record in attributor.catalog.to_pylist()}
-    present = dict(_stored(client, collection))
+    present = _stored(client, collection)
     stale = [image_id for image_id in present if image_id not in current]
     _delete(client, collection, stale)
     wanted = [{field: cut(record.get(field)) for field in FIELDS} | {"image_id": key} for key, record in current.items()]
     fresh = {image_id for entry in attributor.history() if entry["operation"] == "add" for image_id in entry["image_ids"]}
-    if state_of(client, collection).get("index") != attributor.versions()["index"]:  # another base: other embeddings
+    if milvus.state_of(client, collection).get("index") != attributor.versions()["index"]:  # another base: other embeddings
         fresh |= current.keys()
     new = [row for row, each in enumerate(wanted) if each["image_id"] in fresh or present.get(each["image_id"]) != each]
     failed = {wanted[row]["image_id"]: reason for row in new if (reason := _unfit(wanted[row]["image_id"]))}
     new = [row for row in new if wanted[row]["image_id"] not in failed]
-    size = rows_a_call(dim)
+    size = milvus.rows_a_call(dim)
     for start in tqdm(range(0, len(new), size), desc="milvus", unit="call", disable=len(new) <= size):
         rows = new[start : start + size]
-        vectors = attributor.embeddings(np.array(rows))
-        failed |= _upsert(
-            client, collection, [{**wanted[row], "embedding": v.tolist()} for row, v in zip(rows, vectors, strict=True)]
-        )
+        vectors = attributor.embeddings(np.array(rows)).tolist()
+        records = [{**wanted[row], "embedding": vector} for row, vector in zip(rows, vectors, strict=True)]
+        failed |= _upsert(client, collection, records)
     client.flush(collection)
     state = {**versions(attributor.config), "missing": len(failed)}
-    client.alter_collection_properties(collection, {STATE: json.dumps(state)})
+    client.alter_collection_properties(collection, {milvus.STATE: json.dumps(state)})
     for image_id, reason in failed.items():
         logger.warning("Milvus has no %r: %s", image_id, reason)
-    return {
-        "images": len(current),
-        "inserted": len(new) - len(failed.keys() & {wanted[row]["image_id"] for row in new}),
-        "deleted": len(stale),
-        "catalog_version": attributor.versions()["catalog_version"],
-        "collection": collection,
-        "failed": failed,
-    }
+    inserted, version = len({wanted[row]["image_id"] for row in new} - failed.keys()), attributor.versions()["catalog_version"]
+    counts = {"images": len(current), "inserted": inserted, "deleted": len(stale), "catalog_version": version}
+    return {**counts, "collection": collection, "failed": failed}
 
 
 def cut(value: Any) -> str:
     """A text as Milvus can keep it: at most TEXT bytes of UTF-8."""
-    return str(value or "").encode("utf-8", "replace")[:TEXT].decode("utf-8", "ignore")
+    return str(value or "").encode("utf-8", "replace")[: milvus.TEXT].decode("utf-8", "ignore")
 
 
 def _unfit(image_id: str) -> str:
@@ -100,7 +70,7 @@ def _unfit(image_id: str) -> str:
         length = len(image_id.encode())
     except UnicodeEncodeError:
         return "its id is no valid Unicode"
-    return f"its id has {length} bytes, Milvus keeps {LONGEST_ID}" if length > LONGEST_ID else ""
+    return f"its id has {length} bytes, Milvus keeps {milvus.LONGEST_ID}" if length > milvus.LONGEST_ID else ""
 
 
 def _delete(client: MilvusClient, collection: str, image_ids: Sequence[str]) -> None:
@@ -110,10 +80,8 @@ def _delete(client: MilvusClient, collection: str, image_ids: Sequence[str]) -> 
         client.delete(collection, filter=chosen)
         left = client.query(collection, filter=chosen, output_fields=["image_id"], consistency_level="Strong")
         if left:
-            example = left[0]["image_id"]
-            raise ArtifactMismatchError(
-                f"Milvus still holds {len(left)} images that have left, e.g. {example!r}; load it again."
-            )
+            example = f"{len(left)} images that have left, e.g. {left[0]['image_id']!r}"
+            raise ArtifactMismatchError(f"Milvus still holds {example}; load it again.")
 
 
 def _upsert(client: MilvusClient, collection: str, records: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -128,16 +96,13 @@ def _upsert(client: MilvusClient, collection: str, records: Sequence[dict[str, A
     return {}
 
 
-def _stored(client: MilvusClient, collection: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """What a collection holds, without embeddings: (image id, record)."""
-    last = ""
-    while True:  # by id, since an offset may not pass 16,384
-        found = client.query(
-            collection, filter=f"image_id > {literal(last)}", output_fields=list(FIELDS), limit=MAX_TOPK, order_by="image_id"
-        )
-        rows = sorted((dict(row) for row in found), key=lambda row: row["image_id"])
-        for row in rows:
-            yield row["image_id"], {field: row[field] for field in FIELDS}
-        if len(rows) < MAX_TOPK:
-            return
-        last = rows[-1]["image_id"]
+def _stored(client: MilvusClient, collection: str) -> dict[str, dict[str, str]]:
+    """What a collection holds, without embeddings: records by image id."""
+    stored: dict[str, dict[str, str]] = {}
+    options = {"output_fields": list(FIELDS), "limit": MAX_TOPK, "order_by": "image_id"}
+    last, more = "", True
+    while more:  # by id, since an offset may not pass 16,384
+        found = client.query(collection, filter=f"image_id > {literal(last)}", **options)
+        stored |= {row["image_id"]: {field: row[field] for field in FIELDS} for row in found}
+        last, more = max(stored, default=""), len(found) == MAX_TOPK
+    return stored

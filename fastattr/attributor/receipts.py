@@ -1,9 +1,7 @@
 """Receipts: replay what an attributor answered, against a named revision, and say what differs.
 
-A receipt is `Attribution.to_json()`: versions of model, index and catalogue, the hash and the embedding of the query, ids,
-similarities and what was made of them. With the embedding the search is replayed; with the image itself also everything
-before it, and that it is the image of the receipt. Nothing in a receipt is signed: it shows what an attributor says, not
-who asked.
+A receipt is `Attribution.to_json()`. With its embedding the search is replayed; with the image itself also everything before
+it, and that it is the image of the receipt. Nothing in a receipt is signed: it shows what an attributor says, not who asked.
 """
 
 from __future__ import annotations
@@ -24,30 +22,20 @@ from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, Input
 from fastattr.core.files import read_json
 
 PARTS = ("image_part", "text_part")
-TOLERANCE = 2e-3
-"""By which a similarity may differ: other processors and batch sizes round otherwise."""
+TOLERANCE = 2e-3  # by which a similarity may differ: other processors and batch sizes round otherwise
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """A receipt from a file.
-
-    Raises:
-        ArtifactDamagedError: it is none, or damaged.
-        FormatVersionError: it was written by another version of fastattr.
-        InputError: it is of plain similarity, which is not replayed.
-    """
+    """A receipt from a file; ArtifactDamagedError, FormatVersionError, or InputError if it is of plain similarity."""
     receipt = read_json(path)
     damaged = ArtifactDamagedError(f"{path} is no receipt, or damaged; a receipt is what Attribution.to_json() gives.")
     if not isinstance(receipt, dict) or not isinstance(receipt.get("format"), str):
         raise damaged
     if receipt["format"] != RECEIPT:
         raise FormatVersionError(f"{path} has the format {receipt['format']!r}, this fastattr reads {RECEIPT!r}.")
-    if (
-        isinstance(receipt.get("query"), dict)
-        and isinstance(receipt.get("model"), dict)
-        and "embedding" not in receipt["query"]
-    ):
-        method = receipt["model"].get("method", "an unknown method")
+    query, model = receipt.get("query"), receipt.get("model")
+    if isinstance(query, dict) and isinstance(model, dict) and "embedding" not in query:
+        method = model.get("method", "an unknown method")
         raise InputError(f"{path} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
     try:
         vector, query = decode_embedding(receipt), receipt["query"]
@@ -68,22 +56,10 @@ def decode_embedding(receipt: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(receipt["query"]["embedding"], validate=True), dtype="<f4").copy()
 
 
-def verify(
-    receipt: Mapping[str, Any], attributor: FastAttributor, *, image: ImageLike | None = None, tolerance: float = TOLERANCE
-) -> list[str]:
-    """Replay a receipt and say what differs.
+def verify(receipt: Mapping[str, Any], attributor: FastAttributor, *, image: ImageLike | None = None) -> list[str]:
+    """Replay a receipt against an attributor, with its image from the encoders on: a sentence for each difference.
 
-    Args:
-        receipt: as `read_receipt` returns it.
-        attributor: at the revision against which it is to be held.
-        image: the query's image, to replay what comes before the search, too.
-        tolerance: by which a similarity may differ.
-
-    Returns:
-        A sentence for each difference; none, if the attributor says today what the receipt says.
-
-    Raises:
-        InputError: the embedding is not as wide as this attributor's.
+    Raises InputError if the embedding is not as wide as this attributor's.
     """
     query, embedding, wide = receipt["query"], decode_embedding(receipt), attributor.config["student"]["embed_dim"]
     if len(embedding) != wide:
@@ -97,15 +73,13 @@ def verify(
         asked = attributor.attribute(opened, query["prompt"] or None, k=len(answer) or 1, where=query.get("where"))
         assert isinstance(asked, Attribution)
         answer, again = asked, decode_embedding(asked.to_dict())
-        if abs(float(again @ embedding) - 1) > tolerance:
+        if abs(float(again @ embedding) - 1) > TOLERANCE:
             differences.append(f"the image's embedding differs (cosine {float(again @ embedding):.4f} with the receipt's).")
     differences += version_differences(receipt["versions"], answer.versions, attributor.name)  # of the version that answered
     # How much is the image's doing and how much the prompt's is known only with the image.
-    unknown = PARTS if image is None else ()
-    was, now = (
-        [{**row, **dict.fromkeys(unknown)} for row in rows] for rows in (receipt["results"], answer.to_dict()["results"])
-    )
-    return differences + result_differences(was, now, attributor, tolerance)
+    unknown = dict.fromkeys(PARTS if image is None else ())
+    was, now = ([{**row, **unknown} for row in rows] for rows in (receipt["results"], answer.to_dict()["results"]))
+    return differences + result_differences(was, now, attributor)
 
 
 def version_differences(receipt: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:
@@ -114,9 +88,7 @@ def version_differences(receipt: Mapping[str, Any], now: Mapping[str, Any], name
     return [f"{part}: the receipt has {str(was)[:12]}, {name} has {str(found)[:12]}." for part, was, found in parts]
 
 
-def result_differences(
-    receipt: list[dict[str, Any]], now: list[dict[str, Any]], attributor: FastAttributor, tolerance: float
-) -> list[str]:
+def result_differences(receipt: list[dict[str, Any]], now: list[dict[str, Any]], attributor: FastAttributor) -> list[str]:
     """A sentence for each image that is named no more, or anew, or of which something else is said."""
     lines = []
     was, found = ({each["image_id"]: each for each in rows} for rows in (receipt, now))
@@ -124,28 +96,26 @@ def result_differences(
     for image_id in was.keys() - found.keys():
         if attributor.has_left(image_id):
             lines.append(f"{image_id} (rank {was[image_id]['rank']}) has been removed from the catalogue since.")
-        elif was[image_id]["similarity"] > lowest + tolerance:
+        elif was[image_id]["similarity"] > lowest + TOLERANCE:
             lines.append(f"{image_id} (rank {was[image_id]['rank']}) is not among the first {len(now)} any more.")
     lines += [
         f"{image_id} is now named (rank {found[image_id]['rank']}), and is not in the receipt."
         for image_id in found.keys() - was.keys()
-        if found[image_id]["similarity"] > lowest + tolerance
+        if found[image_id]["similarity"] > lowest + TOLERANCE
     ]
     for image_id in was.keys() & found.keys():
-        for name, value in was[image_id].items():
-            other = found[image_id].get(name)
-            if name in {"rank", "strength"}:
-                continue  # they follow from the similarities; equal ones may change places
-            if isinstance(value, int | float) and isinstance(other, int | float):
-                same = abs(value - other) <= tolerance * max(1.0, abs(value))
-            else:
-                same = value == other
-            if not same:
+        for name in was[image_id].keys() - {
+            "rank",
+            "strength",
+        }:  # they follow from the similarities; equal ones may change places
+            value, other = was[image_id][name], found[image_id].get(name)
+            numbers = isinstance(value, int | float) and isinstance(other, int | float)
+            if not (abs(value - other) <= TOLERANCE * max(1.0, abs(value)) if numbers else value == other):
                 lines.append(f"{image_id}: {name} was {value!r}, is {other!r}.")
     order = [image_id for image_id in was if image_id in found]
     lines += [
         f"{before} stood before {after}, and is now behind it."
         for before, after in itertools.pairwise(order)
-        if found[before]["similarity"] < found[after]["similarity"] - 2 * tolerance
+        if found[before]["similarity"] < found[after]["similarity"] - 2 * TOLERANCE
     ]
     return sorted(lines)

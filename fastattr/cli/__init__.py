@@ -5,8 +5,7 @@ a receipt that differs, 130 for an interrupted command.
 
 - `main`: `main(argv)`, which runs one command.
 - `ask`: demo, generate, attribute, attribute-many, info.
-- `living`: add, remove, update, compact, verify, serve.
+- `living`: add, remove, update, compact, sign, verify, serve, push, import.
 - `stages`: build, plan, corpus, and one command for each stage.
-- `publish`: push, import.
 - `output`: how results are printed.
 """

@@ -11,6 +11,7 @@ import typer
 
 from fastattr.cli.output import AsJson, on_one_line, say, say_json, show, warn
 from fastattr.core.errors import InputError, MissingExtraError
+from fastattr.core.models import embedded_models
 
 app = typer.Typer()
 Model = Annotated[str, typer.Argument(help="'emoji', an attributor or run folder, or a Hub id.")]
@@ -30,8 +31,6 @@ def demo(
     except ImportError as error:
         raise MissingExtraError(f"the page needs gradio ({error}); run: pip install 'fastattr[space]'") from error
     if model and not generator:
-        from fastattr.core.models import embedded_models
-
         if model not in embedded_models() and not (Path(model) / "generator").is_dir():
             raise InputError(f"{model} holds no generator; name the one that it belongs to with --generator.")
         generator = model
@@ -69,19 +68,14 @@ def generate(
             bar.update(done - bar.n)
 
         image = loaded.generate(prompt, seed=seed, steps=steps, guidance=guidance, on_step=on_step)
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started, 3)
     with atomic_path(out) as temporary:
         image.save(temporary, format=kinds[out.suffix.lower()])
-    settings: dict[str, Any] = {
-        "out": str(out),
-        "prompt": prompt,
-        "seed": seed,
-        "steps": int(loaded.defaults["steps"] if steps is None else steps),
-        "guidance": loaded.defaults["guidance"] if guidance is None else guidance,
-        "generator": loaded.fingerprint,
-        "seconds": round(seconds, 3),
-    }
-    show(settings, as_json, "wrote {out} ({steps} steps, guidance {guidance}, seed {seed}, {seconds:.1f} s)".format(**settings))
+    steps = int(loaded.defaults["steps"] if steps is None else steps)
+    guidance = loaded.defaults["guidance"] if guidance is None else guidance
+    settings: dict[str, Any] = {"out": str(out), "prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
+    settings |= {"generator": loaded.fingerprint, "seconds": seconds}
+    show(settings, as_json, f"wrote {out} ({steps} steps, guidance {guidance}, seed {seed}, {seconds:.1f} s)")
 
 
 @app.command()
@@ -144,10 +138,7 @@ def attribute_many(
     top_k: Annotated[int, typer.Option(help="Training images named for each query.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Attribute a table of queries.
-
-    `accelerate launch` divides it among processes.
-    """
+    """Attribute a table of queries (`accelerate launch`)."""
     from fastattr.attributor import many
 
     result = many.run(model, queries, out, k=top_k)
@@ -170,7 +161,5 @@ def info(model: Model, as_json: AsJson = False) -> None:
         if key != "metrics":
             say(f"{key:10s} {on_one_line(', '.join(map(str, value)) if isinstance(value, list) else value)}")
     for name, values in found["metrics"].get("methods", {}).items():
-        figures = ", ".join(
-            f"{key} {values[key]:.3f} ± {values[key + '_se']:.3f}" for key in ("map", "spearman", "top_k_overlap")
-        )
-        say(f"{'metric':10s} {name}: {figures}")
+        figures = (f"{key} {values[key]:.3f} ± {values[key + '_se']:.3f}" for key in ("map", "spearman", "top_k_overlap"))
+        say(f"{'metric':10s} {name}: {', '.join(figures)}")

@@ -1,14 +1,14 @@
-"""Living: commands that change, check and serve an attributor."""
+"""Living: commands that change, check, serve and publish an attributor, and import what others released."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastattr.cli.output import AsJson, say, say_json
+from fastattr.cli.output import AsJson, say, say_json, show
 from fastattr.core.errors import InputError, ReceiptDiffersError
 
 if TYPE_CHECKING:
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 Folder = Annotated[Path, typer.Argument(help="Attributor or run folder.")]
-AT_ONCE = 256
-"""Pictures that are taken in with one change."""
+AT_ONCE = 256  # pictures that are taken in with one change
 
 
 def _own(folder: Path) -> FastAttributor:
@@ -39,7 +38,7 @@ def add(
 
     Nothing is trained: the student that is there embeds them. Stopped, the same command goes on where it stood.
     """
-    from fastattr.attributor.catalogue import COLUMNS
+    from fastattr.attributor.inputs import COLUMNS
     from fastattr.corpus.folders import read_folder
     from fastattr.corpus.images import load_rgb
     from fastattr.corpus.records import TrainingImage
@@ -53,12 +52,8 @@ def add(
     new = [each for each in images if each.image_id not in known]
     for start in range(0, len(new), AT_ONCE):
         batch = new[start : start + AT_ONCE]
-        own.add(
-            [load_rgb(each.image) for each in batch],
-            [each.captions for each in batch],
-            [{"image_id": each.image_id, **{name: getattr(each, name) for name in COLUMNS[2:]}} for each in batch],
-            readmit=readmit,
-        )
+        fields = [{name: getattr(each, name) for name in ("image_id", *COLUMNS[2:])} for each in batch]
+        own.add([load_rgb(each.image) for each in batch], [each.captions for each in batch], fields, readmit=readmit)
     there, skipped = len(images) - len(new), len(found) - len(images)
     say(f"added {len(new)} images, {there} were there, {skipped} skipped; version {own.versions()['catalog_version']}")
 
@@ -91,13 +86,22 @@ def update(
 
 @app.command()
 def compact(attributor: Folder) -> None:
-    """Fold all changes into the index.
-
-    It erases the data of removed images.
-    """
+    """Fold changes into the index, and erase what left."""
     own = _own(attributor)
     own.compact()
     say(f"compacted; {len(own)} images, version {own.versions()['catalog_version']}")
+
+
+@app.command()
+def sign(
+    attributor: Folder,
+    key: Annotated[Path, typer.Option(help="Private ed25519 key, PEM (`openssl genpkey -algorithm ed25519`).")],
+) -> None:
+    """Sign an attributor for those who trust a key."""
+    from fastattr.attributor import signature
+    from fastattr.core.models import locate
+
+    say(f"signed: {signature.sign(locate(attributor, 'attributor', files=[]), key)}")
 
 
 @app.command()
@@ -114,10 +118,9 @@ def verify(
 
     claimed = receipts.read_receipt(receipt)
     name = model or claimed["model"]["name"]
-    wanted = revision or (None if model else claimed["model"].get("revision") or None)
-    attributor = FastAttributor.from_pretrained(
-        name, revision=None if "@" in name and not revision else wanted, thumbnails=False
-    )
+    if not (revision or model or "@" in name):
+        revision = claimed["model"].get("revision") or ""
+    attributor = FastAttributor.from_pretrained(name, revision=revision or None, thumbnails=False)
     differences = receipts.verify(claimed, attributor, image=image)
     if as_json:
         say_json({"same": not differences, "differences": differences, "versions": attributor.versions()})
@@ -134,11 +137,74 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 30.0,
 ) -> None:
-    """Serve an attributor to machines over HTTP.
-
-    POST an image, get the receipt.
-    """
+    """Serve an attributor to machines over HTTP."""
     from fastattr.serving import http
 
-    config = http.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=timeout)
-    http.run(model, host=host, port=port, config=config)
+    http.run(model, host=host, port=port, config=http.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=timeout))
+
+
+@app.command()
+def push(
+    kind: Annotated[Literal["attributor", "generator", "scores", "space"], typer.Argument(help="What to push.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="[SOURCE] ORG/NAME", help="'emoji', a run folder or the folder (not for a space); where to."),
+    ],
+    generator: Annotated[str, typer.Option(help="Of attributor and space: Hub id of the generator it belongs to.")] = "",
+    attributor: Annotated[str, typer.Option(help="Of a space: Hub id of the attributor.")] = "",
+    scores: Annotated[str, typer.Option(help="Of attributor and space: Hub id of the score table.")] = "",
+    config_name: Annotated[str, typer.Option(help="Of scores: configuration (default: teacher and generator).")] = "",
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch (default: main).")] = "",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "",
+    tag: Annotated[str, typer.Option(help="Release tag; 'auto' names version and contents, '' makes none.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; needs no network.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push models, score tables or the page to the Hub."""
+    from fastattr.publishing import publish, score_tables
+
+    *source, repo_id = places
+    if len(source) != (kind != "space"):
+        raise InputError(f"write: fastattr push {kind} {'' if kind == 'space' else 'SOURCE '}ORG/NAME.")
+    options: dict[str, Any] = {"private": private or None, "revision": revision or None, "create_pr": create_pr}
+    options |= {"message": message or None, "tag": None if create_pr else tag or None, "dry_run": dry_run}
+    if kind in {"attributor", "space"}:
+        options |= {"generator": generator or None, "scores": scores or None}
+    if kind == "space":
+        if not generator or not attributor:
+            raise InputError("a space shows models that are on the Hub: give --generator and --attributor.")
+        sent = publish.push_space(repo_id, attributor=attributor, **options)
+    else:
+        folder = publish.part_of(source[0], kind)
+        if kind == "attributor":
+            sent = publish.push_attributor(folder, repo_id, **options)
+        elif kind == "generator":
+            sent = publish.push_generator(folder, repo_id, images=publish.training_images(source[0]), **options)
+        else:
+            sent = score_tables.push_scores(folder, repo_id, config_name=config_name or None, **options)
+    show(vars(sent), as_json, sent.in_words())
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[Literal["fastgda"], typer.Argument(help="The paper's authors' checkpoint, features and rankings.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    ids: Annotated[Path, typer.Option(help="Ids of the training images in order: .txt, .json, .npy, .parquet.")],
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint, e.g. dino+clip_text.pth: with --features.")] = None,
+    features: Annotated[Path | None, typer.Option(help="Features of the training images, e.g. data_feats.npy.")] = None,
+    influence: Annotated[list[Path] | None, typer.Option(help="influence_SPLIT.pkl: a score table; once a split.")] = None,
+    prompts: Annotated[list[Path] | None, typer.Option(help="A query's prompt a line; as often as --influence.")] = None,
+) -> None:
+    """Import what others released."""
+    from fastattr.publishing import fastgda
+
+    if influence and not (weights or features):
+        manifest = fastgda.import_scores(influence, ids, out, prompts=prompts or [])
+        say(f"score table of {manifest['queries']} queries in {out} (licence of the source: {manifest['license']})")
+    elif weights and features and not influence:
+        fastgda.import_attributor(weights, features, ids, out)
+        say(f"attributor in {out} (licence of the source: {fastgda.LICENSE})")
+    else:
+        raise InputError("give --weights and --features for an attributor, or --influence for a score table.")

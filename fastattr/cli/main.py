@@ -1,8 +1,4 @@
-"""Main: puts the commands together, and turns errors into one line and an exit code.
-
-Errors that a user can mend, a full disk among them, end in one line on stderr and exit code 2; `verify` ends with 1 if
-something differs; an interrupted command ends with 130.
-"""
+"""Main: puts the commands together, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastattr.cli import ask, living, publish, stages
+from fastattr.cli import ask, living, stages
 from fastattr.cli.output import HarmlessFormatter, say, warn
 from fastattr.core.errors import FastattrError, ReceiptDiffersError, for_terminal
 
@@ -45,7 +41,7 @@ Build your own, all at once (resumes where it stands) or stage by stage:
 """
 
 app = typer.Typer(help=GUIDE, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
-for part in (ask, living, stages, publish):
+for part in (ask, living, stages):
     app.add_typer(part.app)
 
 

@@ -1,8 +1,4 @@
-"""Output: what every command shares when it prints.
-
-Results go to stdout, warnings and progress to stderr. Names and captions come from strangers: what a terminal would take
-for a command of its own is shown as an escape.
-"""
+"""Output: results go to stdout, warnings to stderr, and nothing that a stranger wrote commands the terminal."""
 
 from __future__ import annotations
 

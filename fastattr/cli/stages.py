@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastattr.cli.output import AsJson, say, say_json, show, warn
+from fastattr.cli.output import AsJson, show, warn
 from fastattr.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,9 +69,8 @@ def build(
         here, limit = plan["here"], loaded.plan.confirm_hours
         if yes or ("seconds" in here and here["seconds"]["in all"] <= 3600 * limit):
             return
-        takes = (
-            f"{here['seconds']['in all'] / 3600:,.1f} hours" if "seconds" in here else f"an unknown time ({here['problem']})"
-        )
+        known = "seconds" in here
+        takes = f"{here['seconds']['in all'] / 3600:,.1f} hours" if known else f"an unknown time ({here['problem']})"
         if sys.stdin.isatty() and typer.confirm(f"This takes {takes} on this machine. Go on?", err=True):
             return
         raise InputError(f"nothing was built: it takes {takes}, and plan.confirm_hours is {limit}. Add --yes to build it.")
@@ -82,13 +81,10 @@ def build(
     result: dict[str, Any] = {"run": str(folder), "seconds": seconds, "report": str(report), "warning": warning}
     if assets:
         result["bytes"] = line.embed_assets(loaded, folder, assets)["bytes"]
-    if as_json:
-        say_json(result)
-        return
-    if result["warning"]:
-        warn(f"warning: {result['warning']}")
-    say(f"done, in {folder}: {folder / 'attributor'} is ready for FastAttributor.from_pretrained")
-    say(f"report: {report}")
+    if not as_json and warning:
+        warn(f"warning: {warning}")
+    done = f"done, in {folder}: {folder / 'attributor'} is ready for FastAttributor.from_pretrained"
+    show(result, as_json, f"{done}\nreport: {report}")
 
 
 @app.command()
@@ -98,10 +94,7 @@ def plan(
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Do not measure this machine.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what each stage of a config will cost.
-
-    Evaluations, memory, disk, hours and money, before anything runs.
-    """
+    """Say what each stage of a config will cost."""
     from fastattr.pipeline import plan as planning
 
     loaded, folder = _opened(config, run_dir)
@@ -128,22 +121,12 @@ def corpus(
     if len(places) > 2:
         raise InputError(f"corpus takes one source and one folder to write, got {', '.join(places)}.")
     *path, out = places
-    config = stage.CorpusConfig(
-        kind=kind,
-        path="".join(path),
-        split=split,
-        image_column=image_column,
-        caption_column=caption_column,
-        resolution=resolution,
-        creator_from_folder=creator_from_folder,
-        shards=shards,
-        duplicates=duplicates,
-    )
-    manifest = stage.run(config, Path(out))
-    if as_json:
-        say_json(manifest)
-        return
-    say(f"{manifest['images']} images in {out}, {sum(manifest['skipped'].values())} skipped (listed in skipped.parquet)")
+    options: dict[str, Any] = {"kind": kind, "path": "".join(path), "shards": shards, "duplicates": duplicates, "split": split}
+    options |= {"image_column": image_column, "caption_column": caption_column, "resolution": resolution}
+    config = stage.CorpusConfig(creator_from_folder=creator_from_folder, **options)
+    manifest, listed = stage.run(config, Path(out)), "listed in skipped.parquet"
+    skipped = sum(manifest["skipped"].values())
+    show(manifest, as_json, f"{manifest['images']} images in {out}, {skipped} skipped ({listed})")
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -165,27 +148,21 @@ def evaluate(
     split: Annotated[str, typer.Option(help="With --truth: test or validation queries.")] = "test",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a student with its teacher, or with truth.
-
-    With --truth it compares any method with what retraining without images does.
-    """
+    """Compare a student with its teacher, or with truth."""
     if truth is None:
         _run_stage("evaluate", Path(config), run_dir, as_json)
         return
     from fastattr.evaluation.against_truth import run_truth
 
     result = run_truth(config, truth, out, split=split)
-    if as_json:
-        say_json(result)
-        return
     ceiling = "unknown" if result["noise_ceiling"] is None else f"{result['noise_ceiling']:.3f}"
-    say(f"{result['n_models']} models, {result['n_queries']} queries, noise ceiling of residual LDS {ceiling}")
-    say(f"{'residual LDS':>25s}  {'plain LDS':>25s}  {'s/query':>8s}  method")
+    lines = [f"{result['n_models']} models, {result['n_queries']} queries, noise ceiling of residual LDS {ceiling}"]
+    lines += [f"{'residual LDS':>25s}  {'plain LDS':>25s}  {'s/query':>8s}  method"]
     for name, row in result["methods"].items():
         columns = [f"{row[key]:.3f} [{row[f'{key}_low']:.3f}, {row[f'{key}_high']:.3f}]" for key in ("lds_residual", "lds")]
         seconds = "" if row["seconds_per_query"] is None else f"{row['seconds_per_query']:.4f}"
-        say(f"{columns[0]:>25s}  {columns[1]:>25s}  {seconds:>8s}  {name}")
-    say(f"wrote {out / 'metrics.json'} and figures")
+        lines += [f"{columns[0]:>25s}  {columns[1]:>25s}  {seconds:>8s}  {name}"]
+    show(result, as_json, "\n".join([*lines, f"wrote {out / 'metrics.json'} and figures"]))
 
 
 @app.command()
@@ -197,10 +174,7 @@ def index(
     token: Annotated[str, typer.Option(help="With milvus: 'user:password', or a key.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Build the index and put the attributor together.
-
-    With --backend milvus it loads a finished attributor into Milvus.
-    """
+    """Build the index and the attributor, or fill Milvus."""
     if backend == "faiss":
         _run_stage("index", Path(config), run_dir, as_json)
         return

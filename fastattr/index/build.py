@@ -1,7 +1,4 @@
-"""Build an index from a stream of vectors, shard by shard; an interrupted build goes on where it stopped.
-
-Writes index.faiss (or shards of it), and vectors.f16 with vectors.sha256 where the kind needs them.
-"""
+"""Build an index from a stream of vectors, shard by shard; an interrupted build goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -19,54 +16,31 @@ from tqdm import tqdm
 from fastattr.core.errors import ArtifactMismatchError, InputError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.stages import fingerprint
-from fastattr.index.choose import (
-    AUTO,
-    BUILD_ROWS,
-    TRAINING_ROWS,
-    IndexConfig,
-    available_memory,
-    choose,
-    coarse_lists,
-    keeps_vectors,
-    make,
-    require_room,
-)
-from fastattr.index.files import is_inverted, save_index
+from fastattr.index import choose as choosing
+from fastattr.index.choose import BUILD_ROWS, TRAINING_ROWS, IndexConfig, coarse_lists, make
+from fastattr.index.files import cause, is_inverted, save_index
 from fastattr.index.tune import READ_COST, tune
-from fastattr.index.vectors import BATCH, Read, only_finite, reader, require_finite, write_vectors
+from fastattr.index.vectors import BATCH, Read, reader, require_finite, write_vectors
 
-FEWEST_ROWS = 1000
-"""An index of fewer rows is not trained again."""
-RETUNED = ("index", "index_shards", "search", "recall_wanted", "recall_of_search")
-"""What `retune` may change of an index's settings."""
+FEWEST_ROWS = 1000  # an index of fewer rows is not trained again
+RETUNED = ("index", "index_shards", "search", "recall_wanted", "recall_of_search")  # what `retune` may change of an index
 
 
 def build_index(embeddings: np.ndarray, factory: str) -> faiss.Index:
-    """An inner-product index of (N, D) float32 unit vectors, in memory; row i has id i.
-
-    Raises:
-        InputError: FAISS does not know the factory string, or there are too few vectors to train it.
-        NonFiniteError: a vector is NaN or infinite.
-    """
+    """An inner-product index of (N, D) float32 unit vectors, in memory; row i has id i; errors as `build`."""
     index = train(make(factory, embeddings.shape[1]), require_finite(embeddings), factory)
     index.add(embeddings)
     return index
 
 
 def train(index: faiss.Index, embeddings: np.ndarray, factory: str) -> faiss.Index:
-    """The index, trained on (n, D) float32 vectors.
-
-    Raises:
-        InputError: there are too few.
-    """
+    """The index, trained on (n, D) float32 vectors; InputError if they are too few."""
     trained = on_gpu(index)
     try:
         trained.train(embeddings)
     except RuntimeError as error:
-        raise InputError(
-            f"{len(embeddings)} images are too few to train an index {factory!r}; take 'SQfp16'. "
-            f"FAISS says: {str(error).splitlines()[0][:200]}"
-        ) from error
+        few = f"{len(embeddings)} images are too few to train an index {factory!r}; take 'SQfp16'"
+        raise InputError(f"{few}. FAISS says: {cause(error)}") from error
     return off_gpu(trained)
 
 
@@ -87,75 +61,50 @@ def build(
     config: IndexConfig,
     folder: Path,
     *,
-    name: str = "index",
-    seed: int = 0,
     queries: np.ndarray | None = None,
     image_ids: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build an index of N vectors from a stream into a folder, shard by shard; done again, it goes on where it stopped.
 
-    Args:
-        read: gives the vectors; rows are read in order, and some of them twice.
-        rows: N.
-        dim: D.
-        config: the kind of index, and how large its files.
-        folder: where the files go; those of an interrupted build are in its folder `.build`.
-        name: first part of the files' names.
-        seed: of the choice of training vectors.
-        queries: (Q, D) embeddings of queries as they come, for whose recall the search is tuned, too.
-        image_ids: N, to name images in errors.
+    `read` gives the (rows, dim) vectors, some of them twice; `queries` are (Q, D) embeddings of queries as they come, for
+    whose recall the search is tuned, too; `image_ids` name images in errors. Returns what config.json says of it: 'index'
+    (factory), 'index_shards', 'vectors', 'search', 'recall_wanted', 'recall_of_search' (measured).
 
-    Returns:
-        What config.json says of it: 'index' (factory), 'index_shards', 'vectors', 'search', 'recall_wanted',
-        'recall_of_search' (measured).
-
-    Raises:
-        DoesNotFitError: memory or disk are too small.
-        InputError: FAISS does not know the factory string, or there are too few vectors.
-        ArtifactMismatchError: the folder holds a half-built index with other settings.
-        NonFiniteError: a vector is NaN or infinite.
+    Raises DoesNotFitError (memory or disk), InputError (unknown kind, too few vectors), ArtifactMismatchError (the folder holds
+    a half-built index with other settings) or NonFiniteError.
     """
-    read = only_finite(read, image_ids)
-    memory = config.memory_gb * 1e9 or available_memory() / 2
-    factory = config.factory if config.factory != AUTO else choose(rows, dim, recall=config.recall, memory=memory)
-    require_room(rows, dim, factory, folder, config)
+
+    def finite(start: int, stop: int) -> np.ndarray:
+        return require_finite(read(start, stop), image_ids[start:stop], first=start)
+
+    factory, recall = config.factory, config.recall
+    if factory == choosing.AUTO:
+        memory = config.memory_gb * 1e9 or choosing.available_memory() / 2
+        factory = choosing.choose(rows, dim, recall=recall, memory=memory)
+    choosing.require_room(rows, dim, factory, folder, config)
     work = folder / ".build"
     work.mkdir(parents=True, exist_ok=True)
-    identity = fingerprint([factory, rows, dim, config.shard_rows, name, seed, read(0, min(rows, 8)).round(4).tolist()])
+    identity = fingerprint([factory, rows, dim, config.shard_rows, finite(0, min(rows, 8)).round(4).tolist()])
     if (work / "identity.json").exists() and read_json(work / "identity.json") != identity:
         raise ArtifactMismatchError(f"{work} holds a half-built index of something else; remove it to build anew.")
     write_json(work / "identity.json", identity)
-    vectors = write_vectors(read, rows, dim, folder, name) if keeps_vectors(make(factory, dim)) else None
-    if vectors:
-        read = reader(folder / vectors["file"], dim)
-    trained = _train_on_sample(read, rows, factory, dim, work / "trained.faiss", seed=seed)
-    shards = add_shards(trained, read, rows, config.shard_rows, folder, name=name)
+    vectors = write_vectors(finite, rows, dim, folder, "index") if choosing.keeps_vectors(make(factory, dim)) else None
+    stream = reader(folder / vectors["file"], dim) if vectors else finite
+    trained = _train_on_sample(stream, rows, factory, dim, work / "trained.faiss")
+    shards = add_shards(trained, stream, rows, config.shard_rows, folder)
     settings: dict[str, Any] = {"index": factory, "index_shards": shards, "vectors": vectors}
-    settings |= tune(folder, settings, read, rows, recall=config.recall, seed=seed, queries=queries)
+    settings |= tune(folder, settings, stream, rows, recall=recall, queries=queries)
     shutil.rmtree(work)
     return settings
 
 
 def retune(
-    folder: Path,
-    settings: dict[str, Any],
-    read: Read,
-    rows: int,
-    dim: int,
-    *,
-    name: str = "index",
-    parts: Sequence[int] = (),
+    folder: Path, settings: dict[str, Any], read: Read, rows: int, dim: int, *, name: str = "index", parts: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Tune the search of an index whose rows are no longer those that it was trained on; train it anew where that is better.
 
-    Args:
-        folder: with the index's files, which may be replaced (under the same names, that begin with `name`).
-        settings: what config.json says: 'index', 'index_shards', 'vectors', and 'search' as it was tuned before.
-        read: gives the (N, D) vectors; `rows` is N, `dim` is D.
-        parts: first rows of regions that must be served as promised, too, such as the images added last.
-
-    Returns:
-        'index', 'index_shards', 'search', 'recall_wanted' and 'recall_of_search', the lowest that was measured.
+    Settings are what config.json says. `parts` are first rows of regions that must be served as promised, too, such as the
+    images added last. Returns the settings of `RETUNED`; files may be replaced.
     """
     recall = float(settings.get("recall_wanted", IndexConfig.recall))
     kept = {key: settings[key] for key in ("index", "index_shards", "vectors")}
@@ -166,8 +115,10 @@ def retune(
         return {key: kept[key] for key in RETUNED}
     work = folder / ".build"
     work.mkdir(exist_ok=True)
-    fresh = {**kept, "index": _with_lists_for(kept["index"], rows)}
-    trained = _train_on_sample(read, rows, fresh["index"], dim, work / "trained-again.faiss", seed=0)
+    own, lists = re.search(r"IVF(\d+)", kept["index"]), coarse_lists(rows)
+    far = own is not None and not lists / 4 < int(own[1]) < lists * 4  # from the lists that `choose` would take
+    fresh = {**kept, "index": kept["index"].replace(own[0], f"IVF{lists}") if own and far else kept["index"]}
+    trained = _train_on_sample(read, rows, fresh["index"], dim, work / "trained-again.faiss")
     size = int(kept["index_shards"][0]["rows"]) if len(kept["index_shards"]) > 1 else 0
     fresh["index_shards"] = add_shards(trained, read, rows, size, work, name=name)
     fresh |= tune(work, fresh, read, rows, recall=recall, parts=parts)
@@ -179,13 +130,6 @@ def retune(
     return {key: (fresh if worth[0] > worth[1] else kept)[key] for key in RETUNED}
 
 
-def _with_lists_for(factory: str, rows: int) -> str:
-    """The factory string with as many lists as `choose` would take, where its own number is far from that."""
-    lists = coarse_lists(rows)
-    own = re.search(r"IVF(\d+)", factory)
-    return factory if own is None or lists / 4 < int(own[1]) < lists * 4 else factory.replace(own[0], f"IVF{lists}")
-
-
 def _effort(settings: dict[str, Any], rows: int) -> float:
     """Codes that a search compares, vectors that it reads counted as so many codes as take the same time."""
     search, lists = settings["search"], re.findall(r"IVF(\d+)", settings["index"])
@@ -193,7 +137,9 @@ def _effort(settings: dict[str, Any], rows: int) -> float:
     return looked_at + READ_COST * (search["shortlist"] if settings["vectors"] else 0)
 
 
-def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str) -> list[dict[str, Any]]:
+def add_shards(
+    trained: Path, read: Read, rows: int, shard_rows: int, folder: Path, *, name: str = "index"
+) -> list[dict[str, Any]]:
     """Add N vectors to copies of the empty index in the file `trained`, `shard_rows` (0: all) to a file in `folder`.
 
     Shards that are there are left alone. Returns 'file', 'first_row' and 'rows' of each; 'own_ids' where rows are counted
@@ -219,7 +165,7 @@ def add_shards(trained: Path, read: Read, rows: int, shard_rows: int, folder: Pa
     return listed
 
 
-def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, *, seed: int) -> Path:
+def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path) -> Path:
     """The file of an empty index trained on vectors that are drawn over the whole corpus."""
     if path.exists():
         return path
@@ -231,7 +177,7 @@ def _train_on_sample(read: Read, rows: int, factory: str, dim: int, path: Path, 
         each = math.ceil(wanted / len(blocks))
         parts = []
         for number, block in enumerate(tqdm(blocks, desc="training vectors", unit="block", disable=len(blocks) < 100)):
-            picked = np.random.default_rng([seed, number]).permutation(len(block))[:each]
+            picked = np.random.default_rng([0, number]).permutation(len(block))[:each]
             parts.append(read(int(block[0]), int(block[-1]) + 1)[np.sort(picked)])
         index = train(index, np.concatenate(parts)[: max(wanted, 1)], factory)
     save_index(index, path)

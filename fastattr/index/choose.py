@@ -19,10 +19,8 @@ from fastattr.index.vectors import BATCH, DIGEST_BYTES
 AUTO = "auto"
 EXHAUSTIVE_ROWS = 20_000
 """Up to here an exhaustive search answers in a millisecond or two; nothing is gained by approximating it."""
-BUILD_ROWS = 2_000_000
-"""Rows that are added to an index in memory before they are written as a shard."""
-TRAINING_ROWS = 262_144
-"""At most so many vectors train an index."""
+BUILD_ROWS = 2_000_000  # rows that are added to an index in memory before they are written as a shard
+TRAINING_ROWS = 262_144  # at most so many vectors train an index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,32 +51,20 @@ class Estimate:
     """What an index takes, in bytes."""
 
     factory: str
-    memory: int
-    """Of the loaded index, should all of it be touched."""
-    disk: int
-    """Index and float16 vectors."""
-    build_memory: int
-    """At most, while it is built."""
+    memory: int  # of the loaded index, should all of it be touched
+    disk: int  # index and float16 vectors
+    build_memory: int  # at most, while it is built
 
     def in_words(self) -> str:
         """One line."""
-        return (
-            f"{self.factory}: {self.memory / 1e9:,.2f} GB memory ({self.build_memory / 1e9:,.2f} GB while it is built), "
-            f"{self.disk / 1e9:,.2f} GB disk"
-        )
+        memory, build, disk = (f"{size / 1e9:,.2f} GB" for size in (self.memory, self.build_memory, self.disk))
+        return f"{self.factory}: {memory} memory ({build} while it is built), {disk} disk"
 
 
 def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.inf) -> str:
-    """The FAISS factory string for a corpus; docs/search-index.md has the measurements behind it.
+    """The FAISS factory string for N x D embeddings that finds this share of the 100 nearest in this memory (bytes).
 
-    Args:
-        rows: N, images in the corpus.
-        dim: D, width of the embeddings.
-        recall: share of the 100 nearest that a search has to find.
-        memory: bytes that the index may take.
-
-    Raises:
-        DoesNotFitError: nothing that reaches this recall fits; the text says what each kind would take.
+    Raises DoesNotFitError if none does. Measured: docs/search-index.md.
     """
     fitting = [factory for factory in kinds(rows, dim, recall=recall) if estimate(rows, dim, factory).memory <= memory]
     if not fitting:
@@ -116,11 +102,7 @@ def keeps_vectors(index: faiss.Index) -> bool:
 
 
 def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estimate:
-    """What an index takes, from the sizes of its parts.
-
-    Raises:
-        InputError: FAISS does not know the factory string.
-    """
+    """What an index takes, from the sizes of its parts; InputError if FAISS does not know the factory string."""
     index: Any = make(factory, dim)
     fixed, inner = 0, inner_of(index)
     if inner is not index:
@@ -142,34 +124,24 @@ def estimate(rows: int, dim: int, factory: str, *, shard_rows: int = 0) -> Estim
     shards = -(-rows // at_once)
     memory += (shards if shards > 1 else 0) * fixed  # each shard has the lists' centres, and the whole once more
     training = min(rows, TRAINING_ROWS) * dim * 4 * 2
-    return Estimate(
-        factory=factory,
-        memory=memory,
-        disk=memory + vectors,
-        build_memory=fixed + at_once * per_row + max(training, 3 * BATCH * dim * 4),
-    )
+    build_memory = fixed + at_once * per_row + max(training, 3 * BATCH * dim * 4)
+    return Estimate(factory=factory, memory=memory, disk=memory + vectors, build_memory=build_memory)
 
 
 def _alternatives(rows: int, dim: int, recall: float) -> str:
     return "; ".join(estimate(rows, dim, factory).in_words() for factory in kinds(rows, dim, recall=recall))
 
 
-def require_room(rows: int, dim: int, factory: str, folder: Path, config: IndexConfig) -> Estimate:
-    """The estimate, if memory and disk have room for it.
-
-    Raises:
-        DoesNotFitError: they have not; the text has the figures and the alternatives.
-    """
+def require_room(rows: int, dim: int, factory: str, folder: Path, config: IndexConfig) -> None:
+    """Raise DoesNotFitError if memory or disk have no room for an index; the text has the figures and the alternatives."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     needed = estimate(rows, dim, factory, shard_rows=config.shard_rows)
-    memory, disk = available_memory(), shutil.disk_usage(_existing(folder)).free
+    memory, disk = available_memory(), shutil.disk_usage(existing).free
     for what, found, wanted in (("memory", memory, needed.build_memory), ("disk", disk, needed.disk)):
         if wanted > found:
-            raise DoesNotFitError(
-                f"an index {factory!r} of {rows:,} x {dim} takes {wanted / 1e9:,.2f} GB of {what} while it is built, and "
-                f"{found / 1e9:,.2f} GB are free. Alternatives: {_alternatives(rows, dim, config.recall)}; or fewer rows a "
-                "shard (shard_rows)."
-            )
-    return needed
+            room = f"{wanted / 1e9:,.2f} GB of {what} while it is built, and {found / 1e9:,.2f} GB are free"
+            others = f"{_alternatives(rows, dim, config.recall)}; or fewer rows a shard (shard_rows)"
+            raise DoesNotFitError(f"an index {factory!r} of {rows:,} x {dim} takes {room}. Alternatives: {others}.")
 
 
 def available_memory() -> int:
@@ -181,32 +153,21 @@ def available_memory() -> int:
     return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-
-
 def make(factory: str, dim: int) -> faiss.Index:
-    """An empty inner-product index.
-
-    Raises:
-        InputError: FAISS does not know the factory string, or its kind can't leave out rows while it searches.
-    """
+    """An empty inner-product index; InputError if FAISS does not know the kind, or can't leave out rows while it searches."""
     try:
         index: faiss.Index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise InputError(
-            f"FAISS does not know the index {factory!r} for width {dim}; try 'auto', 'Flat', 'SQfp16' or 'HNSW32'."
-        ) from error
+        known = "try 'auto', 'Flat', 'SQfp16' or 'HNSW32'"
+        raise InputError(f"FAISS does not know the index {factory!r} for width {dim}; {known}.") from error
     if not is_supported(index):
         raise InputError(
-            f"fastattr does not search the index {factory!r}: removed images must be left out, by inner product. Flat, SQ..., "
-            "PQ..., HNSW... and IVFn with Flat, SQ..., PQ... or RaBitQ can do that, also behind PCA or OPQ; short lists are "
-            "ranked again without being asked. Try 'auto'."
+            f"fastattr does not search the index {factory!r}: removed images must be left out, by inner product. Try 'auto', "
+            "or Flat, SQ..., PQ..., HNSW... or IVFn with Flat, SQ..., PQ... or RaBitQ, also behind PCA or OPQ."
         )
     inner = inner_of(index)
     if inner is not index:
-        whole: Any = index
-        first: Any = faiss.downcast_VectorTransform(whole.chain.at(0))
+        first: Any = faiss.downcast_VectorTransform(index.chain.at(0))  # type: ignore[attr-defined]
         if isinstance(first, faiss.OPQMatrix):
             first.niter, first.max_train_points = 10, 16_384
     if isinstance(inner, faiss.IndexPQ):

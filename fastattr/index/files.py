@@ -1,8 +1,7 @@
 """Files of an index: written atomically, compared with their checksum before FAISS reads a byte, mapped into memory.
 
-FAISS is native code, and whoever makes an attributor makes its checksums too. Its reader checks what it reads; its mapping
-reader does not (a file of 27 bytes ended the process), so a file is mapped only once `_ends_where_it_says` has followed its
-structure to the last byte. Nothing may allocate more than the file has.
+FAISS's reader checks what it reads; its mapping reader does not, so a file is mapped only once `_ends_where_it_says` has
+followed its structure to the last byte. Nothing may allocate more than the file has.
 """
 
 from __future__ import annotations
@@ -18,20 +17,10 @@ import faiss
 from fastattr.core.errors import ArtifactDamagedError, MissingFileError
 from fastattr.core.files import atomic_path, sha256_file
 
-SUPPORTED = (
-    faiss.IndexFlat,
-    faiss.IndexScalarQuantizer,
-    faiss.IndexPQ,
-    faiss.IndexRaBitQ,
-    faiss.IndexHNSW,
-    faiss.IndexIVFFlat,
-    faiss.IndexIVFScalarQuantizer,
-    faiss.IndexIVFPQ,
-    faiss.IndexIVFRaBitQ,
-)
+KINDS = ("Flat", "ScalarQuantizer", "PQ", "RaBitQ", "HNSW", "IVFFlat", "IVFScalarQuantizer", "IVFPQ", "IVFRaBitQ")
+SUPPORTED = tuple(getattr(faiss, f"Index{kind}") for kind in KINDS)
 """FAISS classes that `search` can make leave out chosen rows, and whose files FAISS checks; alone, or behind PCA, OPQ, ..."""
-_LIMITS = threading.Lock()
-"""FAISS's limits on what it reads are the process's."""
+_LIMITS = threading.Lock()  # FAISS's limits on what it reads are the process's
 
 
 def _after_fork() -> None:
@@ -65,45 +54,24 @@ def save_index(index: faiss.Index, path: Path) -> None:
 
 
 def check_file(path: Path, sha256: str) -> None:
-    """Compare a file's checksum.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ArtifactDamagedError: its checksum is another.
-    """
+    """Compare a file's checksum; MissingFileError or ArtifactDamagedError."""
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; fetch or build the attributor again.")
     found = sha256_file(path)
-    if found != sha256:
-        raise ArtifactDamagedError(
-            f"{path} has SHA-256 {found[:12]}..., expected {str(sha256)[:12]}...; fetch it again with force_download=True."
-        )
+    if (found := sha256_file(path)) != sha256:
+        differs = f"has SHA-256 {found[:12]}..., expected {str(sha256)[:12]}..."
+        raise ArtifactDamagedError(f"{path} {differs}; fetch it again with force_download=True.")
 
 
 def load_index(path: Path, *, sha256: str, inverted: bool = False) -> faiss.Index:
-    """Map an index into memory whose checksum is as expected; FAISS sees no byte of any other file.
-
-    Args:
-        path: the index.
-        sha256: its checksum.
-        inverted: whether it is an inverted file, which FAISS maps in another way.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ArtifactDamagedError: a checksum is another, or the file is no index that fastattr searches.
-    """
+    """Map an index into memory whose checksum is as expected; FAISS sees no byte of any other file."""
     check_file(path, sha256)
     return map_index(path, inverted=inverted)
 
 
 def map_index(path: Path, *, inverted: bool) -> faiss.Index:
-    """The index of a file, mapped into memory where FAISS can; no file ends the process, whoever made it.
-
-    Raises:
-        ArtifactDamagedError: the file is no index that fastattr searches.
-    """
-    size = path.stat().st_size
-    flags = 0
+    """The index of a file, mapped into memory where FAISS can; no file ends the process: ArtifactDamagedError."""
+    size, flags = path.stat().st_size, 0
     if inverted:
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     elif _ends_where_it_says(path, size):
@@ -115,20 +83,22 @@ def map_index(path: Path, *, inverted: bool) -> faiss.Index:
         try:
             index = faiss.read_index(str(path), flags)
         except (RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ArtifactDamagedError(f"{path} can't be read by FAISS ({reason}); fetch the attributor again.") from error
+            raise ArtifactDamagedError(f"{path} can't be read by FAISS ({cause(error)}); fetch it again.") from error
         finally:
             faiss.set_deserialization_vector_byte_limit(largest)
             faiss.set_deserialization_loop_limit(longest)
-    if not is_supported(index):
-        raise ArtifactDamagedError(
-            f"{path} holds a FAISS index of a kind that fastattr does not search ({type(inner_of(index)).__name__}); "
-            "build the attributor again with another index.factory."
-        )
     inner = inner_of(index)
+    if not is_supported(index):
+        kind = f"holds a FAISS index of a kind that fastattr does not search ({type(inner).__name__})"
+        raise ArtifactDamagedError(f"{path} {kind}; build the attributor again with another index.factory.")
     if isinstance(inner, faiss.IndexFlatCodes) and inner.codes.size() != inner.ntotal * inner.code_size:
         raise ArtifactDamagedError(f"{path} holds fewer codes than rows; fetch the attributor again.")
     return index
+
+
+def cause(error: Exception) -> str:
+    """What FAISS says, in one line."""
+    return str(error).splitlines()[0][:200]
 
 
 def _ends_where_it_says(path: Path, size: int) -> bool:

@@ -15,15 +15,11 @@ import faiss
 import numpy as np
 
 from fastattr.core.errors import ArtifactDamagedError, InputError
-from fastattr.index.files import inner_of, is_inverted, load_index, map_index
+from fastattr.index.files import cause, inner_of, is_inverted, load_index, map_index
 from fastattr.index.vectors import BATCH, Vectors
 
-TUNED_K = 100
-"""The search's settings are chosen for the recall of so many neighbours."""
-EXACT_ROWS = 10_000
-"""If no more rows than this may be found, all of them are compared."""
-
-
+TUNED_K = 100  # the search's settings are chosen for the recall of so many neighbours
+EXACT_ROWS = 10_000  # if no more rows than this may be found, all of them are compared
 SETTLED = 1e-3
 """A search that finds no more than this, in the mean similarity of the last row wanted, by looking twice as far is done."""
 
@@ -32,25 +28,16 @@ class Shards:
     """Shards of one index, searched as one; those that are left out are simply not found."""
 
     def __init__(self, shards: Sequence[tuple[faiss.Index, int]], *, ranges: Sequence[tuple[int, int]] | None = None) -> None:
-        """Join them.
-
-        Args:
-            shards: each with the number to add to its rows.
-            ranges: first row and number of rows of each, where that is not the same.
-        """
+        """Join indexes, each with the number to add to its rows; `ranges` are theirs where they have ids of their own."""
         self.shards = list(shards)
-        self.ranges = list(ranges) if ranges is not None else [(first, index.ntotal) for index, first in self.shards]
-        """First row and number of rows of what is there."""
+        self.ranges = list(ranges or [(first, index.ntotal) for index, first in self.shards])  # first row, number of rows
         self.kept: Any = None
         self.ntotal = sum(index.ntotal for index, _ in self.shards)
 
     def search(
         self, queries: np.ndarray, k: int, *, allowed: np.ndarray | None = None, widen: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, k) similarities, best first, and rows; what is not found has the row -1 and comes last.
-
-        Of (N,) bool `allowed` rows only; at `widen` times as many lists, or neighbours, as usual.
-        """
+        """(Q, k) similarities and rows, best first, -1 for none, of `widen` times as many lists or neighbours as usual."""
         found = []
         for index, first in self.shards:
             own = allowed if allowed is None or is_inverted(index) else allowed[first : first + index.ntotal]
@@ -58,7 +45,7 @@ class Shards:
                 values, rows = _search_one(index, queries, min(k, index.ntotal), own, widen)
             found.append((np.where(rows < 0, -np.inf, values), np.where(rows < 0, -1, rows + first)))
         similarities, rows = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-        return _best(similarities, rows, k) if len(found) > 1 else (similarities, rows)
+        return best(similarities, rows, k) if len(found) > 1 else (similarities, rows)
 
     @property
     def widest(self) -> int:
@@ -98,17 +85,11 @@ def _faiss_refusals() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ArtifactDamagedError(f"FAISS can't use the index ({reason}); fetch the attributor again.") from error
+        raise ArtifactDamagedError(f"FAISS can't use the index ({cause(error)}); fetch the attributor again.") from error
 
 
 def join(loaded: Sequence[tuple[faiss.Index, dict[str, Any]]], first: Path) -> Shards:
-    """Shards as one; inverted files with the same lists become one index, so that lists are chosen once.
-
-    Args:
-        loaded: each with what `add_shards` says of it.
-        first: the file of the first.
-    """
+    """Shards, each with its settings, as one; inverted files become one index, so that lists are chosen once."""
     ranges = [(int(listed["first_row"]), int(listed.get("rows", index.ntotal))) for index, listed in loaded]
     if len(loaded) == 1 or not all(is_inverted(index) for index, _ in loaded):
         starts = [0 if is_inverted(index) else first_row for (index, _), (first_row, _) in zip(loaded, ranges, strict=True)]
@@ -133,7 +114,7 @@ def _search_one(
     # The one kind that FAISS can't make leave out rows; it compares all of them anyway.
     values, rows = index.search(queries, min(k + int((~allowed).sum()), index.ntotal))
     values = np.where(allowed[rows], values, -np.inf)
-    values, rows = _best(values, rows, k)
+    values, rows = best(values, rows, k)
     return values, np.where(np.isneginf(values), -1, rows)
 
 
@@ -158,30 +139,15 @@ class Ranked:
     """An index, and the vectors that rank its short lists again if it has them."""
 
     def __init__(self, index: Shards, vectors: Vectors | None = None, *, shortlist: int = 0) -> None:
-        """Join them.
-
-        Args:
-            index: N rows.
-            vectors: of the same rows.
-            shortlist: how many rows are ranked again for each 100 that are wanted.
-        """
+        """N rows, the vectors of the same rows, and how many rows are ranked again for each 100 that are wanted."""
         self.index, self.vectors, self.ntotal = index, vectors, index.ntotal
-        self._shortlist = shortlist
+        self._shortlist, self.dim = shortlist, int(vectors.dim if vectors else index.shards[0][0].d)
 
     def search(self, queries: np.ndarray, k: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The k most similar rows of each query; as many are found as there are, however far the search has to look.
+        """(Q, n) similarities and rows most similar to (Q, D) float32 unit vectors, best first, however far it has to look.
 
-        Args:
-            queries: (Q, D) float32 unit vectors.
-            k: how many.
-            allowed: (N,) bool, which rows may be found (those of missing shards never are); None for all.
-
-        Returns:
-            (Q, n) similarities, best first, and rows; n is k, or as many rows as may be found.
-
-        Raises:
-            InputError: a query is not finite.
-            ArtifactDamagedError: the index finds fewer rows than it holds, or its vectors are not finite.
+        n is k, or as many rows as may be found: those of missing shards never are, and (N,) bool `allowed` may leave out more.
+        Raises InputError for a query that is not finite, ArtifactDamagedError if the index lacks rows, or is not finite.
         """
         require_finite_queries(queries)
         similarities, rows = self._search(queries, k, allowed)
@@ -243,92 +209,53 @@ class Ranked:
         """The best vectors there are of consecutive rows, (stop - start, D) float32."""
         return self.vectors.take(np.arange(start, stop)) if self.vectors else self.index.reconstruct(start, stop)
 
-    @property
-    def dim(self) -> int:
-        """D."""
-        return int(self.vectors.dim if self.vectors else self.index.shards[0][0].d)
-
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The best vectors there are of chosen rows, (n, D) float32; only if `reads_rows`."""
         return self.vectors.take(rows) if self.vectors else self.index.reconstruct_batch(rows)
 
 
 def require_finite_queries(queries: np.ndarray) -> None:
-    """Refuse (Q, D) embeddings of queries that overflowed on their way: nothing is similar to them.
-
-    Raises:
-        InputError: a value is NaN or infinite.
-    """
+    """Raise InputError for (Q, D) embeddings of queries that overflowed on their way: nothing is similar to them."""
     wrong = np.flatnonzero(~np.isfinite(queries).all(axis=1))
     if len(wrong):
         raise InputError(f"the embedding of query {wrong[0]} is not finite: its features are too large, or not finite.")
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, k) similarities, best first, and rows: the k nearest of all, by comparing every one.
-
-    Args:
-        queries: (Q, D) float32.
-        blocks: (n,) rows and their (n, D) vectors, block by block.
-        k: how many.
-    """
+    """(Q, k) similarities, best first, and rows: the nearest of blocks of (n,) rows and (n, D) vectors, all compared."""
     similarities = np.full((len(queries), 0), -np.inf, dtype=np.float32)
     rows = np.zeros((len(queries), 0), dtype=np.int64)
     for numbers, vectors in blocks:
         with np.errstate(invalid="ignore", over="ignore"):  # of a damaged index, which is noticed by its similarities
             values = queries @ vectors.T
         top = np.argpartition(-values, min(k, values.shape[1]) - 1, axis=1)[:, :k]
-        similarities, rows = _best(
-            np.concatenate([similarities, np.take_along_axis(values, top, axis=1)], axis=1),
-            np.concatenate([rows, numbers[top]], axis=1),
-            k,
-        )
+        values = np.concatenate([similarities, np.take_along_axis(values, top, axis=1)], axis=1)
+        similarities, rows = best(values, np.concatenate([rows, numbers[top]], axis=1), k)
     return similarities, rows
 
 
 def rerank(
     queries: np.ndarray, short: np.ndarray, take: Callable[[np.ndarray], np.ndarray], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each query's short list by exact similarity.
-
-    Args:
-        queries: (Q, D) float32.
-        short: (Q, S) rows, -1 where there is none.
-        take: gives the vectors of rows.
-        k: how many.
-
-    Returns:
-        (Q, min(k, S)) similarities, best first, -inf where there is none, and rows.
-    """
+    """(Q, min(k, S)) similarities, best first, and rows of each (Q, S) short list, exactly; a row of -1 is none."""
     similarities = np.full(short.shape, -np.inf, dtype=np.float32)
     for query, rows, values in zip(queries, short, similarities, strict=True):
         known = rows >= 0
         with np.errstate(invalid="ignore", over="ignore"):
             values[known] = take(rows[known]) @ query
-    return _best(similarities, short, k)
+    return best(similarities, short, k)
 
 
-def _best(similarities: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best(similarities: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k highest of each query, best first."""
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(similarities, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def open_ranked(folder: Path, settings: dict[str, Any], sha256: dict[str, str], numbers: Iterable[int] | None = None) -> Ranked:
-    """Open a built index.
-
-    Args:
-        folder: with its files.
-        settings: 'index_shards', 'vectors' and 'search', as `build` returns them.
-        sha256: checksums by file.
-        numbers: which shards, counted from 0; None for all.
-
-    Raises:
-        MissingFileError: a file is missing.
-        ArtifactDamagedError: a file is not the one that was written.
-    """
+    """Open an index as `build` describes it, or the shards with these numbers; MissingFileError or ArtifactDamagedError."""
     listed = settings["index_shards"]
-    chosen = [listed[number] for number in (range(len(listed)) if numbers is None else sorted(set(numbers)))]
+    chosen = listed if numbers is None else [listed[number] for number in sorted(set(numbers))]
     loaded = []
     for shard in chosen:
         index = load_index(folder / shard["file"], sha256=sha256[shard["file"]], inverted="IVF" in settings["index"])

@@ -1,8 +1,7 @@
 """Tune a search: measure what it finds of the exact neighbours, and choose the least work that reaches the recall wanted.
 
-Recall is measured on rows of the whole corpus, of each region of it, and on queries as they come (embeddings of generated
-images) where there are some; the recall that config.json claims is the lowest of these. Copies of a row stand for each
-other: any of them counts as found.
+Recall is measured on rows of every region of the corpus, and on queries as they come (embeddings of generated images); the
+recall that config.json claims is the lowest of these. Copies of a row stand for each other: any of them counts as found.
 """
 
 from __future__ import annotations
@@ -24,21 +23,15 @@ from fastattr.index.vectors import BATCH, Read
 
 logger = logging.getLogger(__name__)
 
-TUNING_QUERIES = 200
-"""Rows of the corpus that serve as queries, and at most so many queries as they come."""
-REGIONS = 4
-"""Consecutive parts of the corpus in each of which the recall is reached: a source, or what was added last, may be far off."""
-MADE_QUERIES = 200
-"""Queries of each of two sorts that are made for kinds that may fail where no row is."""
+TUNING_QUERIES = 200  # rows of the corpus that serve as queries, and at most so many queries as they come
+REGIONS = 4  # consecutive parts of the corpus, of each of which the recall is reached: what was added last may be far off
+MADE_QUERIES = 200  # queries of each of two sorts that are made for kinds that may fail where no row is
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)
-"""Breadths of a search in a graph."""
-SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
-"""Of up to `EXACT_ROWS` rows, all may be ranked again: copies of one image can fill every shorter list."""
-READ_COST = 150
-"""Codes that are compared in the time in which one vector is read from the disk's cache, checked and compared."""
-EQUAL = 1e-6
-"""Rows whose similarities to a query differ by no more are equally near."""
+NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)  # breadths of a search in a graph
+SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)  # and all of up to EXACT_ROWS rows: copies may fill shorter lists
+READ_COST = 150  # codes that are compared in the time in which one vector is read from the disk's cache, checked and compared
+Queries = np.ndarray | None  # (Q, D) embeddings of queries as they come, which are in no index
+EQUAL = 1e-6  # rows whose similarities to a query differ by no more are equally near
 
 
 def exact_neighbours(queries: np.ndarray, read: Read, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,28 +47,20 @@ def recall_of(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.sum(hits) / exact.size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample:
     """Queries whose exact neighbours are known."""
 
-    queries: np.ndarray
-    """(Q, D)."""
-    own: np.ndarray
-    """(Q,) the row that a query is, which does not count as its own neighbour; -1 for none."""
-    groups: list[np.ndarray]
-    """(Q,) bool masks: of each the recall has to be reached."""
-    exact: np.ndarray
-    """(Q, k) the nearest rows."""
-    clear: np.ndarray
-    """(Q, k) bool: nearer than any row that is not listed; among the others, any equally near row would do."""
-    least: np.ndarray
-    """(Q,) similarity of the k-th."""
+    queries: np.ndarray  # (Q, D)
+    own: np.ndarray  # (Q,) the row that a query is, which does not count as its own neighbour; -1 for none
+    groups: list[np.ndarray]  # (Q,) bool masks: of each the recall has to be reached
+    exact: np.ndarray  # (Q, k) the nearest rows
+    clear: np.ndarray  # (Q, k) bool: nearer than any row that is not listed; among the others, any equally near row would do
+    least: np.ndarray  # (Q,) similarity of the k-th
 
     def lowest(self, hits: np.ndarray, wanted: np.ndarray) -> float:
         """The lowest recall of any group, from (Q,) hits and (Q,) rows wanted; 1 where nothing is wanted."""
-        return min(
-            float(hits[group].sum() / max(wanted[group].sum(), 1e-9)) if wanted[group].any() else 1.0 for group in self.groups
-        )
+        return min(float(hits[group].sum() / wanted[group].sum()) if wanted[group].any() else 1.0 for group in self.groups)
 
 
 def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
@@ -83,35 +68,27 @@ def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([read(int(row), int(row) + 1) for row in rows])
 
 
-def draw(
-    read: Read, rows: int, *, seed: int, queries: np.ndarray | None, parts: Sequence[int], made: Sequence[np.ndarray]
-) -> Sample:
-    """Queries with their exact neighbours: rows of every region, groups of made ones, and (Q, D) as they come; see `tune`."""
-    rng = np.random.default_rng([seed, 1])
+def draw(read: Read, rows: int, *, queries: np.ndarray | None, parts: Sequence[int], made: Sequence[np.ndarray]) -> Sample:
+    """Queries with their exact neighbours: rows of every region, made ones, and (Q, D) as they come; see `tune`."""
+    rng = np.random.default_rng([0, 1])
     bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
     picked = [
         np.sort(low + rng.permutation(high - low)[: TUNING_QUERIES // REGIONS]) for low, high in itertools.pairwise(bounds)
     ]
-    others = [*made]
+    asked = [(read_rows(read, chosen), chosen) for chosen in picked]
     if queries is not None and len(queries):
-        others.append(np.asarray(queries[np.sort(rng.permutation(len(queries))[:TUNING_QUERIES])], dtype=np.float32))
-    groups = [*picked, *others]
-    group = np.repeat(np.arange(len(groups)), [len(each) for each in groups])
-    own = np.concatenate([*picked, *(np.full(len(each), -1) for each in others)])
-    together = np.concatenate([read_rows(read, np.concatenate(picked)), *others])
+        chosen = np.sort(rng.permutation(len(queries))[:TUNING_QUERIES])
+        asked.append((np.asarray(queries[chosen], dtype=np.float32), np.full(len(chosen), -1)))
+    asked += [(each, np.full(len(each), -1)) for each in made]
+    together, own = (np.concatenate(each) for each in zip(*asked, strict=True))
+    group = np.repeat(np.arange(len(asked)), [len(each) for each, _ in asked])
     k = max(min(TUNED_K, rows - 1), 1)
     similarities, found = exact_neighbours(together, read, rows, min(k + 2, rows))
     keep = np.argsort(found == own[:, None], axis=1, kind="stable")  # the row itself goes last
     similarities, found = np.take_along_axis(similarities, keep, axis=1), np.take_along_axis(found, keep, axis=1)
     following = similarities[:, k : k + 1] if rows > k + 1 else np.full((len(found), 1), -np.inf)
-    return Sample(
-        queries=together,
-        own=own,
-        groups=[group == number for number in range(len(groups))],
-        exact=found[:, :k],
-        clear=similarities[:, :k] > following + EQUAL,
-        least=similarities[:, k - 1],
-    )
+    groups, clear = [group == number for number in range(len(asked))], similarities[:, :k] > following + EQUAL
+    return Sample(together, own, groups, found[:, :k], clear, similarities[:, k - 1])
 
 
 def tune(
@@ -119,33 +96,19 @@ def tune(
     settings: dict[str, Any],
     read: Read,
     rows: int,
-    *,
     recall: float,
-    seed: int = 0,
-    queries: np.ndarray | None = None,
+    queries: Queries = None,
     parts: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Choose how far a search looks and how long its short list is: the least work that reaches the recall everywhere.
 
-    Args:
-        folder: with the index.
-        settings: 'index', 'index_shards' and 'vectors', as `build` returns them.
-        read: gives the vectors.
-        rows: N.
-        recall: of the 100 nearest, wanted.
-        seed: of the rows that serve as queries.
-        queries: (Q, D) queries as they come, which are in no index; None for none.
-        parts: first rows of regions whose recall is looked at besides.
-
-    Returns:
-        'search' ('nprobe', 'neighbours' and 'shortlist', 0 where they mean nothing), 'recall_wanted' and
-        'recall_of_search', the lowest that was measured.
+    Of settings it needs 'index', 'index_shards' and 'vectors', as `build` returns them; `read` gives the (rows, D) vectors;
+    `recall` is of the 100 nearest; `parts` are first rows of regions whose recall is looked at besides. Returns 'search'
+    ('nprobe', 'neighbours' and 'shortlist', 0 where they mean nothing), 'recall_wanted' and 'recall_of_search', the lowest.
     """
-    listed = settings["index_shards"]
-    inverted = "IVF" in settings["index"]
+    listed, inverted = settings["index_shards"], "IVF" in settings["index"]
     shards = join([(map_index(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
-    made = _made_queries(settings, read, rows, seed)
-    sample = draw(read, rows, seed=seed, queries=queries, parts=parts, made=made)
+    sample = draw(read, rows, queries=queries, parts=parts, made=_made_queries(settings, read, rows))
     itself, k = 1, sample.exact.shape[1]
     # Exact re-ranking keeps each true neighbour that the short list has, so it need not be done to know the recall.
     ranked_again = (*SHORTLISTS, rows) if rows <= EXACT_ROWS else SHORTLISTS
@@ -170,18 +133,15 @@ def tune(
     measured = min(measured, reached_by_graph(shards, sample.queries[:: max(len(sample.queries) // 8, 1)]))
     if measured < recall:
         logger.warning("the search finds %.1f%% of the 100 nearest, wanted %.1f%%", 100 * measured, 100 * recall)
-    return {
-        "search": {"nprobe": nprobe, "neighbours": neighbours, "shortlist": length if settings["vectors"] else 0},
-        "recall_wanted": recall,
-        "recall_of_search": measured,
-    }
+    search = {"nprobe": nprobe, "neighbours": neighbours, "shortlist": length if settings["vectors"] else 0}
+    return {"search": search, "recall_wanted": recall, "recall_of_search": measured}
 
 
-def _made_queries(settings: dict[str, Any], read: Read, rows: int, seed: int) -> list[np.ndarray]:
+def _made_queries(settings: dict[str, Any], read: Read, rows: int) -> list[np.ndarray]:
     """Queries unlike any row: between four rows, where a graph may have no way, and in any direction, which PCA may drop."""
     if "IVF" in settings["index"] or ("HNSW" not in settings["index"] and not settings["vectors"]):
         return []  # all rows are compared, as they are, or lists would be looked at where no query comes
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng([0, 2])
     between = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
     made = (between, rng.standard_normal(between.shape, dtype=np.float32))
     return [each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-9) for each in made]
@@ -220,8 +180,7 @@ def hits(sample: Sample, found: np.ndarray, read: Read, rows: int) -> np.ndarray
         inside = (found[unclear] >= start) & (found[unclear] < start + values.shape[1])
         mine = np.take_along_axis(values, np.where(inside, found[unclear] - start, 0), axis=1)
         near[unclear] |= inside & others[unclear] & (mine >= sample.least[unclear, None] - EQUAL)
-    counts: np.ndarray = near.sum(axis=1)
-    return counts
+    return near.sum(axis=1)
 
 
 def _places(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""Vectors of an index in float16 on disk, each with its own digest: they rank a short list again, exactly.
-
-Writes vectors.f16 and vectors.sha256.
-"""
+"""Vectors of an index in float16 on disk, each with its own digest: they rank a short list again, exactly."""
 
 from __future__ import annotations
 
@@ -17,34 +14,22 @@ from tqdm import tqdm
 from fastattr.core.errors import ArtifactDamagedError, MissingFileError, NonFiniteError
 from fastattr.index.files import check_file
 
-BATCH = 65_536
-"""Rows that are read, encoded and written at once."""
-DIGEST_BYTES = 16
-"""Of each row's SHA-256, kept beside the float16 vectors."""
-Read = Callable[[int, int], np.ndarray]
-"""(start, stop) -> the (stop - start, D) float32 unit vectors of these rows."""
+BATCH = 65_536  # rows that are read, encoded and written at once
+DIGEST_BYTES = 16  # of each row's SHA-256, kept beside the float16 vectors
+Read = Callable[[int, int], np.ndarray]  # (start, stop) -> the (stop - start, D) float32 unit vectors of these rows
 
 
 def require_finite(vectors: np.ndarray, image_ids: Sequence[str] = (), *, first: int = 0) -> np.ndarray:
-    """The (n, D) vectors of consecutive rows, if every value is finite.
-
-    Raises:
-        NonFiniteError: a vector is NaN or infinite; the text has its image's id, or without ids its row, counted from `first`.
-    """
+    """The (n, D) vectors of consecutive rows; NonFiniteError names those that are not finite, by id, or row from `first`."""
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
         named = [repr(image_ids[row]) if len(image_ids) else f"row {first + row:,}" for row in wrong[:5]]
+        more = ", ..." if len(wrong) > 5 else ""
         raise NonFiniteError(
-            f"{len(wrong)} embeddings are NaN or infinite: {', '.join(named)}{', ...' if len(wrong) > 5 else ''}. No search "
-            "could find them, and they would spoil the index for others; encode these images again (in float32), or leave "
-            "them out."
+            f"{len(wrong)} embeddings are NaN or infinite: {', '.join(named)}{more}. No search could find them, and they would "
+            "spoil the index for others; encode these images again (in float32), or leave them out."
         )
     return vectors
-
-
-def only_finite(read: Read, image_ids: Sequence[str] = ()) -> Read:
-    """A stream that refuses vectors that are not finite, as `require_finite`; ids are of all rows."""
-    return lambda start, stop: require_finite(read(start, stop), image_ids[start:stop], first=start)
 
 
 def write_vectors(read: Read, rows: int, dim: int, folder: Path, name: str) -> dict[str, Any]:
@@ -89,12 +74,7 @@ class Vectors:
     """(N, D) float16 vectors on disk; every row is compared with its digest whenever it is read."""
 
     def __init__(self, folder: Path, listed: dict[str, Any], *, digests_sha256: str) -> None:
-        """Open them.
-
-        Raises:
-            MissingFileError: a file is missing.
-            ArtifactDamagedError: a file has another size or checksum than config.json says.
-        """
+        """Open them; MissingFileError, or ArtifactDamagedError if a file has another size or checksum than config.json says."""
         self._path = folder / listed["file"]
         self.rows, self.dim = int(listed["rows"]), int(listed["dim"])
         digests = folder / listed["digests"]
@@ -110,11 +90,7 @@ class Vectors:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """(n, D) float32 vectors of these rows.
-
-        Raises:
-            ArtifactDamagedError: a row is not what was written.
-        """
+        """(n, D) float32 vectors of these rows; ArtifactDamagedError if one is not what was written."""
         size, descriptor = 2 * self.dim, self._file.fileno()
         data = [os.pread(descriptor, size, row * size) for row in rows.tolist()]
         found = b"".join([hashlib.sha256(row).digest()[:DIGEST_BYTES] for row in data])

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastattr.attributor.bases import replacing
-from fastattr.attributor.catalogue import COLUMNS
+from fastattr.attributor.inputs import COLUMNS
 from fastattr.attributor.make import seal_folder
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError, InputError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json

@@ -82,7 +82,7 @@ def _files_there(repo_id: str, target: Mapping[str, Any]) -> list[str]:
     """The files of the attributor that a repository holds already, as its config.json names them; nobody else's."""
     where = {key: target[key] for key in ("token", "revision") if key in target}
     try:
-        return list(read_config(fetch(repo_id, "model", ["config.json"], **where))["sha256"])
+        return [*read_config(fetch(repo_id, "model", ["config.json"], **where))["sha256"], "config.json.sig"]
     except (ArtifactNotFoundError, MissingFileError, ArtifactDamagedError):
         return []  # the repository or the branch is yet to be made, or its config.json is no attributor's
     except HubError:

@@ -82,12 +82,7 @@ class Batcher:
         self._thread.shutdown()
 
     async def ask(self, query: Image.Image | np.ndarray, prompt: str, k: int, where: Any = None) -> Attribution:
-        """The answer, once its batch is done.
-
-        Raises:
-            HTTPException: 503 if too many wait, or it takes too long.
-            InputError, NonFiniteError: the query can't be answered.
-        """
+        """The answer, once its batch is done; 503 if too many wait, or it takes too long; else as `attribute`."""
         waiting = Waiting(query, prompt, k, where, asyncio.get_running_loop().create_future())
         try:
             self._queue.put_nowait(waiting)
@@ -105,11 +100,9 @@ class Batcher:
             wanted = [each for each in batch if not each.answer.done()]  # not those that gave up
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer, self._attributor, wanted)
             for each, found in zip(wanted, answers, strict=True):
-                if each.answer.done():
-                    continue
-                if isinstance(found, Exception):
+                if isinstance(found, Exception) and not each.answer.done():
                     each.answer.set_exception(found)
-                else:
+                elif not isinstance(found, Exception) and not each.answer.done():
                     each.answer.set_result(found)
             self.batches += 1
             for _ in batch:
@@ -118,28 +111,28 @@ class Batcher:
 
 def answer(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution | Exception]:
     """The answer to each, or the error that it alone gets; queries of one kind go through the network together."""
-    answers: dict[int, Attribution | Exception] = {}
-    groups: dict[str, list[int]] = {}
-    for number, each in enumerate(batch):
-        groups.setdefault(f"{type(each.query) is np.ndarray} {each.where!r}", []).append(number)
-    for numbers in groups.values():
+    answers: dict[Waiting, Attribution | Exception] = {}
+    groups: dict[str, list[Waiting]] = {}
+    for each in batch:
+        groups.setdefault(f"{type(each.query) is np.ndarray} {each.where!r}", []).append(each)
+    todo = list(groups.values())
+    for group in todo:
         try:
-            answers.update(zip(numbers, _together(attributor, [batch[number] for number in numbers]), strict=True))
-        except Exception:  # of one of them: each for itself, then
-            for number in numbers:
-                try:
-                    answers[number] = _together(attributor, [batch[number]])[0]
-                except Exception as error:  # the process must live; the cause goes to who asked, and to the log
-                    answers[number] = error
-                    if not isinstance(error, InputError | NonFiniteError):
-                        logger.exception("a request failed")
-    return [answers[number] for number in range(len(batch))]
+            answers.update(zip(group, _together(attributor, group), strict=True))
+        except Exception as error:  # the process must live; the cause goes to who asked, and to the log
+            if len(group) > 1:  # it is of one of them: each for itself, then
+                todo += [[each] for each in group]
+                continue
+            answers[group[0]] = error
+            if not isinstance(error, InputError | NonFiniteError):
+                logger.exception("a request failed")
+    return [answers[each] for each in batch]
 
 
 def _together(attributor: FastAttributor, batch: Sequence[Waiting]) -> list[Attribution]:
-    prompts, where = [each.prompt for each in batch], batch[0].where
-    k = max(each.k for each in batch)
     queries: list[Any] = [each.query for each in batch]
+    prompts = [each.prompt for each in batch]
+    k, where = max(each.k for each in batch), batch[0].where
     found: Any
     if isinstance(queries[0], np.ndarray):
         found = attributor.attribute_features(np.stack(queries), prompts, k, where=where)

@@ -1,15 +1,11 @@
 """Serve: an attributor for machines over HTTP: an image and prompt, or features, come in; the receipt goes out.
 
-    fastattr serve emoji                                              # on 127.0.0.1:8000, for this machine
-    FASTATTR_TOKEN=... fastattr serve org/name --host 0.0.0.0         # for others: only with a token
-
-POST /attribute        multipart form: image (PNG, JPEG, WebP, GIF or BMP), prompt, k
+POST /attribute            multipart form: image (PNG, JPEG, WebP, GIF or BMP), prompt, k
 POST /attribute/features   JSON: {"features": [...], "prompt": "...", "k": 20, "where": {"creator": "..."}}
 GET  /health, /metrics (Prometheus text), /info
 
-Requests that wait are answered together. An upload is refused before it is read if it is too large, and before it is decoded
-if it has too many pixels or is of another type; what does not get its turn in time gets 503. No answer is kept, so none can
-outlive a removal.
+An upload is refused before it is read if it is too large, and before it is decoded if it has too many pixels or is of another
+type; what does not get its turn in time gets 503. No answer is kept, so none can outlive a removal.
 """
 
 from __future__ import annotations
@@ -47,8 +43,7 @@ LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 LONGEST_PROMPT = 4000
 LONGEST_K = 1000
 PATHS = frozenset({"/attribute", "/attribute/features", "/health", "/metrics", "/info"})
-DECODERS = 2
-"""Uploads that are decoded at once; each takes some 16 bytes a pixel meanwhile."""
+DECODERS = 2  # uploads that are decoded at once; each takes some 16 bytes a pixel meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +120,7 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     def report(path: str, status: int) -> None:
         requests.labels(path if path in PATHS else "other", str(status)).inc()
 
-    app.add_middleware(
-        Guard,
-        max_bytes=settings.max_bytes,
-        seconds=2 * settings.timeout,
-        refuse=refuse,
-        report=report,
-    )
+    app.add_middleware(Guard, max_bytes=settings.max_bytes, seconds=2 * settings.timeout, refuse=refuse, report=report)
 
     @app.exception_handler(InputError)
     @app.exception_handler(NonFiniteError)
@@ -141,9 +130,8 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         # Without the input, which may be long, or hold what UTF-8 can't say.
-        return JSONResponse(
-            {"detail": [f"{'.'.join(map(str, each['loc'][:3]))}: {each['msg']}" for each in error.errors()]}, 422
-        )
+        wrong = [f"{'.'.join(map(str, each['loc'][:3]))}: {each['msg']}" for each in error.errors()]
+        return JSONResponse({"detail": wrong}, 422)
 
     @app.post("/attribute")
     async def attribute(
@@ -190,23 +178,13 @@ def _receipt(found: Attribution) -> Response:
 def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None) -> None:
     """Serve an attributor until the process is told to end; what is being answered then is answered.
 
-    Raises:
-        InputError: other machines could reach it and no token is set.
-        As `FastAttributor.from_pretrained`.
+    Raises InputError if other machines could reach it and no token is set.
     """
     settings = config or ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""))
     if host not in LOCAL and not settings.token:
         raise InputError(f"{host} can be reached by others: set FASTATTR_TOKEN to a secret that requests must carry.")
     # In torch, which takes longer to import than the encoders' NumPy form, and less for a batch.
     app = create_app(FastAttributor.from_pretrained(model, thumbnails=False, backend="torch"), settings)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        http=PatientProtocol,
-        log_level="warning",
-        timeout_graceful_shutdown=int(settings.timeout) + 1,
-        timeout_keep_alive=30,
-        limit_concurrency=2 * settings.max_waiting,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    limits: dict[str, Any] = {"limit_concurrency": 2 * settings.max_waiting, "h11_max_incomplete_event_size": 64 * 1024}
+    limits |= {"timeout_graceful_shutdown": int(settings.timeout) + 1, "timeout_keep_alive": 30}
+    uvicorn.run(app, host=host, port=port, http=PatientProtocol, log_level="warning", **limits)

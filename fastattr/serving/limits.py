@@ -17,8 +17,10 @@ from fastattr.core.errors import InputError
 from fastattr.corpus.images import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-HEADER_SECONDS = 10.0
-"""A request's headers have to arrive within so many seconds of its first byte, or of the connection."""
+HEADER_SECONDS = 10.0  # a request's headers have to arrive within so many seconds of its first byte, or of the connection
+
+
+Refuse = Callable[[Request], Awaitable[JSONResponse | None]]  # gives a response to what is refused by its headers alone
 
 
 class PatientProtocol(H11Protocol):
@@ -56,24 +58,8 @@ class PatientProtocol(H11Protocol):
 class Guard:
     """ASGI middleware: refuses requests that are too long, take too long or come without the token, and reports all."""
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        max_bytes: int,
-        seconds: float,
-        refuse: Callable[[Request], Awaitable[JSONResponse | None]],
-        report: Callable[[str, int], None],
-    ) -> None:
-        """Guard an application.
-
-        Args:
-            app: it.
-            max_bytes: of one request's body.
-            seconds: for a whole request.
-            refuse: gives a response to what is refused by its headers alone.
-            report: is told path and status of every response.
-        """
+    def __init__(self, app: Any, *, max_bytes: int, seconds: float, refuse: Refuse, report: Callable[[str, int], None]) -> None:
+        """Guard an application: bytes of a body, seconds for a whole request; `report` is told path and status of each."""
         self._app, self._max_bytes, self._seconds, self._refuse, self._report = app, max_bytes, seconds, refuse, report
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -117,11 +103,7 @@ class Guard:
 
 
 def pixels_of(data: bytes, max_pixels: int) -> int:
-    """How many pixels an upload says it has; nothing is decoded.
-
-    Raises:
-        HTTPException: as `read_upload`.
-    """
+    """How many pixels an upload says it has; nothing is decoded; errors as `read_upload`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -137,11 +119,7 @@ def pixels_of(data: bytes, max_pixels: int) -> int:
 
 
 def read_upload(data: bytes) -> Image.Image:
-    """A decoded upload, upright, in 8-bit RGB, as path, page and command line give it.
-
-    Raises:
-        HTTPException: 415 for what is no image of `FORMATS`, 413 for too many pixels.
-    """
+    """A decoded upload, upright, in 8-bit RGB; 415 for what is no image of `FORMATS`, 413 for too many pixels."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return to_rgb(image)
