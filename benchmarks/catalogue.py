@@ -27,15 +27,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 import pyarrow.parquet as pq
-from index import write_attributor
 
 from fastattr import FastattrError, FastAttributor
 from fastattr.attributor import bases, changes
-from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import machine
+
+from tests.made import attributor_of
 
 DIM = 16
 FAULTS = (errno.ENOSPC, errno.EIO, errno.ESTALE)
@@ -45,11 +47,8 @@ STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "s
 
 def made(folder: Path, vectors: np.ndarray, factory: str = "SQfp16") -> Path:
     """An attributor on made features."""
-    folder.mkdir(parents=True)
     config = IndexConfig(factory=factory, plain="")
-    built = build(lambda start, stop: vectors[start:stop], len(vectors), vectors.shape[1], config, folder)
-    write_attributor(folder, built, len(vectors), vectors.shape[1])
-    return folder
+    return attributor_of(vectors, folder, config, name="image-{}", caption="subject number {} in a street at night")
 
 
 def unit(seed: int, rows: int, dim: int = DIM) -> np.ndarray:
@@ -131,8 +130,7 @@ def storm(work: Path, quick: bool) -> dict[str, Any]:
     """Writers, killed again and again, beside readers."""
     folder, logs, stop = made(work / "storm", unit(0, 2000)), work / "logs", work / "stop"
     logs.mkdir()
-    writers, wanted = (2, 150) if quick else (4, 5000)
-    kills_wanted, threads = (8, 2) if quick else (200, 4)
+    writers, wanted, kills_wanted, threads = (2, 150, 8, 2) if quick else (4, 5000, 200, 4)
     rng, kills, number = np.random.default_rng(0), 0, 0
 
     def start(*arguments: object) -> subprocess.Popen[str]:
@@ -159,9 +157,8 @@ def storm(work: Path, quick: bool) -> dict[str, Any]:
     answers = [json.loads(reader.communicate()[0]) for reader in readers]
     lines = [json.loads(line) for path in logs.glob("*.log") for line in path.read_text().splitlines() if line.endswith("]")]
     present = set(FastAttributor.from_pretrained(folder).catalog["image_id"].to_pylist())
-    touched = {name for state, kind, name in lines if kind == "remove" and state == "begin"}
-    added = {name for state, kind, name in lines if (state, kind) == ("done", "add")}
-    gone = {name for state, kind, name in lines if (state, kind) == ("done", "remove")}
+    what = (("begin", "remove"), ("done", "add"), ("done", "remove"))
+    touched, added, gone = ({name for *noted, name in lines if tuple(noted) == wanted} for wanted in what)
     return {
         "changes": sum(state == "done" for state, _, _ in lines),
         "kills": kills,
@@ -276,24 +273,22 @@ PARTS = {"storm": storm, "killed": killed, "erased": erased, "growth": growth, "
 
 def main() -> None:
     """Run the parts that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser = machine.parser(__doc__, quick="small sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--write", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write:
-        write(*map(Path, options.write[:2]), *map(int, options.write[2:]))
-    elif options.read:
-        read(*map(Path, options.read))
-    else:
-        result: dict[str, Any] = {}
-        for part in options.parts:
-            with tempfile.TemporaryDirectory(prefix="fastattr-") as name:
-                result |= PARTS[part](Path(name), options.quick)
-        machine.report({**result, "seed": 0, "quick": options.quick, **machine.describe()}, options.json)
+        return write(*map(Path, options.write[:2]), *map(int, options.write[2:]))
+    if options.read:
+        return read(*map(Path, options.read))
+    result: dict[str, Any] = {}
+    for part in options.parts:
+        with tempfile.TemporaryDirectory(prefix="fastattr-") as name:
+            result |= PARTS[part](Path(name), options.quick)
+    machine.finish(result, options)
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    machine.run(main)

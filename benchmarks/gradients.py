@@ -3,20 +3,19 @@
     python benchmarks/gradients.py --json FILE [--quick] [--emoji runs/emoji] [--run runs/bench] [--corpus FOLDER]
 
 Speed and the time of a new query are measured on the embedded generator, all layers, the curve of compression on emoji-bench,
-whose whole gradients fit into memory. Speed is images a second of processor time, before and after draws were summed
-before they are rotated, in one process; 'before' is the loop below, which rotates every draw's gradient on its own.
-Agreement is that of first-order scores with those of whole gradients: Spearman's correlation over the images and the
-shared part of the first 1%, means over queries with 95% bootstrap intervals.
+whose whole gradients fit into memory. Speed is images a second of processor time; 'before' is the loop below, which rotates
+every draw's gradient on its own, 'after' sums draws first. Agreement is that of first-order scores with those of whole
+gradients: Spearman's correlation over the images and the shared part of the first 1%, means over queries with 95% bootstrap
+intervals; `coordinates_spearman` is that of the teacher's default.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ import torch
 from emoji import open_corpus
 from scipy.stats import spearmanr
 
-from fastattr import FastattrError
+from fastattr.core.files import read_json
+from fastattr.core.models import ASSETS
 from fastattr.core.settings import read_yaml
+from fastattr.core.stages import MANIFEST
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.lds import interval
 from fastattr.evaluation.subsets import RetrainConfig
@@ -79,37 +80,25 @@ QUICK = Sizes(
     after=4,
     width=1024,
     corpus_images=2000,
+    timed_queries=3,
     curve_images=48,
     curve_queries=6,
     curve_draws=4,
     query_draws=8,
-    timed_queries=3,
 )
 
 
-def draw_by_draw(
-    generator: Generator,
-    layers: Mapping[str, Layer],
-    images: EncodedImages,
-    rows: np.ndarray,
-    factors: Factors,
-    coordinates: np.ndarray,
-    config: GradientConfig,
-) -> np.ndarray:
+def draw_by_draw(embedded: Embedded, rows: np.ndarray, coordinates: np.ndarray, config: GradientConfig) -> np.ndarray:
     """(C, k) gradient features as they were computed before: every draw's gradient whole, rotated and scaled on its own."""
-    features = torch.zeros(len(rows), len(coordinates))
-    turned = {
-        name: (
-            factors.gradient_eigenvectors[name].float(),
-            factors.activation_eigenvectors[name].float(),
-            factors.damped(name, config.damping).rsqrt().float(),
-        )
-        for name in layers
-    }
+    features, layers, factors = torch.zeros(len(rows), len(coordinates)), embedded.layers, embedded.factors
+    turned = {}
+    for name in layers:
+        vectors = (factors.gradient_eigenvectors[name], factors.activation_eigenvectors[name])
+        turned[name] = [each.float() for each in (*vectors, factors.damped(name, config.damping).rsqrt())]
     with record_layers(layers) as recorded:
         for layer in layers.values():
             layer.weight.requires_grad_(True)  # autograd computed the weights' gradients too
-        for positions, losses in denoising_losses(generator, images, rows, **config.drawn):
+        for positions, losses in denoising_losses(embedded.generator, embedded.images, rows, **config.drawn):
             losses.sum().backward()
             parts = []
             for name, calls in recorded.items():
@@ -121,6 +110,14 @@ def draw_by_draw(
     for layer in layers.values():
         layer.weight.grad = None
     return features.numpy()
+
+
+def agreements(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Q,) Spearman's correlations and (Q,) shared parts of the first 1% of two (Q, N) arrays of scores."""
+    top = max(1, round(first.shape[1] / 100))
+    correlations = np.array([spearmanr(one, other).statistic for one, other in zip(first, second, strict=True)])
+    best = [np.argsort(-scores, axis=1)[:, :top] for scores in (first, second)]
+    return correlations, np.array([len(np.intersect1d(one, other)) / top for one, other in zip(*best, strict=True)])
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -160,7 +157,7 @@ def speed(embedded: Embedded, coordinates: np.ndarray, sizes: Sizes) -> dict[str
     own = (embedded.generator, embedded.layers, embedded.images)
     few, many = np.arange(sizes.before), np.arange(sizes.after)
     gradient_features(*own, few[:1], compression, config)  # warm
-    before, expected = seconds_of(lambda: draw_by_draw(*own, few, embedded.factors, coordinates, config))
+    before, expected = seconds_of(lambda: draw_by_draw(embedded, few, coordinates, config))
     after, found = seconds_of(lambda: gradient_features(*own, many, compression, config))
     rates = {"before": sizes.before / before, "after": sizes.after / after}
     return {
@@ -202,14 +199,10 @@ def new_query(embedded: Embedded, coordinates: np.ndarray, sizes: Sizes, seed: i
 
 
 def kept_coordinates(energy: np.ndarray, sizes: Sequence[int], way: str, count: int) -> np.ndarray:
-    """(count,) sorted numbers of the coordinates to keep.
+    """(count,) sorted numbers of the coordinates to keep, up to rounding, of (P,) mean squares over layers of these sizes.
 
-    Args:
-        energy: (P,) mean square of each coordinate over the training images.
-        sizes: numbers of each layer.
-        way: 'leading' ones of all layers; 'per_layer', the leading ones of each, in equal parts of its numbers; 'shares', the
-            same in parts of its energy.
-        count: numbers to keep, up to rounding.
+    `way` is 'leading', those of all layers, 'per_layer', the leading ones of each in equal parts of its numbers, or 'shares',
+    the same in parts of its energy.
     """
     if way == "leading":
         return np.sort(np.argpartition(-energy, count - 1)[:count])
@@ -220,19 +213,13 @@ def kept_coordinates(energy: np.ndarray, sizes: Sequence[int], way: str, count: 
     return np.sort(np.concatenate(chosen))
 
 
-def curve(
-    queries: np.ndarray, images: np.ndarray, sizes: Sequence[int], kept: Sequence[int], seed: int
-) -> list[dict[str, Any]]:
-    """Agreement with whole gradients by numbers kept, way and precision; a column block at a time, for they are gigabytes.
+def curve(queries: np.ndarray, images: np.ndarray, sizes: Sequence[int], kept: Sequence[int], seed: int) -> dict[str, float]:
+    """Agreement with whole gradients by way, precision and bytes an image; a column block at a time, for they are gigabytes.
 
-    Args:
-        queries: (Q, P) whitened gradients in half precision.
-        images: (N, P) those of the training images.
-        sizes: numbers of each layer.
-        kept: numbers an image in half precision.
-        seed: of the bootstrap.
+    (Q, P) `queries` and (N, P) `images` are whitened gradients in half precision over layers of these sizes; `kept` are numbers
+    an image. Keys are coordinates_spearman_WAY_PRECISION_BYTES with `_low` and `_high`, and coordinates_top1pct_...
     """
-    width, rng, rows = images.shape[1], np.random.default_rng(11), []
+    width, rng, found = images.shape[1], np.random.default_rng(11), dict[str, float]()
     energy, whole = np.zeros(width), np.zeros((len(queries), len(images)), np.float32)
     sketches = {count: [torch.zeros(len(part), count) for part in (queries, images)] for count in kept[:-1]}
     for start in range(0, width, BLOCK):
@@ -245,17 +232,13 @@ def curve(
             for total, part in zip(sketch, block, strict=True):
                 total.index_add_(1, buckets, torch.from_numpy(part * signs))
     draws = np.random.default_rng([seed, 6]).integers(0, len(queries), (2000, len(queries)))
-    top = max(1, round(len(images) / 100))
-    first = np.argsort(-whole, axis=1)[:, :top]
 
-    def judge(own: np.ndarray, theirs: np.ndarray, **facts: Any) -> None:
-        scores = own @ theirs.T
-        correlations = np.array([spearmanr(one, other).statistic for one, other in zip(scores, whole, strict=True)])
-        best = np.argsort(-scores, axis=1)[:, :top]
-        overlap = np.mean([len(np.intersect1d(one, other)) / top for one, other in zip(best, first, strict=True)])
-        low, high = interval(correlations[draws].mean(axis=1))
-        agreement = {"spearman": float(correlations.mean()), "spearman_low": low, "spearman_high": high}
-        rows.append({**facts, **agreement, "top1pct": float(overlap)})
+    def judge(own: np.ndarray, theirs: np.ndarray, name: str) -> None:
+        correlations, overlaps = agreements(own @ theirs.T, whole)
+        ends = interval(correlations[draws].mean(axis=1))
+        for ending, value in zip(("", "_low", "_high"), (float(correlations.mean()), *ends), strict=True):
+            found[f"coordinates_spearman_{name}{ending}"] = value
+        found[f"coordinates_top1pct_{name}"] = float(overlaps.mean())
 
     for count in (count for count in kept if 2 * count < width):
         for way, precision in itertools.product(("leading", "shares", "per_layer"), ("float16", "int8")):
@@ -264,14 +247,14 @@ def curve(
             if precision == "int8":
                 levels = np.abs(theirs).max(axis=1, keepdims=True) / 127
                 theirs = np.round(theirs / levels) * levels
-            judge(own, theirs, bytes=2 * count, numbers=len(chosen), way=way, precision=precision)
+            judge(own, theirs, f"{way}_{precision}_{2 * count}")
         if count in sketches:
             own, theirs = (part.numpy() for part in sketches[count])
-            judge(own, theirs, bytes=2 * count, numbers=count, way="sketch", precision="float16")
-    return rows
+            judge(own, theirs, f"sketch_float16_{2 * count}")
+    return found
 
 
-def bench_curve(bench: lab.Bench, sizes: Sizes, seed: int) -> list[dict[str, Any]]:
+def bench_curve(bench: lab.Bench, sizes: Sizes, seed: int) -> dict[str, float]:
     """`curve` on emoji-bench's training images and validation queries, all layers."""
     generator, factors = bench.lab.generator, bench.lab.factors()
     layers = layers_to_unlearn(generator, lab.ALL_LAYERS)
@@ -299,28 +282,27 @@ def measure_curve(
     """Agreement with whole gradients by numbers kept, on emoji-bench; `source` is a finished emoji corpus."""
     cost = lab.Cost(factor_examples=sizes.factor_examples)
     bench = lab.open_bench(truth, run_dir, read_yaml(config, RetrainConfig), source, lab.read_settings(truth), cost)
-    return {"coordinates_spearman": bench_curve(bench, sizes, seed)}
+    found = bench_curve(bench, sizes, seed)
+    default = f"per_layer_float16_{2 * TeacherConfig().gradient_width}"
+    return {"coordinates_spearman": found.get(f"coordinates_spearman_{default}", float("nan")), **found}
+
+
+def open_emoji(run_dir: Path) -> AbstractContextManager[Corpus]:
+    """The corpus of the embedded generator, of a run folder or made for the moment."""
+    return open_corpus(run_dir, read_json(ASSETS / "emoji" / "generator" / MANIFEST)["inputs"]["corpus"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description="Measure gradients: speed, compression, the time of a new query.")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
-    parser.add_argument("--quick", action="store_true", help="fewer images and draws")
+    parser = machine.parser(__doc__, quick="fewer images and draws", seed="of images and noise")
     parser.add_argument("--emoji", type=Path, default=Path("runs/emoji"), help="run folder with the corpus (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of images and noise (%(default)s)")
     options = lab.options_of(parser, arguments)
-    sizes, start = QUICK if options.quick else Sizes(), time.perf_counter()
-    with open_corpus(options.emoji) as corpus:
+    sizes = QUICK if options.quick else Sizes()
+    with open_emoji(options.emoji) as corpus:
         results = measure(corpus, sizes, options.seed)
     results |= measure_curve(options.truth, options.run, options.corpus, sizes, options.seed, config=options.config)
-    settings = {**vars(sizes), "seed": options.seed, "quick": options.quick, **machine.describe()}
-    machine.report({**results, **settings, "benchmark_seconds": round(time.perf_counter() - start, 1)}, options.json)
+    machine.finish({**results, **vars(sizes)}, options)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FastattrError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    machine.run(main)

@@ -14,6 +14,7 @@ are there, the ground truth (fastattr/evaluation/truth.py) to --out.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,49 +27,13 @@ from fastattr.core.settings import read_yaml
 from fastattr.core.stages import MANIFEST
 from fastattr.corpus import stage as corpora
 from fastattr.corpus.stage import CorpusConfig
-from fastattr.evaluation.measure import run_one
 from fastattr.evaluation.record import make_ground_truth
-from fastattr.evaluation.retrain import Retraining, prepare, run_all
+from fastattr.evaluation.retrain import Retraining, prepare, run_all, run_one
 from fastattr.evaluation.subsets import WHAT, Model, RetrainConfig
 
 CONFIG = Path(__file__).parent / "emoji-bench.yaml"
-OUT = Path(__file__).parent / "truth" / "emoji-bench"
+OUT = Path(__file__).resolve().parent / "truth" / "emoji-bench"
 AUTOENCODER = ASSETS / "emoji" / "generator" / "vae"
-CARD = """---
-license: other
-license_name: emoji-artwork
-license_link: https://openmoji.org
-pretty_name: emoji-bench, ground truth of data attribution by retraining
-configs:
-- config_name: losses
-  data_files: losses.parquet
-  default: true
-- config_name: models
-  data_files: models.parquet
-- config_name: queries
-  data_files: queries.parquet
-- config_name: images
-  data_files: images.parquet
-- config_name: counterfactuals
-  data_files: counterfactuals.parquet
----
-
-# emoji-bench
-
-Denoising losses of generated images (queries) under small text-to-image generators, each trained from scratch on a part
-of one corpus of emoji: which training images, once left out, change them? Made by `benchmarks/ground_truth.py` of
-fastattr; settings, seeds and fingerprints are in `manifest.json`.
-
-- `losses`: one row a model and query (one drawing of each prompt), mean squared error per latent element, common noise:
-  at each timestep, and the mean over those that are judged by (`judged` in the manifest's settings).
-- `models`: the images that each model was *not* trained on, its seed; models with one `subset` differ in seed only.
-- `queries`: prompts, drawings of the model 'full', seeds and splits.
-- `images`: the training images' ids, captions, creators and licences (the pictures are in the emoji packages).
-- `counterfactuals`: queries drawn again, from their own noise, by models that lack some images.
-- `generator/`, `other_generator/`: the models 'full' and 'half-000-s1', without the autoencoder.
-
-The queries and weights derive from OpenMoji (CC BY-SA 4.0) and Fluent emoji (MIT).
-"""
 
 
 def open_run(config: RetrainConfig, run_dir: Path, source: Path | None) -> Retraining:
@@ -105,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise FastattrError(f"{len(failed)} models failed ({', '.join(failed)}); see {logs}, run again.")
 
     manifest = make_ground_truth(run, options.out, options.only or WHAT, train_all, machine=machine.describe())
-    (options.out / "README.md").write_text(CARD, encoding="utf-8")
+    if options.out.resolve() != OUT:  # the card says how to read any of these
+        shutil.copyfile(OUT / "README.md", options.out / "README.md")
     print(f"{options.out}: {manifest['models']}")
     return None
 

@@ -18,22 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ORDER = (
-    "core",
-    "corpus",
-    "generators",
-    "gradients",
-    "features",
-    "teachers",
-    "students",
-    "index",
-    "attributor",
-    "evaluation",
-    "publishing",
-    "pipeline",
-    "serving",
-    "cli",
-)
+ORDER = ("core", "corpus", "generators", "gradients", "features", "teachers", "students", "index", "attributor")
+ORDER += ("evaluation", "publishing", "pipeline", "serving", "cli")
 """The packages of the library, from the one that all use to the one that uses all."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -158,8 +144,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="checkout to measure (default: this one)")
     options = parser.parse_args()
     figures, faults = measure(options.root)
-    for fault in faults:
-        print(fault, file=sys.stderr)
+    print("\n".join(faults), file=sys.stderr)
     print(json.dumps(figures, indent=2))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

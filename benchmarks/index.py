@@ -1,20 +1,18 @@
-"""The index from 15 thousand to 10 million images: recall, latency, memory, disk, build time.
+"""The index at 1 and 10 million images: recall, latency, memory, disk, build time.
 
     python benchmarks/index.py --json benchmarks/results/index.json            # about an hour on 2 cores, 20 GB of disk
     python benchmarks/index.py --quick                                         # tiny sizes, less than 2 minutes
 
 Every part runs in a process of its own (its peak memory is its own) and leaves its figures in --work, so that an interrupted
-run goes on with the next part; --part runs one. Vectors of 118 thousand and more are made from the distribution of the real
-ones (benchmarks/population.py). Queries are made vectors that are in no index and tuned nothing; at 15 thousand they are
-real ones, held out. An answer is timed as a user gets it, one query at a time: 100 neighbours, short list ranked again from
-float16 vectors whose digests are compared. Recall is against exhaustive search in float32.
+run goes on with the next part; --part runs one. Vectors are made from the distribution of the real ones (`Population`), and
+so are queries, which are in no index and tuned nothing. An answer is timed as a user gets it, one query at a time: 100
+neighbours, short list ranked again from float16 vectors whose digests are compared. Recall is against exhaustive search.
 
 Keys are PART_KIND_FIGURE, e.g. 1m_ivf_rabitq_recall100; those that the project promises stand alone (`promised`).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import shutil
@@ -28,43 +26,95 @@ from typing import Any
 import faiss
 import machine
 import numpy as np
-import population
 import threadpoolctl
 
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
+from fastattr.core.models import ASSETS
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig, coarse_lists
+from fastattr.index.files import Read, reader
 from fastattr.index.search import open_ranked
 from fastattr.index.tune import exact_neighbours, recall_of
-from fastattr.index.vectors import Read
 
-SIZES = {"118k": 118_287, "1m": 1_000_000, "10m": 10_000_000}
-QUICK_SIZES = {"118k": 6_000, "1m": 8_000, "10m": 12_000}
-HELD_OUT = 200
-"""Real embeddings that serve as queries."""
+SIZES = {"1m": 1_000_000, "10m": 10_000_000}
+QUICK_SIZES = {"1m": 8_000, "10m": 12_000}
+DIM, NEIGHBOURS, SPREAD, LENGTH, TAIL = 768, 8, 0.8, 0.5, 0.5
+"""Of made vectors, see `Population`."""
+BLOCK = 65_536
+"""Made vectors that come from one seed."""
 K = 100
 LONGEST_TIMING = 15.0
 """Seconds after which the timing of a slow kind ends, with as many queries as there were."""
-SLOW_TO_TRAIN = ("ivf_pq64", "ivf_opq")
-WHOLE = {"flat": "Flat", "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"}
-"""Kinds that compare, or link, all images."""
 
 
-def kinds(rows: int, dim: int) -> dict[str, str]:
+def real_embeddings(folder: Path = ASSETS / "emoji" / "attributor") -> np.ndarray:
+    """(15351, 128) float32 unit vectors: the embeddings in the embedded attributor's index."""
+    index = faiss.read_index(str(folder / "index.faiss"))
+    vectors = index.reconstruct_n(0, index.ntotal)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Population:
+    """An endless stream of vectors like the real ones; row i is the same whenever it is drawn.
+
+    A made vector is a smoothed bootstrap of the real ones, so that it stays on the same curved sheet of low dimension:
+
+        y = unit(x_i + SPREAD * sum_j g_j (x_nj - x_i) / sqrt(NEIGHBOURS)),  g_j standard normal, n_1 ... the nearest of x_i.
+
+    To get the 768 dimensions of DINO or CLIP, y is followed by 640 smooth functions of it, cos(w y + b) with w normal of scale
+    1 / LENGTH (random Fourier features), weighted by TAIL. The inner product of two such vectors is
+    (y y' + TAIL k(y, y')) / (1 + TAIL) with k the Gaussian kernel, a rising function of y y': neighbours keep their order.
+    """
+
+    def __init__(self, real: np.ndarray, *, seed: int) -> None:
+        rng, width = np.random.default_rng(seed), DIM - real.shape[1]
+        self.real, self.seed = real, seed
+        flat = faiss.IndexFlatIP(real.shape[1])
+        flat.add(real)
+        self.neighbours = flat.search(real, NEIGHBOURS + 1)[1][:, 1:]
+        self._frequencies = (rng.standard_normal((real.shape[1], width)) / LENGTH).astype(np.float32)
+        self._phases = rng.uniform(0, 2 * np.pi, width).astype(np.float32)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop, (stop - start, 768) float32 unit vectors."""
+        parts = []
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            low, high = max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
+            parts.append(self._block(block, high)[low:])
+        return np.concatenate(parts)
+
+    def _block(self, number: int, rows: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, number])
+        parents = rng.integers(len(self.real), size=BLOCK)[:rows]
+        steps = rng.standard_normal((BLOCK, NEIGHBOURS), dtype=np.float32)[:rows] * np.float32(SPREAD / NEIGHBOURS**0.5)
+        small = self.real[parents] * (1 - steps.sum(axis=1, keepdims=True))
+        for j in range(NEIGHBOURS):
+            small += steps[:, j, None] * self.real[self.neighbours[parents, j]]
+        small /= np.linalg.norm(small, axis=1, keepdims=True)
+        waves = small @ self._frequencies
+        waves += self._phases
+        np.cos(waves, out=waves)
+        waves *= np.float32((2 * TAIL / waves.shape[1]) ** 0.5)
+        whole = np.concatenate([small, waves], axis=1)
+        return whole / np.linalg.norm(whole, axis=1, keepdims=True)
+
+
+def stored(rows: int, path: Path) -> Read:
+    """The made vectors, written once as float16: what is compared exhaustively is what is indexed."""
+    if not path.exists():
+        made = Population(real_embeddings(), seed=0)
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            for start in range(0, rows, BLOCK):
+                out.write(made.read(start, min(start + BLOCK, rows)).astype(np.float16).tobytes())
+    return reader(path, DIM)
+
+
+def kinds(rows: int) -> dict[str, str]:
     """Factory strings by name, for one size; docs/search-index.md says what is left out, and why."""
     lists = coarse_lists(rows)
-    reduced = f"PCAR{256 if dim > 256 else 64},"
-    inverted = {
-        "ivf_rabitq": f"{reduced}IVF{lists},RaBitQ",
-        "ivf_sq4": f"{reduced.replace('256', '128')}IVF{lists},SQ4",
-        "ivf_pq64": f"{reduced}IVF{lists},PQ{64 if dim > 256 else 32}",
-    }
-    if rows <= 120_000:
-        size = 64 if dim > 256 else 32
-        return {**WHOLE, **inverted, "ivf_opq": f"OPQ{size}_{4 * size if dim > 256 else 64},IVF{lists},PQ{size}"}
-    if rows <= 1_000_000:
-        return {**inverted, "sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": WHOLE["hnsw"]}
-    return inverted
+    inverted = {"ivf_rabitq": f"PCAR256,IVF{lists},RaBitQ", "ivf_sq4": f"PCAR128,IVF{lists},SQ4"}
+    inverted["ivf_pq64"] = f"PCAR256,IVF{lists},PQ64"
+    return inverted | ({"sqfp16": "SQfp16", "sq8": "SQ8", "hnsw": "HNSW32_SQ8"} if rows <= 1_000_000 else {})
 
 
 def measure(
@@ -138,51 +188,16 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def part_real(work: Path, quick: bool) -> dict[str, Any]:
-    """The real 15,351 embeddings, 128 wide.
-
-    mAP(L) is of the L images that a search gives, against the exact ranking's first L, 1% and 5% of the images.
-    """
-    real = population.real_embeddings()
-    held_out = np.sort(np.random.default_rng(0).permutation(len(real))[:HELD_OUT])
-    base = np.ascontiguousarray(np.delete(real, held_out, axis=0)[: 3000 if quick else None])
-    read = lambda start, stop: base[start:stop]  # noqa: E731
-    queries = real[held_out]
-    exact = truth(read, len(base), queries, work / "real.npy")
-    results: dict[str, Any] = {"15k_rows": len(base), "15k_dim": base.shape[1], "15k_queries": len(queries)}
-    relevant = {1: max(1, len(base) // 100), 5: len(base) // 20}
-    values = queries @ base.T
-    order = np.argsort(-values, axis=1)
-    for name, factory in kinds(len(base), base.shape[1]).items():
-        if quick and name in SLOW_TO_TRAIN:
-            continue
-        folder = work / "real" / name
-        results |= measure(f"15k_{name}", factory, read, len(base), queries, exact, folder, timed=20 if quick else 300)
-        settings = read_json(folder / "settings.json")
-        ranked = open_ranked(folder, settings, {path.name: sha256_file(path) for path in folder.iterdir()})
-        for percent, count in relevant.items():
-            found = zip(ranked.search(queries, count)[1], order, strict=True)
-            figures = [average_precision(mine, true[:count]) for mine, true in found]
-            results[f"15k_{name}_map_{percent}pct"] = float(np.mean(figures))
-    return results
-
-
-def average_precision(ranking: np.ndarray, relevant: np.ndarray) -> float:
-    """AP of a ranking of rows, as far as it goes, with a set of relevant ones; those that it lacks count as not found."""
-    hits = np.isin(ranking, relevant)
-    return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].sum() / len(relevant))
-
-
 def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
     """A made corpus of one size: every kind of index that can be built here."""
     rows = (QUICK_SIZES if quick else SIZES)[name]
-    made = population.Population(population.real_embeddings(), seed=0)
+    made = Population(real_embeddings(), seed=0)
     queries = made.read(10**9, 10**9 + (50 if quick else 200))  # far beyond any corpus
-    read = population.stored(rows, work / f"{name}.f16")
+    read = stored(rows, work / f"{name}.f16")
     exact = truth(read, rows, queries, work / f"{name}.npy")
-    results: dict[str, Any] = {f"{name}_rows": rows, f"{name}_dim": population.DIM, f"{name}_queries": len(queries)}
-    for kind, factory in kinds(rows, population.DIM).items():
-        if quick and kind in SLOW_TO_TRAIN:
+    results: dict[str, Any] = {f"{name}_rows": rows, f"{name}_dim": DIM, f"{name}_queries": len(queries)}
+    for kind, factory in kinds(rows).items():
+        if quick and kind == "ivf_pq64":  # slow to train
             continue
         faiss.omp_set_num_threads(os.cpu_count() or 1)
         folder = work / name / kind
@@ -195,7 +210,7 @@ def part_size(name: str, work: Path, quick: bool) -> dict[str, Any]:
 
 def part_latency(work: Path, quick: bool) -> dict[str, Any]:
     """1 M and 10 M in one run, beside what the authors' demo does with 1 M: the product with all vectors and a full sort."""
-    queries = population.Population(population.real_embeddings(), seed=0).read(10**9, 10**9 + 200)
+    queries = Population(real_embeddings(), seed=0).read(10**9, 10**9 + 200)
     results: dict[str, Any] = {}
     faiss.omp_set_num_threads(1)
     with threadpoolctl.threadpool_limits(1):
@@ -206,7 +221,7 @@ def part_latency(work: Path, quick: bool) -> dict[str, Any]:
             figures = latencies(lambda query, ranked=ranked: ranked.search(query[None], K), queries, 100 if quick else 1000)
             results |= {f"{key}_{name}": value for key, value in figures.items()}
         rows = (QUICK_SIZES if quick else SIZES)["1m"]
-        vectors = population.stored(rows, work / "1m.f16")(0, rows)
+        vectors = stored(rows, work / "1m.f16")(0, rows)
         theirs = latencies(lambda query: np.argsort(-(vectors @ query)), queries, 20)
         results |= {f"exhaustive_sort_{key}_1m": value for key, value in theirs.items()}
     results["speedup_over_exhaustive_sort_1m"] = theirs["p50_ms"] / results["p50_ms_1m"]
@@ -215,8 +230,6 @@ def part_latency(work: Path, quick: bool) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "real": part_real,
-    "118k": lambda work, quick: part_size("118k", work, quick),
     "1m": lambda work, quick: part_size("1m", work, quick),
     "10m": lambda work, quick: part_size("10m", work, quick),
     "latency": part_latency,
@@ -229,75 +242,47 @@ def promised(results: dict[str, Any]) -> dict[str, Any]:
         "recall100_1m": results["1m_ivf_rabitq_recall100"],
         "bytes_per_image_1m": results["1m_ivf_rabitq_bytes_per_image"],
         "peak_memory_gb_10m": results["10m_ivf_rabitq_peak_gb"],
-        **extrapolated(results),
-    }
-
-
-def extrapolated(results: dict[str, Any]) -> dict[str, Any]:
-    """What 400 M images would need: bytes in proportion, milliseconds by a power law through 118 k, 1 M and 10 M."""
-    sizes = [name for name in SIZES if f"{name}_ivf_rabitq_cpu_ms" in results]
-    rows = np.log([results[f"{name}_rows"] for name in sizes])
-    times = np.log([results[f"{name}_ivf_rabitq_cpu_ms"] for name in sizes])
-    slope, start = np.polyfit(rows, times, 1)
-    return {
-        "latency_exponent": float(slope),
-        "cpu_ms_400m": float(np.exp(start + slope * np.log(4e8))),
-        "memory_gb_400m": results["10m_ivf_rabitq_bytes_per_image"] * 4e8 / 1e9,
-        "disk_gb_400m": results["10m_ivf_rabitq_disk_bytes_per_image"] * 4e8 / 1e9,
-        "build_cpu_hours_400m": results["10m_ivf_rabitq_build_cpu_seconds"] * 40 * 40**0.5 / 3600,
     }
 
 
 def table(results: dict[str, Any]) -> str:
     """Every index at every size, as docs/search-index.md shows it."""
     figures = ("recall10", "recall100", "p50_ms", "p99_ms", "p50_ms_2_threads")
-    lines = [
-        "| images | index | recall@10 | recall@100 | p50 ms | p99 ms | p50, 2 threads | bytes in memory | on disk | build s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for size in ("15k", *SIZES):
+    header = ["images", "index", "recall@10", "recall@100", "p50 ms", "p99 ms", "p50, 2 threads"]
+    rows = []
+    for size in SIZES:
         for key in [key for key in results if key.startswith(f"{size}_") and key.endswith("_factory")]:
             prefix = key.removesuffix("_factory")
             cells = [f"{results[f'{prefix}_{figure}']:.{3 if 'recall' in figure else 2}f}" for figure in figures]
             cells += [f"{results[f'{prefix}_{figure}']:,.0f}" for figure in ("bytes_per_image", "disk_bytes_per_image")]
-            name = f"`{results[key]}`"
-            lines.append("| " + " | ".join([size, name, *cells, f"{results[f'{prefix}_build_seconds']:,.1f}"]) + " |")
-    return "\n".join(lines)
+            rows.append([size, f"`{results[key]}`", *cells, f"{results[f'{prefix}_build_seconds']:,.1f}"])
+    return "\n".join(machine.table([*header, "bytes in memory", "on disk", "build s"], rows))
 
 
 def main() -> None:
-    """Run the parts that have not run, or one of them, and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    """Run the parts that have not run, each in a process of its own, or one of them here, and report."""
+    parser = machine.parser(__doc__, quick="tiny sizes")
     parser.add_argument("--work", type=Path, default=Path("runs/index"), help="vectors, indexes, figures (%(default)s)")
     parser.add_argument("--part", choices=list(PARTS), help="only this part")
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", type=Path, help="only print the table of an earlier run's JSON")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(read_json(arguments.table)))
-        return
-    work = arguments.work / ("quick" if arguments.quick else "full")
+    options = parser.parse_args()
+    if options.table:
+        return print(table(read_json(options.table)))
+    work = options.work / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    run(work, arguments.part, arguments.quick, arguments.json)
-
-
-def run(work: Path, part: str | None, quick: bool, path: Path | None) -> None:
-    """Run parts in processes of their own; with `part`, run that one here and leave its figures in `work`."""
-    if part:
-        started = time.perf_counter()
-        figures = PARTS[part](work, quick)
-        write_json(work / f"part-{part}.json", {**figures, f"{part}_part_seconds": time.perf_counter() - started})
-        return
-    for name in PARTS:
-        if not (work / f"part-{name}.json").exists():
-            extra = ["--quick"] if quick else []
-            subprocess.run([sys.executable, __file__, "--part", name, "--work", str(work.parent), *extra], check=True)
+    if options.part:
+        figures = PARTS[options.part](work, options.quick)
+        seconds = {f"{options.part}_part_seconds": time.perf_counter() - machine.STARTED}
+        return write_json(work / f"part-{options.part}.json", figures | seconds)
     results: dict[str, Any] = {}
     for name in PARTS:
+        if not (work / f"part-{name}.json").exists():
+            extra = ["--quick"] if options.quick else []
+            subprocess.run([sys.executable, __file__, "--part", name, "--work", str(options.work), *extra], check=True)
         results |= read_json(work / f"part-{name}.json")
-    machine.report({**promised(results), **results, "seed": 0, "quick": quick, **machine.describe()}, path)
+    machine.finish({**promised(results), **results}, options)
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    machine.run(main)

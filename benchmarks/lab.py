@@ -1,11 +1,16 @@
-"""emoji-bench's generator with the corpus and the queries, encoded: what the library's teachers and encoders work on."""
+"""emoji-bench's generator with the corpus and the queries, encoded: what the library's teachers and encoders work on.
+
+`sweep` chooses the teachers' settings: `python benchmarks/truth.py --sweep`.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +20,15 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from ground_truth import AUTOENCODER, CONFIG, OUT, open_run
 from PIL import Image
 
-from fastattr.core.files import read_json, sha256_file
+from fastattr.core.errors import NonFiniteError
+from fastattr.core.files import atomic_path, read_json, sha256_file
 from fastattr.core.stages import fingerprint, require_same
 from fastattr.corpus.store import Corpus
+from fastattr.evaluation.against_truth import compare_with_truth
+from fastattr.evaluation.lds import noise_ceiling, outputs_of, residual_outputs
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
-from fastattr.features.diffusion import DiffusionEncoder
+from fastattr.features.by_generator import DiffusionEncoder
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.conditioning import Conditioning
@@ -35,14 +43,35 @@ from fastattr.teachers.fitted import FittedTeacher
 from fastattr.teachers.task import layers_to_unlearn
 from fastattr.teachers.unlearning import exact_scores, query_step
 
+logger = logging.getLogger(__name__)
+
 SETTINGS = "settings.json"
-"""In the ground truth folder: what benchmarks/truth_sweep.py chose, and all that it tried."""
+"""In the ground truth folder: what the sweep chose, and all that it tried."""
 EXACT = "exact"
 """In the ground truth folder: the exact teacher's score table of the test queries."""
 BATCH = 128
 ALL_LAYERS = r"."
 FEATURES = ("image", "text", "diffusion")
 """Feature spaces that need no gradient."""
+PATTERNS = (CROSS_ATTENTION_KV, r"attn2\.", r"attentions\.", ALL_LAYERS)
+"""Weights to unlearn that the sweep tries: text-side keys and values, cross-attention, attention blocks, the U-Net."""
+DAMPINGS, RIDGES = (0.01, 0.1, 1.0, 10.0), (0.001, 0.01, 0.1, 1.0, 10.0)
+MOST_DRAWS = {"query_draws": 512, "loss_draws": 128}
+"""With which weights, damping and ridges are compared."""
+DRAWS = {"query_draws": (64, 128, 512), "loss_draws": (4, 16, 32, 128)}
+STEPS: tuple[tuple[str, dict[str, tuple[Any, ...]]], ...] = (
+    ("abu_plus_linearised", {"pattern": PATTERNS, "damping": DAMPINGS}),
+    ("abu_diagonal", {"diagonal_damping": DAMPINGS}),
+    ("abu_plus_linearised", DRAWS),
+    ("abu_plus_exact", {"rise": (0.005, 0.02, 0.1, 0.5)}),
+    ("trak", {"trak_pattern": PATTERNS, "trak_ridge": RIDGES}),
+    ("d_trak", {"d_trak_pattern": PATTERNS, "d_trak_ridge": RIDGES}),
+)
+"""Teacher, and the values of `Settings` that are tried for it, in every combination."""
+SPARED_LDS = 0.005
+"""Of draws, the cheapest are chosen whose residual LDS is within this of the best."""
+EXACT_QUERIES = 26
+"""Queries on which the exact step's size is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +85,6 @@ class Settings:
     """(timestep, noise) pairs of a query's gradient; D-TRAK takes a quarter."""
     loss_draws: int = 16
     """(timestep, noise) pairs of a training image's gradient or loss."""
-
     rise: float = 0.02
     """By how much the exact step raises the query's loss, to first order, as a part of it."""
     trak_pattern: str = CROSS_ATTENTION_KV
@@ -84,17 +112,10 @@ class Settings:
 
 
 def open_generator(folder: Path, autoencoder_sha256: str) -> Generator:
-    """A generator of a ground truth folder, with the embedded emoji model's autoencoder.
-
-    Raises:
-        ArtifactMismatchError: that is another autoencoder than the ground truth was made with.
-    """
-    require_same(
-        "the embedded autoencoder",
-        sha256_file(AUTOENCODER / "diffusion_pytorch_model.safetensors"),
-        autoencoder_sha256,
-        "The ground truth was made with another one; make it again, or use the fastattr that it was made with.",
-    )
+    """A generator of a ground truth folder, with the embedded autoencoder, if it was made with that one."""
+    fix = "The ground truth was made with another one; make it again, or use the fastattr that it was made with."
+    found = sha256_file(AUTOENCODER / "diffusion_pytorch_model.safetensors")
+    require_same("the embedded autoencoder", found, autoencoder_sha256, fix)
     autoencoder = AutoencoderKL.from_pretrained(AUTOENCODER)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, vae=autoencoder, dtype=torch.float32, local_files_only=True)
     return Generator(pipeline, name=folder.name)
@@ -115,6 +136,10 @@ class Cost:
     seed: int = 0
 
 
+def _batches(ids: Sequence[str]) -> list[Sequence[str]]:
+    return [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
+
+
 class Lab:
     """One generator's view of the corpus and of queries, and what the library's teachers make of it."""
 
@@ -124,7 +149,7 @@ class Lab:
 
     def queries(self, query_ids: Sequence[str]) -> EncodedImages:
         """Queries, encoded as training images are."""
-        parts = [query_ids[start : start + BATCH] for start in range(0, len(query_ids), BATCH)]
+        parts = _batches(query_ids)
         latents = [self.generator.encode_image([self.truth.image(query_id) for query_id in part]) for part in parts]
         texts = [self.generator.encode_prompt([self.truth.prompt(query_id) for query_id in part]) for part in parts]
         conditioning = Conditioning.concatenated(texts)
@@ -152,8 +177,7 @@ class Lab:
 
     def scores(self, teacher: FittedTeacher, query_ids: Sequence[str]) -> np.ndarray:
         """(Q, N) scores by a fitted teacher."""
-        parts = [query_ids[start : start + BATCH] for start in range(0, len(query_ids), BATCH)]
-        return np.concatenate([teacher.scores(self.queries(part)) for part in parts])
+        return np.concatenate([teacher.scores(self.queries(part)) for part in _batches(query_ids)])
 
     @cached_property
     def base_losses(self) -> np.ndarray:
@@ -162,24 +186,19 @@ class Lab:
         drawn = {"draws": cost.exact_draws, "batch_size": 2 * cost.batch_size, "seed": cost.seed}
         return image_losses(self.generator, self.corpus, rows, **drawn)
 
-    def exact(self, query_ids: Sequence[str], rise: float | None = None) -> np.ndarray:
+    def exact(self, query_ids: Sequence[str]) -> np.ndarray:
         """(Q, N) exact scores: losses after the query's unlearning step less losses before it."""
         chosen, cost = self.settings, self.cost
-        config = self.config(
-            pattern=chosen.pattern,
-            damping=chosen.damping,
-            query_loss_rise=chosen.rise if rise is None else rise,
-            query_draws=cost.exact_query_draws,
-            loss_draws=cost.exact_draws,
-        )
+        step_of = {"pattern": chosen.pattern, "damping": chosen.damping, "query_loss_rise": chosen.rise}
+        config = self.config(**step_of, query_draws=cost.exact_query_draws, loss_draws=cost.exact_draws)
         layers, rows = layers_to_unlearn(self.generator, chosen.pattern), np.arange(len(self.corpus.image_ids))
         scores = []
         for query_id in query_ids:
             latent = self.generator.encode_image([self.truth.image(query_id)])
             query = {"latent": latent, "prompt": self.truth.prompt(query_id), "query_id": query_id}
             step, _ = query_step(self.generator, layers, self.factors(), **query, config=config)
-            losses, step_of = self.base_losses, replace(config, batch_size=2 * cost.batch_size)
-            scores.append(exact_scores(self.generator, layers, self.corpus, losses, step, candidate_rows=rows, config=step_of))
+            asked = {"candidate_rows": rows, "config": replace(config, batch_size=2 * cost.batch_size)}
+            scores.append(exact_scores(self.generator, layers, self.corpus, self.base_losses, step, **asked))
         return np.stack(scores)
 
 
@@ -224,26 +243,13 @@ class Bench:
 def open_bench(
     truth_dir: Path, run_dir: Path, config: RetrainConfig, source: Path | None, settings: Settings, cost: Cost
 ) -> Bench:
-    """Open everything; the corpus is taken from RUN or built there.
-
-    Raises:
-        ArtifactMismatchError: the run is of another corpus, or the kept generator did not draw the queries.
-    """
-    truth = GroundTruth(truth_dir)
-    corpus = open_run(config, run_dir, source).corpus
-    require_same(
-        f"the corpus of {run_dir}",
-        corpus.fingerprint,
-        truth.corpus_fingerprint,
-        f"The ground truth {truth_dir} belongs to another corpus; give another run folder.",
-    )
+    """Open everything, if it belongs together; the corpus is taken from RUN or built there."""
+    truth, corpus = GroundTruth(truth_dir), open_run(config, run_dir, source).corpus
+    fix = f"The ground truth {truth_dir} belongs to another corpus; give another run folder."
+    require_same(f"the corpus of {run_dir}", corpus.fingerprint, truth.corpus_fingerprint, fix)
     generator = open_generator(truth.folder / "generator", truth.manifest["inputs"]["autoencoder"])
-    require_same(
-        "the generator of the ground truth",
-        generator.fingerprint,
-        truth.queries["generator"][0].as_py(),
-        "It did not draw the queries; make the ground truth again.",
-    )
+    drew, fix = truth.queries["generator"][0].as_py(), "It did not draw the queries; make the ground truth again."
+    require_same("the generator of the ground truth", generator.fingerprint, drew, fix)
     return Bench(truth, config, run_dir, corpus, _lab(generator, truth, corpus, run_dir, settings, cost))
 
 
@@ -253,13 +259,64 @@ def _lab(generator: Generator, truth: GroundTruth, corpus: Corpus, run_dir: Path
 
 
 def read_settings(truth_dir: Path) -> Settings:
-    """What the sweep chose.
+    """What the sweep chose; ArtifactNotFoundError if it has not run."""
+    return Settings(**read_json(truth_dir / SETTINGS)["chosen"])
 
-    Raises:
-        ArtifactNotFoundError: it has not run.
+
+def sweep(bench: Bench, *, resamples: int = 500) -> dict[str, Any]:
+    """Choose the teachers' settings by residual LDS, one step of `STEPS` after the other; returns them and all that was tried.
+
+    To choose among teachers, training queries are as good as validation queries: no teacher has learned from them; test
+    queries play no part. Every score is kept in the run folder, so that a killed sweep goes on.
     """
-    found: Mapping[str, Any] = read_json(truth_dir / SETTINGS)["chosen"]
-    return Settings(**found)
+    truth, lab = bench.truth, bench.lab
+    every = truth.measured("validation") + truth.measured("train")
+    chosen, tried = replace(Settings(), **MOST_DRAWS), []
+    for method, values in STEPS:
+        query_ids = every[:EXACT_QUERIES] if method == "abu_plus_exact" else every
+        found: list[tuple[float, float, Settings]] = []
+        for combination in product(*values.values()):
+            changes = dict(zip(values, combination, strict=True))
+            lab.settings = replace(chosen, **changes)
+            try:
+                scores = bench.in_order(kept_scores(bench, method, query_ids))
+            except NonFiniteError as error:  # so long a step that the network breaks
+                logger.warning("%s of %s is no candidate: %s", changes, method, error)
+                continue
+            row = compare_with_truth({method: scores}, truth, query_ids, resamples=resamples)["methods"][method]
+            figures = {key: row[key] for key in ("lds", "lds_residual", "lds_residual_low", "lds_residual_high")}
+            tried.append({"method": method, **changes, **figures, "queries": len(query_ids)})
+            cost = lab.settings.query_draws * len(query_ids) + lab.settings.loss_draws * len(bench.corpus)
+            found.append((row["lds_residual"], cost, lab.settings))
+        best = max(residual for residual, _, _ in found) - (SPARED_LDS if values is DRAWS else 0)
+        chosen = min((one for one in found if one[0] >= best), key=lambda one: one[1])[2]
+    facts = {"models": len(truth.retrained("half", every).model_ids), "splits": ["validation", "train"], "seed": lab.cost.seed}
+    return {"chosen": asdict(chosen), "tried": tried, "noise_ceilings": ceilings_by_part(truth, every), **facts}
+
+
+def kept_scores(bench: Bench, method: str, query_ids: Sequence[str]) -> np.ndarray:
+    """(Q, N) scores by the lab's settings, from an earlier sweep if they are there."""
+    lab, exact = bench.lab, method == "abu_plus_exact"
+    settings = vars(lab.settings) if exact else lab.settings.methods[method] | {"loss_draws": lab.settings.loss_draws}
+    made_of = [lab.generator.fingerprint, bench.corpus.fingerprint, list(query_ids), asdict(lab.cost), method, settings]
+    path = bench.run_dir / "sweep" / f"{fingerprint(made_of)}.npy"
+    if not path.exists():
+        scores = lab.exact(query_ids) if exact else lab.scores(lab.fit(method), query_ids)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, scores)
+    return np.load(path)
+
+
+def ceilings_by_part(truth: GroundTruth, query_ids: Sequence[str], parts: int = 8) -> list[float]:
+    """Noise ceiling of residual LDS for losses at equal parts of the noise schedule, from little noise to much."""
+    halves = truth.retrained("half", query_ids)
+    losses = truth.losses_by_timestep(halves.model_ids, query_ids)
+    found = []
+    for part in np.array_split(np.arange(losses.shape[2]), min(parts, losses.shape[2])):
+        outputs = residual_outputs(outputs_of(losses[:, :, part].mean(axis=2)))
+        first, second = halves.seed_pairs()
+        found.append(noise_ceiling(outputs[first], outputs[second]))
+    return found
 
 
 def options_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

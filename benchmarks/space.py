@@ -1,20 +1,17 @@
 """The Space's speed and memory, on the embedded models, in a real Chromium and through the API.
 
-Run from the repository, on a quiet machine:
+    python benchmarks/space.py --json benchmarks/results/space.json     from the repository, on a quiet machine
 
-    python benchmarks/space.py --json benchmarks/results/space.json
-
-`start_seconds`: from `fastattr demo` (the command of `make demo`, once installed) to the page's button ready to be clicked.
-`click_to_attributed_seconds`: from the click to the last card in sight, for prompts never drawn before, the longest of
-them; `attribution_seconds` is the part of it after the image is drawn, as the server times it, the longest again.
-`visitors_served_in_turn`: whether ten visitors who ask at once all get their own answer, `visitors_seconds` after how long
-the last has it. `memory_growth_mb_200`: by how much the server's resident memory grew over 200 generations of new prompts,
-after the caches were filled; extrapolated from fewer if --quick says so in `generations`.
+`start_seconds`: from `fastattr demo` to the page's button ready to be clicked. `click_to_attributed_seconds`: from the click to
+the last card in sight, the longest of prompts never drawn before; `attribution_seconds` is the part of it after the image is
+drawn, as the server times it, the longest again. `visitors_served_in_turn`: whether ten visitors who ask at once all get their
+own answer, `visitors_seconds` after how long the last has it. `memory_growth_mb_200`: by how much the server's resident memory
+grew over 200 `generations` of new prompts, after the caches were filled; extrapolated from fewer with --quick.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
 import sys
 import time
@@ -33,21 +30,13 @@ from chromium import generate, open_browser
 
 SUBJECTS = ("red heart", "cat face", "green apple", "yellow star", "blue car", "grinning face", "black cat", "purple ball")
 STYLES = ("openmoji style", "noto style", "twemoji style", "fluent style")
-TARGETS = {
-    "click_to_attributed_seconds": 6.0,
-    "attribution_seconds": 0.3,
-    "start_seconds": 15.0,
-    "memory_growth_mb_200": 20.0,
-}
+TARGETS = {"click_to_attributed_seconds": 6.0, "attribution_seconds": 0.3, "start_seconds": 15.0, "memory_growth_mb_200": 20.0}
 """The first three as issue 7 has them; for 'flat' we take a tenth of a megabyte a generation."""
 
 
 def prompts(first: int) -> Iterator[str]:
     """Prompts without end, no two alike, other ones for every `first`."""
-    number = first
-    while True:
-        yield f"{SUBJECTS[number % 8]} {number}, {STYLES[number // 8 % 4]}"
-        number += 1
+    return (f"{SUBJECTS[number % 8]} {number}, {STYLES[number // 8 % 4]}" for number in itertools.count(first))
 
 
 def start_seconds(repeats: int) -> list[float]:
@@ -130,10 +119,7 @@ def memory(url: str, process: int, *, warm_up: int, generations: int) -> dict[st
 
 def main() -> None:
     """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--quick", action="store_true", help="fewer of everything: under two minutes on a quiet machine")
-    options = parser.parse_args()
+    options = machine.parser(__doc__, quick="fewer of everything: under two minutes on a quiet machine").parse_args()
     from fastattr.space.tabs import MAX_CACHED
 
     starts = start_seconds(1 if options.quick else 3)
@@ -142,21 +128,13 @@ def main() -> None:
         clicks = click_seconds(url, 3 if options.quick else 20)
         visitors = ten_visitors(url)
         used = memory(url, server.pid, warm_up=10 if options.quick else MAX_CACHED, generations=10 if options.quick else 200)
-    results = {
-        "start_seconds": max(starts),
-        "click_to_attributed_seconds": max(clicks),
-        "click_to_attributed_seconds_median": float(np.median(clicks)),
-        **used,
-        **visitors,
-        "starts": len(starts),
-        "clicks": len(clicks),
-        "quick": options.quick,
-        "seed": 0,
-    }
+    clicked = {"click_to_attributed_seconds": max(clicks), "click_to_attributed_seconds_median": float(np.median(clicks))}
+    counts = {"starts": len(starts), "clicks": len(clicks)}
+    results = {"start_seconds": max(starts), **clicked, **used, **visitors, **counts}
     missed = [name for name, most in TARGETS.items() if results[name] > most]
-    results |= {**{f"{name}_target": most for name, most in TARGETS.items()}, "missed": ", ".join(missed)}
-    machine.report({**results, **machine.describe()}, options.json)
+    targets = {f"{name}_target": most for name, most in TARGETS.items()}
+    machine.finish({**results, **targets, "missed": ", ".join(missed)}, options)
 
 
 if __name__ == "__main__":
-    main()
+    machine.run(main)

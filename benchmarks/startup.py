@@ -3,15 +3,13 @@
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
 The emoji attributor is pushed to a loopback Hub (tests/loopback_hub.py) and pulled once, which warms the cache; then the
-Hub is gone, and fresh processes are timed: from before `from_pretrained` to after the first `attribute`, imports and feature
-encoders included (`first_answer_seconds`; the processor time of it beside it, which other work on the machine does not
-change as much), and once more in the same process, when everything is imported (`imported_answer_seconds`). Medians over
+Hub is gone, and fresh processes are timed: from before `from_pretrained` to after the first `attribute`, imports included
+(`first_answer_seconds`, and its processor time), and once more in the same process (`imported_answer_seconds`). Medians over
 --runs processes; `heavy_imports` counts heavy libraries that `import fastattr` brings along.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -89,12 +87,11 @@ def measure(runs: int) -> dict[str, float | int]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--runs", type=int, default=5, help="processes to time")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    arguments = parser.parse_args()
-    machine.report({**measure(arguments.runs), **machine.describe()}, arguments.json)
+    options = parser.parse_args()
+    machine.finish(measure(options.runs), options)
 
 
 if __name__ == "__main__":
-    main()
+    machine.run(main)

@@ -10,14 +10,11 @@ test queries are scored once, by all.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import document
 import lab
 import machine
 import numpy as np
@@ -32,7 +29,7 @@ from fastattr.core.settings import read_yaml
 from fastattr.evaluation.against_truth import compare_with_truth, table_scores
 from fastattr.evaluation.lds import lds_residual
 from fastattr.evaluation.subsets import RetrainConfig
-from fastattr.features.gradient import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
+from fastattr.features.by_generator import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
 from fastattr.gradients.ekfac import Factors
 from fastattr.gradients.ridge import RidgeKernel
 from fastattr.students.distill import DistillConfig
@@ -41,8 +38,6 @@ from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.similarity import similarity_scores
 
 SPLITS = ("train", "validation", "test")
-GRADIENTS = RECIPES
-"""The library's gradient features, by name."""
 KEYS = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct")
 
 
@@ -85,20 +80,14 @@ class Learned:
 
 
 def learn(bench: Bench, train_queries: int, queries: int) -> Learned:
-    """Score the queries by every quick teacher and encode everything in every feature space.
-
-    Args:
-        bench: opened.
-        train_queries: at most.
-        queries: of validation and test, at most.
-    """
+    """Score so many queries at most by every quick teacher and encode everything in every feature space."""
     counts = {"train": train_queries, "validation": queries, "test": queries}
     ids = {split: bench.truth.of_split(split)[: counts[split]] for split in SPLITS}
     seconds: dict[str, float] = {}
 
-    bench.encoders.update({name: gradient_encoder(bench, name) for name in GRADIENTS})
+    bench.encoders.update({name: gradient_encoder(bench, name) for name in RECIPES})
     spaces: dict[str, dict[str, np.ndarray]] = {}
-    for space in (*FEATURES, *GRADIENTS):
+    for space in (*FEATURES, *RECIPES):
         spaces[space] = {"images": bench.images(space)}
         for split in SPLITS:
             started = time.perf_counter()
@@ -118,7 +107,7 @@ def learn(bench: Bench, train_queries: int, queries: int) -> Learned:
 
 def gradient_encoder(bench: Bench, name: str) -> GradientEncoder:
     """The library's gradient features of the bench's generator, fitted once in the run folder."""
-    recipe, generator = GRADIENTS[name], bench.lab.generator
+    recipe, generator = RECIPES[name], bench.lab.generator
     folder = bench.run_dir / "gradients" / f"{name}-{generator.fingerprint}"
     fit_gradient_encoder(generator, bench.corpus, folder, recipe, reference="generator")
     factors = Factors.load(folder, generator.modules_to_unlearn(recipe.pattern))
@@ -138,7 +127,7 @@ def students(sizes: Sizes) -> dict[str, Setting]:
             found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss))
         scores = recipe(sizes, loss="mse_scores", steps=min(sizes.steps, 300))
         found[f"{space}_mse_scores"] = Setting(space, scores)
-    for space in GRADIENTS:
+    for space in RECIPES:
         shape = StudentConfig(embed_dim=256, hidden=(64,))
         gentle = recipe(sizes, loss="mse_scores", student=shape, steps=min(sizes.steps, 200), learning_rate=2e-4)
         found[f"{space}_mse_scores_gentle"] = Setting(space, gentle)
@@ -165,7 +154,7 @@ def measure(learned: Learned, tried: Mapping[str, Setting], *, resamples: int, s
     valid = {name: float(row["lds_residual"]) for name, row in on_validation.items()}
     ours = [name for name in tried if name != PAPER_RECIPE]
     best = max(ours, key=valid.__getitem__)
-    fast = max((name for name in ours if tried[name].space not in GRADIENTS), key=valid.__getitem__)
+    fast = max((name for name in ours if tried[name].space not in RECIPES), key=valid.__getitem__)
     methods = {f"untuned_{space}": learned.similarities(space, "test") for space in learned.spaces} | scores("test")
     methods |= {f"teacher_{name}": bench.in_order(found["test"]) for name, found in learned.teachers.items()}
     methods["teacher_exact"] = table_scores(truth.folder / EXACT, truth, ids["test"])
@@ -174,13 +163,8 @@ def measure(learned: Learned, tried: Mapping[str, Setting], *, resamples: int, s
     result = compare_with_truth(methods, truth, ids["test"], **asked)
     residual = {name: float(row["lds_residual"]) for name, row in result["methods"].items()}
     gap = max(value for name, value in residual.items() if name.startswith("teacher_")) - residual["untuned_both"]
-    found: dict[str, Any] = {
-        "bench_teacher": teacher,
-        "bench_best_student": best,
-        "bench_fast_student": fast,
-        "bench_queries": result["n_queries"],
-        "bench_models": result["n_models"],
-    }
+    found: dict[str, Any] = {"bench_teacher": teacher, "bench_best_student": best, "bench_fast_student": fast}
+    found |= {"bench_queries": result["n_queries"], "bench_models": result["n_models"]}
     for ending, one in (("", best), ("_fast", fast), ("_paper_recipe", PAPER_RECIPE)):
         found[f"gap_closed_lds{ending}"] = (residual[one] - residual["untuned_both"]) / gap if gap > 0 else float("nan")
     for ending, one in (("", best), ("_fast", fast)):
@@ -199,36 +183,30 @@ def parts_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
     marks = {results["bench_fast_student"]: " (chosen among the fast)", results["bench_best_student"]: " (chosen)"}
     rows = []
     for name in sorted(names, key=lambda name: -results[f"bench_lds_residual_{name}"]):
-        ends = {
-            end: results[f"bench_lds_residual{key}_{name}"] for end, key in (("mean", ""), ("low", "_low"), ("high", "_high"))
-        }
-        plain, precision = (document.number(results[f"bench_{key}_{name}"]) for key in ("lds", "map_1pct"))
-        rows.append([name + marks.get(name, ""), document.span(ends), plain, precision])
+        ends = {f"lds{end}": results[f"bench_lds_residual{end}_{name}"] for end in ("", "_low", "_high")}
+        plain, precision = (machine.number(results[f"bench_{key}_{name}"]) for key in ("lds", "map_1pct"))
+        rows.append(
+            [name + marks.get(name, ""), machine.span({f"lds{end}": ends[end] for end in ends}, "lds"), plain, precision]
+        )
     starts = ("bench_choosing_lds_residual_", "bench_seconds_")
-    gaps = sorted(name for name in results if name.startswith(("gap_closed_lds", "gain_")) and "paper" in name + "paper")
-    return {
-        "bench": document.table(["method", "residual LDS", "plain LDS", "mAP(1%)"], rows),
-        "teachers": document.pairs(results, "bench_teacher", *sorted(name for name in results if name.startswith(starts))),
-        "gap": document.pairs(results, *gaps),
+    found = {
+        "bench": machine.table(["method", "residual LDS", "plain LDS", "mAP(1%)"], rows),
+        "teachers": machine.pairs(results, "bench_teacher", *sorted(name for name in results if name.startswith(starts))),
+        "gap": machine.pairs(results, *sorted(name for name in results if name.startswith(("gap_closed_lds", "gain_")))),
     }
+    return {name: [*lines, "", machine.where(results)] for name, lines in found.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, add the keys to the JSON file, and fill the document."""
-    parser = argparse.ArgumentParser(description="Measure students on emoji-bench's retrained models.")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file that gains the keys (%(default)s)")
-    options = options_of(parser, arguments)
+    options = options_of(machine.parser(__doc__, json=RESULTS), arguments)
     sizes, table_sizes = Sizes(), TruthSizes()
     settings, config = lab.read_settings(options.truth), read_yaml(options.config, RetrainConfig)
     bench = lab.open_bench(options.truth, options.run, config, options.corpus, settings, table_sizes.cost)
     learned = learn(bench, table_sizes.train_queries, table_sizes.test_queries)
     found = measure(learned, students(sizes), resamples=table_sizes.resamples, seed=sizes.seed)
     earlier = read_json(options.json) if options.json.exists() else {}
-    results = earlier | found | {"seed": sizes.seed, **machine.describe()}
-    machine.report(results, options.json)
-    document.fill(
-        DOCS / "student.md", {name: [*lines, "", document.where(results)] for name, lines in parts_of(results).items()}
-    )
+    machine.fill(DOCS / "student.md", parts_of(machine.finish(earlier | found, options)))
 
 
 if __name__ == "__main__":

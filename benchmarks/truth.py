@@ -1,11 +1,12 @@
 """The table of truth: every method and every null against emoji-bench's retrained models.
 
     python benchmarks/truth.py [--quick]     the table, docs/truth.md and benchmarks/results/truth.json
+    python benchmarks/truth.py --sweep       the teachers' settings, chosen without test queries: TRUTH/settings.json
     python benchmarks/truth.py --exact       the exact teacher's scores of the test queries, kept in the ground truth folder
     python benchmarks/truth.py --rankings    whom leave-K-out removes: RUN/rankings.parquet, for benchmarks/ground_truth.py
 
-The order for a new ground truth: ground_truth.py --only lds --only groups, truth_sweep.py, --exact, --rankings,
-ground_truth.py --only leave-k-out, and the table. Students learn from training queries alone. All teachers are the library's
+The order for a new ground truth: ground_truth.py --only lds --only groups, --sweep, --exact, --rankings, ground_truth.py
+--only leave-k-out, and the table. Students learn from training queries alone. All teachers are the library's
 (fastattr/teachers), and of the generator that drew the queries; the null 'student_other_teacher' alone has another one's.
 Seconds a query are those of the query (its features or its own gradient, and the comparison with all images), without what
 is done once for all queries.
@@ -13,10 +14,9 @@ is done once for all queries.
 
 from __future__ import annotations
 
-import argparse
 import os
-import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,26 +24,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import document
 import lab
 import machine
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from document import number, span, with_error
+import student
 from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
+from machine import number, span, with_error
 
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.settings import read_yaml
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
-from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores
-from fastattr.evaluation.figures import write_truth_report
+from fastattr.evaluation.against_truth import compare_with_truth, leave_k_out_gains, table_scores, write_truth_report
 from fastattr.evaluation.lds import popularity
 from fastattr.evaluation.retrain import RANKINGS
-from fastattr.evaluation.subsets import RetrainConfig, chosen_queries, removed_count
+from fastattr.evaluation.subsets import RetrainConfig, chosen_queries
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
-from fastattr.students.distill import DistillConfig, distill
-from fastattr.students.pairs import labels_of, make_table
+from fastattr.students.distill import DistillConfig
 from fastattr.students.student import Student, embed
 from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.scores import ScoredQuery, write_shard
@@ -59,6 +57,10 @@ STUDENTS = ("student", "student_shuffled_teacher", "student_other_teacher")
 LEAVE_K_OUT = ("abu_plus_exact", "abu_plus_linearised", "d_trak", "similarity_both", "student")
 
 
+def _student(**training: int) -> DistillConfig:
+    return DistillConfig(loss="mse_scores", training=replace(DistillConfig().training, **training))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much is computed."""
@@ -71,11 +73,7 @@ class Sizes:
     most_query_draws: int = 1000
     most_loss_draws: int = 1000
     """`Settings.query_draws` and `Settings.loss_draws`, at most."""
-    student: DistillConfig = field(
-        default_factory=lambda: DistillConfig(
-            loss="mse_scores", training=replace(DistillConfig().training, steps=300, warmup_steps=20)
-        )
-    )
+    student: DistillConfig = field(default_factory=lambda: _student(steps=300, warmup_steps=20))
     """Its loss did best in cross-validation over the training prompts (docs/truth.md)."""
     resamples: int = 1000
     seed: int = 0
@@ -87,7 +85,7 @@ QUICK = Sizes(
     test_queries=16,
     most_query_draws=16,
     most_loss_draws=2,
-    student=DistillConfig(loss="mse_scores", training=replace(DistillConfig().training, steps=60)),
+    student=_student(steps=60),
     resamples=100,
 )
 
@@ -96,25 +94,21 @@ class Timed:
     """Seconds a query, by method."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def measure(self, queries: int, *methods: str) -> Iterator[None]:
         """Add the time spent inside, divided by the number of queries, to each of these methods."""
         started = time.perf_counter()
         yield
-        spent = (time.perf_counter() - started) / queries
         for name in methods:
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] += (time.perf_counter() - started) / queries
 
 
 def all_scores(
     bench: Bench, query_ids: Sequence[str], sizes: Sizes, timed: Timed, *, nulls: bool = True
 ) -> dict[str, np.ndarray]:
-    """(Q, N) scores of every method and null but the exact teacher, in the order of the ground truth's images.
-
-    Without `nulls`, there are no students of wrong teachers, which cost much.
-    """
+    """(Q, N) scores of all methods but the exact teacher, in the truth's order; `nulls` adds students of wrong teachers."""
     truth, here, count = bench.truth, bench.lab, len(query_ids)
     train_ids = truth.of_split("train")[: sizes.train_queries]
     methods: dict[str, np.ndarray] = {"random": np.random.default_rng(sizes.seed).random((count, len(truth.image_ids)))}
@@ -150,10 +144,10 @@ def all_scores(
         taught["student_other_teacher"] = averaged(*(other.scores(other.fit(name), train_ids) for name in AVERAGED))
     features = _beside({space: bench.queries(train_ids, space) for space in FEATURES}, FEATURES)
     for name, scores in taught.items():
-        student = train(bench, train_ids, features, _beside(theirs, FEATURES), scores, sizes.student)
-        index = embed(student, _beside(theirs, FEATURES))
+        pupil = train(bench, train_ids, features, _beside(theirs, FEATURES), scores, sizes.student)
+        index = embed(pupil, _beside(theirs, FEATURES))
         with timed.measure(count, name):
-            methods[name] = embed(student, _beside(own, FEATURES)) @ index.T
+            methods[name] = embed(pupil, _beside(own, FEATURES)) @ index.T
     return {name: bench.in_order(scores) for name, scores in methods.items()}
 
 
@@ -187,30 +181,19 @@ def train(
         ScoredQuery(query_id, bench.truth.prompt(query_id), "train", corpus.image_ids, influence, nobody, 0.0)
         for query_id, influence in zip(query_ids, labels.astype(np.float32), strict=True)
     ]
-    table = labels_of(scored, [np.arange(len(corpus))] * len(scored))
-    pairs = make_table(table, corpus_size=len(corpus), kind=config.target_kind)
-    with tempfile.TemporaryDirectory() as scratch:
-        return distill(pairs, queries, images, config, checkpoint=Path(scratch) / "checkpoint.safetensors")
-
-
-def exact_settings(bench: Bench) -> dict[str, Any]:
-    """All that the exact teacher's scores depend on, besides generator and corpus."""
-    chosen = {name: getattr(bench.lab.settings, name) for name in ("pattern", "damping", "rise")}
-    names = ("exact_query_draws", "exact_draws", "factor_examples", "seed")
-    return chosen | {name: getattr(bench.lab.cost, name) for name in names}
+    return student.train(scored, [np.arange(len(corpus))] * len(scored), queries, images, config)
 
 
 def score_exactly(bench: Bench) -> None:
-    """Write the exact teacher's score table of the test queries into the ground truth folder.
-
-    Resumes query by query; started several times, the processes share the queries.
-    """
-    truth, folder, config = bench.truth, bench.truth.folder / EXACT, exact_settings(bench)
+    """Write the exact teacher's score table of the test queries into the ground truth folder; several may share the work."""
+    truth, folder = bench.truth, bench.truth.folder / EXACT
+    config = {name: getattr(bench.lab.settings, name) for name in ("pattern", "damping", "rise")}
+    config |= {name: getattr(bench.lab.cost, name) for name in ("exact_query_draws", "exact_draws", "factor_examples", "seed")}
     query_ids, inputs = truth.of_split("test"), {"ground_truth": truth.manifest["fingerprint"]}
     inputs |= {"generator": bench.lab.generator.fingerprint}
     shards = bench.run_dir / f"exact-{fingerprint([config, inputs])}"
     seconds = []
-    for query_id in np.random.default_rng(os.getpid()).permutation(query_ids).tolist():  # so that several may share the work
+    for query_id in np.random.default_rng(os.getpid()).permutation(query_ids).tolist():
         if (shards / f"{query_id}.parquet").exists():
             continue
         started = time.perf_counter()
@@ -222,16 +205,10 @@ def score_exactly(bench: Bench) -> None:
     table = pa.concat_tables([pq.read_table(shards / f"{query_id}.parquet") for query_id in query_ids])
     with atomic_path(folder / "test-00000.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    write_manifest(
-        folder,
-        stage="scores",
-        config=config,
-        inputs=inputs,
-        teacher="abu_plus_exact",
-        corpus_fingerprint=truth.corpus_fingerprint,
-        generator_fingerprint=bench.lab.generator.fingerprint,
-        seconds_per_query=round(float(np.median(seconds)), 2) if seconds else read_json(folder / MANIFEST)["seconds_per_query"],
-    )
+    facts = {"teacher": "abu_plus_exact", "corpus_fingerprint": truth.corpus_fingerprint}
+    facts |= {"generator_fingerprint": bench.lab.generator.fingerprint}
+    spent = round(float(np.median(seconds)), 2) if seconds else read_json(folder / MANIFEST)["seconds_per_query"]
+    write_manifest(folder, stage="scores", config=config, inputs=inputs, **facts, seconds_per_query=spent)
 
 
 def report(bench: Bench, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
@@ -245,20 +222,11 @@ def report(bench: Bench, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.nda
     require_same(f"the generator of {exact}", manifest["generator_fingerprint"], fingerprint_now, "Run with --exact again.")
     timed.seconds["abu_plus_exact"] = manifest["seconds_per_query"]
     rivals = (*SIMILARITIES, "popularity", "random")
-    pairs = [(teacher, rival) for teacher in TEACHERS for rival in rivals]
+    pairs = [(teacher, rival) for teacher in TEACHERS for rival in rivals] + [("d_trak_ekfac", "d_trak")]
     pairs += [("abu_plus_exact", other) for other in ("abu_plus_linearised", "d_trak", "d_trak_ekfac", "averaged", "student")]
-    pairs += [("d_trak_ekfac", "d_trak")]
     pairs += [("student", rival) for rival in (*SIMILARITIES, *STUDENTS[1:], "popularity")]
-    result = compare_with_truth(
-        methods,
-        truth,
-        query_ids,
-        seconds=timed.seconds,
-        teacher="abu_plus_exact",
-        pairs=pairs,
-        resamples=sizes.resamples,
-        seed=sizes.seed,
-    )
+    asked: dict[str, Any] = {"seconds": timed.seconds, "teacher": "abu_plus_exact", "resamples": sizes.resamples}
+    result = compare_with_truth(methods, truth, query_ids, pairs=pairs, seed=sizes.seed, **asked)
     removed = [(method, rival) for method in LEAVE_K_OUT for rival in ("random", "similarity_both") if method != rival]
     students = {name for name in methods if name.startswith(("student", "random", "popularity"))}
     teachers = [name for name in methods if name not in students and name not in SIMILARITIES]
@@ -267,11 +235,9 @@ def report(bench: Bench, sizes: Sizes) -> tuple[dict[str, Any], dict[str, np.nda
         "leave_k_out_gains": leave_k_out_gains(truth, removed, query_ids, seed=sizes.seed),
         "settings": asdict(bench.lab.settings),
         "ground_truth": truth.manifest["fingerprint"],
-        "seed": sizes.seed,
-        "quick": sizes == QUICK,
-        "benchmark_seconds": round(time.perf_counter() - started, 1),
     }
-    return {**result, **facts, **machine.describe()}, methods, query_ids
+    made = {"seed": sizes.seed, "quick": sizes == QUICK, "benchmark_seconds": round(time.perf_counter() - started, 1)}
+    return {**result, **facts, **made, **machine.describe()}, methods, query_ids
 
 
 def write_rankings(bench: Bench, sizes: Sizes) -> None:
@@ -279,7 +245,7 @@ def write_rankings(bench: Bench, sizes: Sizes) -> None:
     truth, query_ids = bench.truth, chosen_queries(bench.truth.queries, bench.config)
     methods = all_scores(bench, query_ids, sizes, Timed(), nulls=False)
     methods["abu_plus_exact"] = table_scores(truth.folder / EXACT, truth, query_ids)
-    count, ids = removed_count(len(bench.corpus), bench.config), np.array(truth.image_ids)
+    count, ids = bench.config.removed_count(len(bench.corpus)), np.array(truth.image_ids)
     rows = [
         {"method": method, "query_id": query_id, "image_ids": ids[np.argsort(-scores, kind="stable")[:count]].tolist()}
         for method in LEAVE_K_OUT
@@ -303,21 +269,14 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
     removals = {"dloss": ("dL x 1000", 1000, 2), "dloss_judged": ("middle dL x 1000", 1000, 2), "mse": ("MSE x 100", 100, 2)}
     removals["similarity"] = ("similarity", 1, 3)
     titles = [title for title, _, _ in removals.values()]
+
+    def row_of(name: str, row: Mapping[str, Any]) -> list[str]:
+        left_out = [with_error(row, f"leave_k_out_{key}", factor=by, digits=to) for key, (_, by, to) in removals.items()]
+        ends = [number(row["group_spearman_residual"]), number(row["seconds_per_query"], 4)]
+        return [name, *(span(row, key) for key in lds), number(row["map_1pct"]), *left_out, *ends]
+
+    methods = sorted(result["methods"].items(), key=lambda item: -item[1]["lds_residual"])
     header = ["method", "residual LDS", "all timesteps", "plain LDS", "mAP(1%)", *titles, "groups", "s / query"]
-    rows = [
-        [
-            name,
-            *(span(row, key) for key in lds),
-            number(row["map_1pct"]),
-            *(
-                with_error(row, f"leave_k_out_{key}", factor=scale, digits=digits)
-                for key, (_, scale, digits) in removals.items()
-            ),
-            number(row["group_spearman_residual"]),
-            number(row["seconds_per_query"], 4),
-        ]
-        for name, row in sorted(result["methods"].items(), key=lambda item: -item[1]["lds_residual"])
-    ]
     gains = [[pair, *(span(found[key]) for key in lds[:2])] for pair, found in result["gains"].items()]
     removed = [
         [pair, *(span(found[key], factor=scale, digits=2) for key, (_, scale, _) in removals.items())]
@@ -325,47 +284,40 @@ def parts_of(result: Mapping[str, Any]) -> dict[str, list[str]]:
     ]
     return {
         "measured": [measured],
-        "table": document.table(header, rows),
-        "gains": document.table(["difference in residual LDS", "middle of the schedule", "all timesteps"], gains),
-        "removals": document.table(["difference", *titles], removed),
+        "table": machine.table(header, [row_of(*item) for item in methods]),
+        "gains": machine.table(["difference in residual LDS", "middle of the schedule", "all timesteps"], gains),
+        "removals": machine.table(["difference", *titles], removed),
     }
 
 
 def sweep_parts(swept: Mapping[str, Any]) -> dict[str, list[str]]:
     """What docs/truth.md shows of the sweep, by the name of its mark."""
-    figures = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}
-    rows = [
-        [
-            row["method"],
-            ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures),
-            span(row, "lds_residual"),
-            number(row["lds"]),
-            str(row["queries"]),
-        ]
-        for row in swept["tried"]
-    ]
+    figures, rows = {"method", "queries", "lds", "lds_residual", "lds_residual_low", "lds_residual_high"}, []
+    for row in swept["tried"]:
+        changed = ", ".join(f"{key} {value}" for key, value in row.items() if key not in figures)
+        rows.append([row["method"], changed, span(row, "lds_residual"), number(row["lds"]), str(row["queries"])])
     edges = np.linspace(0, 1, len(swept["noise_ceilings"]) + 1)
     header = ["part of the schedule", *(f"{low:.1%} to {high:.1%}" for low, high in pairwise(edges))]
     ceilings = [[f"noise ceiling ({swept['models']} models)", *map(number, swept["noise_ceilings"])]]
     return {
-        "ceilings": document.table(header, ceilings),
-        "sweep": document.table(["method", "settings", "residual LDS", "plain LDS", "queries"], rows),
+        "ceilings": machine.table(header, ceilings),
+        "sweep": machine.table(["method", "settings", "residual LDS", "plain LDS", "queries"], rows),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do one of the three things."""
-    parser = argparse.ArgumentParser(description="Compare all methods with what retraining does.")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the numbers are written (%(default)s)")
+    """Do one of the four things."""
+    parser = machine.parser(__doc__, json=RESULTS, quick="fewer queries and draws, no document: less than 2 minutes")
     parser.add_argument("--docs", type=Path, default=DOCS, help="document whose tables are replaced (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer queries and draws, no document: less than 2 minutes")
     what = parser.add_mutually_exclusive_group()
-    for name in ("exact", "rankings"):
+    for name in ("sweep", "exact", "rankings"):
         what.add_argument(f"--{name}", action="store_true")
     options = options_of(parser, arguments)
-    sizes = QUICK if options.quick else Sizes()
+    sizes, config = QUICK if options.quick else Sizes(), read_yaml(options.config, RetrainConfig)
+    if options.sweep:
+        bench = lab.open_bench(options.truth, options.run, config, options.corpus, lab.Settings(), sizes.cost)
+        return write_json(options.truth / SETTINGS, lab.sweep(bench))
     settings = lab.read_settings(options.truth).at_most(sizes.most_query_draws, sizes.most_loss_draws)
-    config = read_yaml(options.config, RetrainConfig)
     bench = lab.open_bench(options.truth, options.run, config, options.corpus, settings, sizes.cost)
     if options.exact:
         return score_exactly(bench)
@@ -378,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, result)
         shown = {name: methods[name] for name in (*TEACHERS, "student", "similarity_both")}
         write_truth_report(options.docs.parent / "truth", result, bench.truth, shown, query_ids)
-        document.fill(options.docs, parts | sweep_parts(read_json(options.truth / SETTINGS)))
+        machine.fill(options.docs, parts | sweep_parts(read_json(options.truth / SETTINGS)))
     return None
 
 

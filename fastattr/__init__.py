@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastattr' has no attribute {name!r}")
     found = getattr(importlib.import_module(LAZY[name]), name)
     if name == "FastAttributor":  # an attributor answers without knowing how it is published
-        found.push_to_hub = importlib.import_module("fastattr.publishing.push_to_hub").push_to_hub
+        found.push_to_hub = importlib.import_module("fastattr.publishing").push_to_hub
     return found
 
 

@@ -23,26 +23,32 @@ QUERY = unit(np.random.default_rng(99), WIDTH)
 
 def write_attributor(folder: Path, *, rows: int = 60, factory: str = "SQfp16", shard_rows: int = 0, seed: int = 0) -> Path:
     """An attributor without encoders on made features: its student passes them on as they are."""
+    config = IndexConfig(factory=factory, shard_rows=shard_rows)
+    return attributor_of(base_features(rows, seed=seed), folder, config)
+
+
+def attributor_of(
+    embeddings: np.ndarray, folder: Path, index: IndexConfig, *, name: str = "base-{}", caption: str = "caption {}"
+) -> Path:
+    """The same on these (N, D) unit vectors; `name` and `caption` say what image number n is called."""
     import torch
 
     from fastattr.students.distill import save_student
 
     folder.mkdir(parents=True)
-    config = StudentConfig(embed_dim=WIDTH, hidden=())
-    student = Student(WIDTH, config)
+    rows, width = embeddings.shape
+    config = StudentConfig(embed_dim=width, hidden=())
+    student = Student(width, config)
     with torch.no_grad():
-        student.linear.weight.copy_(torch.eye(WIDTH))
+        student.linear.weight.copy_(torch.eye(width))
         student.linear.bias.zero_()
         student.mlp[-1].weight.zero_()
     save_student(student, folder / "model.safetensors")
-    embeddings = base_features(rows, seed=seed)
-    built = build(
-        lambda start, stop: embeddings[start:stop], rows, WIDTH, IndexConfig(factory=factory, shard_rows=shard_rows), folder
-    )
+    built = build(lambda start, stop: embeddings[start:stop], rows, width, index, folder)
     table = {name: [""] * rows for name in COLUMNS} | {
-        "image_id": [f"base-{row}" for row in range(rows)],
+        "image_id": [name.format(row) for row in range(rows)],
         "creator": ["Ada" if row % 2 else "Bob" for row in range(rows)],
-        "caption": [f"caption {row}" for row in range(rows)],
+        "caption": [caption.format(row) for row in range(rows)],
     }
     files = {"catalog": write_table(pa.table(table), folder, "catalog")}
     write_json(folder / "metrics.json", {})
@@ -51,7 +57,7 @@ def write_attributor(folder: Path, *, rows: int = 60, factory: str = "SQfp16", s
         encoders=[],
         encoder_fingerprints=[],
         captions="first",
-        feature_dim=WIDTH,
+        feature_dim=width,
         student=vars(config),
         files=files,
         **built,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastattr.attributor.attribution import REACH, Attribution, Influence, Reach
 from fastattr.attributor.catalogue import Catalogue
+from fastattr.attributor.folder import versions
 from fastattr.attributor.inputs import Where, image_sha256, open_image
 from fastattr.attributor.make import plain_vectors
 from fastattr.attributor.version import Version
@@ -145,7 +146,8 @@ def by_student(
             find = partial(_reached, catalogue, embeddings[query], min(max(k, REACH), size), where)
         weights = None if calibration else model.student.closeness(values)
         reach = Reach(table, find, weights, calibration, size, own=not warnings[query])
-        described = {"sha256": asked.hashes[query], "embedding": encode(embeddings[query]), "k": k}
+        embedding = base64.b64encode(embeddings[query].astype("<f4").tobytes()).decode()
+        described = {"sha256": asked.hashes[query], "embedding": embedding, "k": k}
         described |= {"where": dict(where)} if where else {}
         answer = _attribution(model, version, asked.prompts[query], records, values, parts[query], described, reach)
         answers.append(replace(answer, seconds=dict(seconds), warnings=warnings[query]))
@@ -179,11 +181,6 @@ def by_features(model: Model, version: Version, asked: Asked, k: int) -> list[At
         answer.seconds.update(asked.seconds, search=spent)
         answer.model["method"] = "plain similarity"
     return _with_copies(model, version, asked, answers)
-
-
-def encode(embedding: np.ndarray) -> str:
-    """A (D,) embedding as receipts hold it."""
-    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
 
 
 def _known(rows: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,15 +246,12 @@ def _attribution(
     for record, each in zip(records, fields, strict=True):
         each |= {name: record.get(name) or "" for name in RESULT_COLUMNS}
     results = [Influence(**each) for each in fields]
-    config, versions = version.config, version.versions()
+    config, known = version.config, versions(version.config)
     described = {key: config[key] for key in ("fastattr_version", "corpus_fingerprint", "generator_fingerprint")}
-    described |= {"name": model.name, "model_sha256": versions["model"], "index_sha256": versions["index"]}
+    described |= {"name": model.name, "model_sha256": known["model"], "index_sha256": known["index"]}
     described["revision"] = commit_of(version.folder) or ""
     thumbnails = {record["image_id"]: record["thumbnail"] for record in records if record.get("thumbnail")}
-    return Attribution(results, prompt, {}, described, [], query, None, versions, reach, thumbnails)
-
-
-# ---- near-copies
+    return Attribution(results, prompt, {}, described, [], query, None, known, reach, thumbnails)
 
 
 def _with_copies(model: Model, version: Version, asked: Asked, answers: list[Attribution]) -> list[Attribution]:

@@ -140,9 +140,9 @@ class Attribution:
     def shares(self, by: str = "creator") -> pd.DataFrame:
         """How the query's positive influence divides by creator, licence, source or another column of the catalogue.
 
-        With a calibration, a share is of the influence above what unrelated images have (fastattr/students/shares.py says how).
-        What is left is spread too thinly to name and is the last row, the only one with `named` false. By creator, those of the
-        collection (`source`) with the largest share come first. Intervals are of 95%, found on validation queries. Without a
+        With a calibration, a share is of the influence above what unrelated images have (fastattr/students/shares.py). What is
+        left is the last row, the only one with `named` false. By creator, those of the collection (`source`) with the largest
+        share come first. Intervals are of 95%, found on validation queries. Without a
         calibration shares are of the listed images together, each counting with the student's estimate of its closeness to
         the top of the teacher's ranking; intervals are NaN and nothing is left unassigned.
 
@@ -176,10 +176,9 @@ class Attribution:
 
     def thumbnail(self, image_id: str) -> Image.Image:
         """Small RGB picture of one of the results; InputError if it is none, or no thumbnails were loaded."""
-        if self.results and not self._thumbnails:
-            raise InputError("the attributor has no thumbnails, or was loaded with thumbnails=False.")
         if image_id not in self._thumbnails:
-            raise InputError(f"{image_id!r} is not among the {len(self.results)} results of this attribution.")
+            why = "the attributor has none, or was loaded with thumbnails=False" if not self._thumbnails else "it is no result"
+            raise InputError(f"there is no thumbnail of {image_id!r} in this attribution: {why}.")
         return load_rgb(self._thumbnails[image_id])
 
     def figure(self) -> Figure:

@@ -16,7 +16,7 @@ from fastattr.attributor import bases, edits, inputs
 from fastattr.attributor.answers import Asked, Model, by_features, by_student, queries_of
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.changes import history, lock, plain_entries, read_journal
-from fastattr.attributor.folder import read_config, stamp_of
+from fastattr.attributor.folder import read_config, stamp_of, versions
 from fastattr.attributor.inputs import Captions, ImageLike, Images, Metadata, Prompts, Thumbnails, Where
 from fastattr.attributor.load import describe, load
 from fastattr.attributor.version import Parts, Version, open_version
@@ -65,8 +65,7 @@ class FastAttributor:
         Args:
             name_or_path: which one; `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`: the Hub client's.
             device: where the feature encoders run; None takes CUDA if there is one, but for small CLIPs, which run in NumPy.
-            dtype: of the feature encoders; None is float32.
-            backend: of the feature encoders: 'numpy', 'torch', or None, which takes NumPy for small CLIPs on a CPU.
+            dtype, backend: theirs; float32, and 'numpy' or 'torch', where None takes NumPy for small CLIPs on a CPU.
             thumbnails: whether to fetch and load the training images' thumbnails.
             shards: which shards of the index to fetch and search, counted from 0; None takes all.
             index_uri: search the Milvus server or file that `fastattr index --backend milvus` filled, and fetch no index.
@@ -114,7 +113,9 @@ class FastAttributor:
         Returns:
             One `Attribution`, or a list if a list was given. Raises InputError for an image that can't be read and a wrong k.
         """
-        return self._answer(image, prompt, k, lambda version, asked: by_student(self._model, version, asked, k, where))
+        asked, many = queries_of(self._model, image, prompt)
+        found = by_student(self._model, self._newest(), asked, k, where) if asked else []
+        return found if many else found[0]
 
     @property
     def has_plain(self) -> bool:
@@ -123,12 +124,8 @@ class FastAttributor:
 
     def plain(self, image: Images, prompt: Prompts, k: int = 20) -> Answer:
         """As `attribute`, by the untuned features: what resembles, not what influenced; InputError without an index of them."""
-        return self._answer(image, prompt, k, lambda version, asked: by_features(self._model, version, asked, k))
-
-    def _answer(self, image: Any, prompt: Any, k: int, find: Callable[[Version, Asked], list[Attribution]]) -> Answer:
-        """`attribute` or `plain`, of one or many."""
         asked, many = queries_of(self._model, image, prompt)
-        found = find(self._newest(), asked) if asked else []
+        found = by_features(self._model, self._newest(), asked, k) if asked else []
         return found if many else found[0]
 
     def attribute_features(
@@ -156,7 +153,7 @@ class FastAttributor:
 
     def versions(self) -> dict[str, Any]:
         """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
-        return self._newest().versions()
+        return versions(self._newest().config)
 
     def has_left(self, image_id: str) -> bool:
         """Whether an image was in the catalogue once and has been removed."""
@@ -172,8 +169,6 @@ class FastAttributor:
         """What this attributor is: size, creators, licences, versions and metrics."""
         version = self._newest()
         return describe(self.name, version.config, version.catalogue.table, self.metrics)
-
-    # ---- a living catalogue
 
     def _newest(self) -> Version:
         """The newest version, which is kept unless another thread has kept a newer one meanwhile."""
@@ -251,7 +246,8 @@ class FastAttributor:
     def _own(self) -> None:
         """Work on a copy of an embedded model or the Hub client's cache; refuse if the user named that very folder."""
         version = self._version
-        if not (version.folder.is_relative_to(ASSETS) or commit_of(version.folder)):
+        folder = version.folder.resolve()  # a link may lead there, too
+        if not (folder.is_relative_to(ASSETS.resolve()) or commit_of(folder)):
             return
         if Path(self.name).is_dir():
             raise InputError(f"{self.name} is not yours to change; write a copy with `save_pretrained`, and change that.")

@@ -31,8 +31,7 @@ from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, remove, sha256_file, write_json
 from fastattr.index.build import add_shards, retune
 from fastattr.index.choose import keeps_vectors
-from fastattr.index.files import empty_copy, load_index, save_index
-from fastattr.index.vectors import write_vectors
+from fastattr.index.files import empty_copy, load_index, save_index, write_vectors
 
 PART = r"(catalog|thumbnails|index|vectors|journal|plain|removed|generated|counterfactuals)"
 LEFTOVER = re.compile(rf"\.?{PART}-v\d+[\w.-]*|\.({PART}|config)[\w-]*\.\d+\.\w+")  # what a killed writer may have left
@@ -200,10 +199,8 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"{target} is a file; give a folder.")
     foreign = list(_foreign(target)) if overwrite else list(itertools.islice(_foreign(target), 3))
     if foreign and not overwrite:
-        raise InputError(
-            f"{target} holds {', '.join(foreign)}, which is not an attributor's; give another folder, or overwrite=True, "
-            "which keeps such files and replaces an attributor's only."
-        )
+        way_out = "give another folder, or overwrite=True, which keeps such files and replaces an attributor's only"
+        raise InputError(f"{target} holds {', '.join(foreign)}, which is not an attributor's; {way_out}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     remove(temporary)

@@ -83,8 +83,6 @@ class Catalogue:
             other._table, other._changed = other._merged, {}
         return other
 
-    # ---- contents
-
     def __len__(self) -> int:
         return len(self.alive)
 
@@ -189,8 +187,6 @@ class Catalogue:
     def count(self, where: Where | None) -> int:
         """How many images a search with this restriction can find."""
         return int((self._searchable & self._matching(where)).sum()) if where else self.ntotal
-
-    # ---- search
 
     def search(self, queries: np.ndarray, k: int, *, where: Where | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(Q, n) similarities and rows of the images that may be named, most similar to (Q, D) unit vectors first."""

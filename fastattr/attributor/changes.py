@@ -66,9 +66,6 @@ class Changes:
     images: list[Image]
 
 
-# ---- reading
-
-
 def read(folder: Path, config: Mapping[str, Any], *, after: int = -1) -> Changes | None:
     """What has changed since a version of the base (-1 checks that no row is missing); None if nothing has since the base."""
     if not (folder / FILE).exists():
@@ -98,9 +95,6 @@ def history(folder: Path) -> list[dict[str, Any]]:
         if entry["operation"] == "compact":
             entry["removed"] = entry.pop("image_ids")
     return [{name: value for name, value in entry.items() if value != ""} for entry in entries]
-
-
-# ---- writing
 
 
 @contextlib.contextmanager
@@ -201,9 +195,6 @@ def erase_traces(folder: Path) -> None:
     with _connection(folder, write=True) as connection:
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
-# ---- SQLite
 
 
 @contextlib.contextmanager
@@ -324,9 +315,6 @@ def lost(folder: Path, why: str) -> str:
         f"{folder / FILE} is damaged or not this attributor's ({why}). Put back a copy of it; or delete {FILE} to go back to "
         "the base, which knows nothing of additions, updates and removals since it was made."
     )
-
-
-# ---- the journal of format 3, one JSON line a change, which the first change moves to changes.sqlite
 
 
 def journal_of(config: Mapping[str, Any]) -> str | None:

@@ -122,10 +122,8 @@ class MilvusBackend:
         """The backend of an attributor; its config has the present 'catalog_version'."""
         client, collection = connect(uri), collection_of(config)
         if not client.has_collection(collection):
-            raise ArtifactNotFoundError(
-                f"{uri} has no collection of this attributor ({collection}); fill it with "
-                f"`fastattr index --backend milvus --uri {uri} ATTRIBUTOR`."
-            )
+            fill = f"fill it with `fastattr index --backend milvus --uri {uri} ATTRIBUTOR`"
+            raise ArtifactNotFoundError(f"{uri} has no collection of this attributor ({collection}); {fill}.")
         client.load_collection(collection)
         state, own = state_of(client, collection), versions(config)
         if state.get("model") != own["model"]:

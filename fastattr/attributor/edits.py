@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,8 @@ def update(version: Version, changes: Mapping[str, Mapping[str, str]]) -> None:
         with _writing(version) as writer:
             known = writer.images(list(changes))
             was = (known.get(name, Image(name, False, {})) for name in changes)
-            writer.put(
-                Image(old.image_id, False, {**old.fields, **new}, old.vector, old.thumbnail, old.place)
-                for old, new in zip(was, changes.values(), strict=True)
-            )
+            new = zip(was, changes.values(), strict=True)
+            writer.put(replace(old, fields={**old.fields, **fields}, has_left=False) for old, fields in new)
             writer.note("update", list(changes))
 
 

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastattr.attributor.changes import MovedError, lost
-from fastattr.attributor.signature import FILE as SIGNATURE, require_signature
-from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingFileError
+from fastattr.attributor.changes import FILE as CHANGES, MovedError, lost
+from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError, MissingExtraError, MissingFileError
 from fastattr.core.files import atomic_path, read_json, sha256_file, write_json
 from fastattr.core.models import commit_of, locate, split_revision
 from fastattr.index.files import check_file
@@ -28,6 +27,7 @@ PARTS = {"catalog": "parquet", "thumbnails": "parquet", "plain": "faiss", "remov
 SHARDS = [{"file": "index.faiss", "first_row": 0}]  # of an index in one file, as older formats leave it unsaid
 OPTIONAL = ("thumbnails.parquet", "plain.faiss", "calibration.safetensors", "generated.parquet", "counterfactuals.parquet")
 """Files that an attributor may lack, but not hold without a checksum."""
+SIGNATURE = "config.json.sig"  # raw ed25519, as `openssl pkeyutl -sign -rawin` writes it, too
 ARROW_ROWS = 100_000  # from here on the catalogue is an Arrow file, larger, but mapped into memory and not read
 
 Result = TypeVar("Result")
@@ -50,10 +50,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
         raise damaged
     if config["format_version"] > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}; "
-            "upgrade fastattr (`pip install -U fastattr`), or take an earlier revision of the attributor."
-        )
+        found = f"{folder} has format version {config['format_version']}, this fastattr reads up to {FORMAT_VERSION}"
+        raise FormatVersionError(f"{found}; upgrade fastattr (`pip install -U fastattr`), or take an earlier revision.")
     sealed = seal(config)
     if (config["format_version"] >= 3 or "seal" in config) and config != sealed:
         raise ArtifactDamagedError(f"{path} is not what was written (its seal differs); fetch the attributor again.")
@@ -128,16 +126,12 @@ def versions(config: Mapping[str, Any]) -> dict[str, Any]:
 def index_files(config: Mapping[str, Any], *, vectors: bool = False) -> list[str]:
     """The files of the index and its vectors' digests, in order; the vectors, too, if they are wanted."""
     stored, parts = config.get("vectors"), ("digests", "file") if vectors else ("digests",)
-    return [shard["file"] for shard in config.get("index_shards") or SHARDS] + (
-        [stored[part] for part in parts] if stored else []
-    )
+    files = [shard["file"] for shard in config.get("index_shards") or SHARDS]
+    return files + [stored[part] for part in parts if stored]
 
 
 def _together(checksums: Sequence[str]) -> str:
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
-
-
-# ---- reading a folder
 
 
 def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -> None:
@@ -257,3 +251,56 @@ def stamp_of(folder: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def sign(folder: Path, key: Path) -> Path:
+    """Sign an attributor without changes since its base with a private key (PEM); returns the signature's file."""
+    signature = _ed25519(key.read_bytes(), private=True).sign(_signed_part(folder))
+    with atomic_path(folder / SIGNATURE) as temporary:
+        temporary.write_bytes(signature)
+    return folder / SIGNATURE
+
+
+def require_signature(folder: Path, trusted_keys: Sequence[str]) -> None:
+    """Raise an error unless one of these public keys (PEM) has signed config.json, and nothing has changed since its base."""
+    keys, data = [_ed25519(key.encode()) for key in trusted_keys], _signed_part(folder)
+    if not (folder / SIGNATURE).is_file():
+        raise MissingFileError(f"{folder} has no {SIGNATURE}: nobody has signed it, so it is not read; see `fastattr sign`.")
+    if not any(_is_of(key, (folder / SIGNATURE).read_bytes(), data) for key in keys):
+        raise ArtifactDamagedError(
+            f"{folder / SIGNATURE} is no signature of config.json by a trusted key; do not use the attributor."
+        )
+
+
+def _is_of(key: Any, signature: bytes, data: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _signed_part(folder: Path) -> bytes:
+    """The bytes of config.json, if there is nothing that they do not cover."""
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder} has no config.json; it is no attributor, or an incomplete one.")
+    if (folder / CHANGES).exists():
+        raise InputError(f"{folder} has been changed, which a signature does not cover: save it to a new folder and sign that.")
+    return (folder / "config.json").read_bytes()
+
+
+def _ed25519(key: bytes, *, private: bool = False) -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+    except ImportError as error:
+        raise MissingExtraError(f"signatures need cryptography ({error}); run: pip install 'fastattr[sign]'") from error
+    try:
+        found = load_pem_private_key(key, None) if private else load_pem_public_key(key)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"a key can't be read ({error}); give an ed25519 key in PEM, without a password.") from error
+    if not isinstance(found, Ed25519PrivateKey | Ed25519PublicKey):
+        raise InputError(f"a key is a {type(found).__name__}; give an ed25519 key (`openssl genpkey -algorithm ed25519`).")
+    return found

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.images import load_rgb, to_rgb
-from fastattr.corpus.text import without_surrogates
+from fastattr.corpus.records import without_surrogates
 
 COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
 ImageLike = Image.Image | np.ndarray | bytes | str | Path
@@ -130,8 +130,6 @@ def checked_features(features: Any, count: int, width: int) -> np.ndarray:
     found: np.ndarray = features
     return found
 
-
-# ---- restrictions: which images an answer may name
 
 FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")  # columns that a search can be restricted by
 DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)")  # how a date is kept; a time after it is allowed, and ignored

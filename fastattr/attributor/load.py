@@ -95,10 +95,9 @@ def open_encoders(folder: Path, config: dict[str, Any], **options: Any) -> list[
     found = [encoder.fingerprint for encoder in opened]
     pairs = zip(opened, config["encoder_fingerprints"], strict=True)
     if not all(wanted in {encoder.fingerprint, encoder.former} for encoder, wanted in pairs):
-        raise EncoderMismatchError(
-            f"{folder} needs the encoders {config['encoders']} with fingerprints {config['encoder_fingerprints']}, found "
-            f"{found}. Fetch the revision of the encoders that the attributor's card names, or the attributor trained on these."
-        )
+        needed = f"{config['encoders']} with fingerprints {config['encoder_fingerprints']}, found {found}"
+        way_out = "Fetch the revision of the encoders that the attributor's card names, or the attributor trained on these."
+        raise EncoderMismatchError(f"{folder} needs the encoders {needed}. {way_out}")
     return opened
 
 

@@ -45,8 +45,8 @@ def build_attributor(
     evaluation/metrics.json is taken along if it is there. Encoders are specifications, in the order of the student's features;
     captions 'first' or 'mean', as the features were made; WebP thumbnails have a quality of 1 to 100.
     """
+    from fastattr.features.by_generator import RECIPES
     from fastattr.features.encoder import modality
-    from fastattr.features.gradient import RECIPES
     from fastattr.features.store import folders, read_features, read_ids
     from fastattr.students.distill import open_student, save_student
     from fastattr.students.student import embed

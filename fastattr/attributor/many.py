@@ -29,19 +29,19 @@ BATCH = 64  # queries that are encoded at once
 PART = re.compile(r"part-([0-9a-f]{16}-)?\d{6}\.parquet")  # files of this stage
 
 
-def read_queries(path: Path) -> pa.Table:
-    """The table of queries; ArtifactNotFoundError or InputError if it can't be used."""
+def _read_queries(path: Path) -> pa.Table:
     if not path.is_file():
         raise ArtifactNotFoundError(f"there is no file {path}; give a .parquet or .jsonl table of queries.")
     try:
         table = pq.read_table(path) if path.suffix == ".parquet" else pj.read_json(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not {"query_id", "prompt"} <= set(table.column_names) or len({"image", "features"} & set(table.column_names)) != 1:
-        raise InputError(f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {table.column_names}.")
-    if any(table[name].null_count for name in {"query_id", "image"} & set(table.column_names)):
+    columns = set(table.column_names)
+    if not {"query_id", "prompt"} <= columns or len({"image", "features"} & columns) != 1:
+        raise InputError(f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {sorted(columns)}.")
+    if any(table[name].null_count for name in {"query_id", "image"} & columns):
         raise InputError(f"{path}: a query lacks its id or its image.")
-    if "image" in table.column_names and not pa.types.is_string(table["image"].type):
+    if "image" in columns and not pa.types.is_string(table["image"].type):
         raise InputError(f"{path}: the column 'image' must hold file names, found {table['image'].type}.")
     if len(table["query_id"].unique()) < len(table):
         raise InputError(f"{path}: query ids occur twice.")
@@ -51,7 +51,7 @@ def read_queries(path: Path) -> pa.Table:
 def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]:
     """Attribute all queries of a table with an attributor ('emoji', a folder, a Hub id); k training images each."""
     state = Accelerator()
-    table = read_queries(queries)
+    table = _read_queries(queries)
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
     config, inputs = {"k": k}, {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
     files = [out / f"part-{fingerprint([config, inputs])}-{part:06d}.parquet" for part in range(-(-len(table) // PART_ROWS))]

@@ -47,17 +47,11 @@ class Version:
         """config.json with the present 'catalog_version', and 'changes' where there are any."""
         return {**self.base, "catalog_version": self.number} | ({"changes": self.changes} if self.changes else {})
 
-    def versions(self) -> dict[str, Any]:
-        """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
-        return disk.versions(self.config)
-
     def own(self) -> Catalogue:
         """The catalogue in the folder itself; InputError if it is in Milvus."""
         if not isinstance(self.catalogue, Catalogue):
-            raise InputError(
-                "this attributor was loaded with index_uri: load its folder without it, to read embeddings and to change it; "
-                "then bring Milvus up to it with `fastattr index --backend milvus`."
-            )
+            how = "to read embeddings and to change it, then fill Milvus again (`fastattr index --backend milvus`)"
+            raise InputError(f"this attributor was loaded with index_uri: load its folder without it, {how}.")
         return self.catalogue
 
     def newest(self) -> Version:

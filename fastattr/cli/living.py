@@ -98,10 +98,10 @@ def sign(
     key: Annotated[Path, typer.Option(help="Private ed25519 key, PEM (`openssl genpkey -algorithm ed25519`).")],
 ) -> None:
     """Sign an attributor for those who trust a key."""
-    from fastattr.attributor import signature
+    from fastattr.attributor import folder
     from fastattr.core.models import locate
 
-    say(f"signed: {signature.sign(locate(attributor, 'attributor', files=[]), key)}")
+    say(f"signed: {folder.sign(locate(attributor, 'attributor', files=[]), key)}")
 
 
 @app.command()
@@ -163,7 +163,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push models, score tables or the page to the Hub."""
-    from fastattr.publishing import publish, score_tables
+    from fastattr.publishing import publish
 
     *source, repo_id = places
     if len(source) != (kind != "space"):
@@ -183,7 +183,7 @@ def push(
         elif kind == "generator":
             sent = publish.push_generator(folder, repo_id, images=publish.training_images(source[0]), **options)
         else:
-            sent = score_tables.push_scores(folder, repo_id, config_name=config_name or None, **options)
+            sent = publish.push_scores(folder, repo_id, config_name=config_name or None, **options)
     show(vars(sent), as_json, sent.in_words())
 
 

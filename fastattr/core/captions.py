@@ -12,13 +12,8 @@ def split_caption(caption: str) -> tuple[str, str]:
 
 
 def recombinations(captions: Sequence[str]) -> list[tuple[int, str]]:
-    """All (row, style) such that no caption has that row's subject in that style; the row is the subject's first.
-
-    Args:
-        captions: (N,) 'SUBJECT, STYLE'; what has no style counts as a subject alone.
-
-    Returns:
-        In order of subject, then of style.
+    """All (row, style), by subject and style, such that no caption has that row's subject in that style. `captions` are (N,)
+    'SUBJECT, STYLE', or a subject alone; a row is its subject's first.
     """
     rows: dict[str, int] = {}
     known: dict[str, set[str]] = {}

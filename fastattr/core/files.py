@@ -18,10 +18,8 @@ from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, on error remove it.
-
-    A file gets the same suffix as `path` (some writers look at it). A folder written there replaces an
-    earlier folder of that name.
+    """Give a temporary path beside `path`; on success fsync it and rename it to `path`, on error remove it. It has the suffix
+    of `path`, at which some writers look. A folder written there replaces an earlier one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +52,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ArtifactNotFoundError: there is no such file.
-        ArtifactDamagedError: it is not JSON.
-    """
-    path = Path(path)
+    """A JSON file's value; raises ArtifactNotFoundError if there is no such file, ArtifactDamagedError if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactNotFoundError(f"{path} does not exist; the folder is incomplete or the path is wrong.") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,8 +1,7 @@
-"""Models: find one and fetch just the files asked for; say the Hub's errors in words.
+"""Models: find one (embedded, in a folder or on the Hub) and fetch just the files asked for; say the Hub's errors in words.
 
-A model is an embedded one by name, a local folder, or a repository on the Hugging Face Hub ('org/name', or
-'org/name@revision'). A call to the Hub is tried again if the failure may pass by itself (a burst of server errors, a rate
-limit, a commit that came in between); every other failure becomes one of fastattr's errors.
+A call to the Hub is tried again if the failure may pass by itself (a burst of server errors, a rate limit, a commit that
+came in between); every other failure becomes one of fastattr's errors.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from fastattr.core.errors import (
     MissingFileError,
     RevisionNotFoundError,
 )
+from fastattr.core.version import __version__
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -34,12 +34,9 @@ PIPELINE_FILES = ("*.json", "*/*.txt", "*/*.model", "*/model[.-][s0]*", "*/diffu
 """What a diffusers pipeline is loaded from: no pickle, no second precision, no single-file checkpoint beside the folders."""
 
 TRIES = 5
-REFUSED = frozenset({412, 429})
-"""Nothing was done: another commit came first, or too many requests."""
-TRANSIENT = REFUSED | {408, 500, 502, 503, 504}
-"""May or may not have been done; safe to ask again where the second time does nothing new."""
-LONGEST_WAIT = 60.0
-"""Seconds between two tries, whatever the server asks for."""
+REFUSED = frozenset({412, 429})  # nothing was done: another commit came first, or too many requests
+TRANSIENT = REFUSED | {408, 500, 502, 503, 504}  # may have been done; ask again where a second time does nothing new
+LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
 
 
 def embedded_models() -> list[str]:
@@ -48,11 +45,7 @@ def embedded_models() -> list[str]:
 
 
 def split_revision(name_or_path: str | Path, revision: str | None) -> tuple[str, str | None]:
-    """'org/name@revision' as ('org/name', 'revision'); anything else unchanged.
-
-    Raises:
-        InputError: `revision` names another one.
-    """
+    """'org/name@revision' as ('org/name', 'revision'), else unchanged; InputError if `revision` names another one."""
     name, _, pinned = str(name_or_path).partition("@")
     if not pinned or not REPO_ID.fullmatch(name) or Path(str(name_or_path)).exists():
         return str(name_or_path), revision
@@ -74,12 +67,10 @@ def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revisio
         name_or_path: an embedded model's name ('emoji'), a local folder, or a Hub repository 'org/name[@revision]'.
         part: which folder of an embedded model or a run folder: 'generator' or 'attributor'.
         files: patterns of the files to fetch from the Hub; others are not downloaded.
-        revision: branch, tag or commit on the Hub.
         hub: cache_dir, token, local_files_only and force_download, as of `huggingface_hub.snapshot_download`.
 
     Raises:
-        ArtifactNotFoundError: there is no such model, or it is not in the cache and the network is off.
-        RevisionNotFoundError: the repository has no such revision.
+        ArtifactNotFoundError, RevisionNotFoundError: no such model or revision, or not in the cache and the network is off.
         IncompleteDownloadError: a part of it is in the cache, and the rest can't be fetched.
         HubError: the Hub refuses, or can't be reached.
     """
@@ -91,10 +82,8 @@ def locate(name_or_path: str | Path, part: str, *, files: Sequence[str], revisio
         of_run = Path(name) / part / own.name
         return of_run.parent if of_run.is_file() and not own.is_file() else Path(name)
     if not REPO_ID.fullmatch(name):
-        raise ArtifactNotFoundError(
-            f"there is no model {name!r}: it is no embedded model ({', '.join(embedded_models()) or 'none'}), "
-            "no local folder and no Hub repository 'org/name'."
-        )
+        wrong = f"it is no embedded model ({', '.join(embedded_models()) or 'none'}), no local folder and no Hub repository"
+        raise ArtifactNotFoundError(f"there is no model {name!r}: {wrong} 'org/name'.")
     return fetch(name, "model", files, revision=revision, **hub)
 
 
@@ -115,8 +104,6 @@ def commit_of(folder: Path) -> str | None:
 
 def library() -> dict[str, Any]:
     """How the Hub counts our downloads and uploads."""
-    from fastattr.core.version import __version__
-
     return {"library_name": "fastattr", "library_version": __version__}
 
 
@@ -175,26 +162,20 @@ def _in_words(
     what = f"{repo_type} repository {repo_id!r}"
     login = "log in with `hf auth login`, or pass a token that may"
     if isinstance(error, errors.RevisionNotFoundError):
-        found = _revisions(repo_id, repo_type, token)
-        return RevisionNotFoundError(f"the {what} has no revision {revision!r}; {found}")
+        return RevisionNotFoundError(f"the {what} has no revision {revision!r}; {_revisions(repo_id, repo_type, token)}")
     if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repo_id}"
-        return HubError(f"the {what} is gated: accept its conditions at {page}, then {login} read it.")
+        return HubError(f"the {what} is gated: accept its conditions at {constants.ENDPOINT}/{repo_id}, then {login} read it.")
     if isinstance(error, errors.RepositoryNotFoundError):
         return ArtifactNotFoundError(f"the Hub has no {what}, or it is private: check the name, or {login} read it.")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return MissingFileError(f"the {what} lacks a file: {_first_line(error)}. Take another revision.")
     if isinstance(error, errors.IncompleteSnapshotError):
-        return IncompleteDownloadError(
-            f"only a part of the {what} is in the cache ({error.snapshot_path}), and the Hub can't be asked for the rest. "
-            "Run once with network access: the download goes on where it stopped."
-        )
+        where = f"only a part of the {what} is in the cache ({error.snapshot_path}), and the Hub can't be asked for the rest"
+        return IncompleteDownloadError(f"{where}. Run once with network access: the download goes on where it stopped.")
     if isinstance(error, errors.LocalEntryNotFoundError):
         if offline or constants.is_offline_mode():
-            return ArtifactNotFoundError(
-                f"the {what} at revision {revision or 'main'!r} is not in the cache, and the network is switched off "
-                "(local_files_only or HF_HUB_OFFLINE). Run once with network access."
-            )
+            why = "is not in the cache, and the network is switched off (local_files_only or HF_HUB_OFFLINE)"
+            return ArtifactNotFoundError(f"the {what} at revision {revision or 'main'!r} {why}. Run once with network access.")
         return HubError(f"the Hub can't be reached for the {what}, and the cache does not hold it; try again later.")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
@@ -206,15 +187,13 @@ def _in_words(
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError(f"the {what} can't be reached: HF_HUB_OFFLINE is set; unset it.")
     if isinstance(error, TransportError):
-        return HubError(
-            f"the connection to the Hub broke on the {what} ({_first_line(error)}); run again, it goes on where it stopped."
-        )
+        broke = f"the connection to the Hub broke on the {what} ({_first_line(error)})"
+        return HubError(f"{broke}; run again, it goes on where it stopped.")
     if isinstance(error, errors.HFValidationError) or "Invalid metadata in README.md" in str(error):
         return InputError(f"the Hub would refuse the {what}: {' '.join(str(error).split())}")
     if "Consistency check failed" in str(error):
-        return IncompleteDownloadError(
-            f"a file of the {what} came shorter or longer than the Hub says; fetch it again with force_download=True."
-        )
+        wrong = f"a file of the {what} came shorter or longer than the Hub says"
+        return IncompleteDownloadError(f"{wrong}; fetch it again with force_download=True.")
     return None
 
 

@@ -22,13 +22,8 @@ Item = TypeVar("Item")
 
 @contextmanager
 def split_between(accelerator: Accelerator | None, todo: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """The part of `todo` that falls to this process; at the end all wait for each other.
-
-    Every process must list the same unfinished items, so all wait until every list is made.
-
-    Args:
-        accelerator: the processes; None is this one alone.
-        todo: what is not done yet, as this process found it.
+    """The part that falls to this process of what is not done yet; at the end all wait for each other. Every process must list
+    the same unfinished items, so all wait until every list is made. Without `accelerator` this process is alone.
     """
     if accelerator is None:
         yield todo
@@ -48,18 +43,8 @@ def in_parts(
     *,
     description: str,
 ) -> np.ndarray:
-    """Compute something for `count` rows in parts of `size`, split over the processes; what is in `folder` is not redone.
-
-    Args:
-        folder: one npy file a part; its name must say all that determines the contents.
-        count: rows in all.
-        size: rows a part; a killed run loses at most one part a process.
-        compute: rows -> (rows, ...) array, their part.
-        accelerator: the processes; None is this one alone.
-        description: label of the progress bar.
-
-    Returns:
-        (count, ...) array of all parts in order, on every process.
+    """(count, ...) array on every process, computed in parts of `size` rows; `compute` gives the rows of one part. The parts
+    are npy files; arguments and errors as of `files_of_parts`.
     """
 
     def write(path: Path, rows: range) -> None:
@@ -69,8 +54,7 @@ def in_parts(
     # One part at a time is read, as the whole may be most of the memory.
     for rows, file in files_of_parts(folder, count, size, "npy", write, accelerator, description=description):
         part = np.load(file)
-        if whole is None:
-            whole = np.empty((count, *part.shape[1:]), part.dtype)
+        whole = np.empty((count, *part.shape[1:]), part.dtype) if whole is None else whole
         whole[rows.start : rows.stop] = part
     assert whole is not None
     return whole
@@ -86,31 +70,18 @@ def files_of_parts(
     *,
     description: str,
 ) -> list[tuple[range, Path]]:
-    """Files that hold something of `count` rows, a part each; those missing are written, split over the processes.
+    """Rows and file of each part of something of `count` rows; the missing files are written, split over the processes.
 
-    Args:
-        folder: where; its name must say all that determines the contents.
-        count: rows in all.
-        size: rows a part; a killed run loses at most one part a process.
-        kind: ending of the files' names.
-        write: (temporary path, rows of a part) -> None.
-        accelerator: the processes; None is this one alone.
-        description: label of the progress bar.
-
-    Returns:
-        Rows and file of each part, in order, all of them written.
-
-    Raises:
-        InputError: there are no rows.
+    The name of `folder` must say all that determines the contents; a killed run loses at most one part, of `size` rows, a
+    process. `write` is given a temporary path, which ends as `kind` says, and the part's rows. InputError: there are no rows.
     """
     if not count:
         raise InputError(f"{description}: there is nothing to compute, 0 rows were given.")
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     files = [(rows, folder / f"{rows.start:09d}-{size}.{kind}") for rows in parts]
+    quiet = bool(accelerator and not accelerator.is_main_process)
     with split_between(accelerator, [(rows, file) for rows, file in files if not file.exists()]) as mine:
-        for rows, file in tqdm(
-            mine, desc=description, unit="part", disable=bool(accelerator and not accelerator.is_main_process)
-        ):
+        for rows, file in tqdm(mine, desc=description, unit="part", disable=quiet):
             with atomic_path(file) as temporary:
                 write(temporary, rows)
     return files
@@ -123,12 +94,8 @@ def alone() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held in memory at most.
-
-    On Linux not what `getrusage` says, which starts from the peak of the process that started this one.
-    """
+    """Bytes that this process has held in memory at most."""
     status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
+    if status.exists():  # Linux's `getrusage` starts from the peak of the process that started this one
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,7 @@
-"""Stages: each writes one folder with its data and a `manifest.json`.
+"""Stages: each writes one folder with its data, and last a `manifest.json`, so a folder that has one is complete.
 
-The manifest is written last, so a folder that has one is complete. It holds the stage's config and the fingerprints of the
-folders that the stage read; `make` refuses to overwrite a finished folder that was made with other settings, and
-`open_stage` and `require_same` refuse to join folders that do not belong together.
+It holds the stage's config and the fingerprints of the folders that the stage read: `make` refuses to overwrite a folder that
+was made with other settings, `open_stage` and `require_same` to join folders that do not belong together.
 """
 
 from __future__ import annotations
@@ -31,17 +30,8 @@ def fingerprint(value: Any) -> str:
 
 
 def write_manifest(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str], **facts: Any) -> dict[str, Any]:
-    """Finish a stage folder: record what made it.
-
-    Args:
-        folder: the stage's folder; everything else in it is already written.
-        stage: the stage's name, e.g. 'candidates'.
-        config: the stage's config dataclass.
-        inputs: fingerprints of the folders it was made from, by stage name.
-        facts: counts, timings and the like; kept, not compared.
-
-    Returns:
-        The manifest; its 'fingerprint' is what later stages name as their input.
+    """Finish a stage folder in which everything else is written; arguments as of `make`. Returns the manifest; its
+    'fingerprint' is what later stages name as their input. `facts` are kept, not compared.
     """
     config = json.loads(json.dumps(config, default=plain))
     identity = {"stage": stage, "config": config, "inputs": dict(inputs)}
@@ -68,55 +58,37 @@ def make(
     accelerator: Accelerator | None = None,
     temporary: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Run a stage unless its folder is finished.
-
-    A stage's `run` opens its inputs, then ends with
-
-        return make(folder, work, stage="candidates", config=config, inputs=inputs)
-
-    where `work` writes the data files into `folder` and returns facts for the manifest. `work` is called by every process of
-    `accelerator`; what only one process may write stands under `if accelerator.is_main_process` inside it. The main process
-    writes the manifest once all processes have left `work`, and all processes wait for it.
+    """Run a stage unless its folder is finished; returns the manifest. A stage's `run` opens its inputs, then ends with this.
 
     Args:
         folder: the stage's folder; `work` creates it, so that a refused input leaves none.
-        work: does the work; returns counts, timings and the like, which the manifest keeps but nothing compares. Only what
-            the main process returns is kept.
-        stage: the stage's name, e.g. 'candidates'.
-        config: the stage's config dataclass.
+        work: writes the data files and returns counts, timings and the like, which the manifest keeps but nothing compares.
+            Every process calls it; what only one may write stands under `if accelerator.is_main_process` inside it.
+        stage: the stage's name, e.g. 'candidates'; `config` is its config dataclass.
         inputs: fingerprints of the folders that the stage reads, by stage name.
         accelerator: the processes that call `make` together; None is this process alone.
         temporary: files and folders that a killed run resumes from (checkpoints, shards); removed once the manifest is there.
 
-    Returns:
-        The manifest, see `write_manifest`.
-
-    Raises:
-        ArtifactMismatchError: `folder` holds a finished stage of other settings or inputs.
+    Raises ArtifactMismatchError if `folder` holds a finished stage of other settings or inputs.
     """
+    wait = accelerator.wait_for_everyone if accelerator else lambda: None
     if not finished(folder, stage=stage, config=config, inputs=inputs):
-        if accelerator is not None:
-            accelerator.wait_for_everyone()  # every process must find the folder unfinished before one can finish it
+        wait()  # every process must find the folder unfinished before one can finish it
         facts = work()
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
+        wait()
         if accelerator is None or accelerator.is_main_process:
             write_manifest(folder, stage=stage, config=config, inputs=inputs, **facts)
             for path in temporary:
                 remove(path)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()
+        wait()
     return _read_manifest(folder)
 
 
 def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
-    """Whether `folder` already holds this stage's complete result for this config and these inputs.
-
-    A setting that came after the folder was made, and has its default value now, is no difference; nor is one that has gone
-    since, and had the value that remains (`RETIRED` of the config's class: name -> value).
-
-    Raises:
-        ArtifactMismatchError: it holds a complete result of something else, which must not be overwritten.
+    """Whether `folder` already holds this stage's complete result for this config and these inputs. A setting that came after
+    the folder was made, and has its default value now, is no difference; nor is one that has gone since, and had the value that
+    remains (`RETIRED` of the config's class: name -> value). Raises ArtifactMismatchError if the folder holds a complete result
+    of something else, which must not be overwritten.
     """
     if not (folder / MANIFEST).exists():
         return False
@@ -126,9 +98,13 @@ def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]
         wanted = _without_newer_defaults(wanted, config, manifest["config"])
     if manifest.get("fingerprint") == fingerprint({"stage": stage, "config": wanted, "inputs": dict(inputs)}):
         return True
-    changed = _differences(manifest, config=config, inputs=inputs)
+    lines = []
+    for name, now in (("config", json.loads(json.dumps(config, default=plain))), ("inputs", dict(inputs))):
+        found = manifest.get(name, {})
+        changed = (key for key in sorted({*found, *now}) if found.get(key) != now.get(key))
+        lines += [f"{key}: found {found.get(key)!r}, wanted {now.get(key)!r}" for key in changed]
     raise ArtifactMismatchError(
-        f"{folder} holds a finished '{manifest.get('stage')}' made with other settings ({changed}). "
+        f"{folder} holds a finished '{manifest.get('stage')}' made with other settings ({'; '.join(lines) or 'other stage'}). "
         "Use another run folder, or delete that folder to build it again."
     )
 
@@ -150,31 +126,14 @@ def _without_newer_defaults(wanted: dict[str, Any], config: Any, found: Mapping[
     return kept
 
 
-def _differences(manifest: Mapping[str, Any], *, config: Any, inputs: Mapping[str, str]) -> str:
-    """The settings and inputs by which a manifest differs from what is wanted now, as one line."""
-    lines = []
-    for name, wanted in (("config", json.loads(json.dumps(config, default=plain))), ("inputs", dict(inputs))):
-        found = manifest.get(name, {})
-        for key in sorted(set(found) | set(wanted)):
-            if found.get(key) != wanted.get(key):
-                lines.append(f"{key}: found {found.get(key)!r}, wanted {wanted.get(key)!r}")
-    return "; ".join(lines) or "other stage"
-
-
 def open_stage(folder: Path, stage: str) -> dict[str, Any]:
-    """The manifest of a finished stage folder.
-
-    Raises:
-        ArtifactNotFoundError: the folder or its manifest is missing (the stage has not finished).
-        ArtifactMismatchError: the folder belongs to another stage.
-    """
+    """The manifest of a finished stage folder; raises ArtifactNotFoundError, or ArtifactMismatchError if it is another's."""
     if not (folder / MANIFEST).exists():
         raise ArtifactNotFoundError(f"{folder} holds no finished '{stage}'. Run that stage first: it resumes where it stands.")
     manifest = _read_manifest(folder)
     if manifest.get("stage") != stage:
-        raise ArtifactMismatchError(
-            f"{folder} holds '{manifest.get('stage')}', expected '{stage}'. Point at the matching folder."
-        )
+        found = manifest.get("stage")
+        raise ArtifactMismatchError(f"{folder} holds '{found}', expected '{stage}'. Point at the matching folder.")
     return manifest
 
 

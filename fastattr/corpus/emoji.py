@@ -1,8 +1,7 @@
 """The emoji corpus: captioned images of four openly licensed sets, drawn from pinned npm packages.
 
-One picture per subject and set, with several captions each; or, with variants, all 15,351 with one caption each.
-`npm pack` fetches each package; its SHA-512 must equal the pinned one. The SVGs are drawn with resvg without
-system fonts, so the same packages give the same bytes on every machine with the same resvg and Pillow.
+One picture per subject and set, with several captions each; or, with variants, all 15,351 with one caption each. The SVGs
+are drawn without system fonts, so the same packages give the same bytes wherever resvg and Pillow are the same.
 """
 
 from __future__ import annotations
@@ -29,22 +28,18 @@ from PIL import Image
 from fastattr.core.captions import split_caption
 from fastattr.core.errors import ArtifactDamagedError, MissingExtraError
 from fastattr.corpus.images import load_rgb
-from fastattr.corpus.records import Skipped, TrainingImage
+from fastattr.corpus.records import Found, TrainingImage
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-MARKS = {"2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}
-"""What a joined codepoint adds to a plain picture: female, male, facing right, and four kinds of hair."""
+MARKS = {"2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}  # joined: female, male, facing right, four kinds of hair
 PEOPLE = {"1F466", "1F467", "1F468", "1F469", "1F9D1", "1F9D2"}
 PERSON, JOINER, KISS, HEART, HANDSHAKE = "1F9D1", "200D", "1F48B", "2764", "1F91D"
 SHAKING_HANDS = "1FAF1-200D-1FAF2"
 COUPLE_KISSING, COUPLE_WITH_HEART, FAMILY, HOLDING_HANDS = "1F48F", "1F491", "1F46A", "1F9D1-200D-1F91D-200D-1F9D1"
-NO_PICTURES = {"regional-indicator", "subdivision-flag", "skin-tone", "hair-style"}
-"""Subgroups of letters, swatches and the flags of parts of countries."""
-FLAG_SET = "twemoji"
-"""The set whose flags of countries are kept."""
+NO_PICTURES = {"regional-indicator", "subdivision-flag", "skin-tone", "hair-style"}  # subgroups
+FLAG_SET = "twemoji"  # the set whose flags of countries are kept
 MOST_CAPTIONS = 8
-MOST_SUBJECTS = 12
-"""A keyword that more subjects have than this says too little to be a caption."""
+MOST_SUBJECTS = 12  # a keyword that more subjects have than this says too little to be a caption
 
 
 @dataclass(frozen=True)
@@ -59,39 +54,23 @@ class EmojiSet:
     url: str
 
 
-OPENMOJI = EmojiSet(
-    "openmoji",
-    "openmoji@17.0.0",
-    "sha512-EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w==",
-    "CC-BY-SA-4.0",
-    "OpenMoji",
-    "https://openmoji.org/library/emoji-{hexcode}/",
-)
+SHA512 = {
+    "openmoji": "sha512-EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w==",
+    "noto": "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    "twemoji": "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+    "fluent": "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+}
+
+
+def _pinned(name: str, package: str, license: str, creator: str, url: str) -> EmojiSet:
+    return EmojiSet(name, package, SHA512[name], license, creator, f"https://{url}")
+
+
+OPENMOJI = _pinned("openmoji", "openmoji@17.0.0", "CC-BY-SA-4.0", "OpenMoji", "openmoji.org/library/emoji-{hexcode}/")
 ICONIFY = (
-    EmojiSet(
-        "noto",
-        "@iconify-json/noto@1.2.9",
-        "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-        "Apache-2.0",
-        "Google",
-        "https://github.com/googlefonts/noto-emoji",
-    ),
-    EmojiSet(
-        "twemoji",
-        "@iconify-json/twemoji@1.2.5",
-        "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
-        "CC-BY-4.0",
-        "Twitter / jdecked",
-        "https://github.com/jdecked/twemoji",
-    ),
-    EmojiSet(
-        "fluent",
-        "@iconify-json/fluent-emoji-flat@1.2.6",
-        "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-        "MIT",
-        "Microsoft",
-        "https://github.com/microsoft/fluentui-emoji",
-    ),
+    _pinned("noto", "@iconify-json/noto@1.2.9", "Apache-2.0", "Google", "github.com/googlefonts/noto-emoji"),
+    _pinned("twemoji", "@iconify-json/twemoji@1.2.5", "CC-BY-4.0", "Twitter / jdecked", "github.com/jdecked/twemoji"),
+    _pinned("fluent", "@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "Microsoft", "github.com/microsoft/fluentui-emoji"),
 )
 
 
@@ -99,23 +78,15 @@ ICONIFY = (
 class Drawing:
     """An image still to be drawn."""
 
-    image: TrainingImage
-    """Without its bytes."""
+    image: TrainingImage  # without its bytes
     svg: str
-    words: tuple[str, ...] = ()
-    """Keywords and other names of its subject."""
+    words: tuple[str, ...] = ()  # keywords and other names of its subject
 
 
-def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingImage | Skipped]:
-    """Fetch the four packages and draw their emoji, OpenMoji first (its CLDR data names the others).
-
-    Args:
-        resolution: side of the drawn square in pixels.
-        variants: draw every emoji, with one caption each; otherwise see `plain_drawings`.
-
-    Raises:
-        MissingExtraError: npm or resvg is not installed.
-        ArtifactDamagedError: a package is not the pinned one.
+def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[Found]:
+    """Fetch the four packages and draw their emoji, OpenMoji first (its CLDR data names the others). A drawing has `resolution`
+    pixels a side. With `variants` every emoji is drawn, with one caption; otherwise see `plain_drawings`. Raises
+    MissingExtraError without npm or resvg, ArtifactDamagedError if a package is not the pinned one.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -127,17 +98,15 @@ def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[TrainingI
         if not variants:
             drawings = plain_drawings(drawings)
         with ProcessPoolExecutor() as pool:
-            svgs = [drawing.svg for drawing in drawings]
-            pngs = pool.map(partial(draw, resolution=resolution), svgs, chunksize=64)
+            pngs = pool.map(partial(draw, resolution=resolution), [drawing.svg for drawing in drawings], chunksize=64)
             for drawing, png in zip(drawings, pngs, strict=True):
-                yield TrainingImage(**{**vars(drawing.image), "image": png})
+                yield replace(drawing.image, image=png)
 
 
 def plain_drawings(drawings: Sequence[Drawing]) -> list[Drawing]:
-    """One drawing per subject and set, with up to `MOST_CAPTIONS` captions, the main one first.
-
-    Skin-tone, hair, gender and direction variants are left out where their set has the plain picture, and so are letters of
-    flags, flags of parts of countries, and flags of countries in all sets but `FLAG_SET`.
+    """One drawing per subject and set, with up to `MOST_CAPTIONS` captions, the main one first. Skin-tone, hair, gender and
+    direction variants are left out where their set has the plain picture, and so are letters of flags, flags of parts of
+    countries, and flags of countries in all sets but `FLAG_SET`.
     """
     codes = {(drawing.image.source, _code(drawing.image)) for drawing in drawings}
     kept: list[Drawing] = []
@@ -169,14 +138,12 @@ def _captioned(drawing: Drawing, subjects: dict[str, int]) -> Drawing:
     telling = [word for word in subjects if subjects[word] <= MOST_SUBJECTS]
     words = [f"{name} {kind}"] * bool(name) + sorted(telling, key=lambda word: (subjects[word], word))
     captions = [caption_of(word, image.source) for word in dict.fromkeys(words) if word != subject][: MOST_CAPTIONS - 1]
-    return replace(drawing, image=TrainingImage(**{**vars(image), "captions": image.captions + captions}))
+    return replace(drawing, image=replace(image, captions=image.captions + captions))
 
 
 def plainer_codes(code: str) -> set[str]:
-    """Codes of the pictures that `code` may be a variant of, itself left out; it is one if its set has any of them.
-
-    '1F468-1F3FB-200D-1F692' (man firefighter, light skin tone) gives the man firefighter, the firefighter, and the
-    firefighter with the same skin.
+    """Codes of the pictures that `code` may be a variant of, itself left out; it is one if its set has any of them. Of a man
+    firefighter with light skin: the man firefighter, the firefighter, and the firefighter with the same skin.
     """
     found = {code}
     for change in (_without_skin_tone, _without_marks, _any_person, _any_group):
@@ -231,10 +198,8 @@ def draw(svg: str, *, resolution: int) -> bytes:
         import resvg_py
     except ImportError as error:
         raise MissingExtraError("resvg is not installed; run: pip install 'fastattr[emoji]'") from error
-    drawn = resvg_py.svg_to_bytes(
-        svg_string=svg, width=resolution, height=resolution, background="#ffffff", skip_system_fonts=True
-    )
-    image = load_rgb(bytes(drawn))
+    sides: dict[str, Any] = {"width": resolution, "height": resolution}
+    image = load_rgb(bytes(resvg_py.svg_to_bytes(svg_string=svg, **sides, background="#ffffff", skip_system_fonts=True)))
     square = Image.new("RGB", (resolution, resolution), "white")
     square.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
     buffer = io.BytesIO()
@@ -245,11 +210,6 @@ def draw(svg: str, *, resolution: int) -> bytes:
 def caption_of(annotation: str, set_name: str) -> str:
     """The main caption: the CLDR annotation plus the set ('red heart, openmoji style')."""
     return f"{annotation.strip().lower()}, {set_name} style"
-
-
-def _person(name: str) -> str:
-    """A name in one spelling: OpenMoji has some with stray spaces and some with decomposed umlauts."""
-    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def _plain_code(code: str) -> str:
@@ -274,26 +234,23 @@ def _openmoji(archive: Path) -> Iterator[Drawing]:
     """OpenMoji's rows in its own order, with the SVG of each."""
     with tarfile.open(archive) as tar:
         rows: list[dict[str, Any]] = json.load(_member(tar, "package/data/openmoji.json"))
-        svgs = {
-            Path(member.name).stem: _member(tar, member.name).read().decode()
-            for member in tar.getmembers()
-            if member.name.startswith("package/color/svg/")
-        }
+        names = [member.name for member in tar.getmembers() if member.name.startswith("package/color/svg/")]
+        svgs = {Path(name).stem: _member(tar, name).read().decode() for name in names}
     for row in rows:
         code = row["hexcode"]
-        image = TrainingImage(
-            image_id=f"openmoji-{code.lower()}",
-            image=b"",
-            captions=[caption_of(row["annotation"], "openmoji")],
-            creator=_person(row["openmoji_author"]) or OPENMOJI.creator,
-            license=OPENMOJI.license,
-            source="openmoji",
-            url=OPENMOJI.url.format(hexcode=code),
-            group=row["group"],
-            subgroup=row["subgroups"],
-            family=f"openmoji-{_without_skin_tone(row['skintone_base_hexcode'] or code).lower()}",
-        )
+        author = " ".join(unicodedata.normalize("NFC", row["openmoji_author"]).split())  # stray spaces, decomposed umlauts
+        found = {"creator": author or OPENMOJI.creator, "group": row["group"], "subgroup": row["subgroups"]}
+        found["url"] = OPENMOJI.url.format(hexcode=code)
+        image = _image(OPENMOJI, code.lower(), row["annotation"], row["skintone_base_hexcode"] or code, found)
         yield Drawing(image, svgs[code], _words(row["tags"], row["openmoji_tags"]))
+
+
+def _image(emoji_set: EmojiSet, code: str, annotation: str, family: str, found: dict[str, str]) -> TrainingImage:
+    """An image still to be drawn; `found` are its own fields, `family` the code of the design whose variant it is."""
+    name = emoji_set.name
+    known: dict[str, Any] = {"creator": emoji_set.creator, "license": emoji_set.license, "url": emoji_set.url}
+    family, captions = f"{name}-{_without_skin_tone(family).lower()}", [caption_of(annotation, name)]
+    return TrainingImage(image_id=f"{name}-{code}", image=b"", captions=captions, source=name, family=family, **known | found)
 
 
 def _iconify(
@@ -304,41 +261,29 @@ def _iconify(
         icons = json.load(_member(tar, "package/icons.json"))
         characters: dict[str, str] = json.load(_member(tar, "package/chars.json"))
     for code, icon_name in sorted(characters.items()):
-        icon = _resolve(icons, icon_name)
-        width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+        icon = {"width": icons.get("width", 16), "height": icons.get("height", 16), **_resolve(icons, icon_name)}
+        size = f"{icon['width']} {icon['height']}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{icon["body"]}</svg>'
         family = _without_skin_tone(code)
         known = by_code.get(_plain_code(code))
         kin = known or by_code.get(family) or by_family.get(f"OPENMOJI-{family}")
         icon_words = icon_name.replace("-", " ")
         annotation = subject_of(known.image) if known else icon_words
-        image = TrainingImage(
-            image_id=f"{emoji_set.name}-{code}",
-            image=b"",
-            captions=[caption_of(annotation, emoji_set.name)],
-            creator=emoji_set.creator,
-            license=emoji_set.license,
-            source=emoji_set.name,
-            url=emoji_set.url,
-            group=kin.image.group if kin else "",
-            subgroup=kin.image.subgroup if kin else "",
-            family=f"{emoji_set.name}-{family.lower()}",
-        )
+        found = {"group": kin.image.group, "subgroup": kin.image.subgroup} if kin else {}
+        image = _image(emoji_set, code, annotation, family, found)
         yield Drawing(image, svg, _words(icon_words, *(known.words if known else ())))
 
 
 def _resolve(icons: dict[str, Any], name: str) -> dict[str, Any]:
     """An icon by name, following aliases; a horizontal flip is written into the SVG body."""
     if name in icons["icons"]:
-        icon: dict[str, Any] = icons["icons"][name]
-        return icon
+        return dict(icons["icons"][name])
     alias = icons["aliases"][name]
-    icon = dict(_resolve(icons, alias["parent"]))
+    icon = _resolve(icons, alias["parent"])
     if alias.get("hFlip"):
         width = icon.get("width", icons.get("width", 16))
         icon["body"] = f'<g transform="translate({width} 0) scale(-1 1)">{icon["body"]}</g>'
-    unhandled = set(alias) & {"vFlip", "rotate", "left", "top"}
-    if unhandled:
+    if unhandled := set(alias) & {"vFlip", "rotate", "left", "top"}:
         raise ArtifactDamagedError(f"alias {name!r} uses {sorted(unhandled)}, which this reader does not know.")
     return icon
 

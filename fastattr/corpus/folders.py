@@ -15,7 +15,7 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,48 +25,53 @@ from typing import Any
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.images import IMAGE_SUFFIXES, looks_like_an_image, read_bytes
-from fastattr.corpus.records import ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of, take_captions
-from fastattr.corpus.text import as_captions, as_text, decode_text, read_rows
+from fastattr.corpus.records import (
+    ROWS_AT_ONCE,
+    Found,
+    Part,
+    Skipped,
+    as_captions,
+    as_text,
+    as_training_image,
+    decode_text,
+    read_rows,
+    state_of,
+    take_captions,
+)
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption", ".json")
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
-REPEATED = re.compile(r"(\d+)_(.+)")
-"""A kohya folder: how often its images were shown to the trainer, and what they show."""
+REPEATED = re.compile(r"(\d+)_(.+)")  # a kohya folder: how often its images were shown to the trainer, and what they show
 
 
 @dataclass
 class Listing:
     """What a folder holds."""
 
-    files: dict[str, Path] = field(default_factory=dict)
-    """Every readable file by its path below the folder."""
-    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Image file -> its rows in tables."""
-    sidecars: dict[str, list[str]] = field(default_factory=dict)
-    """Image file -> the files beside it that describe it."""
+    files: dict[str, Path] = field(default_factory=dict)  # every readable file by its path below the folder
+    images: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # image file -> its rows in tables
+    sidecars: dict[str, list[str]] = field(default_factory=dict)  # image file -> the files beside it that describe it
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[TrainingImage | Skipped]:
+def read_folder(folder: Path, *, creator_from_folder: bool = False) -> Iterator[Found]:
     """Read a captioned image folder; see `list_folder` and `folder_parts`."""
     for part in folder_parts(list_folder(folder), creator_from_folder=creator_from_folder):
         yield from part.read()
 
 
 def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list[Part]:
-    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each.
-
-    An image's id is its path below the folder without the suffix, or with it where two files would share an id. With
-    `creator_from_folder`, the first folder of that path names the creator of images that have none.
+    """The parts of a captioned image folder, `ROWS_AT_ONCE` images each. An image's id is its path below the folder without the
+    suffix, or with it where two files would share an id. With `creator_from_folder`, the first folder of that path names the
+    creator of images that have none.
     """
     ids = _ids(listing.images)
     parts = [Part(fingerprint([vars(skipped) for skipped in listing.skipped]), partial(iter, listing.skipped))]
     names = list(listing.images)
     for start in range(0, len(names), ROWS_AT_ONCE):
-        block = {
-            name: (ids[name], listing.images[name], listing.sidecars.get(name, [])) for name in names[start:][:ROWS_AT_ONCE]
-        }
+        part = names[start : start + ROWS_AT_ONCE]
+        block = {name: (ids[name], listing.images[name], listing.sidecars.get(name, [])) for name in part}
         used = [name for image, (_, _, beside) in block.items() for name in (image, *beside)]
         state = [(name, state_of(listing.files[name])) for name in used]
         read = partial(_read_images, listing.files, block, creator_from_folder)
@@ -75,18 +80,14 @@ def folder_parts(listing: Listing, *, creator_from_folder: bool = False) -> list
 
 
 def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
-    """What lies below a folder, but in `leave_out`: every file has its place in the result.
-
-    Raises:
-        ArtifactNotFoundError: no such folder.
-        InputError: a table cannot be read.
+    """What lies below a folder, but in `leave_out`: every file has its place in the result. Raises ArtifactNotFoundError if
+    there is no such folder, InputError if a table cannot be read.
     """
     if not folder.is_dir():
         raise ArtifactNotFoundError(f"{folder} is not a folder. Give the folder that holds the images.")
     listing = Listing()
-    listing.files = {
-        path.relative_to(folder).as_posix(): path for path in walk(folder, leave_out=leave_out, skipped=listing.skipped)
-    }
+    paths = walk(folder, leave_out=leave_out, skipped=listing.skipped)
+    listing.files = {path.relative_to(folder).as_posix(): path for path in paths}
     tables = [name for name in listing.files if posixpath.basename(name).lower() in TABLES]
     others = [name for name in listing.files if name not in tables]
     images = [name for name in others if _is_image(listing.files[name])]
@@ -134,10 +135,10 @@ def _is_image(path: Path) -> bool:
 
 def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Image file -> its rows in all tables; bad lines and rows without an image are added to `listing.skipped`."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    folded: dict[str, list[str]] = {}
+    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    folded: defaultdict[str, list[str]] = defaultdict(list)
     for name in images:
-        folded.setdefault(_folded(name), []).append(name)
+        folded[_folded(name)].append(name)
     broken = {skipped.name for skipped in listing.skipped}
     for table in tables:
         absent = set[str]()
@@ -151,7 +152,7 @@ def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]
             name = posixpath.normpath(posixpath.join(posixpath.dirname(table), given))
             fits = [name] if name in listing.files else folded.get(_folded(name), [])
             if len(fits) == 1:
-                found.setdefault(fits[0], []).append({key: value for key, value in row.items() if key != column})
+                found[fits[0]].append({key: value for key, value in row.items() if key != column})
             elif name not in broken and name not in absent:
                 absent.add(name)
                 reason = f"named in {table}, but " + ("several images have that name" if fits else "there is no such image")
@@ -161,27 +162,26 @@ def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]
 
 def _find_sidecars(listing: Listing, names: Sequence[str]) -> None:
     """Give each text to the images of its name; list the texts and other files that belong to none."""
-    stems: dict[str, list[str]] = {}
+    stems: defaultdict[str, list[str]] = defaultdict(list)
+    folded: defaultdict[str, set[str]] = defaultdict(set)
     for image in listing.images:
         for stem in (image, posixpath.splitext(image)[0]):
-            stems.setdefault(stem, []).append(image)
-    folded: dict[str, set[str]] = {}
-    for stem in stems:
-        folded.setdefault(_folded(stem), set()).add(stem)
+            stems[stem].append(image)
+            folded[_folded(stem)].add(stem)
     for name in (name for name in names if name not in listing.images):
         stem, suffix = posixpath.splitext(name)
         fits = {stem} if stem in stems else folded.get(_folded(stem), set())
         if suffix.lower() in SIDECARS and len(fits) == 1:
             for image in stems[next(iter(fits))]:
                 listing.sidecars.setdefault(image, []).append(name)
-            continue
-        reason = "a text that belongs to no image" if suffix.lower() in SIDECARS else "not an image"
-        listing.skipped.append(Skipped(name=as_id(name), reason=reason))
+        else:
+            reason = "a text that belongs to no image" if suffix.lower() in SIDECARS else "not an image"
+            listing.skipped.append(Skipped(name=as_id(name), reason=reason))
 
 
 def _read_images(
     files: Mapping[str, Path], block: Mapping[str, tuple[str, list[dict[str, Any]], list[str]]], creator_from_folder: bool
-) -> Iterator[TrainingImage | Skipped]:
+) -> Iterator[Found]:
     for name, (image_id, rows, sidecars) in block.items():
         captions: list[str] = []
         try:

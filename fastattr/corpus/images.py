@@ -1,8 +1,4 @@
-"""Images: any picture as 8-bit RGB, upright. `to_rgb` is the one way for files, bytes, uploads and Pillow images.
-
-The EXIF orientation is applied, transparency is laid on white, deeper pixels (16-bit, 32-bit, float) are scaled to 8 bits, and
-CMYK, Lab and palette pictures are converted. Only pixels of a picture's first frame count.
-"""
+"""Images: any picture as 8-bit RGB. `to_rgb` is the one way for files, bytes, uploads and Pillow images (first frames)."""
 
 from __future__ import annotations
 
@@ -14,40 +10,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastattr.core.errors import InputError
 
-FORMATS = (
+FORMATS = (  # Pillow's names of the formats that are read; none that runs a program (EPS) or a network request
     *("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000"),
     *("TGA", "DIB", "ICO", "ICNS", "DDS", "QOI", "PCX", "PSD", "SGI"),
 )
-"""Pillow's names of the formats that are read. Formats that run a program (EPS) or a network request are not among them."""
-IMAGE_SUFFIXES = {
+IMAGE_SUFFIXES = {  # file names that promise a picture; one that cannot be read is reported as such
     *(".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".heic", ".heif", ".icns", ".ico", ".j2c", ".j2k", ".jfif"),
     *(".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"),
     *(".qoi", ".sgi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
 }
-"""File names that promise a picture; one that cannot be read is reported as such."""
 ORIENTATION = 0x0112
 
 
 def load_rgb(data: bytes | str | Path) -> Image.Image:
-    """Decode an image file, given as bytes or by its path, as `to_rgb` does.
-
-    Raises:
-        UnidentifiedImageError: the file is in none of `FORMATS`.
-        InputError: see `to_rgb`.
-        OSError, SyntaxError, ValueError: the file is damaged.
+    """Decode an image file, given as bytes or by its path, as `to_rgb` does. Raises UnidentifiedImageError if it is in none of
+    `FORMATS`; OSError, SyntaxError or ValueError if it is damaged.
     """
     with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, upright, transparency laid on white.
-
-    Integers of 32 bits and floats do not say what their white is. A float picture with no value above 1 has its white at 1;
-    otherwise white is 255 if no value is above that, or else 65535.
-
-    Raises:
-        InputError: the pixels are negative, not finite or above 65535.
+    """Any Pillow image as 8-bit RGB, upright as its EXIF block says, transparency laid on white. Deeper pixels are scaled.
+    Integers of 32 bits and floats do not say what their white is: a float picture with no value above 1 has its white at 1;
+    otherwise white is 255 if no value is above that, or else 65535. Raises InputError if pixels are negative, not finite or
+    above 65535.
     """
     image = _upright(image)
     if image.mode == "LAB":
@@ -59,8 +46,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _scaled(image)
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
@@ -76,15 +62,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _scaled(image: Image.Image) -> Image.Image:
     """A grey image of more than 8 bits as RGB; the one grey value that a file may declare transparent becomes white."""
-    deep = image.mode.startswith("I;16")
     values = np.asarray(image, dtype=np.float64)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= 0 and high <= 65535):  # also false for NaN
         raise InputError(f"the pixels go from {low:g} to {high:g}; save the image with 8 or 16 bits.")
-    white = 65535 if deep or high > 255 else 1 if image.mode == "F" and high <= 1 else 255
+    white = 65535 if image.mode.startswith("I;16") or high > 255 else 1 if image.mode == "F" and high <= 1 else 255
     grey = (values * (255 / white)).round()
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
+    if isinstance(clear := image.info.get("transparency"), int):
         grey[values == clear] = 255
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 

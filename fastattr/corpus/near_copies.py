@@ -1,11 +1,9 @@
 """Near-copies: pictures that show the same thing although their bytes differ (re-encoded, resized, retouched).
 
-A picture becomes a `Look`: the 64 signs of its horizontal brightness steps (dHash) and an 8 x 8 colour thumbnail. Two
-pictures are near-copies if at most `MAX_BITS` of the signs differ and no value of the thumbnails by more than `MAX_COLOUR`:
-the signs alone would call a red circle and a green one the same. Saving again and resizing change a picture everywhere; a
-difference that stands out in a few places (`STANDS_OUT`) is another skin tone, flag or sign. Looks are taken of the whole
-picture squashed to a small square, so crops and mirror images are not found. Comparing all pairs of N pictures takes time of
-order N^2 / 32: seconds for ten thousand, hours for millions.
+A picture's look is the 64 signs of its horizontal brightness steps (dHash) and an 8 x 8 colour thumbnail, of the whole
+picture: crops and mirror images are not found. Two are near-copies if at most `MAX_BITS` of the signs differ, no value of
+the thumbnails by more than `MAX_COLOUR`, and none stands out (`STANDS_OUT`), which would be another skin tone, flag or sign.
+Comparing all pairs of N pictures takes time of order N^2 / 32: seconds for ten thousand, hours for millions.
 Source of dHash: Neal Krawetz, "Kind of Like That" (2013); pairs are found by FAISS' multi-index hashing (arXiv:1307.2982).
 """
 
@@ -17,31 +15,22 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-MAX_BITS = 6
-"""Of 64; at most 7, for with eight bands of eight bits two hashes that differ in 7 bits agree in one band."""
-MAX_COLOUR = 40
-"""Of 255; emoji shrunk to 40 pixels and saved as JPEG of quality 60 differ by 34 at most."""
-STANDS_OUT = 3.0
-"""Largest difference of two thumbnails, in units of `NOISE` plus their 60th percentile. Of emoji that were shrunk to 40
-pixels, brightened or saved as JPEG of quality 60 to 75, 99% have less than 3.5."""
-NOISE = 4
-ALIKE = 14
-"""Largest difference of two thumbnails up to which other captions do not make another picture."""
-FLAT = 2
-"""Steps of brightness up to this count as none, so that the noise of a JPEG's plain areas makes no bits."""
+MAX_BITS = 6  # of 64; at most 7, for with eight bands of eight bits two hashes that differ in 7 bits agree in one band
+MAX_COLOUR = 40  # of 255; emoji shrunk to 40 pixels and saved as JPEG of quality 60 differ by 34 at most
+# Largest difference of two thumbnails, in units of `NOISE` plus their 60th percentile; resaved emoji have 3.5 at most in 99%.
+STANDS_OUT, NOISE = 3.0, 4
+ALIKE = 14  # largest difference of two thumbnails up to which other captions do not make another picture
+FLAT = 2  # steps of brightness up to this count as none, so that the noise of a JPEG's plain areas makes no bits
 SIDE = 8
-AT_ONCE = 1024
-"""Pictures whose pairs are in memory at once; a corpus may hold one picture ten thousand times."""
+AT_ONCE = 1024  # pictures whose pairs are in memory at once; a corpus may hold one picture ten thousand times
 
 
 @dataclass(frozen=True)
 class Looks:
     """What N pictures look like."""
 
-    signs: np.ndarray
-    """(N, 8) uint8, the 64 bits of each dHash."""
-    colours: np.ndarray
-    """(N, 192) uint8, the 8 x 8 RGB thumbnails."""
+    signs: np.ndarray  # (N, 8) uint8, the 64 bits of each dHash
+    colours: np.ndarray  # (N, 192) uint8, the 8 x 8 RGB thumbnails
 
     def __len__(self) -> int:
         return len(self.signs)
@@ -85,10 +74,7 @@ def near_copies(looks: Looks, among: Looks) -> list[np.ndarray]:
 
 
 def originals(looks: Looks) -> np.ndarray:
-    """(N,) for each picture the row of the first picture that it is a near-copy of, or its own row if it is the first.
-
-    Groups are not chains: a picture joins an earlier one only if it is a near-copy of that one itself.
-    """
+    """(N,) for each picture the row of the first picture that it is itself a near-copy of, or its own if it is the first."""
     first = np.arange(len(looks))
     for row, rows in enumerate(near_copies(looks, looks)):
         earlier = rows[(rows < row) & (first[rows] == rows)]

@@ -1,8 +1,4 @@
-"""Shards: read COCO, webdataset shards, and URLs with the shards of their images.
-
-Webdataset shards are read as img2dataset writes them: NNNNN.tar with KEY.jpg, KEY.txt and KEY.json (url, caption, and
-LAION's LICENSE, NSFW, similarity), and NNNNN.parquet beside it, which also lists the URLs that could not be fetched.
-"""
+"""Shards: read COCO, webdataset shards as img2dataset writes them, and URLs with the shards of their images."""
 
 from __future__ import annotations
 
@@ -22,18 +18,18 @@ from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
 from fastattr.corpus.records import (
-    CAPTION_COLUMNS,
+    KNOWN,
     ROWS_AT_ONCE,
-    SYNONYMS,
-    TEXT_COLUMNS,
+    Found,
     Part,
     Skipped,
-    TrainingImage,
+    as_captions,
+    as_text,
     as_training_image,
+    decode_text,
     state_of,
     take_captions,
 )
-from fastattr.corpus.text import as_captions, as_text, decode_text
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
@@ -46,47 +42,38 @@ def files_in(path: Path, suffix: str) -> list[Path]:
 
 def coco_parts(folder: Path, split: str) -> list[Part]:
     """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix.
-
-    Raises:
-        InputError: the annotations are not COCO's.
+    InputError if the annotations are not COCO's.
     """
     listed = folder / "annotations" / f"captions_{split}.json"
     try:
         rows = _coco_rows(read_json(listed), folder / split)
     except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{listed} is no list of COCO's captions ({reason}); expected 'images' and 'annotations'.") from error
-    known = {row["path"] for row in rows}
+        told = f"{type(error).__name__}: {error}; expected 'images' and 'annotations'"
+        raise InputError(f"{listed} is no list of COCO's captions ({told}).") from error
+    known = {path for path, *_ in rows}
     others = [Skipped(name=path.name, reason=f"not in {listed.name}") for path in walk(folder / split) if path not in known]
     blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    states = [[(row | {"path": row["path"].name}, state_of(row["path"])) for row in block] for block in blocks]
+    states = [[(path.name, *row, state_of(path)) for path, *row in block] for block in blocks]
     parts = [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
     return [*parts, Part(fingerprint([vars(skipped) for skipped in others]), partial(iter, others))]
 
 
-def _coco_rows(annotations: Any, images: Path) -> list[dict[str, Any]]:
+def _coco_rows(annotations: Any, images: Path) -> list[tuple[Path, list[str], dict[str, Any]]]:
     captions: dict[int, list[str]] = {}
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
-    return [
-        {
-            "path": images / image["file_name"],
-            "captions": as_captions(captions.get(image["id"], [])),
-            "license": licenses.get(image.get("license", -1)),
-            "source": f"coco-{images.name}",
-            "url": image.get("flickr_url") or image.get("coco_url"),
-        }
-        for image in sorted(annotations["images"], key=lambda image: image["id"])
-    ]
+    rows: list[tuple[Path, list[str], dict[str, Any]]] = []
+    for image in sorted(annotations["images"], key=lambda image: image["id"]):
+        found = {"license": licenses.get(image.get("license", -1)), "url": image.get("flickr_url") or image.get("coco_url")}
+        written = as_captions(captions.get(image["id"], []))
+        rows.append((images / image["file_name"], written, {"source": f"coco-{images.name}", **found}))
+    return rows
 
 
-def _read_coco(block: Sequence[dict[str, Any]]) -> Iterator[TrainingImage | Skipped]:
-    for row in block:
-        metadata = {name: row[name] for name in ("license", "source", "url")}
-        yield as_training_image(
-            image_id=row["path"].stem, image=read_bytes(row["path"]), captions=row["captions"], metadata=metadata
-        )
+def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[Found]:
+    for path, captions, metadata in block:
+        yield as_training_image(image_id=path.stem, image=read_bytes(path), captions=captions, metadata=metadata)
 
 
 def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | None = None, made_of: str = "") -> list[Part]:
@@ -95,15 +82,10 @@ def shard_parts(shards: Sequence[Path], rows: Mapping[str, Mapping[str, Any]] | 
     return [Part(fingerprint(state), partial(read_shard, shard, rows)) for state, shard in zip(states, shards, strict=True)]
 
 
-def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[TrainingImage | Skipped]:
-    """Read one tar shard, a sample at a time.
-
-    The image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys
-    count from 0 in every shard.
-
-    Args:
-        shard: NNNNN.tar; img2dataset's NNNNN.parquet beside it, if there is one, adds columns and the failed downloads.
-        rows: metadata by URL, which goes before the shard's own.
+def read_shard(shard: Path, rows: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Found]:
+    """Read one tar shard, a sample at a time, with img2dataset's NNNNN.parquet of columns and failures if it is beside it. The
+    image id is the sample's key; a key that does not begin with the shard's name gets it as a prefix, as such keys count from 0
+    in every shard. `rows` is metadata by URL, which goes before the shard's own.
     """
     beside = shard.with_suffix(".parquet")
     rows_beside = pq.read_table(beside).to_pylist() if beside.exists() else []
@@ -151,13 +133,11 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes] | Skipped]]:
                     key, files = found, dict[str, bytes]()
                 content = archive.extractfile(member)
                 files[f".{suffix.lower()}"] = content.read() if content else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
-        # The last sample may lack its end, so it is not taken.
+        if files:
+            yield key, files
+    except (tarfile.TarError, EOFError, OSError) as error:  # the last sample may lack its end, so it is not taken
         reason = f"the shard breaks off here ({type(error).__name__}: {error})"
-        yield f"{shard.name}", Skipped(name=f"{shard.name}: after {key or 'its start'}", reason=reason)
-        return
-    if files:
-        yield key, files
+        yield shard.name, Skipped(name=f"{shard.name}: after {key or 'its start'}", reason=reason)
 
 
 def _lowered(row: Any) -> dict[str, Any]:
@@ -173,8 +153,7 @@ def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
             raise InputError(f"{file} has no column 'url'; it has {names}.")
-        known = {*CAPTION_COLUMNS, *TEXT_COLUMNS, *(name for names in SYNONYMS.values() for name in names)}
-        wanted = [name for name in names if name.lower() in known]
+        wanted = [name for name in names if name.lower() in KNOWN]
         rows |= {row[column]: row for row in pq.read_table(file, columns=wanted).to_pylist() if row[column]}
     return rows
 

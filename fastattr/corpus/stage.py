@@ -1,8 +1,7 @@
 """Corpus stage: read the training images of a generator, with their creators and licences, into run_dir/corpus.
 
-Reads an image folder, a `datasets` dataset, COCO, webdataset shards, or the emoji packages. The source is a list of parts,
-each of which one process reads on its own and streams; ids depend on the source's own names (keys, file names, row
-numbers), never on the order in which processes come to them. Parts are kept until all are there, so a killed run resumes.
+The source is a list of parts, each of which one process reads on its own and streams; ids depend on the source's own names
+(keys, file names, row numbers). Parts are kept until all are there, so a killed run resumes.
 """
 
 from __future__ import annotations
@@ -18,11 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from fastattr.core.errors import ArtifactMismatchError, InputError
 from fastattr.core.files import atomic_path
+from fastattr.core.processes import split_between
 from fastattr.core.stages import fingerprint, finished, make
+from fastattr.corpus.emoji import read_emoji
 from fastattr.corpus.folders import as_id, folder_parts, list_folder, walk
 from fastattr.corpus.records import Part, Skipped, state_of
 from fastattr.corpus.shards import coco_parts, files_in, not_fetched, rows_by_url, shard_parts
@@ -30,10 +32,8 @@ from fastattr.corpus.store import join_parts, write_part
 from fastattr.corpus.tables import dataset_parts
 
 logger = logging.getLogger(__name__)
-SOURCE = "source.parquet"
-"""In a corpus folder: the local files that it was read from."""
-ENDS = 32_768
-"""Bytes at the start and at the end of a file by which it is known again if its date has changed."""
+SOURCE = "source.parquet"  # in a corpus folder: the local files that it was read from
+ENDS = 32_768  # bytes at the start and at the end of a file by which it is known again if its date has changed
 KINDS = ("emoji", "folder", "dataset", "coco", "webdataset", "urls")
 
 
@@ -45,22 +45,17 @@ class CorpusConfig:
     """'emoji' (pinned npm packages), 'folder' (images with captions), 'dataset' (a `datasets` name or file), 'coco'
     (annotations/captions_SPLIT.json and SPLIT/ in a folder), 'webdataset' (tar shards, as img2dataset writes them) or
     'urls' (parquet files of URLs and captions, whose images are in the tar shards of `shards`)."""
-    path: str = ""
-    """Folder, dataset id or data file; empty for 'emoji'."""
-    split: str = "train"
-    """Split of the dataset; of COCO 'train2017', say."""
-    shards: str = ""
-    """Of 'urls': the folder of tar shards."""
+    path: str = ""  # folder, dataset id or data file; empty for 'emoji'
+    split: str = "train"  # split of the dataset; of COCO 'train2017', say
+    shards: str = ""  # of 'urls': the folder of tar shards
     duplicates: str = ""
     """What becomes of an image that is a copy or near-copy of an earlier one: 'skip' leaves it out and lists it, but keeps a
     near-copy that has other captions and visibly differs; 'family' keeps it with the same `family`; 'keep' does not look.
     '' is 'keep' for emoji, whose variants are no copies, else 'skip'. Near-copy: fastattr/corpus/near_copies.py."""
     image_column: str = "image"
     caption_column: str = "caption"
-    creator_from_folder: bool = False
-    """Of 'folder': the first folder below `path` names the creator of images that have none."""
-    resolution: int = 64
-    """Side in pixels at which SVG sources are drawn; other sources keep their own size."""
+    creator_from_folder: bool = False  # of 'folder': the first folder below `path` names the creator of images that have none
+    resolution: int = 64  # side in pixels at which SVG sources are drawn; other sources keep their own size
     variants: bool = False
     """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
 
@@ -82,16 +77,13 @@ class Source:
     """What a corpus is read from."""
 
     parts: list[Part]
-    missing: Callable[[Sequence[Path]], list[Skipped]] = lambda parts: []
-    """From all written parts, what the source promised and no part brought."""
+    missing: Callable[[Sequence[Path]], list[Skipped]] = lambda parts: []  # what the source promised and no part brought
 
 
 def open_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> Source:
     """The source that a config names, without the folders in `leave_out`; errors as of its reader."""
     path = Path(config.path)
     if config.kind == "emoji":
-        from fastattr.corpus.emoji import read_emoji
-
         return Source([Part("emoji", partial(read_emoji, config.resolution, variants=config.variants))])
     if config.kind == "folder":
         return Source(folder_parts(list_folder(path, leave_out), creator_from_folder=config.creator_from_folder))
@@ -119,18 +111,10 @@ def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> d
 
 
 def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
-    """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest.
-
-    A finished folder is kept. The parts lie beside it until all are there: another run does what is missing, and what was
-    read from files that have changed since.
-
-    Raises:
-        ArtifactMismatchError: `folder` is finished, and the source's files have changed since.
+    """Build the corpus that `config` describes into `folder`, on all processes; returns its manifest. The parts lie beside it
+    until all are there: another run does what is missing, and what was read from files that have changed since. Raises
+    ArtifactMismatchError if `folder` is finished, and the source's files have changed since.
     """
-    from accelerate import Accelerator
-
-    from fastattr.core.processes import split_between
-
     accelerator = Accelerator()
     scratch = folder.with_name(f"{folder.name}-parts")
     source_dir, run_dir = Path(config.path or ".").resolve(), folder.parent.resolve()
@@ -172,11 +156,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_unchanged(config: CorpusConfig, folder: Path, leave_out: Collection[Path]) -> None:
-    """Compare the source's files with those that the corpus in `folder` was read from.
-
-    Raises:
-        ArtifactMismatchError: files came, went, or have other contents.
-    """
+    """Raise ArtifactMismatchError if files of the source came, went, or have other contents than the corpus was read from."""
     before = {row["name"]: row for row in pq.read_table(folder / SOURCE).to_pylist()} if (folder / SOURCE).exists() else {}
     now = files_of_source(config, leave_out) if before else {}
     if before and not now:
@@ -191,7 +171,6 @@ def _check_unchanged(config: CorpusConfig, folder: Path, leave_out: Collection[P
     found = {"new": now.keys() - before.keys(), "gone": before.keys() - now.keys(), "changed": changed}
     told = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in found.items() if names]
     if told:
-        raise ArtifactMismatchError(
-            f"{config.path} is not what {folder} was read from: {'; '.join(told)}. Use another run folder, or delete that "
-            "folder and those of the later stages to read it again."
-        )
+        wrong = f"{config.path} is not what {folder} was read from: {'; '.join(told)}"
+        fix = "Use another run folder, or delete that folder and those of the later stages to read it again."
+        raise ArtifactMismatchError(f"{wrong}. {fix}")

@@ -1,8 +1,4 @@
-"""Store: write a corpus folder in parts, and open it.
-
-Writes corpus/data-*.parquet (loadable by `datasets`), corpus/looks.parquet (what near-copies are found by) and
-corpus/skipped.parquet, which lists images that cannot be read, images without a caption and copies, with the reason.
-"""
+"""Store: write a corpus folder in parts, and open it; the package's docstring lists its files."""
 
 from __future__ import annotations
 
@@ -31,20 +27,16 @@ from fastattr.corpus.records import ROWS_AT_ONCE, TEXT_COLUMNS, Skipped, Trainin
 logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 50_000
-GROUP_BYTES = 4_000_000
-"""Image bytes of a parquet row group, which is what reading one image reads; a single image may be larger."""
-GROUPS_KEPT = 16
-"""Row groups that an open corpus holds in memory."""
+GROUP_BYTES = 4_000_000  # image bytes of a parquet row group, which is what reading one image reads; an image may be larger
+GROUPS_KEPT = 16  # row groups that an open corpus holds in memory
 
 
 def corpus_schema() -> pa.Schema:
     """Arrow schema of the corpus, with the metadata by which `datasets` shows the images."""
     from datasets import Features, Image as ImageFeature, List, Value
 
-    text = {name: Value("string") for name in ("image_id", *TEXT_COLUMNS, "sha256")}
-    columns = {"image_id": text.pop("image_id"), "image": ImageFeature(), "captions": List(Value("string")), **text}
-    schema: pa.Schema = Features(columns).arrow_schema
-    return schema
+    columns = {"image_id": Value("string"), "image": ImageFeature(), "captions": List(Value("string"))}
+    return Features(columns | {name: Value("string") for name in (*TEXT_COLUMNS, "sha256")}).arrow_schema
 
 
 def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, description: str | None = None) -> None:
@@ -53,26 +45,18 @@ def write_part(images: Iterable[TrainingImage | Skipped], path: Path, *, descrip
     skipped: list[Skipped] = []
     columns: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    size = 0
     with atomic_path(path) as temporary:
         with pq.ParquetWriter(temporary, schema) as writer:
-
-            def flush() -> None:
-                nonlocal size
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows.clear()
-                size = 0
-
             for image in tqdm(images, desc=description, unit="image", disable=description is None):
                 if isinstance(image, Skipped):
                     skipped.append(image)
                     continue
                 columns |= image.columns
                 rows.append(_row(image))
-                size += len(image.image)
-                if len(rows) >= ROWS_AT_ONCE or size >= GROUP_BYTES:
-                    flush()
-            flush()
+                if len(rows) >= ROWS_AT_ONCE or sum(len(row["image"]["bytes"]) for row in rows) >= GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                    rows.clear()
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         with atomic_path(path.with_suffix(".skipped")) as report:
             _write_skipped(skipped, report, columns)
 
@@ -85,10 +69,8 @@ def _row(image: TrainingImage) -> dict[str, Any]:
 
 def _write_skipped(skipped: Sequence[Skipped], path: Path, columns: Mapping[str, str]) -> None:
     values = {name: [getattr(item, name) for item in skipped] for name in ("name", "reason", "url")}
-    schema = pa.schema(
-        [(name, pa.string()) for name in values], metadata={"columns": json.dumps(dict(sorted(columns.items())))}
-    )
-    pq.write_table(pa.table(values, schema=schema), path)
+    metadata = {"columns": json.dumps(dict(sorted(columns.items())))}
+    pq.write_table(pa.table(values, schema=pa.schema([(name, pa.string()) for name in values], metadata)), path)
 
 
 def _read_skipped(path: Path) -> tuple[list[Skipped], dict[str, str]]:
@@ -99,20 +81,10 @@ def _read_skipped(path: Path) -> tuple[list[Skipped], dict[str, str]]:
 def join_parts(
     parts: Sequence[Path], folder: Path, *, duplicates: str = "keep", more: Sequence[Skipped] = ()
 ) -> dict[str, Any]:
-    """Write a corpus folder from its parts, all but the manifest.
-
-    Args:
-        parts: files of `write_part`, in the order to keep.
-        folder: where to write; an unfinished earlier try is replaced.
-        duplicates: 'skip', 'family' or 'keep', see `CorpusConfig`.
-        more: what else was skipped.
-
-    Returns:
-        Facts for the manifest: 'images', 'skipped' (count by reason), 'near_copies' (how many were kept as family),
-        'columns' (of the source, and what became of each), 'corpus_fingerprint' (over ids, image bytes, captions).
-
-    Raises:
-        InputError: two images share an id, or there is no usable image at all.
+    """Write a corpus folder from files of `write_part`, in their order, all but the manifest; returns its facts. These are
+    'images', 'skipped' (count by reason; `more` was skipped elsewhere), 'near_copies' (how many were kept as family, see
+    `CorpusConfig.duplicates`), 'columns' (of the source, and what became of each), and 'corpus_fingerprint' (over ids, image
+    bytes, captions). Raises InputError if two images share an id, or there is no usable image at all.
     """
     wanted = ["image_id", "sha256", "family", "captions", "look"]
     table = pa.concat_tables([pq.read_table(path, columns=wanted) for path in parts])
@@ -166,12 +138,10 @@ def _firsts(digests: Sequence[str], looks: Looks) -> np.ndarray:
     """(N,) row of the first image with the same bytes, or else of the first that it is a near-copy of, or its own."""
     earliest: dict[str, int] = {}
     first = np.array([earliest.setdefault(digest, row) for row, digest in enumerate(digests)], dtype=np.int64)
-    distinct = np.array(sorted(earliest.values()), dtype=np.int64)
-    near = distinct[originals(looks[distinct])]
-    first[distinct] = near
-    copies = np.setdiff1d(np.arange(len(digests)), distinct)
-    first[copies] = first[first[copies]]
-    return first
+    distinct = np.unique(first)
+    near = np.arange(len(digests))
+    near[distinct] = distinct[originals(looks[distinct])]
+    return near[first]
 
 
 def _write_shards(parts: Sequence[Path], folder: Path, kept: np.ndarray, families: Sequence[str]) -> None:
@@ -233,21 +203,15 @@ class Corpus:
         return str(self.manifest["corpus_fingerprint"])
 
     def rows(self, image_ids: Sequence[str]) -> np.ndarray:
-        """(N,) row numbers of these ids.
-
-        Raises:
-            InputError: an id is not in the corpus.
-        """
+        """(N,) row numbers of these ids; InputError if one is not in the corpus."""
         unknown = [image_id for image_id in image_ids if image_id not in self._row]
         if unknown:
             raise InputError(f"{len(unknown)} image ids are not in the corpus {self.folder}, e.g. {unknown[:3]}.")
         return np.array([self._row[image_id] for image_id in image_ids], dtype=np.int64)
 
     def column(self, name: str) -> list[str]:
-        """One metadata column, in row order; texts that a corpus of an earlier version does not have are empty."""
-        if name in TEXT_COLUMNS and name not in self.table.column_names:
-            return [""] * len(self)
-        return list(self.table[name].to_pylist())
+        """One metadata column, in row order."""
+        return self.table[name].to_pylist()
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image file of one row."""
@@ -259,8 +223,7 @@ class Corpus:
         self._read[number] = images  # the last one read is the last one to leave
         while len(self._read) > GROUPS_KEPT:
             self._read.pop(next(iter(self._read)), None)
-        data: bytes = images[row - int(self._ends[number])].as_py()
-        return data
+        return images[row - int(self._ends[number])].as_py()
 
     def image(self, row: int) -> Image.Image:
         """The decoded RGB image of one row."""
@@ -273,7 +236,5 @@ class Corpus:
             yield TrainingImage(image=self.image_bytes(row), **values)
 
     def looks(self) -> Looks:
-        """What the images look like, in row order, for `near_copies`; computed if the corpus was written without."""
-        if (self.folder / "looks.parquet").exists():
-            return looks_of(pq.read_table(self.folder / "looks.parquet")["look"].to_pylist())
-        return looks_of([look_of(self.image(row)) for row in range(len(self))])
+        """What the images look like, in row order, for `near_copies`."""
+        return looks_of(pq.read_table(self.folder / "looks.parquet")["look"].to_pylist())

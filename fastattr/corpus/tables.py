@@ -11,58 +11,58 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import read_bytes
-from fastattr.corpus.records import CAPTION_COLUMNS, ROWS_AT_ONCE, Part, Skipped, TrainingImage, as_training_image, state_of
-from fastattr.corpus.text import as_captions, as_text, read_rows
+from fastattr.corpus.records import (
+    CAPTION_COLUMNS,
+    Found,
+    Part,
+    Skipped,
+    as_captions,
+    as_text,
+    as_training_image,
+    read_rows,
+    state_of,
+)
 
-KINDS = {".parquet": "parquet", ".arrow": "arrow"}
-"""Data files that `datasets` streams."""
-TEXT_KINDS = (".csv", ".tsv", ".json", ".jsonl")
-"""Data files that are read as people write them, see `read_rows`."""
+KINDS = {".parquet": "parquet", ".arrow": "arrow"}  # data files that `datasets` streams
+TEXT_KINDS = (".csv", ".tsv", ".json", ".jsonl")  # data files that are read as people write them, see `read_rows`
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "file_name", "image_path", "path", "file")
-ROWS_PER_PART = 10_000
-"""Of a dataset saved with `save_to_disk`, which can be split anywhere."""
+ROWS_PER_PART = 10_000  # of a dataset saved with `save_to_disk`, which can be split anywhere
 
 
 def dataset_parts(source: str, split: str, *, image_column: str, caption_column: str) -> list[Part]:
-    """The files of a dataset as parts.
+    """The files of a dataset as parts; InputError if it cannot be opened, or lacks one of the two columns.
 
-    Args:
-        source: a Hub repository, a folder that `datasets` loads or that `save_to_disk` wrote, or a data file (`KINDS`,
-            `TEXT_KINDS`).
-        split: of the dataset; a data file has none.
-        image_column: see `image_of`. If it is 'image' and there is none, the first of `IMAGE_COLUMNS` counts.
-        caption_column: texts or lists of texts. If it is 'caption' and there is none, the first of `CAPTION_COLUMNS` counts.
-
-    Raises:
-        InputError: it cannot be opened, or lacks one of the two columns.
+    `source` is a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`,
+    `TEXT_KINDS`), which has no split. For columns 'image' and 'caption' that are not there the first of `IMAGE_COLUMNS` and `CAPTION_COLUMNS` count.
     """
     path = Path(source)
     base = path.parent if path.is_file() else path
 
-    def names(columns: list[str]) -> dict[str, str]:
-        return {
-            "image_column": _column(source, columns, image_column, IMAGE_COLUMNS),
-            "caption_column": _column(source, columns, caption_column, CAPTION_COLUMNS),
-        }
+    def named(columns: list[str]) -> dict[str, Any]:
+        image, caption = (
+            _column(source, columns, image_column, IMAGE_COLUMNS),
+            _column(source, columns, caption_column, CAPTION_COLUMNS),
+        )
+        return {"image_column": image, "caption_column": caption, "base": base}
 
     if path.is_file() and path.suffix.lower() in TEXT_KINDS:
-        listed = [
+        rows = [
             Skipped(name=f"{path.name}:{line}", reason=f"bad line ({told})") if row is None else row
             for line, told, row in read_rows(path)
         ]
-        columns = names(list(dict.fromkeys(name for row in listed if isinstance(row, dict) for name in row)))
-        return [Part(fingerprint([source, state_of(path)]), partial(read_dataset, listed, **columns, base=base))]
+        names = named(list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)))
+        return [Part(fingerprint([source, state_of(path)]), partial(read_dataset, rows, **names))]
     dataset, made_of = _open(source, split)
     features = dataset.features or {}
     dataset = dataset.decode(False) if features else dataset
-    columns = names(list(features) or list(next(_readable(source, dataset), {})))
+    names = named(list(features) or list(next(_readable(source, dataset), {})))
     inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}  # of a list, its elements'
-    classes = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
+    names["classes"] = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
     count = dataset.num_shards
 
-    def read(number: int) -> Iterator[TrainingImage | Skipped]:
+    def read(number: int) -> Iterator[Found]:
         rows = _readable(source, dataset.shard(count, number) if count > 1 else dataset)
-        return read_dataset(rows, **columns, prefix=f"{number:05d}-" if count > 1 else "", classes=classes, base=base)
+        return read_dataset(rows, **names, prefix=f"{number:05d}-" if count > 1 else "")
 
     return [Part(fingerprint([made_of, split, number, count]), partial(read, number)) for number in range(count)]
 
@@ -94,7 +94,7 @@ def _open(source: str, split: str) -> tuple[Any, Any]:
         else:
             builder = load_dataset_builder(source)
         if hasattr(builder.config, "batch_size"):  # of parquet; its default is the first row group's size, which may be 0
-            builder.config.batch_size = ROWS_AT_ONCE // 10
+            builder.config.batch_size = 100
         files = builder.config.data_files or {}
         made_of = made_of or [source, {str(name): listed.origin_metadata for name, listed in files.items()}]
         return builder.as_streaming_dataset(split=split), made_of
@@ -120,18 +120,9 @@ def read_dataset(
     prefix: str = "",
     classes: Mapping[str, list[str]] | None = None,
     base: Path = Path(),
-) -> Iterator[TrainingImage | Skipped]:
-    """Read rows of a `datasets` dataset whose images are not decoded.
-
-    The image id is the row's `image_id` if it has one, else `prefix` and its position, zero-padded.
-
-    Args:
-        rows: the rows, and what was no row.
-        image_column: see `image_of`.
-        caption_column: texts, numbers, or lists of them.
-        prefix: of the ids.
-        classes: names of the classes in columns that hold class numbers.
-        base: folder that file names start from.
+) -> Iterator[Found]:
+    """Read rows of a `datasets` dataset whose images are not decoded; `classes` names the classes of columns of numbers. The
+    image id is the row's `image_id` if it has one, else `prefix` and its position, zero-padded.
     """
     for position, row in enumerate(rows):
         if isinstance(row, Skipped):
@@ -154,13 +145,10 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def image_of(value: Any, base: Path) -> bytes:
-    """The image file in a cell of an image column; empty if it holds none or names a file that does not exist.
-
-    Args:
-        value: bytes, a file name, a place in a Hub repository or archive, {'bytes': ..., 'path': ...}, or a list of
-            such, of which the first counts.
-        base: folder that file names start from. A path that exists nowhere is looked for by its last parts, too, since data
-            sets are moved together with their tables.
+    """The image file in a cell of an image column; empty if it holds none or names a file that does not exist. The cell holds
+    bytes, a file name, a place in a Hub repository or archive, {'bytes': ..., 'path': ...}, or a list of such, of which the
+    first counts. File names start from `base`; a path that exists nowhere is looked for by its last parts, too, since data sets
+    are moved together with their tables.
     """
     if isinstance(value, list):
         return image_of(value[0], base) if value else b""

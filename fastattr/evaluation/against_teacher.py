@@ -1,8 +1,7 @@
 """Against the teacher: how well a student's rankings follow its teacher's.
 
-Reads scores/ (test split), features/, query_features/, student/; writes evaluation/metrics.json. Rankings are compared
-within each query's candidate set, the images that the teacher scored. mAP(L) takes the teacher's first L candidates as
-relevant, with L in percent of the whole corpus. Standard errors are over queries.
+Reads scores/, features/, query_features/, student/; writes evaluation/metrics.json. Rankings are compared within each query's
+candidate set. mAP(L) takes the teacher's first L candidates as relevant. Standard errors are over queries.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def compare(
 ) -> dict[str, dict[str, np.ndarray]]:
     """By method and metric (Q,) values, of Q queries and for each method Q arrays of (C,) scores of the same candidates.
 
-    Metrics are 'map' (mAP(L), L = `positives`), 'spearman', 'top_k_overlap', and 'ndcg', where an image is as relevant as its
-    influence above the query's least.
+    'map' is mAP(L), L = `positives`; for 'ndcg' an image is as relevant as its influence above the query's least.
     """
     table = {}
     for name, scores in methods.items():
@@ -66,33 +64,21 @@ def compare(
     return table
 
 
-def _means(of_method: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Of (Q,) values by metric, their mean and standard error, METRIC_se."""
-    means = {metric: float(values.mean()) for metric, values in of_method.items()}
-    return means | {f"{metric}_se": standard_error(values) for metric, values in of_method.items()}
-
-
 def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
     """Evaluate run_dir/student against run_dir/scores; returns what metrics.json holds."""
     corpus = Corpus(run_dir / "corpus")
     student_manifest = open_stage(run_dir / "student", "student")
     scores_manifest = open_stage(run_dir / "scores", "scores")
     require_same("the corpus of scores/", scores_manifest["corpus_fingerprint"], corpus.fingerprint, "Score this corpus first.")
-    corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
-    folder = run_dir / "evaluation"
-    inputs = {
-        "scores": scores_manifest["fingerprint"],
-        "student": student_manifest["fingerprint"],
-        "features": features_fingerprint(corpus_folders),
-    }
+    corpus_folders, query_folders = (folders(run_dir, name, encoders) for name in ("features", "query_features"))
+    folder, inputs = run_dir / "evaluation", {"features": features_fingerprint(corpus_folders)}
+    inputs |= {"scores": scores_manifest["fingerprint"], "student": student_manifest["fingerprint"]}
     if finished(folder, stage="evaluation", config=config, inputs=inputs):
         return dict(read_json(folder / "metrics.json"))
     scored = read_scores(run_dir / "scores", split=config.split)
     if not scored:
         raise InputError(f"the score table has no {config.split!r} query to evaluate on.")
-    rows = [corpus.rows(query.image_ids) for query in scored]
-    query_ids = [query.query_id for query in scored]
-    student = open_student(run_dir)
+    rows, query_ids = [corpus.rows(query.image_ids) for query in scored], [query.query_id for query in scored]
 
     def cosines(paths: Sequence[tuple[Path, Path]], embedded: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
         """Q arrays of cosines of each query and its candidates, by the features in pairs of query and corpus folders."""
@@ -101,7 +87,7 @@ def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> di
         return [of_corpus[part] @ query for part, query in zip(rows, own, strict=True)]
 
     both = list(zip(query_folders, corpus_folders, strict=True))
-    methods = {"student": cosines(both, partial(embed, student)), "untuned": cosines(both, unit_vectors)}
+    methods = {"student": cosines(both, partial(embed, open_student(run_dir))), "untuned": cosines(both, unit_vectors)}
     for specification, pair in zip(encoders, both, strict=True):
         methods[f"untuned {slug(specification)}"] = cosines([pair], unit_vectors)
     rng = np.random.default_rng(config.seed)
@@ -117,7 +103,11 @@ def run(config: EvaluateConfig, run_dir: Path, *, encoders: Sequence[str]) -> di
         "positives": positives,
         "overlap_k": config.overlap_k,
         "teacher": scores_manifest["teacher"],
-        "methods": {name: _means(of_method) for name, of_method in table.items()},
+        "methods": {
+            name: {key: float(values.mean()) for key, values in of_method.items()}
+            | {f"{key}_se": standard_error(values) for key, values in of_method.items()}
+            for name, of_method in table.items()
+        },
         "map_gain": {"mean": gain, "low": low, "high": high},
     }
     write_json(folder / "metrics.json", metrics)

@@ -1,19 +1,14 @@
 """LDS: do a method's scores foretell how a model changes once it is retrained on a part of its images?
 
-Pure functions on arrays. Axis letters: M retrained models, Q queries, N training images, G groups of them. For a query
-q, a method's score s_qi of image i predicts of a model m that was trained on the images S_m
-
-    g_mq = sum of s_qi over i in S_m;          its output is    f_mq = -log(loss of q under m).
-
-The linear datamodeling score (LDS, arXiv:2303.14186) of q is Spearman's correlation of g_mq and f_mq over the models.
-Part of it is not about the query: some subsets are better for every query, and some images for every query too. The
-residual LDS, ours, takes both away. With z_qi the scores of q standardised over the images,
+Pure functions on arrays. Axis letters: M retrained models, Q queries, N training images, G groups of them. A method's scores
+s_qi predict of a model m, trained on the images S_m, g_mq = sum of s_qi over i in S_m; its output is f_mq = -log(loss of q
+under m). The linear datamodeling score (LDS, arXiv:2303.14186) of q is Spearman's correlation of g_mq and f_mq over the models.
+Some subsets, and some images, are better for every query; the residual LDS, ours, takes both away. It is the same of
 
     f'_mq = f_mq - mean over m - mean over q + mean over both
-    s'_qi = z_qi - mean of z_ri over the other queries r
+    s'_qi = z_qi - mean of z_ri over the other queries r,      z the scores of each query standardised over the images.
 
-and the residual LDS of q is Spearman's correlation of f'_mq and g'_mq, the sums of s'_qi. A method whose scores are the
-same for every query has s' = 0 and residual LDS 0.
+A method whose scores are the same for every query has s' = 0 and residual LDS 0.
 """
 
 from __future__ import annotations
@@ -34,11 +29,7 @@ def outputs_of(losses: np.ndarray) -> np.ndarray:
 
 
 def predictions_of(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(M, Q) what (Q, N) scores, higher = more influential, predict: their sums over the (M, N) kept images of each model.
-
-    Raises:
-        InputError: the numbers of images differ, or a score is not finite.
-    """
+    """(M, Q) what (Q, N) scores, higher = more influential, predict: their sums over the (M, N) kept images of each model."""
     if scores.ndim != 2 or kept.ndim != 2 or scores.shape[1] != kept.shape[1]:
         raise InputError(f"scores (Q, N) and kept (M, N) must agree in N, got {scores.shape} and {kept.shape}")
     if not np.isfinite(scores).all():
@@ -53,32 +44,27 @@ def residual_outputs(outputs: np.ndarray) -> np.ndarray:
 
 
 def residual_scores(scores: np.ndarray) -> np.ndarray:
-    """(Q, N) scores, standardised for each query, less each image's mean over the other queries.
-
-    A query whose scores are all alike counts as zeros.
-
-    Raises:
-        InputError: there is one query only.
-    """
+    """(Q, N) scores, standardised for each query, less each image's mean over the other queries; equal scores give zeros."""
     if len(scores) < 2:
         raise InputError("residual scores need at least two queries.")
-    values = scores.astype(np.float64)
-    spread = values.std(axis=1, keepdims=True)
-    standard = (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
-    others = (standard.sum(axis=0) - standard) / (len(scores) - 1)
-    residual: np.ndarray = standard - others
+    residual = _standard(scores) - popularity(scores)
     residual[np.abs(residual) < 1e-9] = 0.0  # rounding errors of scores that are the same for every query have ranks too
     return residual
+
+
+def _standard(scores: np.ndarray) -> np.ndarray:
+    """(Q, N) scores, standardised for each query; of equal ones zeros."""
+    values = scores.astype(np.float64)
+    spread = values.std(axis=1, keepdims=True)
+    return (values - values.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
 
 
 def popularity(scores: np.ndarray) -> np.ndarray:
     """(Q, N) each image's mean standardised score over the other queries: the null that ignores the query.
 
-    Its residual is exactly proportional to minus the residual of `scores`, for what is left out of the one mean is all
-    that differs between queries: a popularity null with negative residual LDS says that the method's is positive.
+    Its residual is proportional to minus that of `scores`, since the query that is left out of the mean is all that differs.
     """
-    values = scores.astype(np.float64)
-    standard = (values - values.mean(axis=1, keepdims=True)) / values.std(axis=1, keepdims=True)
+    standard = _standard(scores)
     return (standard.sum(axis=0) - standard) / (len(scores) - 1)
 
 
@@ -101,14 +87,11 @@ def lds_residual(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np
 
 
 def bootstrap(
-    predictions: Mapping[str, np.ndarray],
-    outputs: np.ndarray,
-    subsets: Sequence[str],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    predictions: Mapping[str, np.ndarray], outputs: np.ndarray, subsets: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Mean rank correlation under resampling of models and of queries.
+    """Mean rank correlation under resampling of models and of queries: by method (R,) means over the drawn queries.
+
+    All methods share the draws, so differences of two are paired.
 
     Args:
         predictions: by method (M, Q).
@@ -116,9 +99,6 @@ def bootstrap(
         subsets: (M,) what each model was trained on; models that share it are drawn together, as they are no two facts.
         resamples: R.
         seed: of the draws.
-
-    Returns:
-        By method (R,) means over the drawn queries. All methods share the draws, so differences of two are paired.
     """
     names, subset = np.unique(list(subsets), return_inverse=True)
     members = [np.flatnonzero(subset == index) for index in range(len(names))]
@@ -143,8 +123,8 @@ def noise_ceiling(first: np.ndarray, second: np.ndarray) -> float:
     """The correlation that knowing each subset's true mean output would reach with the outputs of single models.
 
     It is the root of the Pearson correlation of (S, Q) outputs, plain or residual, of S subsets under two training seeds,
-    once each query's mean is removed; 0 where that is negative. (A single output is truth plus noise; two of them correlate
-    by the truth's share of the variance, and each correlates with the truth by the root of that share.)
+    once each query's mean is removed; 0 where that is negative. (Two outputs correlate by the truth's share of the variance,
+    each with the truth by the root of that share.)
     """
     a, b = (values - values.mean(axis=0) for values in (first, second))
     reliability = float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))

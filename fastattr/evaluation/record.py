@@ -1,7 +1,7 @@
 """Record: make a ground truth folder of a run's retrained models, and take what a ground truth holds into a new run.
 
-Reads a run folder (retrain.py, measure.py); writes the folder that `GroundTruth` opens, with the two generators that
-benchmarks need: the one that drew the queries, and one of another seed and half of the images.
+Reads a run folder (retrain.py); writes the folder that `GroundTruth` opens, with the two generators that benchmarks need: the
+one that drew the queries, and one of another seed and half of the images.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from fastattr.core.errors import ArtifactNotFoundError
-from fastattr.core.files import atomic_path, plain, read_json, write_json
+from fastattr.core.files import atomic_path, plain, write_json
 from fastattr.core.stages import MANIFEST, finished, open_stage, write_manifest
-from fastattr.evaluation.measure import measured_rows, measurement_identity, read_measured
-from fastattr.evaluation.retrain import RANKINGS, Retraining, planned
-from fastattr.evaluation.subsets import WHAT, Model, halves
+from fastattr.evaluation import retrain
+from fastattr.evaluation.retrain import RANKINGS, Retraining, everything, read_measured
+from fastattr.evaluation.subsets import Model, halves
 from fastattr.evaluation.truth import LOSSES, MODELS, GroundTruth, counterfactuals_schema, write_table
 from fastattr.generators import queries as queries_stage
+from fastattr.generators.scratch.stage import save_pipeline
 
 OTHER = "half-000-s1"
 """The generator whose teacher is a null: other seed, other training images."""
@@ -45,21 +45,17 @@ def make_ground_truth(
         queries_stage.run(run.config.queries, run.run_dir)
     inputs = {"corpus": run.corpus.fingerprint, "generator": run.queries.table["generator"][0].as_py()}
     finished(drawn, stage="queries", config=run.config.queries, inputs=inputs)  # refuses other settings than they have
-    wanted = {model.model_id: model for model in [run.full(), other, *(one for part in what for one in planned(run, part))]}
+    wanted = {
+        model.model_id: model for model in [run.full(), other, *(one for part in what for one in retrain.planned(run, part))]
+    }
     train_all([model for model in wanted.values() if not read_measured(run, model)], "models")
     return compact(run, everything(run), out, **facts)
-
-
-def everything(run: Retraining) -> list[Model]:
-    """The models of all parts."""
-    return [run.full(), *(model for what in WHAT for model in planned(run, what))]
 
 
 def restore(run: Retraining, out: Path) -> bool:
     """Take queries and measurements from the ground truth at `out` into the run, so that its models need no second training.
 
-    Returns:
-        Whether there is one of this recipe, these images, these queries and this noise; of another one nothing is taken.
+    Returns whether it is of this recipe, these images, these queries and this noise; of another one nothing is taken.
     """
     if not (out / MANIFEST).exists():
         return False
@@ -68,15 +64,10 @@ def restore(run: Retraining, out: Path) -> bool:
     made, wanted = ({name: config[name] for name in names} for config in (truth.manifest["config"], vars(run.config)))
     if truth.corpus_fingerprint != run.corpus.fingerprint or not _agree(made, json.loads(json.dumps(wanted, default=plain))):
         return False
-    folder = run.run_dir / "queries"
+    folder, facts = run.run_dir / "queries", {"queries_fingerprint": truth.manifest["queries_fingerprint"]}
+    inputs = {"corpus": run.corpus.fingerprint, "generator": truth.queries["generator"][0].as_py()}
     _copy(out / "queries.parquet", folder / "data.parquet")
-    write_manifest(
-        folder,
-        stage="queries",
-        config=run.config.queries,
-        inputs={"corpus": run.corpus.fingerprint, "generator": truth.queries["generator"][0].as_py()},
-        queries_fingerprint=truth.manifest["queries_fingerprint"],
-    )
+    write_manifest(folder, stage="queries", config=run.config.queries, inputs=inputs, **facts)
     if not any((run.run_dir / "models").glob("*/weights.safetensors")):  # ids must be those of the kept models
         shutil.copytree(out / "generator" / "tokenizer", run.run_dir / "shared" / "tokenizer", dirs_exist_ok=True)
     if (out / RANKINGS).exists() and not (run.run_dir / RANKINGS).exists():
@@ -88,22 +79,16 @@ def restore(run: Retraining, out: Path) -> bool:
         record = records.get(model.model_id)
         if not record or record["seed"] != model.seed or set(record["removed_image_ids"]) != model.removed:
             continue
-        query_ids = [run.queries.query_ids[row] for row in measured_rows(run, model)]
+        query_ids = [run.queries.query_ids[row] for row in retrain.measured_rows(run, model)]
         again = {query_id: drawn[model.model_id, query_id] for query_id in model.regenerate}
         alike = {query_id: {name: row[name] for name in ("mse", "similarity")} for query_id, row in again.items()}
         for query_id, row in again.items():
             with atomic_path(run.folder(model) / f"{query_id}.png") as temporary:
                 temporary.write_bytes(row["image"]["bytes"])
         losses = truth.losses_by_timestep([model.model_id], query_ids)[0]
-        write_json(
-            run.folder(model) / "measured.json",
-            {
-                "identity": measurement_identity(run, model),
-                "losses": dict(zip(query_ids, losses.tolist(), strict=True)),
-                "regenerated": alike,
-                "seconds": spent,  # the mean of all: each model's own is not kept
-            },
-        )
+        kept = {"losses": dict(zip(query_ids, losses.tolist(), strict=True)), "regenerated": alike}
+        kept |= {"identity": retrain.measurement_identity(run, model), "seconds": spent}  # of each the mean of all
+        write_json(run.folder(model) / "measured.json", kept)
     return True
 
 
@@ -121,19 +106,12 @@ def _agree(made: Any, wanted: Any) -> bool:
 
 def save_generator(run: Retraining, model: Model, folder: Path) -> None:
     """Write a trained model as a pipeline folder in half precision, which `Generator.from_pretrained` loads."""
-    pipeline = run.generator(model).pipeline
     with atomic_path(folder) as temporary:
-        pipeline.to(dtype=torch.float16).save_pretrained(temporary)
-        for path in [temporary / "model_index.json", *temporary.glob("*/config.json")]:
-            write_json(path, {name: value for name, value in read_json(path).items() if name != "_name_or_path"})
+        save_pipeline(run.generator(model).pipeline, temporary)
 
 
 def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -> dict[str, Any]:
-    """Write the measured models of this run as a ground truth folder; returns its manifest.
-
-    Raises:
-        ArtifactNotFoundError: the full model or the other generator is not there yet.
-    """
+    """Write the measured models of this run as a ground truth folder; returns its manifest."""
     measured = {model.model_id: found for model in models if (found := read_measured(run, model))}
     for needed in ("full", OTHER):
         if needed not in measured:
@@ -143,41 +121,31 @@ def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -
     def judged_loss(losses: Sequence[float]) -> float:
         return float(np.mean(np.array(losses)[run.config.judged_timesteps]))
 
-    rows = [
-        {"model_id": model.model_id, "query_id": query_id, "loss": judged_loss(losses), "by_timestep": losses}
-        for model in present
-        for query_id, losses in measured[model.model_id]["losses"].items()
-    ]
-    counterfactuals = [
-        {
-            "model_id": model.model_id,
-            "method": method,
-            "query_id": query_id,
-            "loss": judged_loss(measured[model.model_id]["losses"][query_id]),
-            "image": {"bytes": (run.folder(model) / f"{query_id}.png").read_bytes(), "path": None},
-            **measured[model.model_id]["regenerated"][query_id],
-        }
-        for model in present
-        for method, query_id in model.counterfactuals
-    ]
-    names = {"model_id", "kind", "seed", "subset", "method"}
-    records = [
-        {**{name: getattr(model, name) for name in names}, "removed_image_ids": sorted(model.removed)} for model in present
-    ]
+    losses, counterfactuals = [], []
+    for model in present:
+        found = measured[model.model_id]
+        judged = {query_id: judged_loss(by_timestep) for query_id, by_timestep in found["losses"].items()}
+        for query_id, by_timestep in found["losses"].items():
+            row = {"model_id": model.model_id, "query_id": query_id, "loss": judged[query_id]}
+            losses.append({**row, "by_timestep": by_timestep})
+        for method, query_id in model.counterfactuals:
+            row = {"model_id": model.model_id, "method": method, "query_id": query_id, "loss": judged[query_id]}
+            image = {"bytes": (run.folder(model) / f"{query_id}.png").read_bytes(), "path": None}
+            counterfactuals.append({**row, "image": image, **found["regenerated"][query_id]})
+    records = [{**vars(model), "removed_image_ids": sorted(model.removed)} for model in present]
     write_table(out / "models.parquet", records, MODELS)
-    write_table(out / "losses.parquet", rows, LOSSES)
+    write_table(out / "losses.parquet", losses, LOSSES)
     write_table(out / "counterfactuals.parquet", counterfactuals, counterfactuals_schema())
     with atomic_path(out / "images.parquet") as temporary:
         pq.write_table(run.corpus.table.drop_columns(["url"]), temporary, compression="zstd")
     _copy(run.run_dir / "queries" / "data.parquet", out / "queries.parquet")
     if (run.run_dir / RANKINGS).exists():
         _copy(run.run_dir / RANKINGS, out / RANKINGS)
-    by_id = {model.model_id: model for model in present}
-    for name, model_id in (("generator", "full"), ("other_generator", OTHER)):
-        if not (run.folder(by_id[model_id]) / "weights.safetensors").exists():  # restored from the ground truth
-            continue
-        save_generator(run, by_id[model_id], out / name)
-        shutil.rmtree(out / name / "vae", ignore_errors=True)  # named by its checksum in the manifest
+    for model in present:
+        name = {"full": "generator", OTHER: "other_generator"}.get(model.model_id)
+        if name and (run.folder(model) / "weights.safetensors").exists():  # else it was restored from the ground truth
+            save_generator(run, model, out / name)
+            shutil.rmtree(out / name / "vae", ignore_errors=True)  # named by its checksum in the manifest
     return write_manifest(
         out,
         stage="ground_truth",
@@ -194,7 +162,7 @@ def compact(run: Retraining, models: Sequence[Model], out: Path, **facts: Any) -
 
 def _repeated(measured: Mapping[str, Any]) -> float | None:
     """Largest difference of log losses between two trainings with one seed on the same images; None before both exist."""
-    pair = [measured[name]["losses"] for name in ("half-000-s0", "repeat") if name in measured]
-    if len(pair) < 2:
+    if not {"half-000-s0", "repeat"} <= set(measured):
         return None
-    return float(max(np.abs(np.log(losses) - np.log(pair[1][query_id])).max() for query_id, losses in pair[0].items()))
+    one, other = (measured[name]["losses"] for name in ("half-000-s0", "repeat"))
+    return float(max(np.abs(np.log(losses) - np.log(other[query_id])).max() for query_id, losses in one.items()))

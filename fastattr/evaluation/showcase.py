@@ -1,9 +1,8 @@
 """Showcase: what the page shows of an attributor beyond its answers, made beforehand and kept in the attributor's folder.
 
-generated.parquet: images of the generator with the training images that rank first for them, so that the page can say
-which other images a training image influences. counterfactuals.parquet: queries of a ground truth, drawn again from their
-own noise by models that were really retrained without some images. Both are optional; config.json holds their checksums,
-so `push`, `from_pretrained` and `save_pretrained` treat them as any other file.
+generated.parquet: images of the generator with the training images that rank first for them. counterfactuals.parquet: queries
+of a ground truth, drawn again from their own noise by models that were retrained without some images. Both are optional;
+config.json holds their checksums, so `push`, `from_pretrained` and `save_pretrained` treat them as any other file.
 
     python -m fastattr.evaluation.showcase generated ATTRIBUTOR --generator GENERATOR
     python -m fastattr.evaluation.showcase counterfactuals ATTRIBUTOR --truth FOLDER
@@ -36,16 +35,9 @@ from fastattr.generators.generator import Generator
 
 TEXT, DRAWING = pa.string(), pa.binary()
 GENERATED_FILE = "generated.parquet"
-GENERATED = pa.schema(
-    {
-        "prompt": TEXT,
-        "seed": pa.int64(),
-        "steps": pa.int32(),
-        "guidance": pa.float32(),
-        "image": DRAWING,  # WebP thumbnail
-        "image_ids": pa.list_(TEXT),  # of the training images ranked first, most influential first
-    }
-)
+SETTINGS = {"seed": pa.int64(), "steps": pa.int32(), "guidance": pa.float32()}
+GENERATED = pa.schema({"prompt": TEXT, **SETTINGS, "image": DRAWING, "image_ids": pa.list_(TEXT)})
+"""`image` is a WebP thumbnail, `image_ids` are the training images ranked first, most influential first."""
 COUNTERFACTUALS_FILE = "counterfactuals.parquet"
 COUNTERFACTUALS = pa.schema(
     {
@@ -70,27 +62,19 @@ def pack_generated(
 ) -> pa.Table:
     """Draw images and name the training images that influenced each most, in the schema `GENERATED`.
 
-    Args:
-        generator: the one that the attributor was trained for.
-        attributor: whose ranking is kept.
-        count: images to draw, at most; their prompts are captions of training images, no two of one family.
-        first: how many training images of each ranking are kept.
-        seed: of the choice of captions; image i starts from the noise of seed i.
-        batch_size: images drawn at once.
+    Prompts are `count` captions of training images, at most, no two of one family, chosen by `seed`; image i starts from the
+    noise of seed i, `batch_size` are drawn at once. Of each ranking the `first` training images are kept.
 
     Raises:
         ArtifactMismatchError: the attributor was trained for another generator.
     """
-    require_same(
-        "generator_fingerprint",
-        generator.fingerprint,
-        attributor.config["generator_fingerprint"],
-        "Give the generator that the attributor was trained for.",
-    )
+    wanted, fix = attributor.config["generator_fingerprint"], "Give the generator that the attributor was trained for."
+    require_same("generator_fingerprint", generator.fingerprint, wanted, fix)
     columns = (attributor.catalog[name].to_pylist() for name in ("family", "image_id"))
     _, rows = np.unique([family or image_id for family, image_id in zip(*columns, strict=True)], return_index=True)
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:count])
     prompts = attributor.catalog["caption"].take(pa.array(chosen)).to_pylist()
+    settings = {"steps": int(generator.defaults["steps"]), "guidance": float(generator.defaults["guidance"])}
     records = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="generated", unit="batch"):
         own = prompts[start : start + batch_size]
@@ -98,7 +82,6 @@ def pack_generated(
         images = generator.generate_batch(own, seeds=seeds)
         answers = attributor.attribute(images, own, k=min(first, len(attributor)))
         assert isinstance(answers, list)
-        settings = {"steps": int(generator.defaults["steps"]), "guidance": float(generator.defaults["guidance"])}
         for prompt, image_seed, image, answer in zip(own, seeds, images, answers, strict=True):
             record = {"prompt": prompt, "seed": image_seed, **settings, "image": thumbnail_bytes(image, quality=80)}
             records.append(record | {"image_ids": [result.image_id for result in answer.results]})
@@ -108,10 +91,8 @@ def pack_generated(
 def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHODS) -> pa.Table:
     """All queries that every method has a retrained model for, in the schema `COUNTERFACTUALS`, one row a query and method.
 
-    Args:
-        truth: whose counterfactuals hold the images drawn again.
-        methods: what the page calls a method, and its name in the ground truth. Where several models belong to one
-            method and query ('random'), the first by name is taken.
+    `methods` says what the page calls a method, and its name in the ground truth. Where several models belong to one method
+    and query ('random'), the first by name is taken.
 
     Raises:
         MissingFileError: the ground truth holds no such images, or no query for which all methods have one.
@@ -131,33 +112,17 @@ def pack_counterfactuals(truth: GroundTruth, methods: Mapping[str, str] = METHOD
     seeds = dict(zip(truth.query_ids, truth.queries["seed"].to_pylist(), strict=True))
     records = []
     for query_id in query_ids:
-        before = float(truth.losses(["full"], [query_id])[0, 0])
-        original = _lossless(truth.image(query_id))
+        shared = {"query_id": query_id, "prompt": truth.prompt(query_id), "seed": seeds[query_id], "of": len(truth.image_ids)}
+        shared |= {"loss_before": truth.losses(["full"], [query_id]).item(), "original": _lossless(truth.image(query_id))}
         for method, name in methods.items():
             row = by_key[name, query_id]
-            records.append(
-                {
-                    "query_id": query_id,
-                    "prompt": truth.prompt(query_id),
-                    "seed": seeds[query_id],
-                    "method": method,
-                    "removed": removed[row["model_id"]],
-                    "of": len(truth.image_ids),
-                    "loss_before": before,
-                    "loss_after": float(row["loss"]),
-                    "original": original,
-                    "image": _lossless(load_rgb(row["image"]["bytes"])),
-                }
-            )
+            own = {"method": method, "removed": removed[row["model_id"]], "loss_after": float(row["loss"])}
+            records.append({**shared, **own, "image": _lossless(load_rgb(row["image"]["bytes"]))})
     return pa.Table.from_pylist(records, schema=COUNTERFACTUALS)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """A showcase file.
-
-    Raises:
-        ArtifactDamagedError: it has other columns than `schema`.
-    """
+    """A showcase file; ArtifactDamagedError if it has other columns than `schema`."""
     found = pq.read_schema(path).remove_metadata()
     if not found.equals(schema):
         raise ArtifactDamagedError(
@@ -168,25 +133,18 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 def read_generated(attributor: FastAttributor) -> list[dict[str, Any]]:
     """The generated images that an attributor brings along, as rows of `GENERATED`; none if it brings none."""
-    return _rows(attributor, GENERATED_FILE, GENERATED)
+    path = attributor.file(GENERATED_FILE)
+    return list(read_table(path, GENERATED).to_pylist()) if path else []
 
 
 def read_counterfactuals(attributor: FastAttributor) -> list[dict[str, Any]]:
     """The images drawn by retrained models that an attributor brings along, as rows of `COUNTERFACTUALS`; none likewise."""
-    return _rows(attributor, COUNTERFACTUALS_FILE, COUNTERFACTUALS)
-
-
-def _rows(attributor: FastAttributor, name: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    path = attributor.file(name)
-    return [] if path is None else list(read_table(path, schema).to_pylist())
+    path = attributor.file(COUNTERFACTUALS_FILE)
+    return list(read_table(path, COUNTERFACTUALS).to_pylist()) if path else []
 
 
 def attach(table: pa.Table, folder: Path, name: str) -> None:
-    """Write a table into an attributor's folder and its checksum into config.json, as one of the attributor's files.
-
-    Raises:
-        As `catalogue.read_config`: the folder is no attributor.
-    """
+    """Write a table into an attributor's folder and its checksum into config.json; errors as `folder.read_config`."""
     config = read_config(folder)
     with atomic_path(folder / name) as temporary:
         pq.write_table(table, temporary, compression="zstd", compression_level=12)
@@ -203,19 +161,20 @@ def _lossless(image: Image.Image) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make one of the two files and attach it."""
     parser = argparse.ArgumentParser(description="Make what the page shows beyond an attributor's answers.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    generated = kinds.add_parser("generated", help="images of the generator, and whom they owe most")
-    generated.add_argument("attributor", type=Path, help="folder of the attributor")
-    generated.add_argument("--generator", required=True, help="folder, Hub id or embedded name")
-    generated.add_argument("--count", type=int, default=200, help="images to draw (%(default)s)")
-    generated.add_argument("--first", type=int, default=100, help="training images kept of each ranking (%(default)s)")
-    counterfactuals = kinds.add_parser("counterfactuals", help="queries drawn by retrained models")
-    counterfactuals.add_argument("attributor", type=Path, help="folder of the attributor")
-    counterfactuals.add_argument("--truth", type=Path, required=True, help="ground truth folder with images")
+    parser.add_argument(
+        "kind", choices=["generated", "counterfactuals"], help="drawings with their rankings; retrained models'"
+    )
+    parser.add_argument("attributor", type=Path, help="folder of the attributor")
+    parser.add_argument("--generator", help="generated: folder, Hub id or embedded name")
+    parser.add_argument("--count", type=int, default=200, help="generated: images to draw (%(default)s)")
+    parser.add_argument("--first", type=int, default=100, help="generated: training images kept of each ranking (%(default)s)")
+    parser.add_argument("--truth", type=Path, help="counterfactuals: ground truth folder with images")
     options = parser.parse_args(arguments)
+    needed = "generator" if options.kind == "generated" else "truth"
+    if not getattr(options, needed):
+        parser.error(f"{options.kind} needs --{needed}")
     if options.kind == "generated":
-        attributor = FastAttributor.from_pretrained(options.attributor)
-        generator = Generator.from_pretrained(options.generator)
+        attributor, generator = FastAttributor.from_pretrained(options.attributor), Generator.from_pretrained(options.generator)
         table, name = pack_generated(generator, attributor, count=options.count, first=options.first), GENERATED_FILE
     else:
         table, name = pack_counterfactuals(GroundTruth(options.truth)), COUNTERFACTUALS_FILE

@@ -1,13 +1,11 @@
-"""Subsets: which models are retrained for a ground truth, and which images each of them lacks.
+"""Subsets: which models are retrained for a ground truth, and which images each lacks; only images and seeds differ.
 
-    full            all images; it draws the queries
-    half-I-sS       a random half of the images, some halves with a second seed (for the noise ceiling)
-    repeat          the first half and its seed once more: how far do two equal trainings agree?
-    group-I         all but the images of one creator or set
-    random-I        all but a random 1%
-    without-DIGEST  all but the 1% that some method, or several, hold most influential for some query
-
-All models have one recipe (`RetrainConfig`); the training images and the seed are all that differs.
+full            all images; it draws the queries
+half-I-sS       a random half of the images, some halves with a second seed (for the noise ceiling)
+repeat          the first half and its seed once more: how far do two equal trainings agree?
+group-I         all but the images of one creator or set
+random-I        all but a random 1%
+without-DIGEST  all but the 1% that some method, or several, hold most influential for some query
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ WHAT = ("lds", "groups", "leave-k-out")
 
 @dataclass(frozen=True, kw_only=True)
 class PartConfig:
-    """Which images of an emoji corpus the models are trained on. Skin-tone variants never are."""
+    """Which images of an emoji corpus the models are trained on; skin-tone variants never are."""
 
     main_set: str = "openmoji"
     """All its subjects."""
@@ -79,15 +78,18 @@ class RetrainConfig:
         if not 0 < self.removed_percent < 100:
             raise InputError(f"removed_percent must be between 0 and 100, got {self.removed_percent}")
         if not self.judged_timesteps.any():
-            raise InputError(
-                f"judged must span a part of (0, 1) with one of {self.loss_timesteps} timesteps, got {self.judged}"
-            )
+            found = f"one of {self.loss_timesteps} timesteps, got {self.judged}"
+            raise InputError(f"judged must span a part of (0, 1) with {found}")
 
     @property
     def judged_timesteps(self) -> np.ndarray:
         """(T,) bool, which of the measured timesteps are judged by."""
         middles = (np.arange(self.loss_timesteps) + 0.5) / self.loss_timesteps
         return (self.judged[0] < middles) & (middles < self.judged[1])
+
+    def removed_count(self, images: int) -> int:
+        """K, how many of these images leave-K-out removes."""
+        return max(1, round(images * self.removed_percent / 100))
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -119,25 +121,16 @@ class Model:
 
 
 def choose_part(corpus: Corpus, config: PartConfig) -> np.ndarray:
-    """(N,) rows of the corpus that belong to the benchmark, in its order.
-
-    Raises:
-        InputError: there are none.
-    """
-    sources, groups = corpus.column("source"), corpus.column("group")
-    subjects = [captions[0].rpartition(", ")[0] for captions in corpus.captions]
+    """(N,) rows of the corpus that belong to the benchmark, in its order; InputError if there are none."""
+    columns = (corpus.captions, corpus.column("source"), corpus.column("group"))
     usable = [
-        row
-        for row, (captions, group) in enumerate(zip(corpus.captions, groups, strict=True))
+        (row, captions[0].rpartition(", ")[0], source)
+        for row, (captions, source, group) in enumerate(zip(*columns, strict=True))
         if "skin tone" not in captions[0] and (not config.groups or group in config.groups)
     ]
-    main = {subjects[row] for row in usable if sources[row] == config.main_set}
-    doubled = {subject for subject in main if _uniform(f"second set {subject}") < config.second_share}
-    rows = [
-        row
-        for row in usable
-        if sources[row] == config.main_set or (sources[row] == config.second_set and subjects[row] in doubled)
-    ]
+    main = {subject for _, subject, source in usable if source == config.main_set}
+    doubled = {(config.second_set, subject) for subject in main if _uniform(f"second set {subject}") < config.second_share}
+    rows = [row for row, subject, source in usable if source == config.main_set or (source, subject) in doubled]
     if not rows:
         raise InputError(f"{corpus.folder} holds no image of {config.main_set!r} in the groups {config.groups}.")
     return np.array(rows)
@@ -148,22 +141,14 @@ def _uniform(text: str) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 16**12
 
 
-def removed_count(images: int, config: RetrainConfig) -> int:
-    """K, how many images leave-K-out removes."""
-    return max(1, round(images * config.removed_percent / 100))
-
-
 def halves(image_ids: Sequence[str], config: RetrainConfig) -> list[Model]:
     """The models on random halves: the first seed of each, second seeds, and one training repeated."""
-    ids = np.array(sorted(image_ids))
-    models = []
+    ids, models = np.array(sorted(image_ids)), []
     for index in range(config.halves):
-        order = np.random.default_rng([config.seed, 1, index]).permutation(len(ids))
+        order, name = np.random.default_rng([config.seed, 1, index]).permutation(len(ids)), f"half-{index:03d}"
         removed = frozenset(ids[order[len(ids) // 2 :]].tolist())
-        name = f"half-{index:03d}"
-        models.append(Model(f"{name}-s0", "half", config.seed + 1, removed, name))
-        if index < config.second_seeds:
-            models.append(Model(f"{name}-s1", "half", config.seed + 2, removed, name))
+        for seed in range(2 if index < config.second_seeds else 1):
+            models.append(Model(f"{name}-s{seed}", "half", config.seed + 1 + seed, removed, name))
     return [*models, replace(models[0], model_id="repeat", kind="repeat")]
 
 
@@ -190,9 +175,8 @@ def chosen_queries(queries: pa.Table, config: RetrainConfig) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for row in np.random.default_rng([config.seed, 2]).permutation(test):
         by_kind.setdefault(kinds[row], []).append(query_ids[row])
-    longest = max(map(len, by_kind.values()))
-    turns = [of_kind[turn] for turn in range(longest) for _, of_kind in sorted(by_kind.items()) if turn < len(of_kind)]
-    return turns[: config.leave_k_out_queries]
+    turns = zip_longest(*(of_kind for _, of_kind in sorted(by_kind.items())))
+    return [query_id for turn in turns for query_id in turn if query_id is not None][: config.leave_k_out_queries]
 
 
 def removals(corpus: Corpus, queries: Queries, rankings: Path, config: RetrainConfig) -> list[Model]:
@@ -201,13 +185,11 @@ def removals(corpus: Corpus, queries: Queries, rankings: Path, config: RetrainCo
     Raises:
         InputError: a ranking is shorter than K or names an unknown image.
     """
-    count, chosen = removed_count(len(corpus), config), tuple(chosen_queries(queries.table, config))
-    ids = np.array(sorted(corpus.image_ids))
-    models = []
+    count, ids, models = config.removed_count(len(corpus)), np.array(sorted(corpus.image_ids)), []
+    pairs = tuple(("random", query_id) for query_id in chosen_queries(queries.table, config))
     for index in range(config.random_removals):
         drawn = np.random.default_rng([config.seed, 3, index]).choice(ids, count, replace=False)
         name = f"random-{index:02d}"
-        pairs = tuple(("random", query_id) for query_id in chosen)
         models.append(Model(name, "random", config.seed, frozenset(drawn.tolist()), name, "random", pairs))
     wanted: dict[frozenset[str], list[tuple[str, str]]] = {}
     for row in pq.read_table(rankings).to_pylist() if rankings.exists() else []:

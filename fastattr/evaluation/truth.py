@@ -1,8 +1,8 @@
 """Truth: the ground truth folder, which says what became of queries once models were retrained without some images.
 
-`GroundTruth` reads the folder that record.py writes of retrained models: manifest.json, images.parquet, queries.parquet,
-models.parquet, losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the
-timesteps that methods are judged by (the manifest names them); each timestep's own loss is kept beside it.
+`GroundTruth` reads the folder that record.py writes: manifest.json, images.parquet, queries.parquet, models.parquet,
+losses.parquet, counterfactuals.parquet. The loss of a query is its mean over the timesteps that methods are judged by (the
+manifest names them); each timestep's own loss is kept beside it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,10 @@ from fastattr.evaluation.lds import group_shares, outputs_of
 
 TEXT = pa.string()
 MODELS = pa.schema(
-    {
-        "model_id": TEXT,
-        "kind": TEXT,
-        "seed": pa.int64(),
-        "subset": TEXT,
-        "method": TEXT,
-        "removed_image_ids": pa.list_(TEXT),
-    }
+    {"model_id": TEXT, "kind": TEXT, "seed": pa.int64(), "subset": TEXT, "method": TEXT, "removed_image_ids": pa.list_(TEXT)}
 )
-LOSSES = pa.schema(
-    {
-        "model_id": TEXT,
-        "query_id": TEXT,
-        "loss": pa.float64(),  # mean over the timesteps that are judged by
-        "by_timestep": pa.list_(pa.float32()),  # all, spread evenly over the schedule from little noise to much
-    }
-)
+LOSSES = pa.schema({"model_id": TEXT, "query_id": TEXT, "loss": pa.float64(), "by_timestep": pa.list_(pa.float32())})
+"""`loss` is the mean over the timesteps that are judged by, `by_timestep` has all, from little noise to much."""
 
 
 def counterfactuals_schema() -> pa.Schema:
@@ -77,13 +64,10 @@ class GroundTruth:
     """A ground truth folder, opened."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open `folder`.
-
-        Raises:
-            ArtifactNotFoundError: it is not a finished ground truth.
-        """
+        """Open `folder`; ArtifactNotFoundError if it is not a finished ground truth."""
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "ground_truth")
+        self.corpus_fingerprint = str(self.manifest["corpus_fingerprint"])
         self.images = pq.read_table(self.folder / "images.parquet")
         self.queries = pq.read_table(self.folder / "queries.parquet")
         self.models: list[dict[str, Any]] = pq.read_table(self.folder / "models.parquet").to_pylist()
@@ -91,11 +75,6 @@ class GroundTruth:
         self.image_ids: list[str] = self.images["image_id"].to_pylist()
         self.query_ids: list[str] = self.queries["query_id"].to_pylist()
         self._query_row = {query_id: row for row, query_id in enumerate(self.query_ids)}
-
-    @property
-    def corpus_fingerprint(self) -> str:
-        """Of the corpus that the models were trained on."""
-        return str(self.manifest["corpus_fingerprint"])
 
     @cached_property
     def _losses(self) -> pa.Table:
@@ -107,11 +86,7 @@ class GroundTruth:
         return {pair: row for row, pair in enumerate(pairs)}
 
     def of_split(self, split: str) -> list[str]:
-        """Ids of a split's queries.
-
-        Raises:
-            InputError: there are none.
-        """
+        """Ids of a split's queries; InputError if there are none."""
         splits = self.queries["split"].to_pylist()
         found = [query_id for query_id, name in zip(self.query_ids, splits, strict=True) if name == split]
         if not found:
@@ -145,27 +120,20 @@ class GroundTruth:
         try:
             rows = [[self._loss_row[model_id, query_id] for query_id in query_ids] for model_id in model_ids]
         except KeyError as error:
+            model_id, query_id = error.args[0]
             raise ArtifactMismatchError(
-                f"{self.folder} has no loss of query {error.args[0][1]!r} under model {error.args[0][0]!r}; "
-                "of each prompt, the first drawing is measured."
+                f"{self.folder} has no loss of query {query_id!r} under {model_id!r}; each prompt's first drawing is measured."
             ) from error
         return np.array(rows, dtype=np.int64).reshape(len(model_ids), len(query_ids))
 
     def retrained(self, kind: str, query_ids: Sequence[str]) -> Retrained:
         """Models of one kind ('half', 'group', ...) and the losses of these queries under them; maybe none."""
         models = [model for model in self.models if model["kind"] == kind]
-        row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        kept = np.ones((len(models), len(self.image_ids)), dtype=bool)
-        for row, model in enumerate(models):
-            kept[row, [row_of[image_id] for image_id in model["removed_image_ids"]]] = False
-        model_ids = [model["model_id"] for model in models]
-        return Retrained(
-            kept,
-            self.losses(model_ids, query_ids),
-            model_ids,
-            [model["subset"] for model in models],
-            np.array([model["seed"] for model in models]),
-        )
+        removed = [set(model["removed_image_ids"]) for model in models]
+        kept = np.array([[image_id not in without for image_id in self.image_ids] for without in removed], dtype=bool)
+        kept = kept.reshape(len(models), len(self.image_ids))
+        model_ids, subsets, seeds = ([model[name] for model in models] for name in ("model_id", "subset", "seed"))
+        return Retrained(kept, self.losses(model_ids, query_ids), model_ids, subsets, np.array(seeds))
 
 
 def group_points(truth: GroundTruth, scores: np.ndarray, query_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

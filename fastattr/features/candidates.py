@@ -1,8 +1,6 @@
-"""Candidates: the training images that the teacher scores for each query.
+"""Candidates: the training images that the teacher scores for each query (arXiv:2511.10721, sec. 4, two-stage curation).
 
-Reads features/, query_features/; writes candidates/data.parquet with one row a query. A set holds the nearest
-neighbours in off-the-shelf features (an equal part by each encoder) and random outsiders, which the student
-learns to place last. Source: arXiv:2511.10721, sec. 4 (two-stage curation).
+A set holds the nearest neighbours in features, an equal part by each encoder, and random outsiders.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
+from fastattr.core.settings import at_least
 from fastattr.core.stages import make, open_stage
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import check_source, features_fingerprint, folders, read_features
@@ -28,15 +27,12 @@ from fastattr.generators.queries import Queries
 class CandidatesConfig:
     """Size and make-up of a candidate set."""
 
-    per_query: int = 1000
-    """C, images in each set."""
-    outsider_share: float = 0.1
-    """Part of the set drawn at random from the rest of the corpus (10% in the paper)."""
+    per_query: int = 1000  # C, images in each set
+    outsider_share: float = 0.1  # part of the set drawn at random from the rest of the corpus (10% in the paper)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.per_query < 1:
-            raise InputError(f"per_query must be at least 1, got {self.per_query}")
+        at_least(self, 1, "per_query")
         if not 0 <= self.outsider_share < 1:
             raise InputError(f"outsider_share must be in [0, 1), got {self.outsider_share}")
 
@@ -44,27 +40,18 @@ class CandidatesConfig:
 def choose_candidates(
     similarities: Sequence[np.ndarray], *, size: int, outsiders: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose one query's candidate set.
-
-    Args:
-        similarities: one (N,) array per encoder, higher = closer to the query.
-        size: C, images in the set, at most N; `outsiders` of them are drawn by `rng`.
-        outsiders: how many.
-        rng: draws them.
-
-    Returns:
-        (C,) rows and (C,) bool, true for outsiders. Neighbours come first: the encoders take turns, each adding its nearest
-        image not yet chosen.
+    """One query's candidate set, C = `size` of N images: (C,) rows and (C,) bool, true for outsiders, which `rng` draws.
+    `similarities` has one (N,) array per encoder, higher = closer to the query. Neighbours come first: the encoders take turns,
+    each adding its nearest image not yet chosen.
     """
     neighbours = size - outsiders
     orders = [np.argsort(-values, kind="stable")[: neighbours * len(similarities)] for values in similarities]
-    turns = np.stack([order[: min(len(order) for order in orders)] for order in orders], axis=1).ravel()
+    turns = np.stack(orders, axis=1).ravel()
     _, first = np.unique(turns, return_index=True)
     chosen = turns[np.sort(first)][:neighbours]
     rest = np.setdiff1d(np.arange(len(similarities[0])), chosen)
     drawn = rng.choice(rest, size=size - len(chosen), replace=False)
-    is_outsider = np.arange(size) >= len(chosen)
-    return np.concatenate([chosen, drawn]), is_outsider
+    return np.concatenate([chosen, drawn]), np.arange(size) >= len(chosen)
 
 
 def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
@@ -73,10 +60,9 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
     if config.per_query > len(corpus):
         raise InputError(f"per_query is {config.per_query}, but the corpus has {len(corpus)} images; ask for at most that.")
     corpus_folders, query_folders = folders(run_dir, "features", encoders), folders(run_dir, "query_features", encoders)
-    for path in corpus_folders:
-        check_source(path, corpus.fingerprint)
-    for path in query_folders:
-        check_source(path, queries.fingerprint)
+    for paths, source in ((corpus_folders, corpus), (query_folders, queries)):
+        for path in paths:
+            check_source(path, source.fingerprint)
     folder = run_dir / "candidates"
     inputs = {"features": features_fingerprint(corpus_folders), "query_features": features_fingerprint(query_folders)}
 
@@ -86,9 +72,9 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
             for ours, theirs in zip(query_folders, corpus_folders, strict=True)
         ]
         outsiders = round(config.per_query * config.outsider_share)
-        drawn = (np.random.default_rng([config.seed, query]) for query in range(len(queries.query_ids)))
-        of_query = zip(*similarities, strict=True)
-        return [choose_candidates(values, size=config.per_query, outsiders=outsiders, rng=next(drawn)) for values in of_query]
+        drawn = [np.random.default_rng([config.seed, query]) for query in range(len(queries.query_ids))]
+        of_query = zip(drawn, zip(*similarities, strict=True), strict=True)
+        return [choose_candidates(values, size=config.per_query, outsiders=outsiders, rng=rng) for rng, values in of_query]
 
     return write_candidates(folder, corpus, queries, choose, config=config, inputs=inputs, encoders=list(encoders))
 

@@ -2,7 +2,6 @@
 
 An encoder is named by a specification, KIND:REF. REF is a model name of open_clip ('ViT-B-32/laion2b_s34b_b79k'), a Hub id
 ('org/name[@revision]'), a local folder, or the name of an embedded model ('emoji'); fastattr.features.kinds lists the kinds.
-Source: arXiv:2511.10721, sec. 4 (image and text features, concatenated).
 """
 
 from __future__ import annotations
@@ -23,36 +22,30 @@ from fastattr.core.errors import NonFiniteError
 if TYPE_CHECKING:
     import torch
 
-PROBES = (
+PROBES = (  # texts that show how a tokenizer cleans, splits, cuts and pads
     "Red heart, openmoji style",
     "  Caf&eacute;  AU   lait 123,456.7 (50%) \N{THUMBS UP SIGN} don't & can't!",
     '\N{LATIN SMALL LETTER SHARP S}\N{LATIN CAPITAL LETTER E WITH ACUTE} \N{CJK UNIFIED IDEOGRAPH-732B}_x-y/z\t"quoted"',
     "the quick brown fox jumps over the lazy dog " * 12,
 )
-"""Texts that show how a tokenizer cleans, splits, cuts and pads."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How an encoder is opened."""
 
-    folder: Path | None
-    """Where a REF of 'encoder', 'generator' or 'gradients' is found: a run folder or an attributor's folder."""
-    captions: str
-    """'first' or 'mean': how several captions of one image become one text feature."""
+    folder: Path | None  # where a REF of 'encoder', 'generator' or 'gradients' is found: a run folder or an attributor's folder
+    captions: str  # 'first' or 'mean': how several captions of one image become one text feature
     device: str
-    dtype: torch.dtype
-    """Of weights and activations; features are float32 in any case."""
+    dtype: torch.dtype  # of weights and activations; features are float32 in any case
 
 
 class Encoder(Protocol):
     """A frozen encoder of images or of captions."""
 
     specification: str
-    fingerprint: str
-    """Identifies what determines the features: weights, preprocessing, vocabulary; see `encoder_fingerprint`."""
-    former: str
-    """The fingerprint that earlier versions gave the same encoder."""
+    fingerprint: str  # identifies what determines the features: weights, preprocessing, vocabulary; see `encoder_fingerprint`
+    former: str  # the fingerprint that earlier versions gave the same encoder
 
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """(B, F) float32 unit vectors; an image encoder ignores the captions, a text encoder the images."""
@@ -61,15 +54,10 @@ class Encoder(Protocol):
 
 def encoder_fingerprint(settings: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
     """16 hex digits of what determines an encoder's features, and of nothing else: no names of classes, files or layers.
-
-    Args:
-        settings: preprocessing and vocabulary, as `image_settings` and `text_settings` give them.
-        weights: those that the features depend on, in any order; as float16, so that a half-precision copy is the same.
+    `settings` are `image_settings` or `text_settings`; `weights`, in any order, are those that the features depend on.
     """
-    digests = [
-        hashlib.sha256(f"{value.shape}".encode() + np.ascontiguousarray(value, dtype=np.float16).tobytes()).hexdigest()
-        for value in weights
-    ]
+    halves = (np.ascontiguousarray(value, dtype=np.float16) for value in weights)  # a half-precision copy is the same
+    digests = [hashlib.sha256(f"{value.shape}".encode() + value.tobytes()).hexdigest() for value in halves]
     described = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256("\n".join([described, *sorted(digests)]).encode()).hexdigest()[:16]
 
@@ -99,10 +87,7 @@ def image_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_settings(captions: str, vocabulary: Mapping[str, int], tokenize: Callable[[list[str]], Any]) -> dict[str, Any]:
-    """What a caption's preparation depends on: 'first' or 'mean', token -> id, and what `tokenize` makes of `PROBES`.
-
-    That shows how a tokenizer cleans, splits, cuts and pads, whatever its class.
-    """
+    """What a caption's preparation depends on: 'first' or 'mean', token -> id, and what `tokenize` makes of `PROBES`."""
     words = hashlib.sha256(json.dumps(sorted(vocabulary.items()), separators=(",", ":")).encode()).hexdigest()
     return {"captions": captions, "vocabulary": words, "probes": [[int(token) for token in row] for row in tokenize([*PROBES])]}
 
@@ -113,10 +98,9 @@ def require_directions(features: np.ndarray, names: Sequence[str], specification
         lengths = np.linalg.norm(features.astype(np.float64), axis=1)
     bad = np.flatnonzero(~np.isfinite(lengths) | (lengths < 1e-6))
     if len(bad):
-        raise NonFiniteError(
-            f"{specification} gives {names[bad[0]]!r} features that are not finite or all zeros ({len(bad)} of {len(names)} in "
-            "this batch). Check the picture and caption; with `features.dtype: float16` take bfloat16 or float32."
-        )
+        what = f"features that are not finite or all zeros ({len(bad)} of {len(names)} in this batch)"
+        fix = "Check the picture and caption; with `features.dtype: float16` take bfloat16 or float32."
+        raise NonFiniteError(f"{specification} gives {names[bad[0]]!r} {what}. {fix}")
 
 
 def modality(specification: str) -> str:
@@ -128,10 +112,7 @@ def modality(specification: str) -> str:
 def encode_captions(
     captions: Sequence[Sequence[str]], encode: Callable[[list[str]], np.ndarray], *, average: bool
 ) -> np.ndarray:
-    """(B, F) unit text features of images that may have several captions each.
-
-    `encode` turns texts into unit vectors. An image's are averaged and normalised again, or only the first is taken.
-    """
+    """(B, F) unit text features of images with several captions each: averaged and normalised again, or only the first's."""
     if not average:
         return encode([texts[0] for texts in captions])
     vectors = encode([text for texts in captions for text in texts])
@@ -153,18 +134,8 @@ def encode_all(
     rows: range | None = None,
     ids: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """(N, F) float16 features of `rows`, or of all.
-
-    Args:
-        encoder: which.
-        images: row -> image, so that only one batch is in memory.
-        captions: of all rows.
-        batch_size: images at once.
-        rows: which; None is all of them.
-        ids: of all rows, to name an image by.
-
-    Raises:
-        NonFiniteError: an image has features that are not finite, or all zeros.
+    """(N, F) float16 features of `rows`, or of all; `images` gives one row's, so that only one batch is in memory. `captions`
+    and `ids` are of all rows. Raises NonFiniteError, which names the id, as `require_directions`.
     """
     rows = range(len(captions)) if rows is None else rows
     parts = []

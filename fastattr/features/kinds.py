@@ -1,9 +1,4 @@
-"""Kinds of encoders: what opens a specification KIND:REF.
-
-    open_clip-image   open_clip-text   transformers-image   transformers-text   diffusion   gradient
-
-A new kind is one more entry of `KINDS`: a function from the reference and the `Options` to an `Encoder`.
-"""
+"""Kinds of encoders: a new one is an entry of `KINDS`, a function from the reference and the `Options` to an `Encoder`."""
 
 from __future__ import annotations
 
@@ -19,33 +14,22 @@ from fastattr.features.light_clip import LightClip, supports
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("numpy", "torch")
-"""What computes a small CLIP: NumPy, which a first answer need not wait for, or torch through open_clip."""
+BACKENDS = ("numpy", "torch")  # what computes a small CLIP: NumPy, so that a first answer need not load torch, or open_clip
 
 
-def _open_clip(modality: str) -> Callable[[str, Options], Encoder]:
+def _pretrained(name: str, *modality: str) -> Callable[[str, Options], Encoder]:
+    """A function of `pretrained`, which loads torch, by its name."""
+
     def opened(reference: str, options: Options) -> Encoder:
-        from fastattr.features.pretrained import OpenClipEncoder
+        from fastattr.features import pretrained
 
-        return OpenClipEncoder(reference, modality, options)
+        return getattr(pretrained, name)(reference, *modality, options)
 
     return opened
 
 
-def _transformers_image(reference: str, options: Options) -> Encoder:
-    from fastattr.features.pretrained import TransformersImageEncoder
-
-    return TransformersImageEncoder(reference, options)
-
-
-def _transformers_text(reference: str, options: Options) -> Encoder:
-    from fastattr.features.pretrained import TransformersTextEncoder
-
-    return TransformersTextEncoder(reference, options)
-
-
 def _diffusion(reference: str, options: Options) -> Encoder:
-    from fastattr.features.diffusion import DiffusionEncoder
+    from fastattr.features.by_generator import DiffusionEncoder
     from fastattr.generators.generator import Generator
 
     name = options.folder / reference if reference == "generator" and options.folder is not None else reference
@@ -54,21 +38,20 @@ def _diffusion(reference: str, options: Options) -> Encoder:
 
 
 def _gradient(reference: str, options: Options) -> Encoder:
-    from fastattr.features.gradient import RECIPES, open_gradient_encoder
+    from fastattr.features.by_generator import RECIPES, open_gradient_encoder
 
     path = options.folder / reference if reference in RECIPES and options.folder is not None else Path(reference)
     return open_gradient_encoder(path, run_dir=options.folder, device=options.device)
 
 
-KINDS: dict[str, Callable[[str, Options], Encoder]] = {
-    "open_clip-image": _open_clip("image"),
-    "open_clip-text": _open_clip("text"),
-    "transformers-image": _transformers_image,
-    "transformers-text": _transformers_text,
+KINDS: dict[str, Callable[[str, Options], Encoder]] = {  # a kind that ends in '-image' or '-text' looks at nothing else
+    "open_clip-image": _pretrained("open_clip_encoder", "image"),
+    "open_clip-text": _pretrained("open_clip_encoder", "text"),
+    "transformers-image": _pretrained("transformers_image_encoder"),
+    "transformers-text": _pretrained("transformers_text_encoder"),
     "diffusion": _diffusion,
     "gradient": _gradient,
 }
-"""By the first word of a specification; a kind that ends in '-image' or '-text' looks at nothing else."""
 
 
 def open_encoder(
@@ -80,18 +63,10 @@ def open_encoder(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Encoder:
-    """Load the encoder that a specification names.
-
-    Args:
-        specification: KIND:REF, see `fastattr.features.encoder`.
-        folder: where a REF of 'encoder', 'generator' or 'gradients' is found (a run folder or an attributor's folder).
-        captions: 'first' or 'mean', for encoders that read text.
-        device: where to run; None is CUDA if there is one, but for the NumPy back end.
-        dtype: of weights and activations; None is float32.
-        backend: 'numpy' or 'torch'; None takes NumPy for a small CLIP on the CPU in float32, torch for everything else.
-
-    Raises:
-        InputError: the specification is not of a known form, or the NumPy back end does not compute this encoder.
+    """Load the encoder that a specification, KIND:REF, names; folder, captions, device and dtype as of `Options`. A device of
+    None is CUDA if there is one, but for the NumPy back end; a dtype of None is float32; a back end of None is NumPy for a
+    small CLIP on the CPU in float32, torch for everything else. Raises InputError if the specification is not of a known form,
+    or the NumPy back end does not compute this encoder.
     """
     kind, _, reference = specification.partition(":")
     if not reference:

@@ -1,10 +1,7 @@
 """Light CLIP: small CLIPs in NumPy, so that a first answer need not wait for torch and open_clip to be imported.
 
-Importing torch and open_clip takes longer than everything else that a first answer needs (benchmarks/startup.py). This module
-computes the forward pass of a CLIP of open_clip's plain shape (vision transformer, text transformer);
-tests/features/test_light_clip.py compares it with open_clip. open_clip and torch compute any other shape, device or
-precision (`fastattr.features.kinds.open_encoder` decides).
-Reads open_clip_config.json, open_clip_model.safetensors and tokenizer.json of an encoder folder.
+Computes the forward pass of a CLIP of open_clip's plain shape (vision transformer, text transformer) from the files that
+open_clip writes. open_clip computes any other shape, device or precision (`fastattr.features.kinds.open_encoder` decides).
 """
 
 from __future__ import annotations
@@ -33,11 +30,10 @@ from fastattr.features.encoder import (
 WEIGHTS, CONFIG, TOKENIZER = "open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json"
 VISION_KEYS = {"image_size", "patch_size", "width", "layers", "head_width"}
 TEXT_KEYS = {"context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "pool_type", "eos_id", "pad_id"}
-PREPROCESS = (
+PREPROCESS = (  # how torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave
     "Compose(\n    Resize(size=({side}, {side}), interpolation=bicubic, max_size=None, antialias=True)\n"
     "    MaybeConvertMode()\n    MaybeToTensor()\n    Normalize(mean={mean}, std={std})\n)"
 )
-"""How torchvision prints open_clip's preprocessing; part of the fingerprint that earlier versions gave."""
 
 
 def supports(folder: Path) -> bool:
@@ -46,13 +42,10 @@ def supports(folder: Path) -> bool:
         return False
     config = read_json(folder / CONFIG)
     model, preprocessing = config["model_cfg"], config["preprocess_cfg"]
-    return (
-        set(model) == {"embed_dim", "vision_cfg", "text_cfg"}
-        and set(model["vision_cfg"]) == VISION_KEYS
-        and set(model["text_cfg"]) == TEXT_KEYS
-        and model["text_cfg"]["pool_type"] == "eos"
-        and (preprocessing["interpolation"], preprocessing["resize_mode"]) == ("bicubic", "squash")
-    )
+    if set(model) != {"embed_dim", "vision_cfg", "text_cfg"} or set(model["vision_cfg"]) != VISION_KEYS:
+        return False
+    how = (model["text_cfg"].get("pool_type"), preprocessing["interpolation"], preprocessing["resize_mode"])
+    return set(model["text_cfg"]) == TEXT_KEYS and how == ("eos", "bicubic", "squash")
 
 
 class LightClip:
@@ -111,7 +104,11 @@ class LightClip:
         return unit_vectors(last @ weights["text_projection"])
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([_clean(text) for text in texts])]
+        """The texts cleaned as open_clip does, and their tokens."""
+        import ftfy
+
+        clean = [" ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(clean)]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -123,13 +120,6 @@ class LightClip:
         return tokenizer
 
 
-def _clean(text: str) -> str:
-    """As open_clip cleans a text before its tokenizer sees it."""
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
-
-
 def _transformer(hidden: np.ndarray, weights: Mapping[str, np.ndarray], *, layers: int, heads: int, causal: bool) -> np.ndarray:
     """(B, T, W) through pre-norm residual attention blocks."""
     tokens = hidden.shape[1]
@@ -138,9 +128,8 @@ def _transformer(hidden: np.ndarray, weights: Mapping[str, np.ndarray], *, layer
         block = f"transformer.resblocks.{layer}"
         joint = layer_norm(hidden, weights, f"{block}.ln_1") @ weights[f"{block}.attn.in_proj_weight"].T
         joint += weights[f"{block}.attn.in_proj_bias"]
-        query, key, value = (
-            part.reshape(*part.shape[:2], heads, -1).transpose(0, 2, 1, 3) for part in np.split(joint, 3, axis=2)
-        )  # each (B, heads, T, width of a head)
+        parts = np.split(joint, 3, axis=2)
+        query, key, value = (part.reshape(*part.shape[:2], heads, -1).transpose(0, 2, 1, 3) for part in parts)
         attention = query @ key.transpose(0, 1, 3, 2) / np.float32(np.sqrt(query.shape[-1])) + mask
         attention = np.exp(attention - attention.max(axis=-1, keepdims=True))
         attention /= attention.sum(axis=-1, keepdims=True)

@@ -1,14 +1,11 @@
-"""Pretrained encoders: image and text towers that open_clip and transformers load.
-
-Images are prepared as the model's own config says. A text encoder reads the first caption (as the authors' code does) or
-averages all. docs/encoders.md lists the models that are tested.
-"""
+"""Pretrained encoders: image and text towers that open_clip and transformers load; docs/encoders.md lists those tested."""
 
 from __future__ import annotations
 
 import enum
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,118 +24,110 @@ from fastattr.features.encoder import (
     tower,
 )
 
-PROCESSING = {
+PROCESSING = {  # settings of transformers' image processors that determine what a model sees
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad", "pad_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
 }
-"""Settings of transformers' image processors that determine what a model sees."""
 DEFAULTS = Options(None, "first", "cpu", torch.float32)
-OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")
-"""What open_clip loads a model from: no pickle."""
+OPEN_CLIP_FILES = ("*.json", "*.txt", "*.model", "open_clip_model.safetensors")  # what open_clip loads a model from: no pickle
 
 
-class OpenClipEncoder:
-    """The image tower or the text tower of a CLIP that open_clip loads."""
+@dataclass
+class PretrainedEncoder:
+    """A tower of a pretrained model; an `Encoder`."""
 
-    def __init__(self, reference: str, modality: str, options: Options = DEFAULTS) -> None:
-        """Load the tower 'image' or 'text' of a folder with open_clip_config.json, of 'NAME/PRETRAINED', or of a Hub id."""
-        import open_clip
-
-        self.specification = f"open_clip-{modality}:{reference}"
-        name, pretrained = _open_clip_name(reference)
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=options.device)
-        self._tokenizer = open_clip.get_tokenizer(name)
-        if modality == "image":
-            settings = image_settings(model.visual.preprocess_cfg)
-        else:
-            settings = text_settings(options.captions, _vocabulary(self._tokenizer), self._tokenizer)
-        weights = _arrays(model)
-        self.fingerprint = encoder_fingerprint(settings, tower(weights, modality).values())
-        self.former = former_fingerprint(f"{modality}/{options.captions}/{preprocess}", weights)
-        self._model = model.eval().requires_grad_(False).to(options.dtype)
-        self._preprocess, self._modality, self._options = preprocess, modality, options
+    specification: str
+    fingerprint: str
+    former: str
+    forward: Callable[[list[Any]], torch.Tensor]  # images or texts -> (B, F)
+    captions: str = ""  # 'first' or 'mean' of several captions; '' of an image tower
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
         """See `Encoder.encode`."""
-        if self._modality == "image":
-            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in images])
-            return _unit(self._model.encode_image(pixels.to(self._options.device, self._options.dtype)))
-        return encode_captions(captions, self._encode_texts, average=self._options.captions == "mean")
+        if not self.captions:
+            return self._unit([image.convert("RGB") for image in images])
+        return encode_captions(captions, self._unit, average=self.captions == "mean")
 
-    def _encode_texts(self, texts: list[str]) -> np.ndarray:
-        return _unit(self._model.encode_text(self._tokenizer(texts).to(self._options.device)))
-
-
-class TransformersImageEncoder:
-    """A vision model of transformers (DINO, DINOv2, DINOv3, CLIP, SigLIP, ...).
-
-    Two towers give what they compare with text, an image model with a pooling head of its own (CLIP, SigLIP) what that
-    gives, all others (the DINOs, ViT) their class token.
-    """
-
-    def __init__(self, reference: str, options: Options = DEFAULTS) -> None:
-        """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own image processor."""
-        from transformers import AutoImageProcessor
-
-        self.specification = f"transformers-image:{reference}"
-        name, revision = split_revision(reference, None)
-        self._processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
-        model = _transformers_model(name, revision)
-        if hasattr(model, "get_image_features"):
-            self._features = _pooled(model.get_image_features)
-        elif model.config.model_type.startswith(("clip", "siglip")):
-            self._features = _pooled(model)
-        else:
-            model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
-            self._features = lambda **inputs: model(**inputs).last_hidden_state[:, 0]
-        settings = {name: value for name, value in self._processor.to_dict().items() if name in PROCESSING}
-        described = json.loads(json.dumps(settings, default=_plainly))
-        self.fingerprint = self.former = encoder_fingerprint(described, _arrays(model).values())
-        model.to(options.device, options.dtype)
-        self._options = options
-
-    @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """See `Encoder.encode`."""
-        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        return _unit(self._features(**inputs.to(self._options.device, self._options.dtype)))
+    def _unit(self, inputs: list[Any]) -> np.ndarray:
+        return torch.nn.functional.normalize(self.forward(inputs).float(), dim=1).cpu().numpy()
 
 
-class TransformersTextEncoder:
-    """The text tower of a CLIP or SigLIP that transformers loads, or a CLIP text encoder alone."""
+def open_clip_encoder(reference: str, modality: str, options: Options = DEFAULTS) -> PretrainedEncoder:
+    """The tower 'image' or 'text' of a folder with open_clip_config.json, of 'NAME/PRETRAINED', or of a Hub id."""
+    import open_clip
 
-    def __init__(self, reference: str, options: Options = DEFAULTS) -> None:
-        """Load `reference`, a Hub id ('org/name[@revision]') or a folder, with its own tokenizer."""
-        from transformers import AutoTokenizer
+    name, pretrained = _open_clip_name(reference)
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=options.device)
+    tokenizer, weights = open_clip.get_tokenizer(name), _arrays(model)
+    model.eval().requires_grad_(False).to(options.dtype)
 
-        self.specification = f"transformers-text:{reference}"
-        name, revision = split_revision(reference, None)
-        self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
-        model = _transformers_model(name, revision)
-        self._features = _pooled(getattr(model, "get_text_features", model))
-        config = getattr(model.config, "text_config", model.config)
-        self._length = int(config.max_position_embeddings)
-        # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
-        self._masked = not model.config.model_type.startswith("siglip")
-        settings = text_settings(options.captions, self._tokenizer.get_vocab(), lambda texts: self._tokens(texts)["input_ids"])
-        own = [value for name, value in _arrays(model).items() if not name.startswith("vision_model.")]
-        self.fingerprint = self.former = encoder_fingerprint(settings | {"masked": self._masked}, own)
-        model.to(options.device, options.dtype)
-        self._options = options
+    def of_images(batch: list[Any]) -> torch.Tensor:
+        pixels = torch.stack([preprocess(image) for image in batch])
+        return model.encode_image(pixels.to(options.device, options.dtype))
 
-    @torch.no_grad()
-    def encode(self, images: Sequence[Image.Image], captions: Sequence[Sequence[str]]) -> np.ndarray:
-        """See `Encoder.encode`."""
-        return encode_captions(captions, self._encode_texts, average=self._options.captions == "mean")
+    def of_texts(batch: list[Any]) -> torch.Tensor:
+        return model.encode_text(tokenizer(batch).to(options.device))
 
-    def _tokens(self, texts: list[str]) -> Any:
-        return self._tokenizer(texts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt")
+    if modality == "image":
+        settings, forward, captions = image_settings(model.visual.preprocess_cfg), of_images, ""
+    else:
+        wrapped = getattr(tokenizer, "tokenizer", None)  # of transformers, or it is open_clip's own
+        vocabulary = dict(tokenizer.encoder if wrapped is None else wrapped.get_vocab())
+        settings, forward, captions = text_settings(options.captions, vocabulary, tokenizer), of_texts, options.captions
+    former = former_fingerprint(f"{modality}/{options.captions}/{preprocess}", weights)
+    fingerprint = encoder_fingerprint(settings, tower(weights, modality).values())
+    return PretrainedEncoder(f"open_clip-{modality}:{reference}", fingerprint, former, forward, captions)
 
-    def _encode_texts(self, texts: list[str]) -> np.ndarray:
-        tokens = self._tokens(texts)
-        wanted = ("input_ids", "attention_mask") if self._masked else ("input_ids",)
-        return _unit(self._features(**{name: tokens[name].to(self._options.device) for name in wanted if name in tokens}))
+
+def transformers_image_encoder(reference: str, options: Options = DEFAULTS) -> PretrainedEncoder:
+    """A vision model of transformers (DINO, DINOv2, DINOv3, CLIP, SigLIP, ...), a Hub id or folder, with its own processor."""
+    from transformers import AutoImageProcessor
+
+    name, revision = split_revision(reference, None)
+    processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
+    model = _transformers_model(name, revision)
+    two_towers = hasattr(model, "get_image_features")
+    pooled = two_towers or model.config.model_type.startswith(("clip", "siglip"))  # by a head of its own; else the class token
+    if not pooled:
+        model.pooler = None  # not used, and made at random where a checkpoint has none (DINO)
+
+    def forward(images: list[Image.Image]) -> torch.Tensor:
+        inputs = processor(images=images, return_tensors="pt").to(options.device, options.dtype)
+        output = model.get_image_features(**inputs) if two_towers else model(**inputs)
+        return output.pooler_output if pooled else output.last_hidden_state[:, 0]
+
+    settings = {name: value for name, value in processor.to_dict().items() if name in PROCESSING}
+    described = json.loads(json.dumps(settings, default=_plainly))
+    fingerprint = encoder_fingerprint(described, _arrays(model).values())
+    model.to(options.device, options.dtype)
+    return PretrainedEncoder(f"transformers-image:{reference}", fingerprint, fingerprint, forward)
+
+
+def transformers_text_encoder(reference: str, options: Options = DEFAULTS) -> PretrainedEncoder:
+    """The text tower of a CLIP or SigLIP, or a CLIP text encoder alone, a Hub id or folder, with its own tokenizer."""
+    from transformers import AutoTokenizer
+
+    name, revision = split_revision(reference, None)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    model = _transformers_model(name, revision)
+    length = int(getattr(model.config, "text_config", model.config).max_position_embeddings)
+    # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
+    masked = not model.config.model_type.startswith("siglip")
+
+    def tokens(texts: list[str]) -> Any:
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+    def forward(texts: list[str]) -> torch.Tensor:
+        given, wanted = tokens(texts), ("input_ids", "attention_mask") if masked else ("input_ids",)
+        inputs = {name: given[name].to(options.device) for name in wanted if name in given}
+        return getattr(model, "get_text_features", model)(**inputs).pooler_output
+
+    settings = text_settings(options.captions, tokenizer.get_vocab(), lambda texts: tokens(texts)["input_ids"])
+    own = [value for name, value in _arrays(model).items() if not name.startswith("vision_model.")]
+    fingerprint = encoder_fingerprint(settings | {"masked": masked}, own)
+    model.to(options.device, options.dtype)
+    return PretrainedEncoder(f"transformers-text:{reference}", fingerprint, fingerprint, forward, options.captions)
 
 
 def _transformers_model(name: str, revision: str | None) -> Any:
@@ -148,33 +137,18 @@ def _transformers_model(name: str, revision: str | None) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _pooled(forward: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    """`forward` with its pooled output as the result."""
-    return lambda **inputs: forward(**inputs).pooler_output
-
-
-def _unit(features: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.normalize(features.float(), dim=1).cpu().numpy()
-
-
 def _open_clip_name(reference: str) -> tuple[str, str | None]:
     """open_clip's (model name, pretrained tag) for a reference."""
     if Path(reference).is_dir():
         return f"local-dir:{reference}", None
-    name, _, tag = reference.partition("/")
     import open_clip
 
+    name, _, tag = reference.partition("/")
     if name in open_clip.list_models():
         return name, tag or None
     if split_revision(reference, None)[1]:  # open_clip itself knows no revisions
         return f"local-dir:{locate(reference, 'encoder', files=OPEN_CLIP_FILES)}", None
     return f"hf-hub:{reference}", None
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Token -> id, of open_clip's own tokenizer or of the one of transformers that it wraps."""
-    wrapped = getattr(tokenizer, "tokenizer", None)
-    return dict(tokenizer.encoder if wrapped is None else wrapped.get_vocab())
 
 
 def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:

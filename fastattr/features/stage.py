@@ -1,7 +1,4 @@
-"""Features stage: every encoder reads every training image and every query.
-
-Reads corpus/ and queries/; writes features/<encoder>/ and query_features/<encoder>/ (store.py says what a folder holds).
-"""
+"""Features stage: every encoder reads every training image and every query; store.py says what a folder holds."""
 
 from __future__ import annotations
 
@@ -9,28 +6,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from fastattr.core.errors import InputError
+from fastattr.core.processes import in_parts
 from fastattr.core.settings import at_least
-from fastattr.core.stages import MANIFEST, fingerprint, make, open_stage
+from fastattr.core.stages import fingerprint, make
 from fastattr.corpus.store import Corpus
+from fastattr.features.by_generator import RECIPES, fit_gradient_encoder
 from fastattr.features.encoder import Encoder, encode_all
-from fastattr.features.gradient import RECIPES, fit_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import slug, write_features
 from fastattr.generators.generator import Generator
+from fastattr.generators.queries import Queries
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from fastattr.generators.queries import Queries
-
-PART_ROWS = 4096
-"""Images whose features go into one file; a killed run loses at most one part a process."""
+PART_ROWS = 4096  # images whose features go into one file; a killed run loses at most one part a process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +34,7 @@ class FeaturesConfig:
 
     encoders: tuple[str, ...] = ("open_clip-image:encoder", "open_clip-text:encoder")
     """Specifications; 'encoder' as REF is the run folder's own encoder."""
-    captions: Literal["first", "mean"] = "first"
-    """'first' or 'mean': how several captions of one image become one text feature."""
+    captions: Literal["first", "mean"] = "first"  # 'first' or 'mean': how several captions of one image become one text feature
     batch_size: int = 256
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of weights and activations; features are float32, and stored as float16, in any case."""
@@ -53,10 +47,6 @@ class FeaturesConfig:
 
 def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
     """Encode corpus and queries with every encoder, on all processes; returns each folder's manifest by name."""
-    from accelerate import Accelerator  # here, so that a query need not wait for it
-
-    from fastattr.generators.queries import Queries
-
     accelerator = Accelerator()
     corpus = Corpus(run_dir / "corpus")
     queries = Queries(run_dir / "queries")
@@ -67,33 +57,17 @@ def run(config: FeaturesConfig, run_dir: Path) -> dict[str, Any]:
             generator = Generator.from_pretrained(run_dir / "generator")
             fit_gradient_encoder(generator, corpus, run_dir / reference, RECIPES[reference], reference="generator")
         accelerator.wait_for_everyone()
-        encoder = open_encoder(
-            specification,
-            folder=run_dir,
-            captions=config.captions,
-            device=str(accelerator.device),
-            dtype=getattr(torch, config.dtype),
-            backend="torch",
-        )
-        manifests |= encode_sets(encoder, corpus, queries, run_dir, config, accelerator)
-    return manifests
-
-
-def encode_sets(
-    encoder: Encoder, corpus: Corpus, queries: Queries, folder: Path, config: FeaturesConfig, accelerator: Accelerator
-) -> dict[str, dict[str, Any]]:
-    """Write an encoder's features of corpus and queries under `folder`, as `run` has them; returns the manifests."""
-    manifests = {}
-    sets = (
-        ("features", corpus.fingerprint, corpus.image_ids, corpus.image, corpus.captions),
-        ("query_features", queries.fingerprint, queries.query_ids, queries.image, [[prompt] for prompt in queries.prompts]),
-    )
-    for name, source, ids, images, captions in sets:
-        target = folder / name / slug(encoder.specification)
-        inputs = {"source": source, "encoder": encoder.fingerprint}
-        manifests[f"{name}/{target.name}"] = _encode_set(
-            config, target, encoder, ids, images, captions, accelerator, inputs=inputs
-        )
+        where: dict[str, Any] = {"folder": run_dir, "device": str(accelerator.device), "backend": "torch"}
+        encoder = open_encoder(specification, captions=config.captions, dtype=getattr(torch, config.dtype), **where)
+        prompts = [[prompt] for prompt in queries.prompts]
+        for name, source, ids, captions in (
+            ("features", corpus, corpus.image_ids, corpus.captions),
+            ("query_features", queries, queries.query_ids, prompts),
+        ):
+            target = run_dir / name / slug(specification)
+            inputs = {"source": source.fingerprint, "encoder": encoder.fingerprint}
+            made = _encode_set(config, target, encoder, ids, source.image, captions, accelerator, inputs=inputs)
+            manifests[f"{name}/{target.name}"] = made
     return manifests
 
 
@@ -109,23 +83,16 @@ def _encode_set(
     inputs: dict[str, str],
 ) -> dict[str, Any]:
     """One feature folder, in parts that are split over the processes and kept if killed; returns its manifest."""
-    from fastattr.core.processes import in_parts
-
     settings = {"captions": config.captions} | ({} if config.dtype == "float32" else {"dtype": config.dtype})
-    settings, inputs = _as_recorded(folder, settings, inputs, encoder)
     parts = folder / f"parts-{fingerprint([settings, inputs, encoder.specification])}"
 
     def work() -> dict[str, Any]:
+        def encode(rows: range) -> np.ndarray:
+            return encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows, ids=ids)
+
         ready = len(list(parts.glob("*.npy"))) * PART_ROWS
-        started = time.monotonic()
-        features = in_parts(
-            parts,
-            len(ids),
-            PART_ROWS,
-            lambda rows: encode_all(encoder, images, captions, batch_size=config.batch_size, rows=rows, ids=ids),
-            accelerator,
-            description=f"{folder.parent.name} {encoder.specification}",
-        )
+        started, label = time.monotonic(), f"{folder.parent.name} {encoder.specification}"
+        features = in_parts(parts, len(ids), PART_ROWS, encode, accelerator, description=label)
         seconds = time.monotonic() - started
         if accelerator.is_main_process:
             write_features(folder, features, ids)
@@ -142,18 +109,3 @@ def _encode_set(
         }
 
     return make(folder, work, stage="features", config=settings, inputs=inputs, accelerator=accelerator, temporary=[parts])
-
-
-def _as_recorded(
-    folder: Path, settings: dict[str, Any], inputs: dict[str, str], encoder: Encoder
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs as a finished folder of an earlier version names them, if they are the same.
-
-    Earlier versions recorded batch size and other encoders, which change no feature, and gave encoders other fingerprints.
-    """
-    if not (folder / MANIFEST).exists():
-        return settings, inputs
-    found = open_stage(folder, "features")
-    settings |= {name: found["config"][name] for name in ("encoders", "batch_size") if name in found["config"]}
-    same = found["inputs"].get("encoder") == encoder.former
-    return settings, inputs | ({"encoder": encoder.former} if same else {})

@@ -1,7 +1,4 @@
-"""Feature folders: features.npy (float16, one row an image), ids.parquet and manifest.json, one folder an encoder.
-
-Rows are matched by id, never by position.
-"""
+"""Feature folders: features.npy (float16, one row an image), ids.parquet and manifest.json, one folder an encoder."""
 
 from __future__ import annotations
 
@@ -49,30 +46,18 @@ def write_features(folder: Path, features: np.ndarray, ids: Sequence[str]) -> No
 
 
 def read_features(folders: Sequence[Path], ids: Sequence[str]) -> np.ndarray:
-    """(N, F) float32 features of `ids`, the encoders' features side by side; rows are matched by id.
-
-    Raises:
-        InputError: an id has no features in one of the folders.
-    """
-    columns = []
-    for folder in folders:
-        stored = np.load(folder / "features.npy", mmap_mode="r")
-        columns.append(np.asarray(stored[require_rows(folder, ids)], dtype=np.float32))
-    return np.concatenate(columns, axis=1)
+    """(N, F) float32 features of `ids`, the encoders' features side by side; InputError if an id has none in a folder."""
+    stored = [np.load(folder / "features.npy", mmap_mode="r")[require_rows(folder, ids)] for folder in folders]
+    return np.concatenate(stored, axis=1, dtype=np.float32)
 
 
 def read_ids(folder: Path) -> list[str]:
     """The ids of a feature folder's rows."""
-    ids: list[str] = pq.read_table(folder / "ids.parquet")["id"].to_pylist()
-    return ids
+    return pq.read_table(folder / "ids.parquet")["id"].to_pylist()
 
 
 def require_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
-    """(N,) rows of `ids` in a feature folder.
-
-    Raises:
-        InputError: an id has no features there.
-    """
+    """(N,) rows of `ids` in a feature folder; InputError if an id has no features there."""
     open_stage(folder, "features")
     row_of = {name: row for row, name in enumerate(read_ids(folder))}
     missing = [name for name in ids if name not in row_of]

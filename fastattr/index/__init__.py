@@ -6,7 +6,7 @@ Shards can be fetched and read one by one. FAISS reads no byte of a file whose S
 
 Writes index.faiss (or shards of it), vectors.f16 and vectors.sha256; rows are numbered as the catalogue counts them.
 
-choose: `IndexConfig`, `choose`, `estimate`; vectors: `Vectors`, `write_vectors`, exact float16 vectors on disk; files:
-`save_index`, `load_index`, checked before FAISS sees them; search: `open_ranked`, `Ranked.search`; tune: `tune`,
+choose: `IndexConfig`, `choose`, `estimate`; files: `save_index`, `load_index`, checked before FAISS sees them, `Vectors`,
+`write_vectors`, exact float16 vectors on disk; search: `open_ranked`, `Ranked.search`; tune: `tune`,
 `exact_neighbours`, `recall_of`; build: `build`, `add_shards`, `build_index`, from a stream of vectors to files.
 """

@@ -18,9 +18,8 @@ from fastattr.core.files import read_json, write_json
 from fastattr.core.stages import fingerprint
 from fastattr.index import choose as choosing
 from fastattr.index.choose import BUILD_ROWS, TRAINING_ROWS, IndexConfig, coarse_lists, make
-from fastattr.index.files import cause, is_inverted, save_index
+from fastattr.index.files import BATCH, Read, cause, is_inverted, reader, require_finite, save_index, write_vectors
 from fastattr.index.tune import READ_COST, tune
-from fastattr.index.vectors import BATCH, Read, reader, require_finite, write_vectors
 
 FEWEST_ROWS = 1000  # an index of fewer rows is not trained again
 RETUNED = ("index", "index_shards", "search", "recall_wanted", "recall_of_search")  # what `retune` may change of an index

@@ -13,8 +13,7 @@ import faiss
 import numpy as np
 
 from fastattr.core.errors import DoesNotFitError, InputError
-from fastattr.index.files import inner_of, is_supported
-from fastattr.index.vectors import BATCH, DIGEST_BYTES
+from fastattr.index.files import BATCH, DIGEST_BYTES, inner_of, is_supported
 
 AUTO = "auto"
 EXHAUSTIVE_ROWS = 20_000
@@ -62,16 +61,12 @@ class Estimate:
 
 
 def choose(rows: int, dim: int, *, recall: float = 0.95, memory: float = math.inf) -> str:
-    """The FAISS factory string for N x D embeddings that finds this share of the 100 nearest in this memory (bytes).
-
-    Raises DoesNotFitError if none does. Measured: docs/search-index.md.
-    """
+    """The FAISS factory string for N x D embeddings, of this recall in this memory (bytes); DoesNotFitError if none is."""
     fitting = [factory for factory in kinds(rows, dim, recall=recall) if estimate(rows, dim, factory).memory <= memory]
     if not fitting:
-        raise DoesNotFitError(
-            f"no index of {rows:,} x {dim} fits into {memory / 1e9:,.2f} GB: {_alternatives(rows, dim, recall)}. "
-            "Give it more memory (memory_gb), or split the corpus over machines (docs/search-index.md, Milvus)."
-        )
+        way_out = "Give it more memory (memory_gb), or split the corpus over machines (docs/search-index.md, Milvus)"
+        room = f"{memory / 1e9:,.2f} GB: {_alternatives(rows, dim, recall)}"
+        raise DoesNotFitError(f"no index of {rows:,} x {dim} fits into {room}. {way_out}.")
     return fitting[0]
 
 

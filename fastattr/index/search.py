@@ -15,8 +15,7 @@ import faiss
 import numpy as np
 
 from fastattr.core.errors import ArtifactDamagedError, InputError
-from fastattr.index.files import cause, inner_of, is_inverted, load_index, map_index
-from fastattr.index.vectors import BATCH, Vectors
+from fastattr.index.files import BATCH, Vectors, cause, inner_of, is_inverted, load_index, map_index
 
 TUNED_K = 100  # the search's settings are chosen for the recall of so many neighbours
 EXACT_ROWS = 10_000  # if no more rows than this may be found, all of them are compared

@@ -17,9 +17,8 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from fastattr.index.files import inner_of, map_index
+from fastattr.index.files import BATCH, Read, inner_of, map_index
 from fastattr.index.search import EXACT_ROWS, TUNED_K, Shards, join, nearest, set_breadth
-from fastattr.index.vectors import BATCH, Read
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +71,8 @@ def draw(read: Read, rows: int, *, queries: np.ndarray | None, parts: Sequence[i
     """Queries with their exact neighbours: rows of every region, made ones, and (Q, D) as they come; see `tune`."""
     rng = np.random.default_rng([0, 1])
     bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
-    picked = [
-        np.sort(low + rng.permutation(high - low)[: TUNING_QUERIES // REGIONS]) for low, high in itertools.pairwise(bounds)
-    ]
+    each = TUNING_QUERIES // REGIONS
+    picked = [np.sort(low + rng.permutation(high - low)[:each]) for low, high in itertools.pairwise(bounds)]
     asked = [(read_rows(read, chosen), chosen) for chosen in picked]
     if queries is not None and len(queries):
         chosen = np.sort(rng.permutation(len(queries))[:TUNING_QUERIES])

@@ -1,8 +1,7 @@
 """Build: the whole line from a config, stage by stage, resuming where the run folder stands.
 
-`run` plans first (once: plan.json), asks above a limit, and keeps the config in config.yaml and what each stage took in
-spent.json. Under `accelerate launch` the stages up to the teacher share all processes; the rest, which is small and whose
-sums would depend on the number of processes, is done by one of its own.
+The run folder keeps plan.json, config.yaml and spent.json, what each stage took. Under `accelerate launch` the stages up to the
+teacher share all processes; the rest, which is small, is done by one, so that its sums don't depend on their number.
 """
 
 from __future__ import annotations
@@ -18,16 +17,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
 from fastattr.attributor.load import read_info
 from fastattr.core.errors import FastattrError, InputError
 from fastattr.core.files import atomic_path, read_json, remove, write_json
 from fastattr.core.processes import alone
 from fastattr.core.settings import did_you_mean
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage
-from fastattr.pipeline.check import check, check_queries
-from fastattr.pipeline.config import BuildConfig, save_config
-from fastattr.pipeline.costs import training_images
-from fastattr.pipeline.plan import plan
+from fastattr.pipeline.config import BuildConfig, check, check_queries, save_config
+from fastattr.pipeline.plan import plan, training_images
 from fastattr.pipeline.stages import FOLDERS, SHARED, STAGES
 from fastattr.students.ranking import no_better_than_untuned
 
@@ -36,48 +37,36 @@ logger = logging.getLogger(__name__)
 
 def run_stage(name: str, config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Run one stage, in its own precision: Accelerate would keep that of the stage before in the same process."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state()
     return STAGES[name](config, run_dir)
 
 
 def planned(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same.
-
-    Where nothing says how many training images there are, the corpus is read first.
-    """
+    """The plan of a run, made once and kept in run_dir/plan.json for as long as the config stays the same."""
     file, identity = run_dir / "plan.json", fingerprint(config)
-    if file.exists():
-        kept: dict[str, Any] = read_json(file)
-        if kept["config"] == identity:
-            return kept
+    if (kept := _json(file)).get("config") == identity:
+        return kept
     try:
         training_images(config, run_dir)
-    except InputError:
+    except InputError:  # nothing says how many there are
         STAGES["corpus"](config, run_dir)
     made = plan(config, run_dir, measure=True) | {"config": identity}
     write_json(file, made)
     return made
 
 
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON file of a run; empty if there is none."""
+    return read_json(file) if file.exists() else {}
+
+
 def run(
     config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
-    """Run every stage that is not finished yet, on all processes.
-
-    Args:
-        config: of the whole line.
-        run_dir: where the stages' folders are.
-        confirm: is given the plan, and raises if nothing shall be built; None makes no plan.
-        again_from: stage from which on everything is built again, as by another config; '' builds what is not there.
-
-    Returns:
-        The seconds each stage took now; run_dir/spent.json adds up what finished stages took in all runs.
+    """Run every stage that is not finished yet, on all processes; returns the seconds that each stage took now. `confirm` is
+    given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on everything is built
+    again, as by another config.
     """
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import InitProcessGroupKwargs
-
     # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
     state = PartialState()
@@ -100,8 +89,7 @@ def run(
         state.wait_for_everyone()
         seconds[name] = round(time.monotonic() - started, 2)
         if state.is_main_process and _manifests(run_dir) != before:
-            spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
-            write_json(run_dir / "spent.json", spent | {name: seconds[name]})
+            write_json(run_dir / "spent.json", _json(run_dir / "spent.json") | {name: seconds[name]})
     if state.num_processes > 1 and state.is_main_process:
         command = [sys.executable, "-m", "fastattr", "build", str(run_dir / "config.yaml"), "--run", str(run_dir), "--no-plan"]
         if subprocess.run(command, env=alone(), check=False).returncode:
@@ -111,18 +99,14 @@ def run(
 
 
 def forget(run_dir: Path, stage: str) -> None:
-    """Remove what a stage and all later ones wrote into a run folder.
-
-    Raises:
-        InputError: there is no such stage, or the run's attributor was changed since it was built (images added, removed or
-            described anew), which another build would undo.
+    """Remove what a stage and all later ones wrote into a run folder. Raises InputError if there is no such stage, or the run's
+    attributor was changed since it was built (images added, removed or described anew), which another build would undo.
     """
     if stage not in FOLDERS:
         raise InputError(f"there is no stage {stage!r}{did_you_mean(stage, FOLDERS)}; stages are {', '.join(FOLDERS)}.")
     attributor = run_dir / "attributor"
-    if (attributor / "config.json").exists() and int(
-        read_info(attributor)["versions"]["catalog"]
-    ) > 1:  # the version that is built
+    version = int(read_info(attributor)["versions"]["catalog"]) if (attributor / "config.json").exists() else 1
+    if version > 1:  # 1 is the version that is built
         raise InputError(f"{attributor} was changed since it was built, and another build would undo that: move it away first.")
     for name in itertools.dropwhile(lambda name: name != stage, FOLDERS):
         for folder in FOLDERS[name]:
@@ -141,20 +125,15 @@ def _manifests(run_dir: Path) -> set[tuple[str, int]]:
 
 
 def embed_assets(config: BuildConfig, run_dir: Path, folder: Path) -> dict[str, Any]:
-    """Copy a finished run's generator and attributor to `folder` with a manifest of how they were made.
-
-    Returns:
-        The manifest; 'bytes' is the size of all files together.
-    """
+    """Copy a finished run's generator and attributor to `folder`; returns its manifest, which says how they were made."""
     stages = [folders[0] for name, folders in FOLDERS.items() if name not in {"features", "index", "card", "report"}]
     with atomic_path(folder) as temporary:
         shutil.copytree(run_dir / "generator", temporary / "generator", ignore=shutil.ignore_patterns("checkpoint*"))
         shutil.copytree(run_dir / "attributor", temporary / "attributor")
-        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         manifest = {
             "name": config.name,
             "command": f"fastattr build hub_scripts/configs/{config.name}.yaml --assets fastattr/assets/{config.name}",
-            "bytes": size,
+            "bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
             "stages": {stage: open_stage(run_dir / stage, stage) for stage in stages},
         }
         write_json(temporary / "manifest.json", manifest)

@@ -1,45 +1,38 @@
-"""Report: one static page about a finished build, with its pictures: what was read, drawn, named, measured and spent.
-
-Reads all folders of a run; writes report/index.html, which needs no other file and no network (templates/report.html
-holds its words). Drawings shown are the first test queries, uncurated.
-"""
+"""Report: one static page about a finished build; templates/report.html holds its words, and it needs no network."""
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.files import read_json
 from fastattr.core.stages import make, open_stage
+from fastattr.core.version import __version__
 from fastattr.generators.queries import Queries
 from fastattr.pipeline.config import BuildConfig
 from fastattr.students.ranking import no_better_than_untuned
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html"
-SHOWN = 8
-"""Queries on the page."""
-NAMED = 8
-"""Training images named for each."""
-CREATORS_SHOWN = 20
-PICTURE_SIDE = 160
-SKIPPED_SHOWN = 50
+SHOWN, NAMED = 8, 8  # queries on the page, the first of the test split, uncurated; training images named for each
+CREATORS_SHOWN, SKIPPED_SHOWN, PICTURE_SIDE = 20, 50, 160
 
 
 def run(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Write the report of a finished run; returns its manifest."""
     folder = run_dir / "report"
-    inputs = {
-        "attributor": open_stage(run_dir / "attributor-manifest", "attributor")["fingerprint"],
-        "queries": open_stage(run_dir / "queries", "queries")["fingerprint"],
-    }
+    attributor, queries = open_stage(run_dir / "attributor-manifest", "attributor"), open_stage(run_dir / "queries", "queries")
+    inputs = {"attributor": attributor["fingerprint"], "queries": queries["fingerprint"]}
 
     def work() -> dict[str, Any]:
         page = render(facts(config, run_dir))
@@ -52,8 +45,6 @@ def run(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """What the page says, as plain values; pictures as data URLs."""
-    from fastattr.core.version import __version__
-
     queries = Queries(run_dir / "queries")
     attributor = FastAttributor.from_pretrained(run_dir / "attributor")
     rows = queries.of_split("test") or list(range(len(queries.query_ids)))
@@ -61,22 +52,25 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     answers = attributor.attribute(images, prompts, k=min(NAMED, len(attributor)))
     assert isinstance(answers, list)
     copies = queries.table["near_copy_of"].to_pylist()
-    skipped = pq.read_table(run_dir / "corpus" / "skipped.parquet").slice(0, SKIPPED_SHOWN).to_pylist()
-    corpus = open_stage(run_dir / "corpus", "corpus")
+    near_copies = [row for row in zip(queries.query_ids, queries.prompts, copies, strict=True) if row[2]]
     metrics = read_json(run_dir / "attributor" / "metrics.json")
     return {
         "name": config.name,
         "version": __version__,
         "info": attributor.info(),
-        "corpus": corpus,
-        "skipped": skipped,
+        "corpus": open_stage(run_dir / "corpus", "corpus"),
+        "skipped": pq.read_table(run_dir / "corpus" / "skipped.parquet").slice(0, SKIPPED_SHOWN).to_pylist(),
         "queries": queries.manifest,
-        "near_copies": [
-            {"query_id": name, "prompt": prompt, "image_id": copy}
-            for name, prompt, copy in zip(queries.query_ids, queries.prompts, copies, strict=True)
-            if copy
+        "near_copies": [dict(zip(("query_id", "prompt", "image_id"), row, strict=True)) for row in near_copies],
+        "shown": [
+            {
+                "prompt": answer.prompt,
+                "picture": _data_url(image),
+                "near_copy_of": copies[row],
+                "named": [{"picture": _data_url(answer.thumbnail(each.image_id)), **vars(each)} for each in answer.results],
+            }
+            for row, image, answer in itertools.islice(zip(rows, images, answers, strict=True), SHOWN)
         ],
-        "shown": [_shown(images[at], answers[at], copies[row]) for at, row in enumerate(rows[:SHOWN])],
         "totals": _totals(answers),
         "answers": len(answers),
         "metrics": metrics,
@@ -89,19 +83,8 @@ def facts(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
 
 def render(values: Mapping[str, Any]) -> str:
     """The page."""
-    from jinja2 import Environment, StrictUndefined
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
-
-
-def _shown(image: Image.Image, answer: Attribution, copy: str) -> dict[str, Any]:
-    return {
-        "prompt": answer.prompt,
-        "picture": _data_url(image),
-        "near_copy_of": copy,
-        "named": [{"picture": _data_url(answer.thumbnail(result.image_id)), **vars(result)} for result in answer.results],
-    }
 
 
 def _data_url(image: Image.Image) -> str:
@@ -114,22 +97,19 @@ def _data_url(image: Image.Image) -> str:
 
 def _costs(run_dir: Path) -> list[dict[str, Any]]:
     """Planned and spent seconds by stage; None where one of them is not known."""
-    plan = read_json(run_dir / "plan.json") if (run_dir / "plan.json").exists() else {}
-    spent = read_json(run_dir / "spent.json") if (run_dir / "spent.json").exists() else {}
+    files = (run_dir / name for name in ("plan.json", "spent.json"))
+    plan, spent = (read_json(file) if file.exists() else {} for file in files)
     planned = plan.get("here", {}).get("seconds", {})
     counts = {stage["name"]: stage for stage in plan.get("stages", [])}
-    names = list(dict.fromkeys([*counts, *spent]))
     return [
         {"name": name, "planned": planned.get(name), "spent": spent.get(name)}
         | {kind: counts.get(name, {}).get(kind) for kind in ("forward", "backward")}
-        for name in names
+        for name in dict.fromkeys([*counts, *spent])
     ]
 
 
 def _totals(answers: Sequence[Attribution]) -> list[dict[str, Any]]:
     """Each creator's mean share over some queries, largest first; the last row is what no creator can be named for."""
-    import pandas as pd
-
     shares = pd.concat([answer.shares(by="creator") for answer in answers])
     means = shares.groupby([shares["images"] == 0, "creator"])["share"].sum() / len(answers)
     named = means.get(False, means.iloc[:0]).sort_values(ascending=False).head(CREATORS_SHOWN)

@@ -1,7 +1,4 @@
-"""Stages: the line, as one table of functions of (config, run folder).
-
-Every stage reads earlier folders of the run and writes its own; a stage that is finished is read instead of run.
-"""
+"""Stages: the line, as one table of functions of (config, run folder); a finished stage is read instead of run."""
 
 from __future__ import annotations
 
@@ -29,45 +26,33 @@ from fastattr.teachers import teach
 
 def run_index(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Put the attributor together in run_dir/attributor; returns its config.json."""
-    encoders = config.features.encoders
-    folder, marker = run_dir / "attributor", run_dir / "attributor-manifest"
-    inputs = {
-        "student": open_stage(run_dir / "student", "student")["fingerprint"],
-        "features": features_fingerprint(folders(run_dir, "features", encoders)),
-        "calibration": open_stage(run_dir / "calibration", "calibration")["fingerprint"],
-        "evaluation": open_stage(run_dir / "evaluation", "evaluation")["fingerprint"],
-    }
-    settings = {"index": vars(config.index), "thumbnail_quality": config.thumbnail_quality}
+    features, quality, folder = config.features, config.thumbnail_quality, run_dir / "attributor"
+    inputs = {name: open_stage(run_dir / name, name)["fingerprint"] for name in ("student", "calibration", "evaluation")}
+    inputs["features"] = features_fingerprint(folders(run_dir, "features", features.encoders))
 
     def work() -> dict[str, Any]:
-        captions, quality = config.features.captions, config.thumbnail_quality
-        build_attributor(config.index, run_dir, folder, encoders=encoders, captions=captions, thumbnail_quality=quality)
+        described: dict[str, Any] = {"encoders": features.encoders, "captions": features.captions, "thumbnail_quality": quality}
+        build_attributor(config.index, run_dir, folder, **described)
         return {}
 
-    make(marker, work, stage="attributor", config=settings, inputs=inputs)
-    built: dict[str, Any] = read_json(folder / "config.json")
-    return built
+    settings = {"index": vars(config.index), "thumbnail_quality": quality}
+    make(run_dir / "attributor-manifest", work, stage="attributor", config=settings, inputs=inputs)
+    return read_json(folder / "config.json")
 
 
-def run_autoencoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the autoencoder; a pretrained generator has its own, and there is nothing to do."""
+def run_generator(config: BuildConfig, run_dir: Path, *, autoencoder: bool = False) -> dict[str, Any]:
+    """Train the generator, or its autoencoder, or take the pretrained one that the config names, which has its own."""
     if isinstance(config.generator, PretrainedConfig):
-        return {}
-    return train_autoencoder.run(config.autoencoder, run_dir)
-
-
-def run_generator(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the generator in run_dir/generator, or take the one that the config names."""
-    if isinstance(config.generator, PretrainedConfig):
-        return pretrained.run(config.generator, run_dir)
+        return {} if autoencoder else pretrained.run(config.generator, run_dir)
+    if autoencoder:
+        return train_autoencoder.run(config.autoencoder, run_dir)
     return train_generator.run(config.generator, run_dir)
 
 
 def run_encoder(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Train the run's own feature encoder, if the features are its."""
-    if not any(specification.endswith(":encoder") for specification in config.features.encoders):
-        return {}
-    return train_encoder.run(config.encoder, run_dir)
+    own = any(specification.endswith(":encoder") for specification in config.features.encoders)
+    return train_encoder.run(config.encoder, run_dir) if own else {}
 
 
 def run_card(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
@@ -90,15 +75,14 @@ def run_push(config: BuildConfig, run_dir: Path) -> dict[str, Any]:
     """Push what `push.kinds` names to `push.namespace`, if there is one; unchanged parts make no commit."""
     if not config.push.namespace:
         return {}
-    pushes = publish.push_all(
-        run_dir, config.name, config.push.namespace, config.push.kinds, private=config.push.private, tag=AUTO
-    )
-    return {"pushed": [push.in_words() for push in pushes]}
+    push = config.push
+    pushes = publish.push_all(run_dir, config.name, push.namespace, push.kinds, private=push.private, tag=AUTO)
+    return {"pushed": [made.in_words() for made in pushes]}
 
 
-STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {  # in the order in which they run
     "corpus": lambda config, run_dir: corpus.run(config.corpus, run_dir / "corpus"),
-    "train-autoencoder": run_autoencoder,
+    "train-autoencoder": lambda config, run_dir: run_generator(config, run_dir, autoencoder=True),
     "train-generator": run_generator,
     "train-encoder": run_encoder,
     "queries": lambda config, run_dir: queries.run(config.queries, run_dir),
@@ -113,8 +97,7 @@ STAGES: dict[str, Callable[[BuildConfig, Path], dict[str, Any]]] = {
     "push": run_push,
     "report": report.run,
 }
-"""Stage name -> function of (config, run folder), in the order in which they run."""
-FOLDERS = {
+FOLDERS = {  # that a stage writes; what teachers share (ekfac/, encoded/, base_loss/) is named for what it is of
     "corpus": ("corpus", "corpus-parts"),
     "train-autoencoder": ("autoencoder",),
     "train-generator": ("generator",),
@@ -130,6 +113,5 @@ FOLDERS = {
     "card": ("card",),
     "report": ("report",),
 }
-"""Folders of the run that a stage writes; what teachers share (ekfac/, encoded/, base_loss/) is named for what it is of."""
+# Stages that all processes of `accelerate launch` do together.
 SHARED = ("corpus", "train-autoencoder", "train-generator", "train-encoder", "queries", "features", "candidates", "teach")
-"""Stages that all processes of `accelerate launch` do together."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastattr.core.errors import HubError, InputError
+from fastattr.core.errors import ArtifactNotFoundError, HubError, InputError
 from fastattr.core.files import sha256_file
-from fastattr.core.models import REFUSED, TRANSIENT, check_repo_id, errors_in_words, library, with_retries
+from fastattr.core.models import REFUSED, TRANSIENT, check_repo_id, errors_in_words, fetch, library, with_retries
 from fastattr.core.stages import fingerprint
 from fastattr.core.version import __version__
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 MAX_FILES = 250
 """Files in one push: above that the Hub's clients split a commit, and a reader could see half of it."""
-
-
 AUTO = "auto"
 """As a tag: made from fastattr's version and the contents, so the same contents have the same tag."""
 
@@ -36,9 +34,8 @@ class Push:
 
     repo_id: str
     repo_type: str
-    """'model', 'dataset' or 'space'."""
     url: str
-    """Of the commit that now holds the artifacts; of the repository, if nothing was sent because it was a dry run."""
+    """Of the commit that now holds the artifacts; of a dry run, of the repository."""
     sent: dict[str, int]
     """New and changed files with their sizes in bytes."""
     unchanged: list[str]
@@ -51,14 +48,13 @@ class Push:
 
     def in_words(self) -> str:
         """A few lines for the command line."""
-        mark = {True: "would send", False: "sent"}[self.dry_run]
-        lines = [f"  {mark}  {path}  ({size:,} bytes)" for path, size in self.sent.items()]
-        lines += [f"  {'would delete' if self.dry_run else 'deleted'}  {path}" for path in self.deleted]
+        send, delete = ("would send", "would delete") if self.dry_run else ("sent", "deleted")
+        lines = [f"  {send}  {path}  ({size:,} bytes)" for path, size in self.sent.items()]
+        lines += [f"  {delete}  {path}" for path in self.deleted]
         total = f"{len(self.sent)} files, {sum(self.sent.values()):,} bytes; {len(self.unchanged)} unchanged"
-        tag = f", tag {self.tag}" if self.tag else ""
-        if self.unasked:
-            lines.append(f"Not compared with what is there: {self.unasked}")
-        return "\n".join([f"{self.repo_type} {self.repo_id}: {total}{tag}", *lines, self.url])
+        total += f", tag {self.tag}" if self.tag else ""
+        lines += [f"Not compared with what is there: {self.unasked}"] if self.unasked else []
+        return "\n".join([f"{self.repo_type} {self.repo_id}: {total}", *lines, self.url])
 
 
 def release_tag(folder: Path) -> str:
@@ -71,12 +67,19 @@ def send_with_card(staged: Path, repo_id: str, card: str, licences: str, **targe
     """Add card and licences to a staged folder and send it."""
     (staged / "README.md").write_text(card, encoding="utf-8")
     (staged / "LICENSE.md").write_text(licences, encoding="utf-8")
-    return send(staged, repo_id, **target)
+    return push_folder(staged, repo_id, **target)
 
 
-def send(staged: Path, repo_id: str, *, tag: str | None = None, **target: Any) -> Push:
-    """Send a staged folder; the tag `AUTO` becomes its `release_tag`."""
-    return push_folder(staged, repo_id, tag=release_tag(staged) if tag == AUTO else tag, **target)
+def already_there(repo_id: str, repo_type: str, patterns: list[str], target: Mapping[str, Any]) -> Path | None:
+    """A local copy of the files that a repository holds; None if it is yet to be made, or a dry run cannot ask the Hub."""
+    try:
+        return fetch(repo_id, repo_type, patterns, **{key: target[key] for key in ("token", "revision") if key in target})
+    except ArtifactNotFoundError:
+        return None  # the repository, or the branch
+    except HubError:
+        if target.get("dry_run"):
+            return None
+        raise
 
 
 def push_folder(
@@ -84,7 +87,8 @@ def push_folder(
     repo_id: str,
     *,
     repo_type: str = "model",
-    message: str,
+    what: str = "files",
+    message: str | None = None,
     replaces: Sequence[str] = (),
     private: bool | None = None,
     token: str | None = None,
@@ -100,13 +104,14 @@ def push_folder(
         folder: what to send.
         repo_id: 'org/name'.
         repo_type: 'model', 'dataset' or 'space'.
-        message: of the commit.
+        what: what the folder holds, for the message.
+        message: of the commit; None says what is pushed.
         replaces: patterns of remote files to delete if `folder` has no such file; others there are left alone.
         private: of a repository that is created; None leaves it to the account.
         token: Hub access token; None takes the stored one.
         revision: branch to commit to, created if need be; None is 'main'.
         create_pr: open a pull request instead of committing.
-        tag: name for the commit.
+        tag: name for the commit; `AUTO` becomes the folder's `release_tag`.
         variables: of a Space, which reads them as environment variables.
         dry_run: only compare; where the Hub can't be asked, say what would be sent to an empty repository.
 
@@ -124,12 +129,12 @@ def push_folder(
 
     api = HfApi(token=token, **library())
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
+    tag = release_tag(folder) if tag == AUTO else tag
 
     def compared(remote: Mapping[str, RepoFile], unasked: str = "") -> Push:
         changed = [path for path, local in files.items() if not _same(local, remote.get(path))]
         return Push(
-            repo_id=repo_id,
-            repo_type=repo_type,
+            **where,
             url=f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}",
             sent={path: files[path].stat().st_size for path in changed},
             unchanged=[path for path in files if path not in changed],
@@ -141,19 +146,17 @@ def push_folder(
 
     def send() -> Push:
         head, remote = _listing(api, where, revision)
-        push = compared(remote)
-        tagged = _has_tag(api, where, tag, files) if tag and head else False
+        push, tagged = compared(remote), bool(tag and head and _has_tag(api, where, tag, files))
         if dry_run:
             return push
-        if not push.sent and not push.deleted:
-            url = f"{push.url}/commit/{head}"
-        else:
+        url = f"{push.url}/commit/{head}"
+        if push.sent or push.deleted:
             operations: list[Any] = [CommitOperationAdd(path, files[path]) for path in push.sent]
             operations += [CommitOperationDelete(path) for path in push.deleted]
             options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": head}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # yes, we are
-                commit = api.create_commit(**where, operations=operations, commit_message=message, **options)
+                commit = api.create_commit(**where, operations=operations, commit_message=message or f"Push {what}", **options)
             url, head = commit.pr_url or commit.commit_url, commit.oid
         if tag and not tagged:
             api.create_tag(**where, tag=tag, revision=head)
@@ -184,9 +187,9 @@ def _listing(api: HfApi, where: Mapping[str, Any], revision: str | None) -> tupl
 
     try:
         head = api.repo_info(**where, revision=revision).sha
-    except GatedRepoError:
-        raise
-    except (RepositoryNotFoundError, NoRevision):
+    except (RepositoryNotFoundError, NoRevision) as error:
+        if isinstance(error, GatedRepoError):
+            raise
         return None, {}
     tree = api.list_repo_tree(**where, revision=head, recursive=True)
     return head, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
@@ -204,19 +207,14 @@ def _same(local: Path, remote: RepoFile | None) -> bool:
 
 
 def _has_tag(api: HfApi, where: Mapping[str, Any], tag: str, files: Mapping[str, Path]) -> bool:
-    """Whether the repository has this tag.
-
-    Raises:
-        InputError: it has, for other contents.
-    """
+    """Whether the repository has this tag; InputError if it has, for other contents."""
     if tag not in {ref.name for ref in api.list_repo_refs(**where).tags}:
         return False
     _, tagged = _listing(api, where, tag)
     differing = [path for path, local in files.items() if not _same(local, tagged.get(path))]
     if differing:
-        raise InputError(
-            f"{where['repo_id']} already has a tag {tag!r}, and there {', '.join(differing[:3])} differ; choose another."
-        )
+        there = f"{where['repo_id']} already has a tag {tag!r}"
+        raise InputError(f"{there}, and there {', '.join(differing[:3])} differ; choose another.")
     return True
 
 

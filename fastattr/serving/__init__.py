@@ -1,4 +1,1 @@
-"""Serving: an attributor for machines over HTTP; an image and prompt, or features, come in, the receipt goes out.
-
-http   `create_app`, `run`, `ServeConfig`: the server behind `fastattr serve`
-"""
+"""Serving: an attributor for machines over HTTP. `http`: `create_app`, `run`, `ServeConfig`, behind `fastattr serve`."""

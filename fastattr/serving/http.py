@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import InputError, MissingExtraError, NonFiniteError
 
@@ -34,8 +33,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
-    from fastattr.serving.batches import Batcher, Room, busy
-    from fastattr.serving.limits import Guard, PatientProtocol, pixels_of, read_upload
+    from fastattr.serving.batches import Batcher, Guard, PatientProtocol, Room, busy, pixels_of, read_upload
 except ImportError as failure:
     raise MissingExtraError(f"the server lacks a package ({failure}); run: pip install 'fastattr[serve]'") from failure
 
@@ -50,20 +48,13 @@ DECODERS = 2  # uploads that are decoded at once; each takes some 16 bytes a pix
 class ServeConfig:
     """Limits of the server."""
 
-    max_bytes: int = 10_000_000
-    """Of one request."""
-    max_pixels: int = 20_000_000
-    """Of one image; it is not decoded if it has more."""
-    max_waiting_pixels: int = 100_000_000
-    """Of all images that are decoded and wait for their answer; further ones are decoded once there is room."""
-    max_batch: int = 32
-    """Requests that are answered together."""
-    max_waiting: int = 256
-    """Requests that may wait; more get 503 at once."""
-    timeout: float = 30.0
-    """Seconds from a request's arrival to its answer."""
-    token: str = ""
-    """Bearer token that requests must carry; '' asks for none."""
+    max_bytes: int = 10_000_000  # of one request
+    max_pixels: int = 20_000_000  # of one image; it is not decoded if it has more
+    max_waiting_pixels: int = 100_000_000  # of all images that are decoded and wait; others stay encoded
+    max_batch: int = 32  # requests that are answered together
+    max_waiting: int = 256  # requests that may wait; more get 503 at once
+    timeout: float = 30.0  # seconds from a request's arrival to its answer
+    token: str = ""  # bearer token that requests must carry; '' asks for none
 
 
 def _encodable(text: str) -> str:
@@ -148,13 +139,15 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
                 except TimeoutError:
                     raise busy("too many images wait") from None
                 opened = await asyncio.get_running_loop().run_in_executor(decoders, read_upload, data)
-                return _receipt(await batcher.ask(opened, prompt, k))
+                found = await batcher.ask(opened, prompt, k)
+                return Response(found.to_json(), media_type="application/json")
 
     @app.post("/attribute/features")
     async def attribute_features(query: FeaturesRequest) -> Response:
         with seconds.time(), np.errstate(over="ignore"):  # what overflows is refused as not finite
             features = np.array(query.features, dtype=np.float32)
-            return _receipt(await batcher.ask(features, query.prompt, query.k, query.where))
+            found = await batcher.ask(features, query.prompt, query.k, query.where)
+            return Response(found.to_json(), media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -169,10 +162,6 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
         return JSONResponse(await asyncio.to_thread(attributor.info))
 
     return app
-
-
-def _receipt(found: Attribution) -> Response:
-    return Response(found.to_json(), media_type="application/json")
 
 
 def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None) -> None:

@@ -1,7 +1,7 @@
 """Cost: what the teacher of a config will need, before it starts: network evaluations, memory and disk.
 
 Evaluations and arrays follow from the settings and a few sizes; the memory of libraries, generator and one batch is a probe's
-(fastattr/pipeline/probe.py). `fastattr plan` prints the result for a whole line.
+(fastattr/pipeline/networks.py). `fastattr plan` prints the result for a whole line.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def start_writer(folder: Path, log: Path, seed: int) -> BaseProcess:
 
 
 def test_killed_writers_lose_nothing_and_bring_nothing_back(folder, tmp_path):
-    """A process may die between any two system calls; `benchmarks/index.py` does this a hundred times."""
+    """A process may die between any two system calls; `benchmarks/catalogue.py` does this two hundred times."""
     rng = np.random.default_rng(0)
     present = {f"base-{row}" for row in range(60)}
     for number in range(8):

@@ -136,9 +136,11 @@ def test_a_removal_that_cannot_be_kept_is_an_error(tmp_path):
     """A warning is not read by a pipeline; whoever names a folder wants that folder changed."""
     shipped = FastAttributor.from_pretrained("emoji").folder
     before = sha256_file(shipped / "config.json")
+    (tmp_path / "link").symlink_to(shipped)
     for change in (lambda own: own.remove(["openmoji-2764"]), lambda own: own.compact()):
-        with pytest.raises(InputError, match="not yours to change"):
-            change(FastAttributor.from_pretrained(shipped))
+        for named in (shipped, tmp_path / "link"):
+            with pytest.raises(InputError, match="not yours to change"):
+                change(FastAttributor.from_pretrained(named))
     assert sha256_file(shipped / "config.json") == before
 
 

@@ -14,7 +14,7 @@ import pytest
 from fastattr import FastAttributor
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, write_json
-from fastattr.publishing.tables import benchmark_tables
+from fastattr.publishing.cards import benchmark_tables
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

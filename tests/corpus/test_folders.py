@@ -15,10 +15,9 @@ from PIL import Image
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.folders import list_folder, read_folder
-from fastattr.corpus.records import Skipped, TrainingImage
+from fastattr.corpus.records import Skipped, TrainingImage, as_captions, as_text, decode_text
 from fastattr.corpus.stage import CorpusConfig, run
 from fastattr.corpus.store import Corpus
-from fastattr.corpus.text import as_captions, as_text, decode_text
 
 
 def picture(path: Path, number: int = 0, kind: str = "PNG") -> Path:

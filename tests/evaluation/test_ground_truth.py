@@ -24,7 +24,7 @@ from fastattr.core.training import TrainingConfig
 from fastattr.corpus.folders import read_folder
 from fastattr.corpus.stage import CorpusConfig
 from fastattr.corpus.store import Corpus, write_corpus
-from fastattr.evaluation import measure, record, retrain, subsets
+from fastattr.evaluation import record, retrain, subsets
 from fastattr.evaluation.lds import rank_correlations
 from fastattr.evaluation.retrain import Retraining
 from fastattr.evaluation.subsets import RetrainConfig
@@ -37,12 +37,11 @@ from tests.tiny import write_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import document
 import ground_truth as jobs
 import lab
+import machine
 import student_truth
 import truth as benchmark
-import truth_sweep as sweeping
 
 CONFIG = """
 part: {main_set: plain, second_set: framed, second_share: 0.5}
@@ -74,7 +73,7 @@ SIZES = benchmark.Sizes(
 )
 STEPS = (
     ("abu_plus_linearised", {"pattern": (r"attn2\.", "."), "damping": (0.1, 1.0)}),
-    ("abu_plus_linearised", sweeping.DRAWS),
+    ("abu_plus_linearised", lab.DRAWS),
     ("abu_plus_exact", {"rise": (0.02, 0.1)}),
     ("d_trak", {"d_trak_ridge": (0.1, 1.0)}),
 )
@@ -84,11 +83,10 @@ STEPS = (
 def quick_sweep(patch: pytest.MonkeyPatch) -> None:
     """Let the sweep try little, with few draws."""
     draws = {"query_draws": (4, 8), "loss_draws": (1, 2)}
-    patch.setattr(sweeping, "DRAWS", draws)
-    patch.setattr(sweeping, "STEPS", [(name, draws if values is STEPS[1][1] else values) for name, values in STEPS])
-    patch.setattr(sweeping, "MOST_DRAWS", {"query_draws": 8, "loss_draws": 2})
-    patch.setattr(sweeping, "EXACT_QUERIES", 2)
-    patch.setattr(sweeping, "Cost", lambda: SIZES.cost)
+    patch.setattr(lab, "DRAWS", draws)
+    patch.setattr(lab, "STEPS", [(name, draws if values is STEPS[1][1] else values) for name, values in STEPS])
+    patch.setattr(lab, "MOST_DRAWS", {"query_draws": 8, "loss_draws": 2})
+    patch.setattr(lab, "EXACT_QUERIES", 2)
 
 
 def open_bench(made: Path, arguments: list[str], settings: lab.Settings, cost: lab.Cost = SIZES.cost) -> lab.Bench:
@@ -159,7 +157,7 @@ def reported(folder, arguments, made) -> Path:
         patch.setattr(jobs, "run_all", in_this_process)
         patch.setattr(benchmark, "Sizes", lambda: SIZES)
         quick_sweep(patch)
-        sweeping.main([*arguments, "--truth", str(made)])
+        benchmark.main([*of_table, "--sweep"])
         for step in ("--exact", "--rankings"):
             benchmark.main([*of_table, step])
         jobs.main([*arguments, "--out", str(made), "--only", "leave-k-out"])
@@ -288,13 +286,13 @@ def test_query_losses_equal_a_slow_loop(made, folder, config):
     generator = bench.generator(bench.full())
     rows = bench.queries.of_split("test")[:2]
     settings = replace(config, loss_timesteps=3, judged=(0.1, 0.9), batch_size=4, seed=5)
-    found = measure.query_losses(generator, bench.queries, rows, settings)
+    found = retrain.query_losses(generator, bench.queries, rows, settings)
     for position, row in enumerate(rows):
         latent = generator.encode_image([bench.queries.image(row)])
         text = generator.encode_prompt([bench.queries.prompts[row]])
         losses = []
         for draw, timestep in enumerate(spread_timesteps(3, train_timesteps=1000)):
-            noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5 + measure.LOSS_SEED, shape=generator.latent_shape)
+            noise = noise_for([bench.queries.query_ids[row]], [draw], seed=5 + retrain.LOSS_SEED, shape=generator.latent_shape)
             with torch.no_grad():
                 pair = [generator.training_loss(latent, text, torch.tensor([timestep]), sign * noise) for sign in (1, -1)]
             losses.append(float(sum(pair)) / 2)
@@ -382,18 +380,18 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     monkeypatch.setattr(GroundTruth, "losses", lambda self, models, ids: (asked.extend(ids), losses(self, models, ids))[1])
     quick_sweep(monkeypatch)
     bench = open_bench(made, arguments, lab.Settings())
-    sweeping.sweep(replace(bench, run_dir=tmp_path), resamples=2)
+    lab.sweep(replace(bench, run_dir=tmp_path), resamples=2)
     assert asked
     assert not set(asked) & forbidden
     asked.clear()
     taught: list[str] = []
-    labels_of = benchmark.labels_of
+    labels_of = benchmark.student.labels_of
 
     def watching(scored, rows):
         taught.extend(query.query_id for query in scored)
         return labels_of(scored, rows)
 
-    monkeypatch.setattr(benchmark, "labels_of", watching)
+    monkeypatch.setattr(benchmark.student, "labels_of", watching)
     bench = open_bench(made, arguments, lab.Settings(query_draws=8, loss_draws=1))
     benchmark.all_scores(bench, truth.of_split("validation"), SIZES, benchmark.Timed())
     assert set(taught) == set(truth.of_split("train"))
@@ -472,7 +470,7 @@ def test_leave_k_out_removes_what_the_rankings_say(folder, made, reported, confi
     assert len(rankings) == len(benchmark.LEAVE_K_OUT) * 2
     for row in rankings:
         assert removed[row["method"], row["query_id"]] == set(row["image_ids"])
-        assert len(row["image_ids"]) == subsets.removed_count(len(truth.image_ids), config)
+        assert len(row["image_ids"]) == config.removed_count(len(truth.image_ids))
     exact = {row["query_id"]: row["image_ids"] for row in rankings if row["method"] == "abu_plus_exact"}
     from fastattr.evaluation.against_truth import table_scores
 
@@ -578,4 +576,4 @@ def test_a_document_without_marks_is_refused(tmp_path):
     """The table would silently stay the old one."""
     (tmp_path / "doc.md").write_text("<!-- table -->\nold\n")
     with pytest.raises(FastattrError, match="end table"):
-        document.fill(tmp_path / "doc.md", {"table": ["new"]})
+        machine.fill(tmp_path / "doc.md", {"table": ["new"]})

@@ -13,8 +13,15 @@ import torch
 from fastattr import FastAttributor, Generator
 from fastattr.core.errors import ArtifactMismatchError, InputError
 from fastattr.corpus.store import Corpus
-from fastattr.features.diffusion import PARTS, TIMESTEPS, DiffusionEncoder
-from fastattr.features.gradient import Recipe, encode_plainly, fit_gradient_encoder, open_gradient_encoder
+from fastattr.features.by_generator import (
+    PARTS,
+    TIMESTEPS,
+    DiffusionEncoder,
+    Recipe,
+    encode_plainly,
+    fit_gradient_encoder,
+    open_gradient_encoder,
+)
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
 from fastattr.generators.layers import weight_shape

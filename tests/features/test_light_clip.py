@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastattr.core.models import ASSETS
 from fastattr.features.light_clip import CONFIG, LightClip, supports
-from fastattr.features.pretrained import DEFAULTS, OpenClipEncoder
+from fastattr.features.pretrained import DEFAULTS, open_clip_encoder
 
 EMOJI = ASSETS / "emoji" / "attributor" / "encoder"
 SIZES = [(64, 64), (100, 37), (31, 200)]
@@ -30,7 +30,7 @@ def test_light_clip_is_the_clip_that_open_clip_loads(modality: str, captions: st
     images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES]
     light, original = (
         LightClip(EMOJI, modality, captions=captions),
-        OpenClipEncoder(str(EMOJI), modality, replace(DEFAULTS, captions=captions)),
+        open_clip_encoder(str(EMOJI), modality, replace(DEFAULTS, captions=captions)),
     )
     np.testing.assert_allclose(light.encode(images, TEXTS), original.encode(images, TEXTS), atol=1e-6)
     assert light.fingerprint == original.fingerprint
@@ -56,8 +56,10 @@ import sys
 from PIL import Image
 from fastattr import FastAttributor
 answer = FastAttributor.from_pretrained("emoji").attribute(Image.new("RGB", (64, 64), "red"), "red heart", k=3)
+light = [name for name in ("pandas", "scipy.special", "pyarrow.dataset", "PIL.TiffImagePlugin") if name in sys.modules]
 answer.shares()
-print([name for name in ("torch", "open_clip", "diffusers", "transformers", "datasets", "accelerate") if name in sys.modules])
+heavy = ("torch", "open_clip", "diffusers", "transformers", "datasets", "accelerate")
+print(light + [name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,10 +13,9 @@ from fastattr.core.errors import NonFiniteError
 from fastattr.core.files import sha256_file
 from fastattr.index.build import add_shards, build, build_index, retune
 from fastattr.index.choose import IndexConfig
-from fastattr.index.files import empty_copy, save_index
+from fastattr.index.files import empty_copy, save_index, write_vectors
 from fastattr.index.search import Ranked, Shards, open_ranked
 from fastattr.index.tune import exact_neighbours
-from fastattr.index.vectors import write_vectors
 from tests.tiny import unit
 
 ROWS, DIM = 3000, 64

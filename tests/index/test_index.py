@@ -12,12 +12,12 @@ import pytest
 from fastattr import ArtifactDamagedError, ArtifactMismatchError, InputError
 from fastattr.core.errors import DoesNotFitError
 from fastattr.core.files import sha256_file
-from fastattr.index import build as building, choose as choosing, vectors as storing
+from fastattr.index import build as building, choose as choosing, files as storing
 from fastattr.index.build import build
 from fastattr.index.choose import IndexConfig, choose, estimate, keeps_vectors, make
+from fastattr.index.files import Read
 from fastattr.index.search import Ranked, open_ranked, rerank
 from fastattr.index.tune import exact_neighbours, recall_of
-from fastattr.index.vectors import Read
 from tests.tiny import unit
 
 DIM = 16

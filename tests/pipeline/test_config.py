@@ -17,8 +17,7 @@ import yaml
 from fastattr import ArtifactNotFoundError, FastattrError, InputError
 from fastattr.cli.main import main
 from fastattr.generators.pretrained import PretrainedConfig
-from fastattr.pipeline.check import check
-from fastattr.pipeline.config import BuildConfig, load_config
+from fastattr.pipeline.config import BuildConfig, check, load_config
 from tests.fuzz import damaged, damaged_bytes, outcomes
 
 FREE = {

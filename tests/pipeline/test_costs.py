@@ -11,8 +11,8 @@ import pytest
 from fastattr import InputError
 from fastattr.cli.main import main
 from fastattr.pipeline.config import load_config
-from fastattr.pipeline.costs import UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
 from fastattr.pipeline.networks import PEAK_FLOPS, Network, count, shape_of
+from fastattr.pipeline.plan import UTILISATION, denoiser_of, stage_costs, teacher_sizes, training_images
 from fastattr.teachers.cost import Probe, teacher_plan
 from tests.sizes import sizes_of_run
 

@@ -8,9 +8,7 @@ import pyarrow as pa
 import pytest
 from markdown_it import MarkdownIt
 
-from fastattr.publishing.cards import attributor_card
-from fastattr.publishing.licences import license_text, provenance
-from fastattr.publishing.tables import LONGEST_NAME, code, table, text
+from fastattr.publishing.cards import LONGEST_NAME, attributor_card, code, license_text, provenance, table, text
 
 HOSTILE = [
     '<img src=x onerror="window.PWN=1"><script>window.PWN=1</script>',

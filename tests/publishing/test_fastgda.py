@@ -148,7 +148,7 @@ def test_rankings_become_score_tables_in_their_order(released, tmp_path, monkeyp
 
 def test_imported_scores_are_pushed_without_query_images(hub: LoopbackHub, released, tmp_path):
     """The table alone is worth having; its licence must go with it."""
-    from fastattr.publishing.score_tables import push_scores
+    from fastattr.publishing.publish import push_scores
 
     write_rankings(tmp_path)
     import_scores([tmp_path / "influence_test.pkl"], tmp_path / "ids.txt", tmp_path / "scores")

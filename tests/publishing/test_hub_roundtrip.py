@@ -16,8 +16,7 @@ from fastattr import Generator, InputError
 from fastattr.cli.main import main
 from fastattr.core.files import read_json
 from fastattr.generators.queries import Queries
-from fastattr.publishing.publish import push_all, push_attributor
-from fastattr.publishing.score_tables import push_scores
+from fastattr.publishing.publish import push_all, push_attributor, push_scores
 from fastattr.teachers.scores import read_scores
 from tests.loopback_hub import LoopbackHub, card_errors, regular
 
@@ -197,10 +196,10 @@ def test_large_score_table_is_split_without_losing_a_row(hub, tiny_run: Path, mo
     """Shards that drop the rows at their ends shorten a table unseen."""
     import pyarrow.parquet as pq
 
-    from fastattr.publishing import score_tables
+    from fastattr.publishing import publish
 
-    monkeypatch.setattr(score_tables, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(score_tables, "ROW_GROUP", 1)
+    monkeypatch.setattr(publish, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(publish, "ROW_GROUP", 1)
     push_scores(tiny_run / "scores", IDS["scores"], config_name="tiny")
     repo = hub.repo(IDS["scores"], "dataset")
     shards = sorted(path for path in repo.files() if path.startswith("tiny/train-"))

@@ -28,7 +28,7 @@ pytest.importorskip("fastapi")
 
 from fastapi.testclient import TestClient
 
-from fastattr.serving import batches, limits
+from fastattr.serving import batches
 from fastattr.serving.http import ServeConfig, create_app, run
 
 
@@ -321,7 +321,7 @@ def test_a_wrong_list_is_refused_at_its_first_error(client):
 def test_uploads_that_wait_are_not_all_decoded(attributor, monkeypatch):
     """40 small files of 20 million pixels took 7 GB."""
     held, most = 0, 0
-    real_read, real_answer = limits.read_upload, batches.answer
+    real_read, real_answer = batches.read_upload, batches.answer
 
     def counted(data: bytes) -> Image.Image:
         nonlocal held, most
@@ -365,13 +365,13 @@ def test_a_turned_picture_is_the_same_from_server_and_file(client, attributor, t
 
 @pytest.fixture(scope="module")
 def listening(attributor) -> Iterator[int]:
-    """The port of a server that listens, as `run` sets it up, with short limits."""
+    """The port of a server that listens, as `run` sets it up, with short batches."""
     import uvicorn
 
-    limits.HEADER_SECONDS, before = 0.5, limits.HEADER_SECONDS
+    batches.HEADER_SECONDS, before = 0.5, batches.HEADER_SECONDS
     config = ServeConfig(max_bytes=100_000, timeout=1.0, token="secret")
     server = uvicorn.Server(
-        uvicorn.Config(create_app(attributor, config), port=0, http=limits.PatientProtocol, log_level="critical")
+        uvicorn.Config(create_app(attributor, config), port=0, http=batches.PatientProtocol, log_level="critical")
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -380,7 +380,7 @@ def listening(attributor) -> Iterator[int]:
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join(10)
-    limits.HEADER_SECONDS = before
+    batches.HEADER_SECONDS = before
 
 
 def sent(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:

@@ -117,24 +117,33 @@ def train(
 
 def save(average: DenoiserLoss, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, corpus: Corpus, folder: Path) -> None:
     """Write the pipeline in half precision, which ships, so that later stages score and measure it, and its words."""
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=average.text_encoder,
-        tokenizer=tokenizer,
-        unet=average.unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    _tidy_configs(folder)
+    save_pipeline(pipeline_of(average, autoencoder, tokenizer), folder)
     words = {word for captions in corpus.captions for caption in captions for word in words_of(caption)}
     with atomic_path(folder / WORDS) as temporary:
         temporary.write_text("\n".join(sorted(words)) + "\n", encoding="utf-8")
 
 
-def _tidy_configs(folder: Path) -> None:
+def pipeline_of(network: DenoiserLoss, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """Trained parts as a pipeline."""
+    return StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=network.text_encoder,
+        tokenizer=tokenizer,
+        unet=network.unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in half precision, for a plain `DiffusionPipeline.from_pretrained`."""
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    tidy_configs(folder)
+
+
+def tidy_configs(folder: Path) -> None:
     """Take the path that a part was loaded from out of the saved configs, and name float32 as the precision to load in.
 
     The path names a folder of one machine. transformers obeys the stored precision and diffusers loads float32, so that
