@@ -33,7 +33,8 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     """The files of a dataset as parts; InputError if it cannot be opened, or lacks one of the two columns.
 
     `source` is a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`,
-    `TEXT_KINDS`), which has no split. For columns 'image' and 'caption' that are not there the first of `IMAGE_COLUMNS` and `CAPTION_COLUMNS` count.
+    `TEXT_KINDS`), which has no split. For columns 'image' and 'caption' that are not there the first of `IMAGE_COLUMNS` and
+    `CAPTION_COLUMNS` count.
     """
     path = Path(source)
     base = path.parent if path.is_file() else path
