@@ -40,14 +40,15 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     base = path.parent if path.is_file() else path
 
     def named(columns: list[str]) -> dict[str, Any]:
-        image, caption = (
-            _column(source, columns, image_column, IMAGE_COLUMNS),
-            _column(source, columns, caption_column, CAPTION_COLUMNS),
-        )
-        return {"image_column": image, "caption_column": caption, "base": base}
+        image = _column(source, columns, image_column, IMAGE_COLUMNS)
+        return {
+            "image_column": image,
+            "caption_column": _column(source, columns, caption_column, CAPTION_COLUMNS),
+            "base": base,
+        }
 
     if path.is_file() and path.suffix.lower() in TEXT_KINDS:
-        rows = [
+        rows: list[dict[str, Any] | Skipped] = [
             Skipped(name=f"{path.name}:{line}", reason=f"bad line ({told})") if row is None else row
             for line, told, row in read_rows(path)
         ]
@@ -62,8 +63,8 @@ def dataset_parts(source: str, split: str, *, image_column: str, caption_column:
     count = dataset.num_shards
 
     def read(number: int) -> Iterator[Found]:
-        rows = _readable(source, dataset.shard(count, number) if count > 1 else dataset)
-        return read_dataset(rows, **names, prefix=f"{number:05d}-" if count > 1 else "")
+        shard = _readable(source, dataset.shard(count, number) if count > 1 else dataset)
+        return read_dataset(shard, **names, prefix=f"{number:05d}-" if count > 1 else "")
 
     return [Part(fingerprint([made_of, split, number, count]), partial(read, number)) for number in range(count)]
 
@@ -73,9 +74,8 @@ def _readable(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str,
     try:
         yield from rows
     except Exception as error:  # `datasets` and its readers raise many types on damaged files
-        raise InputError(
-            f"{source!r} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})."
-        ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"{source!r} cannot be read ({reason}).") from error
 
 
 def _open(source: str, split: str) -> tuple[Any, Any]:
