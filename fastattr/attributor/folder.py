@@ -57,12 +57,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactDamagedError(f"{path} is not what was written (its seal differs); fetch the attributor again.")
     try:
         _check_names(path, sealed)
-        if not all(
-            isinstance(sealed[name], str) for name in ("fastattr_version", "corpus_fingerprint", "generator_fingerprint")
-        ):
-            raise damaged
+        texts = [sealed[name] for name in ("fastattr_version", "corpus_fingerprint", "generator_fingerprint")]
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise damaged from error
+    if not all(isinstance(text, str) for text in texts):
+        raise damaged
     return sealed
 
 
