@@ -1,12 +1,14 @@
 """Benchmark of the embedded emoji models: what is drawn, what is attributed, how fast, how large.
 
     python benchmarks/emoji.py --json FILE [--quick] [--part generator|attributor] [--run runs/emoji] [--contact-sheet FILE.png]
+        [--generator runs/emoji/generator] [--guidance 3] [--steps 25]
 
-Models come from the installed package alone. The part `generator` (drawings.py) says what is drawn; `attributor` how well
-the student follows its teacher, how fast an answer comes and whether a training image finds itself. Real images come from
-RUN/corpus if it is the corpus of the judge (one picture per subject and set; every generator so far has seen all) or of the
-attributor, else from one that is built into a temporary folder (about a minute; needs npm). Everything random follows
---seed. Accuracies carry a standard error (_se) and a sample size (_n). With --part, the other part's numbers in FILE stay.
+Models come from the installed package, unless --generator names another one. The part `generator` (drawings.py) says what is
+drawn; `attributor` how well the student follows its teacher, how fast an answer comes and whether a training image finds
+itself. Real images come from RUN/corpus if it is the corpus of the judge (one picture per subject and set; every generator so
+far has seen all) or of the attributor, else from one that is built into a temporary folder (about a minute; needs npm).
+Everything random follows --seed. Accuracies carry a standard error (_se) and a sample size (_n). With --part, the other part's
+numbers in FILE stay.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ PART_KEYS = {
         "style_accuracy_recombined",
         "both_right_recombined",
         "both_right_real_held_out",
+        "both_right_real_known_once",
         "near_copies_recombined",
         "subject_right_free",
         "autoencoder_psnr",
@@ -93,15 +96,24 @@ class Sizes:
 QUICK = Sizes(seen=100, recombined=50, planted=50, timed_prompts=3, timed_images=10)
 
 
-def contact_sheet(images: Sequence[Image.Image], *, columns: int = 8, side: int = 64, border: int = 2) -> Image.Image:
-    """The images in rows of `columns`, each `side` pixels wide, a grey line around each."""
+def contact_sheet(images: Sequence[Image.Image], *, columns: int = 8, side: int = 88, margin: int = 6) -> Image.Image:
+    """The images in rows of `columns`, each `side` pixels wide, on white."""
     rows = -(-len(images) // columns)
-    step = side + border
-    sheet = Image.new("RGB", (columns * step + border, rows * step + border), (221, 221, 221))
+    step = side + 2 * margin
+    sheet = Image.new("RGB", (columns * step, rows * step), "white")
     for position, image in enumerate(images):
         row, column = divmod(position, columns)
-        sheet.paste(image.resize((side, side)), (border + column * step, border + row * step))
+        sized = image.resize((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(sized, (margin + column * step, margin + row * step))
     return sheet
+
+
+def sheet_prompts(prompts: Sequence[str], *, columns: int = 8) -> str:
+    """A Markdown page with the prompts of a contact sheet, laid out as the images are."""
+    rows = [prompts[start : start + columns] for start in range(0, len(prompts), columns)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * columns)
+    return "# Prompts of the contact sheet\n\nAs the pictures are laid out, row by row.\n\n" + "\n".join(lines) + "\n"
 
 
 @torch.inference_mode()
@@ -176,11 +188,18 @@ def megabytes(folder: Path) -> float:
 
 
 def measure_generator(
-    generator: Generator, corpus: Corpus, judge: judging.Judge, held_out_share: float, sizes: Sizes, seed: int
+    generator: Generator,
+    corpus: Corpus,
+    judge: judging.Judge,
+    facts: dict[str, Any],
+    sizes: Sizes,
+    seed: int,
+    settings: dict[str, float | None],
 ) -> tuple[dict[str, float | int], list[Image.Image]]:
-    """The numbers of the part `generator`, and the images of the seen prompts in their order."""
-    unseen = judging.held_out_rows(corpus, held_out_share)
-    figures, drawn = drawings.measure(generator, corpus, judge, unseen, seen=sizes.seen, recombined=sizes.recombined, seed=seed)
+    """The numbers of the part `generator`, and the images of the seen prompts in their order; see `drawings.measure`."""
+    figures, drawn = drawings.measure(
+        generator, corpus, judge, facts, seen=sizes.seen, recombined=sizes.recombined, seed=seed, settings=settings
+    )
     families = [family or image_id for family, image_id in zip(corpus.column("family"), corpus.image_ids, strict=True)]
     untrained = np.flatnonzero(held_out(families, AutoencoderConfig().held_out_share))
     real = drawings.stacked([corpus.image(int(row)) for row in untrained], generator.image_size)
@@ -240,29 +259,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the embedded emoji models.")
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     parser.add_argument("--quick", action="store_true", help="fewer prompts: under 2 minutes on 2 cores")
+    parser.add_argument("--generator", default=MODEL, help="name or folder of the generator (%(default)s, the embedded one)")
+    parser.add_argument("--guidance", type=float, help="guidance scale of all drawings (the generator's own)")
+    parser.add_argument("--steps", type=int, help="sampling steps of all drawings (the generator's own)")
     parser.add_argument("--part", choices=list(PART_KEYS), help="measure this part alone")
     parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="run folder with the corpus (%(default)s)")
-    parser.add_argument("--contact-sheet", type=Path, help="write 64 uncurated samples to this PNG")
+    parser.add_argument("--contact-sheet", type=Path, help="write the first 64 drawings to this PNG, their prompts beside it")
+    parser.add_argument("--judge", type=Path, default=judging.JUDGE, help="folder of the judge (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and drawings (%(default)s)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     sizes = QUICK if options.quick else Sizes()
-    generator = Generator.from_pretrained(MODEL)
+    generator = Generator.from_pretrained(options.generator)
+    settings = {"guidance": options.guidance, "steps": options.steps}
     before: dict[str, Any] = read_json(options.json) if options.part and options.json and options.json.exists() else {}
     others = tuple(key for part, keys in PART_KEYS.items() if part != options.part for key in keys)
     results = {name: value for name, value in before.items() if name.startswith(others)}
     if options.part != "attributor":
-        judge, facts = judging.load()
+        judge, facts = judging.load(options.judge)
         with open_corpus(options.run, facts["corpus_fingerprint"]) as corpus:
-            figures, drawn = measure_generator(generator, corpus, judge, facts["config"]["held_out_share"], sizes, options.seed)
+            figures, drawn = measure_generator(generator, corpus, judge, facts, sizes, options.seed, settings)
         results |= figures
         if options.contact_sheet:
-            contact_sheet(drawn[:64]).save(options.contact_sheet)
+            captions = [of_image[0] for of_image in corpus.captions]
+            asked = [captions[row] for row in drawings.choose_seen(captions, sizes.seen, seed=options.seed)[:64]]
+            contact_sheet(drawn[:64]).save(options.contact_sheet, optimize=True)
+            options.contact_sheet.with_suffix(".md").write_text(sheet_prompts(asked), encoding="utf-8")
     if options.part != "generator":
         attributor = FastAttributor.from_pretrained(MODEL)
         with open_corpus(options.run, attributor.config["corpus_fingerprint"]) as corpus:
             results |= measure_attributor(generator, attributor, corpus, sizes, options.seed)
-    results |= {"seed": options.seed, "quick": options.quick, **generator.defaults, **machine.describe()}
+    given = {name: value for name, value in settings.items() if value is not None}
+    results |= {"seed": options.seed, "quick": options.quick, **generator.defaults, **given, **machine.describe()}
     machine.report({**results, "benchmark_seconds": round(time.perf_counter() - start, 1)}, options.json)
 
 

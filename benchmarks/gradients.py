@@ -34,17 +34,14 @@ from fastattr.core.stages import MANIFEST
 from fastattr.corpus.store import Corpus
 from fastattr.evaluation.lds import interval
 from fastattr.evaluation.subsets import RetrainConfig
+from fastattr.generators.families import Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
-from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses
-from fastattr.gradients.recording import example_gradients, record_layers
+from fastattr.gradients.ekfac import Factors, example_gradients, fit_ekfac, record_layers
+from fastattr.gradients.losses import EncodedImages, denoising_losses
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.fitted import FittedTeacher, Member, features_of
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 
 BLOCK = 200_000
 """Numbers of each gradient that are in single precision at once."""
@@ -73,19 +70,8 @@ class Sizes:
     timed_queries: int = 7
 
 
-QUICK = Sizes(
-    factor_examples=128,
-    draws=8,
-    before=1,
-    after=4,
-    width=1024,
-    corpus_images=2000,
-    timed_queries=3,
-    curve_images=48,
-    curve_queries=6,
-    curve_draws=4,
-    query_draws=8,
-)
+QUICK = Sizes(factor_examples=128, draws=8, before=1, after=4, width=1024, corpus_images=2000, timed_queries=3)
+QUICK = replace(QUICK, curve_images=48, curve_queries=6, curve_draws=4, query_draws=8)
 
 
 def draw_by_draw(embedded: Embedded, rows: np.ndarray, coordinates: np.ndarray, config: GradientConfig) -> np.ndarray:

@@ -24,11 +24,6 @@ ORDER += ("evaluation", "publishing", "pipeline", "serving", "cli")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def lines_of(path: Path) -> int:
-    """Lines of a text file, blank ones and comments included."""
-    return len(path.read_text(encoding="utf-8").splitlines())
-
-
 def module_name(path: Path, root: Path) -> str:
     """`root/fastattr/core/files.py` -> 'fastattr.core.files'; a package is named by its folder."""
     parts = path.relative_to(root).with_suffix("").parts
@@ -62,31 +57,17 @@ def _run_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Sets of two or more modules that reach each other (Tarjan's strongly connected components)."""
-    number: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(module: str) -> None:
-        number[module] = lowest[module] = len(number)
-        stack.append(module)
-        for other in sorted(graph[module]):
-            if other not in number:
-                visit(other)
-                lowest[module] = min(lowest[module], lowest[other])
-            elif other in stack:
-                lowest[module] = min(lowest[module], number[other])
-        if lowest[module] == number[module]:
-            component = stack[stack.index(module) :]
-            del stack[stack.index(module) :]
-            if len(component) > 1:
-                found.append(sorted(component))
-
-    for module in sorted(graph):
-        if module not in number:
-            visit(module)
-    return found
+    """Sets of two or more modules that reach each other."""
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        found, todo = set[str](), [module]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo += new
+        reached[module] = found
+    rings = {frozenset({module, *(other for other in reached[module] if module in reached[other])}) for module in graph}
+    return sorted(sorted(ring) for ring in rings if len(ring) > 1)
 
 
 def largest_class(paths: list[Path]) -> tuple[int, str]:
@@ -117,9 +98,12 @@ def measure(root: Path) -> tuple[dict[str, Any], list[str]]:
                 faults.append(f"{path.relative_to(root)}:{line}: {here} imports {imported}, which stands below it")
     rings = circles(graph)
     faults += [f"circle: {', '.join(ring)}" for ring in rings]
-    sizes = {path: lines_of(path) for path in paths}
-    benchmarks = {path: lines_of(path) for path in sorted((root / "benchmarks").rglob("*.py"))}
-    long = {**sizes, **benchmarks, **{path: lines_of(path) for path in sorted((root / "space").rglob("*.py"))}}
+    lines = {
+        folder: {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sorted((root / folder).rglob("*.py"))}
+        for folder in ("fastattr", "benchmarks", "space")
+    }
+    sizes, benchmarks, space = lines.values()
+    long = {**sizes, **benchmarks, **space}
     faults += [f"{path.relative_to(root)}: {size} lines" for path, size in long.items() if size > 400]
     class_lines, class_name = largest_class(paths)
     figures = {

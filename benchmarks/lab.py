@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -31,16 +32,17 @@ from fastattr.evaluation.truth import GroundTruth
 from fastattr.features.by_generator import DiffusionEncoder
 from fastattr.features.encoder import Encoder, encode_all
 from fastattr.features.kinds import open_encoder
-from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import CROSS_ATTENTION_KV
+from fastattr.generators.families import CROSS_ATTENTION_KV, Conditioning
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
+from fastattr.students.distill import DistillConfig, distill
+from fastattr.students.pairs import labels_of, make_table
+from fastattr.students.student import Student
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
 from fastattr.teachers.fitted import FittedTeacher
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.scores import ScoredQuery
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 from fastattr.teachers.unlearning import exact_scores, query_step
 
 logger = logging.getLogger(__name__)
@@ -317,6 +319,21 @@ def ceilings_by_part(truth: GroundTruth, query_ids: Sequence[str], parts: int = 
         first, second = halves.seed_pairs()
         found.append(noise_ceiling(outputs[first], outputs[second]))
     return found
+
+
+def train(
+    bench: Bench, query_ids: Sequence[str], queries: np.ndarray, images: np.ndarray, labels: np.ndarray, config: DistillConfig
+) -> Student:
+    """A student of (Q, N) scores of all training images, on (Q, F) and (N, F) features."""
+    corpus, nobody = bench.corpus, np.zeros(len(bench.corpus), dtype=bool)
+    scored = [
+        ScoredQuery(query_id, bench.truth.prompt(query_id), "train", corpus.image_ids, influence, nobody, 0.0)
+        for query_id, influence in zip(query_ids, labels.astype(np.float32), strict=True)
+    ]
+    known = labels_of(scored, [np.arange(len(corpus))] * len(scored))
+    table = make_table(known, corpus_size=len(corpus), kind=config.target_kind)
+    with tempfile.TemporaryDirectory() as scratch:
+        return distill(table, queries, images, config, checkpoint=Path(scratch) / "checkpoint.safetensors")
 
 
 def options_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,72 +1,63 @@
-"""The student: how much of the teacher it keeps, and how often its own-or-foreign check is wrong, on a run's score tables.
+"""The student: how often its own-or-foreign check is wrong, and how much of the truest teacher students keep.
 
-    python benchmarks/student.py --json benchmarks/results/student.json [--quick]
+    python benchmarks/student.py [--parts foreign bench]     adds its keys to results/student.json and fills docs/student.md
 
-Parts, each of which adds its keys to the JSON file:
-    tables   mAP(L) of feature spaces and losses; the best student
-    foreign  how often the own-or-foreign check is wrong
-Students are chosen on validation queries; test queries are scored once, by what was chosen. mAP(L) is taken within each test
-query's candidates, with L in percent of the corpus. Students against retrained models: benchmarks/student_truth.py. With --card
-FOLDER the main figures of the JSON file go into an attributor's metrics.json instead, from where its card shows them.
+foreign   error rates of the check on a run's queries and on pictures that are not the generator's
+bench     emoji-bench: which of the teachers that are quick enough to label training queries is the truest, how much of its
+          residual LDS do students keep, and what does a query cost in each feature space? The teacher is chosen on validation
+          and training queries; students learn from training queries and are chosen on validation queries; test queries are
+          scored once.
+
+With --card FOLDER the main figures of the JSON file go into an attributor's metrics.json instead, for its card.
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lab
 import machine
 import numpy as np
-import torch
+from lab import EXACT, FEATURES, Bench, options_of, train
 from PIL import Image
+from safetensors.numpy import load_file
 from tqdm import tqdm
+from truth import AVERAGED, Sizes as TruthSizes
 
 from fastattr.attributor.folder import read_config, write_config
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, sha256_file, write_json
-from fastattr.core.stages import MANIFEST
+from fastattr.core.settings import read_yaml
 from fastattr.core.training import TrainingConfig
 from fastattr.corpus.store import Corpus
-from fastattr.features.encoder import unit_vectors
+from fastattr.evaluation.against_truth import compare_with_truth, table_scores
+from fastattr.evaluation.lds import lds_residual
+from fastattr.evaluation.subsets import RetrainConfig
+from fastattr.features.by_generator import KERNEL, RECIPES, GradientEncoder, fit_gradient_encoder
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
 from fastattr.generators.queries import Queries
-from fastattr.students.distill import DistillConfig, Validation, distill
-from fastattr.students.losses import LOSSES
+from fastattr.gradients.compression import RidgeKernel
+from fastattr.gradients.ekfac import Factors
+from fastattr.students.distill import DistillConfig
 from fastattr.students.ownness import fit_ownness, measures_of
-from fastattr.students.pairs import labels_of, make_table
-from fastattr.students.ranking import paired_bootstrap, standard_error, teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
-from fastattr.teachers.scores import ScoredQuery, read_scores
+from fastattr.teachers.kernels import averaged, similarity_scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results" / "student.json"
-PARTS = ("tables", "foreign")
-PERCENTS = {"half_pct": 0.5, "1pct": 1.0, "4pct": 4.0}
-"""L of mAP(L), in percent of the corpus, by the ending of its keys."""
-SPACES = {
-    "image": ("open_clip-image:encoder",),
-    "text": ("open_clip-text:encoder",),
-    "both": ("open_clip-image:encoder", "open_clip-text:encoder"),
-    "diffusion": ("diffusion:generator",),
-    "all": ("open_clip-image:encoder", "open_clip-text:encoder", "diffusion:generator"),
-}
-"""Feature spaces by name; those whose folders are not there are left out."""
+BOTH = ("open_clip-image:encoder", "open_clip-text:encoder")
+SPLITS = ("train", "validation", "test")
+KEYS = ("lds", "lds_residual", "lds_residual_low", "lds_residual_high", "map_1pct")
 PAPER = StudentConfig(embed_dim=768, hidden=(768, 768, 768), linear_path=False, dropout=0.1)
 """The paper's network (arXiv:2511.10721, sec. 4; dropout as in the authors' code)."""
 PAPER_RECIPE = "both_paper_recipe"
-SHOWN_LOSSES = ("bce", "listwise")
-"""With which each feature space is tuned: the paper's, and the one that was best on the validation queries."""
 COMMAND = "python benchmarks/student.py"
 MEANINGS = {
-    "map_half_pct": "mAP(0.5% of the corpus), best student on the tables of docs/student.md against the exact teacher",
-    "map_1pct": "the same, mAP(1%)",
-    "map_4pct": "the same, mAP(4%)",
     "gap_closed_lds": "emoji-bench: part of the gap in residual LDS, untuned features to best teacher, that the student closes",
     "gap_closed_lds_fast": "the same by the best student that needs no gradient at query time",
     "gap_closed_lds_paper_recipe": "the same by the paper's recipe",
@@ -82,145 +73,28 @@ class Sizes:
     steps: int = 1200
     """At most, of each student."""
     seed: int = 0
-    precision: str = "no"
-    """`TrainingConfig.mixed_precision` of our students."""
-
-
-QUICK = Sizes(steps=60)
-
-
-def fast_precision() -> str:
-    """'bf16' on processors that multiply bfloat16 matrices fast, else 'no'."""
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
 def recipe(sizes: Sizes, **options: Any) -> DistillConfig:
     """Our training with other options; those that `TrainingConfig` has go there."""
     fixed: dict[str, Any] = {"batch_size": 128, "warmup_steps": 20, "ema_decay": 0.99, "checkpoint_every": 10_000}
-    training = TrainingConfig(steps=sizes.steps, seed=sizes.seed, mixed_precision=sizes.precision, **fixed)
+    training = TrainingConfig(steps=sizes.steps, seed=sizes.seed, **fixed)
     own = {name: options.pop(name) for name in list(options) if name in TrainingConfig.__annotations__}
     return replace(DistillConfig(loss="bce", judge_every=100, patience=3), training=replace(training, **own), **options)
 
 
-def train(
-    scored: Sequence[ScoredQuery],
-    rows: Sequence[np.ndarray],
-    queries: np.ndarray,
-    images: np.ndarray,
-    config: DistillConfig,
-    validation: Validation | None = None,
-) -> Student:
-    """A student of scored queries, whose candidates are rows of the (N, F) image features, on (Q, F) query features."""
-    table = make_table(labels_of(scored, rows), corpus_size=len(images), kind=config.target_kind)
-    with tempfile.TemporaryDirectory() as scratch:
-        return distill(table, queries, images, config, checkpoint=Path(scratch) / "kept.safetensors", validation=validation)
-
-
-@dataclass
-class Tables:
-    """The score tables and features of a run folder, opened."""
-
-    corpus: Corpus
-    scored: dict[str, list[ScoredQuery]]
-    rows: dict[str, list[np.ndarray]]
-    images: dict[str, np.ndarray]
-    """By feature space (N, F)."""
-    queries: dict[tuple[str, str], np.ndarray]
-    """By feature space and split (Q, F)."""
-
-    def validation(self, space: str) -> Validation:
-        """The validation queries in a feature space."""
-        influence = [query.influence for query in self.scored["validation"]]
-        return Validation(self.queries[space, "validation"], self.rows["validation"], influence)
-
-    def train(self, space: str, config: DistillConfig) -> Student:
-        """A student of the training queries in a feature space."""
-        features = self.queries[space, "train"], self.images[space]
-        return train(self.scored["train"], self.rows["train"], *features, config, validation=self.validation(space))
-
-    def similarities(self, space: str, split: str, student: Student | None = None) -> list[np.ndarray]:
-        """Q arrays (C,) of similarities of a split's queries to their candidates, by a student or by the untuned features."""
-        both = self.queries[space, split], self.images[space]
-        own, theirs = (unit_vectors(part) if student is None else embed(student, part) for part in both)
-        return [theirs[rows] @ query for rows, query in zip(self.rows[split], own, strict=True)]
-
-    def precision(self, similarities: Sequence[np.ndarray], split: str, percent: float) -> np.ndarray:
-        """(Q,) AP(L), L in percent of the corpus."""
-        positives = max(1, round(len(self.corpus) * percent / 100))
-        pairs = zip(similarities, self.scored[split], strict=True)
-        return np.array(
-            [teacher_average_precision(own, query.influence, positives=min(positives, len(own) - 1)) for own, query in pairs]
-        )
-
-
-def open_tables(run_dir: Path) -> Tables:
-    """Open a finished run, with the feature spaces that it has."""
-    corpus = Corpus(run_dir / "corpus")
-    scored = {split: read_scores(run_dir / "scores", split=split) for split in ("train", "validation", "test")}
-    images, queries = {}, {}
-    for space, encoders in SPACES.items():
-        paths = folders(run_dir, "features", encoders)
-        if not all((path / MANIFEST).exists() for path in paths):
-            print(f"no features for {space}: left out", file=sys.stderr)
-            continue
-        images[space], query_paths = read_features(paths, corpus.image_ids), folders(run_dir, "query_features", encoders)
-        for split, of_split in scored.items():
-            queries[space, split] = read_features(query_paths, [query.query_id for query in of_split])
-    rows = {split: [corpus.rows(query.image_ids) for query in of_split] for split, of_split in scored.items()}
-    return Tables(corpus, scored, rows, images, queries)
-
-
-def variants(sizes: Sizes, spaces: Sequence[str]) -> dict[str, tuple[str, DistillConfig]]:
-    """Students that are tried, by name: feature space and settings."""
-    pairs = [(space, loss) for space in spaces for loss in (LOSSES if space == "both" else SHOWN_LOSSES)]
-    found = {f"{space}_{loss}": (space, recipe(sizes, loss=loss)) for space, loss in pairs}
-    return found | {PAPER_RECIPE: ("both", recipe(sizes, student=PAPER))}
-
-
-def measure_tables(tables: Tables, sizes: Sizes) -> dict[str, Any]:
-    """mAP(L) of every student and of untuned features; chooses the best student by validation mAP(1%)."""
-    found: dict[str, Any] = {}
-    precision: dict[str, dict[str, np.ndarray]] = {}
-    valid: dict[str, float] = {}
-
-    def note(name: str, space: str, student: Student | None) -> None:
-        similarities = tables.similarities(space, "test", student)
-        precision[name] = {key: tables.precision(similarities, "test", percent) for key, percent in PERCENTS.items()}
-        valid[name] = float(tables.precision(tables.similarities(space, "validation", student), "validation", 1.0).mean())
-        found[f"validation_map_1pct_{name}"] = valid[name]
-        for key, values in precision[name].items():
-            found.update({f"map_{key}_{name}": float(values.mean()), f"map_{key}_{name}_se": standard_error(values)})
-
-    for space in tables.images:
-        note(f"{space}_untuned", space, None)
-    rng = np.random.default_rng(sizes.seed)
-    chance = [rng.random(len(rows)) for rows in tables.rows["test"]]
-    found["map_1pct_random"] = float(tables.precision(chance, "test", 1.0).mean())
-    tried = variants(sizes, list(tables.images))
-    for name, (space, config) in tqdm(tried.items(), desc="students", unit="student"):
-        started = time.perf_counter()
-        student = tables.train(space, config)
-        found[f"seconds_{name}"] = round(time.perf_counter() - started, 1)
-        note(name, space, student)
-    eligible = [name for name, (space, _) in tried.items() if space == "both" and name != PAPER_RECIPE]
-    best = max(eligible, key=lambda name: valid[name])
-    found["best_student"] = best
-    for key in PERCENTS:
-        found[f"map_{key}"] = found[f"map_{key}_{best}"]
-    gains = paired_bootstrap(precision[best]["1pct"], precision[PAPER_RECIPE]["1pct"], seed=sizes.seed)
-    keys = (f"map_1pct_gain_over_paper_recipe_{end}" for end in ("mean", "low", "high"))
-    return found | dict(zip(keys, gains, strict=True))
-
-
-def measure_foreign(tables: Tables, run_dir: Path, *, seed: int) -> dict[str, Any]:
+def measure_foreign(run_dir: Path, *, seed: int) -> dict[str, Any]:
     """Error rates of the check that the attributor would hold: own test queries called foreign, foreign kinds passed over."""
-    queries, of_image = Queries(run_dir / "queries"), np.repeat([True, False], tables.images["image"].shape[1])
+    corpus, queries = Corpus(run_dir / "corpus"), Queries(run_dir / "queries")
+    known: dict[str, Any] = {"captions": (text for texts in corpus.captions for text in texts), "false_alarms": 0.05}
     pictures = [queries.image(row) for split in ("train", "validation") for row in queries.of_split(split)]
-    known: dict[str, Any] = {"measures": np.stack([measures_of(picture) for picture in pictures]), "false_alarms": 0.05}
-    known["captions"] = (text for texts in tables.corpus.captions for text in texts)
-    features = tables.queries["both", "train"], tables.queries["both", "validation"]
+    known["measures"] = np.stack([measures_of(picture) for picture in pictures])
+    paths = folders(run_dir, "query_features", BOTH)
+    ids = {split: [queries.query_ids[row] for row in queries.of_split(split)] for split in ("train", "validation")}
+    features = [read_features(paths, ids[split]) for split in ("train", "validation")]
+    of_image = np.arange(features[0].shape[1]) < read_features(paths[:1], ids["train"][:1]).shape[1]
     ownness = fit_ownness(*features, image=of_image, text=~of_image, seed=seed, **known)
-    encoders = [open_encoder(name, folder=run_dir) for name in SPACES["both"]]
+    encoders = [open_encoder(name, folder=run_dir) for name in BOTH]
 
     def doubted(images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
         features = np.concatenate([encoder.encode(images, [[text] for text in prompts]) for encoder in encoders], axis=1)
@@ -230,7 +104,7 @@ def measure_foreign(tables: Tables, run_dir: Path, *, seed: int) -> dict[str, An
     rows = queries.of_split("test")
     own = [queries.image(row) for row in rows], [queries.prompts[row] for row in rows]
     found: dict[str, Any] = machine.share("foreign_false_alarms", doubted(*own))
-    for kind, foreign in foreign_images(tables.corpus, queries, rows, seed=seed).items():
+    for kind, foreign in foreign_images(corpus, queries, rows, seed=seed).items():
         found |= machine.share(f"foreign_missed_{kind}", ~doubted(*foreign))
     return found
 
@@ -272,34 +146,172 @@ def sample_photographs(count: int, *, seed: int) -> list[Image.Image]:
     return pieces
 
 
+class Setting(NamedTuple):
+    """One student to try."""
+
+    space: str
+    config: DistillConfig
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Everything that students learn from and are judged by."""
+
+    bench: Bench
+    ids: Mapping[str, list[str]]
+    """Query ids by split."""
+    teachers: Mapping[str, Mapping[str, np.ndarray]]
+    """By teacher and split (Q, N) scores, images in the corpus' order."""
+    spaces: Mapping[str, Mapping[str, np.ndarray]]
+    """By space features (., F) of the training images ('images') and of each split's queries."""
+    seconds: Mapping[str, float]
+    """A query's, by feature space."""
+
+    def choosing_lds(self, teacher: str) -> float:
+        """Mean residual LDS of a teacher over the validation and training queries whose losses are known."""
+        scores, query_ids = [], []
+        for split in ("validation", "train"):
+            measured = [query_id for query_id in self.bench.truth.measured(split) if query_id in set(self.ids[split])]
+            scores.append(self.teachers[teacher][split][[self.ids[split].index(query_id) for query_id in measured]])
+            query_ids += measured
+        halves = self.bench.truth.retrained("half", query_ids)
+        return float(lds_residual(self.bench.in_order(np.concatenate(scores)), halves.kept, halves.losses).mean())
+
+    def similarities(self, space: str, split: str, student: Student | None = None) -> np.ndarray:
+        """(Q, N) cosines by a student or by the untuned features, in the ground truth's order."""
+        own, theirs = self.spaces[space][split], self.spaces[space]["images"]
+        found = similarity_scores(own, theirs) if student is None else embed(student, own) @ embed(student, theirs).T
+        return self.bench.in_order(found)
+
+
+def learn(bench: Bench, train_queries: int, queries: int) -> Learned:
+    """Score so many queries at most by every quick teacher and encode everything in every feature space."""
+    counts = {"train": train_queries, "validation": queries, "test": queries}
+    ids = {split: bench.truth.of_split(split)[: counts[split]] for split in SPLITS}
+    seconds: dict[str, float] = {}
+
+    bench.encoders.update({name: gradient_encoder(bench, name) for name in RECIPES})
+    spaces: dict[str, dict[str, np.ndarray]] = {}
+    for space in (*FEATURES, *RECIPES):
+        spaces[space] = {"images": bench.images(space)}
+        for split in SPLITS:
+            started = time.perf_counter()
+            spaces[space][split] = bench.queries(ids[split], space)
+            seconds[space] = (time.perf_counter() - started) / len(ids[split])
+    for name, members in (("both", FEATURES[:2]), ("all", FEATURES)):
+        spaces[name] = {kind: np.concatenate([spaces[one][kind] for one in members], axis=1) for kind in ("images", *SPLITS)}
+        seconds[name] = sum(seconds[member] for member in members)
+    teachers = {}
+    for name in ("abu_plus_linearised", "d_trak", "d_trak_ekfac"):
+        teacher = bench.lab.fit(name)
+        teachers[name] = {split: bench.lab.scores(teacher, ids[split]) for split in SPLITS}
+        del teacher
+    teachers["averaged"] = {split: averaged(*(teachers[name][split] for name in AVERAGED)) for split in SPLITS}
+    return Learned(bench, ids, teachers, spaces, seconds)
+
+
+def gradient_encoder(bench: Bench, name: str) -> GradientEncoder:
+    """The library's gradient features of the bench's generator, fitted once in the run folder."""
+    recipe, generator = RECIPES[name], bench.lab.generator
+    folder = bench.run_dir / "gradients" / f"{name}-{generator.fingerprint}"
+    fit_gradient_encoder(generator, bench.corpus, folder, recipe, reference="generator")
+    factors = Factors.load(folder, generator.modules_to_unlearn(recipe.pattern))
+    kernel = RidgeKernel(**load_file(folder / KERNEL)) if recipe.ridge else None
+    return GradientEncoder(generator, factors, np.load(folder / "coordinates.npy"), recipe, kernel)
+
+
+def students(sizes: Sizes) -> dict[str, Setting]:
+    """Students that are tried, by name.
+
+    Residual LDS is about all scores, not about the first images alone, so all train for a set number of steps. In the
+    gradient spaces, which order images well as they are, learning is gentle.
+    """
+    found = {PAPER_RECIPE: Setting("both", recipe(sizes, student=PAPER))}
+    for space in ("both", "all", *FEATURES):
+        for loss in ("bce", "listwise"):
+            found[f"{space}_{loss}"] = Setting(space, recipe(sizes, loss=loss))
+        scores = recipe(sizes, loss="mse_scores", steps=min(sizes.steps, 300))
+        found[f"{space}_mse_scores"] = Setting(space, scores)
+    for space in RECIPES:
+        shape = StudentConfig(embed_dim=256, hidden=(64,))
+        gentle = recipe(sizes, loss="mse_scores", student=shape, steps=min(sizes.steps, 200), learning_rate=2e-4)
+        found[f"{space}_mse_scores_gentle"] = Setting(space, gentle)
+    return found
+
+
+def measure(learned: Learned, tried: Mapping[str, Setting], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Train every student, choose one, and compare all with retraining; keys begin with 'bench_'."""
+    bench, ids, truth = learned.bench, learned.ids, learned.bench.truth
+    choosing = {name: learned.choosing_lds(name) for name in learned.teachers}
+    teacher = max(choosing, key=choosing.__getitem__)
+    labels = learned.teachers[teacher]["train"]
+
+    def taught(setting: Setting) -> Student:
+        own = learned.spaces[setting.space]
+        return train(bench, ids["train"], own["train"], own["images"], labels, setting.config)
+
+    trained = {name: taught(setting) for name, setting in tqdm(tried.items(), desc="students", unit="student")}
+
+    def scores(split: str) -> dict[str, np.ndarray]:
+        return {name: learned.similarities(tried[name].space, split, student) for name, student in trained.items()}
+
+    on_validation = compare_with_truth(scores("validation"), truth, ids["validation"], resamples=100, seed=seed)["methods"]
+    valid = {name: float(row["lds_residual"]) for name, row in on_validation.items()}
+    ours = [name for name in tried if name != PAPER_RECIPE]
+    best = max(ours, key=valid.__getitem__)
+    fast = max((name for name in ours if tried[name].space not in RECIPES), key=valid.__getitem__)
+    methods = {f"untuned_{space}": learned.similarities(space, "test") for space in learned.spaces} | scores("test")
+    methods |= {f"teacher_{name}": bench.in_order(found["test"]) for name, found in learned.teachers.items()}
+    methods["teacher_exact"] = table_scores(truth.folder / EXACT, truth, ids["test"])
+    pairs = [(one, other) for one in dict.fromkeys((best, fast)) for other in (PAPER_RECIPE, "untuned_both", "untuned_image")]
+    asked = {"teacher": "teacher_exact", "pairs": pairs, "resamples": resamples, "seed": seed}
+    result = compare_with_truth(methods, truth, ids["test"], **asked)
+    residual = {name: float(row["lds_residual"]) for name, row in result["methods"].items()}
+    gap = max(value for name, value in residual.items() if name.startswith("teacher_")) - residual["untuned_both"]
+    found: dict[str, Any] = {"bench_teacher": teacher, "bench_best_student": best, "bench_fast_student": fast}
+    found |= {"bench_queries": result["n_queries"], "bench_models": result["n_models"]}
+    for ending, one in (("", best), ("_fast", fast), ("_paper_recipe", PAPER_RECIPE)):
+        found[f"gap_closed_lds{ending}"] = (residual[one] - residual["untuned_both"]) / gap if gap > 0 else float("nan")
+    for ending, one in (("", best), ("_fast", fast)):
+        gain = result["gains"][f"{one} - {PAPER_RECIPE}"]["lds_residual"]
+        found |= {f"gain{ending}_over_paper_recipe_{end}": gain[end] for end in ("mean", "low", "high")}
+    for name, row in result["methods"].items():
+        found |= {f"bench_{key}_{name}": row[key] for key in KEYS}
+    found |= {f"bench_validation_lds_residual_{name}": value for name, value in valid.items()}
+    found |= {f"bench_choosing_lds_residual_{name}": value for name, value in choosing.items()}
+    return found | {f"bench_seconds_{space}": value for space, value in learned.seconds.items()}
+
+
+def bench_parts(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What docs/student.md shows of the part bench, by the name of its mark."""
+    names = [name.removeprefix("bench_lds_residual_low_") for name in results if name.startswith("bench_lds_residual_low_")]
+    marks = {results["bench_fast_student"]: " (chosen among the fast)", results["bench_best_student"]: " (chosen)"}
+    rows = []
+    for name in sorted(names, key=lambda name: -results[f"bench_lds_residual_{name}"]):
+        ends = {f"lds{end}": results[f"bench_lds_residual{end}_{name}"] for end in ("", "_low", "_high")}
+        plain, precision = (machine.number(results[f"bench_{key}_{name}"]) for key in ("lds", "map_1pct"))
+        rows.append([name + marks.get(name, ""), machine.span(ends, "lds"), plain, precision])
+    starts = ("bench_choosing_lds_residual_", "bench_seconds_")
+    return {
+        "bench": machine.table(["method", "residual LDS", "plain LDS", "mAP(1%)"], rows),
+        "teachers": machine.pairs(results, "bench_teacher", *sorted(name for name in results if name.startswith(starts))),
+        "gap": machine.pairs(results, *sorted(name for name in results if name.startswith(("gap_closed_lds", "gain_")))),
+    }
+
+
 def parts_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What docs/student.md shows of the parts that were measured, by the name of its mark."""
-    found: dict[str, list[str]] = {}
-
-    def beginning(*starts: str) -> list[str]:
-        return [name for name in results if name.startswith(starts) and not name.endswith(("_se", "_n"))]
-
-    if "best_student" in results:
-        names = [name.removeprefix("map_1pct_") for name in beginning("map_1pct_") if f"{name}_se" in results]
-        names = [name for name in names if f"map_half_pct_{name}" in results]
-        header = ["student", "mAP(0.5%)", "mAP(1%)", "mAP(4%)", "mAP(1%), validation"]
-        rows = []
-        for name in sorted(names, key=lambda name: -results[f"validation_map_1pct_{name}"]):
-            figures = [machine.with_error(results, f"map_{key}_{name}") for key in PERCENTS]
-            chosen = " (chosen)" if name == results["best_student"] else ""
-            rows.append([name + chosen, *figures, machine.number(results[f"validation_map_1pct_{name}"])])
-        found["tables"] = machine.table(header, rows)
-    if "foreign_false_alarms" in results:
-        kinds = [name for name in beginning("foreign_") if f"{name}_se" in results]
-        rows = [[f"`{name}`", machine.with_error(results, name, digits=2), str(results[f"{name}_n"])] for name in kinds]
-        found["foreign"] = machine.table(["key", "part", "queries"], rows)
+    """What docs/student.md shows of what was measured, by the name of its mark."""
+    found = bench_parts(results) if "bench_teacher" in results else {}
+    kinds = [name for name in results if name.startswith("foreign_") and f"{name}_se" in results]
+    rows = [[f"`{name}`", machine.with_error(results, name, digits=2), str(results[f"{name}_n"])] for name in kinds]
+    found |= {"foreign": machine.table(["key", "part", "queries"], rows)} if rows else {}
     return {name: [*lines, "", machine.where(results)] for name, lines in found.items()}
 
 
 def write_card(folder: Path, results: Mapping[str, Any]) -> None:
     """Write the main figures into an attributor's metrics.json; what else it holds is kept."""
     if missing := sorted(set(MEANINGS) - set(results)):
-        raise InputError(f"the results lack {', '.join(missing)}; run all parts of `{COMMAND}` and student_truth.py first.")
+        raise InputError(f"the results lack {', '.join(missing)}; run `{COMMAND}` first.")
     rows = [{"key": key, "value": results[key], "meaning": meaning} for key, meaning in MEANINGS.items()]
     entry = {"command": COMMAND, "seed": results["seed"], "date": results["date"], "rows": rows}
     config, file = read_config(folder), folder / "metrics.json"
@@ -310,27 +322,25 @@ def write_card(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the parts that are asked for and add them to the JSON file, or write a card's figures."""
-    parser = machine.parser(__doc__, json=RESULTS, quick="short trainings, no document: about 2 minutes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="finished emoji run folder (%(default)s)")
+    """Measure the parts that are asked for, add their figures to the JSON file and the document; or write a card's figures."""
+    parser = machine.parser(__doc__, json=RESULTS)
+    parser.add_argument("--parts", nargs="+", choices=("foreign", "bench"), default=("foreign", "bench"), help="default: both")
+    parser.add_argument("--emoji", type=Path, default=Path("runs/emoji"), help="emoji run folder, of foreign (%(default)s)")
     parser.add_argument("--card", type=Path, help="only write the figures of --json into this attributor's metrics.json")
-    options = parser.parse_args(arguments)
-    results: dict[str, Any] = read_json(options.json) if options.json.exists() else {}
+    options = options_of(parser, arguments)
+    earlier: dict[str, Any] = read_json(options.json) if options.json.exists() else {}
     if options.card:
-        return write_card(options.card, results)
-    sizes = replace(QUICK if options.quick else Sizes(), precision=fast_precision())
-    tables = open_tables(options.run)
-    if "tables" in options.parts:
-        results |= measure_tables(tables, sizes)
-    if "foreign" in options.parts:
-        results |= measure_foreign(tables, options.run, seed=sizes.seed)
-    results |= {f"{split}_queries": len(scored) for split, scored in tables.scored.items()}
-    results |= {"corpus_images": len(tables.corpus), "candidates_per_query": len(tables.rows["test"][0])}
-    results = machine.finish(results, options)
-    if not options.quick:
-        machine.fill(DOCS / "student.md", parts_of(results))
-    return None
+        return write_card(options.card, earlier)
+    found = measure_foreign(options.emoji, seed=0) if "foreign" in options.parts else {}
+    if "bench" in options.parts:
+        sizes, table_sizes, settings = Sizes(), TruthSizes(), lab.read_settings(options.truth)
+        config = read_yaml(options.config, RetrainConfig)
+        bench = lab.open_bench(options.truth, options.run, config, options.corpus, settings, table_sizes.cost)
+        learned = learn(bench, table_sizes.train_queries, table_sizes.test_queries)
+        found |= measure(learned, students(sizes), resamples=table_sizes.resamples, seed=sizes.seed)
+    made = parts_of(found | machine.describe() | {"seed": 0})
+    machine.finish(earlier | found, options)
+    return machine.fill(DOCS / "student.md", made)
 
 
 if __name__ == "__main__":

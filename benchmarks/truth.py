@@ -29,8 +29,7 @@ import machine
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import student
-from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of
+from lab import EXACT, FEATURES, SETTINGS, Bench, Cost, options_of, train
 from machine import number, span, with_error
 
 from fastattr.core.files import atomic_path, read_json, write_json
@@ -42,10 +41,9 @@ from fastattr.evaluation.retrain import RANKINGS
 from fastattr.evaluation.subsets import RetrainConfig, chosen_queries
 from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
 from fastattr.students.distill import DistillConfig
-from fastattr.students.student import Student, embed
-from fastattr.teachers.ensembles import averaged
+from fastattr.students.student import embed
+from fastattr.teachers.kernels import averaged, similarity_scores
 from fastattr.teachers.scores import ScoredQuery, write_shard
-from fastattr.teachers.similarity import similarity_scores
 from fastattr.teachers.task import layers_to_unlearn
 
 DOCS = Path(__file__).parents[1] / "docs" / "truth.md"
@@ -80,14 +78,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4, gradient_width=4096),
-    train_queries=24,
-    test_queries=16,
-    most_query_draws=16,
-    most_loss_draws=2,
-    student=_student(steps=60),
-    resamples=100,
+    train_queries=24, test_queries=16, most_query_draws=16, most_loss_draws=2, resamples=100, student=_student(steps=60)
 )
+QUICK = replace(QUICK, cost=Cost(factor_examples=64, exact_query_draws=64, exact_draws=4, gradient_width=4096))
 
 
 class Timed:
@@ -144,10 +137,10 @@ def all_scores(
         taught["student_other_teacher"] = averaged(*(other.scores(other.fit(name), train_ids) for name in AVERAGED))
     features = _beside({space: bench.queries(train_ids, space) for space in FEATURES}, FEATURES)
     for name, scores in taught.items():
-        pupil = train(bench, train_ids, features, _beside(theirs, FEATURES), scores, sizes.student)
-        index = embed(pupil, _beside(theirs, FEATURES))
+        student = train(bench, train_ids, features, _beside(theirs, FEATURES), scores, sizes.student)
+        index = embed(student, _beside(theirs, FEATURES))
         with timed.measure(count, name):
-            methods[name] = embed(pupil, _beside(own, FEATURES)) @ index.T
+            methods[name] = embed(student, _beside(own, FEATURES)) @ index.T
     return {name: bench.in_order(scores) for name, scores in methods.items()}
 
 
@@ -170,18 +163,6 @@ def without_curvature(bench: Bench, query_ids: Sequence[str]) -> np.ndarray:
     theirs = gradients(here.corpus, drawn)
     asked = replace(drawn, draws=settings.query_draws, antithetic=True)
     return np.concatenate([gradients(here.queries([query_id]), asked) @ theirs.T for query_id in query_ids])
-
-
-def train(
-    bench: Bench, query_ids: Sequence[str], queries: np.ndarray, images: np.ndarray, labels: np.ndarray, config: DistillConfig
-) -> Student:
-    """A student of (Q, N) scores of all training images, on (Q, F) and (N, F) features."""
-    corpus, nobody = bench.corpus, np.zeros(len(bench.corpus), dtype=bool)
-    scored = [
-        ScoredQuery(query_id, bench.truth.prompt(query_id), "train", corpus.image_ids, influence, nobody, 0.0)
-        for query_id, influence in zip(query_ids, labels.astype(np.float32), strict=True)
-    ]
-    return student.train(scored, [np.arange(len(corpus))] * len(scored), queries, images, config)
 
 
 def score_exactly(bench: Bench) -> None:

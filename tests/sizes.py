@@ -28,7 +28,7 @@ def sizes_of_run(config: TeacherConfig, run_dir: Path, generator: Generator) -> 
         images=len(corpus),
         captions=sum(map(len, corpus.captions)) if config.captions == "all" else len(corpus),
         latent=int(np.prod(generator.latent_shape)),
-        conditioning=generator.encode_prompt([""]).numbers,
+        conditioning=sum(part.numel() for part in generator.encode_prompt([""]).tensors.values()),
         parameters=sum(layer.weight.numel() for layer in layers.values()),
         factors=factor_bytes(layers),
         exact=exact,

@@ -14,9 +14,9 @@ from tests.tiny import unit
 
 
 def test_a_teacher_is_a_method_and_a_function(tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch):
-    """`teachers/config.py` names the method, `teachers/methods.py` says what scores a task's queries."""
+    """`teachers/config.py` names the method, `teachers/teach.py` says what scores a task's queries."""
     from fastattr.pipeline.config import load_config
-    from fastattr.teachers import config, methods, teach
+    from fastattr.teachers import config, teach
     from fastattr.teachers.scores import read_scores
 
     def by_age(task) -> None:
@@ -25,7 +25,7 @@ def test_a_teacher_is_a_method_and_a_function(tiny_run: Path, tiny_config: Path,
             task.write(row, task.rows_of(row).astype(np.float32), 0.0)
 
     monkeypatch.setattr(config, "METHODS", (*config.METHODS, "age"))
-    monkeypatch.setitem(methods.SCORED_BY, "age", by_age)
+    monkeypatch.setitem(teach.SCORED_BY, "age", by_age)
     run_dir = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     shutil.rmtree(run_dir / "scores")
     teach.run(replace(load_config(tiny_config).teacher, method="age"), run_dir)

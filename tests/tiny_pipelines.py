@@ -42,7 +42,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from fastattr.generators.scratch.text import train_tokenizer
+from fastattr.generators.scratch.denoiser import train_tokenizer
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "ring", "plain", "framed", "style", ",", "."]
 SIDE = 16

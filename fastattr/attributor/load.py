@@ -116,5 +116,6 @@ def describe(name: str, config: dict[str, Any], catalog: pa.Table, metrics: dict
         "index": config["index"],
         "files": sorted(config["sha256"]),
         "versions": {name.partition("_")[0]: str(config.get(name, 1)) for name in VERSIONS},
+        **({"reservations": config["reservations"]} if "reservations" in config else {}),
         "metrics": metrics,
     }

@@ -89,6 +89,7 @@ def build_attributor(
         blocks = [{"modality": modality(name), "width": width} for name, width in zip(encoders, widths, strict=True)]
         names = ("feature_dim", "corpus_fingerprint", "generator_fingerprint", "teacher", "training_queries")
         settings = {name: manifest[name] for name in names} | {"student": manifest["config"]["student"]}
+        settings |= {"reservations": found} if (found := corpus.manifest.get("reservations")) else {}
         settings |= {"encoders": list(encoders), "encoder_fingerprints": [encoder.fingerprint for encoder in opened]}
         seal_folder(temporary, **settings, captions=captions, feature_blocks=blocks, files=files, **built)
 

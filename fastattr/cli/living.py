@@ -42,9 +42,10 @@ def add(
     from fastattr.corpus.folders import read_folder
     from fastattr.corpus.images import load_rgb
     from fastattr.corpus.records import TrainingImage
+    from fastattr.corpus.reservations import honoured
 
     own = _own(attributor)
-    found = list(read_folder(pictures))
+    found = list(honoured(read_folder(pictures), "exclude"))
     images = [each for each in found if isinstance(each, TrainingImage)]
     if not images:
         raise InputError(f"{pictures} holds no captioned image.")
@@ -61,13 +62,19 @@ def add(
 @app.command()
 def remove(
     attributor: Folder,
-    image_ids: Annotated[list[str], typer.Argument(metavar="IMAGE_ID...")],
+    image_ids: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE_ID...]")] = None,
+    opt_out: Annotated[Path | None, typer.Option("--list", help="File of ids, creators, URLs and hashes.")] = None,
     reason: Annotated[str, typer.Option(help="Kept in the journal.")] = "",
 ) -> None:
     """Take images out of an attributor's catalogue (opt-out)."""
+    from fastattr.corpus.reservations import OptOuts
+
+    if not image_ids and not opt_out:
+        raise InputError("name the images to remove, or give an opt-out list with --list.")
     own = _own(attributor)
-    own.remove(image_ids, reason=reason)
-    say(f"removed; {len(own)} images are left, version {own.versions()['catalog_version']}")
+    ids = [*(image_ids or []), *(OptOuts(opt_out).listed_in(own.catalog) if opt_out else [])]
+    own.remove(ids, reason=reason or (f"opt-out list {opt_out.name}" if opt_out else ""))
+    say(f"removed {len(set(ids))}; {len(own)} images are left, version {own.versions()['catalog_version']}")
 
 
 @app.command()
@@ -136,11 +143,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Others than this machine need FASTATTR_TOKEN to be set.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 30.0,
+    opt_out: Annotated[Path | None, typer.Option(help="Remove what this opt-out list names, first.")] = None,
 ) -> None:
     """Serve an attributor to machines over HTTP."""
     from fastattr.serving import http
 
-    http.run(model, host=host, port=port, config=http.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=timeout))
+    config = http.ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""), timeout=timeout)
+    http.run(model, host=host, port=port, config=config, opt_out=opt_out)
 
 
 @app.command()

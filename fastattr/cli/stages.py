@@ -113,6 +113,10 @@ def corpus(
     caption_column: Annotated[str, typer.Option(help="Of a dataset.")] = "caption",
     resolution: Annotated[int, typer.Option(help="Side at which emoji are drawn.")] = 64,
     creator_from_folder: Annotated[bool, typer.Option("--creator-from-folder", help="Folders name creators.")] = False,
+    reservations: Annotated[
+        Literal["exclude", "list", "ignore"], typer.Option(help="Of images whose creators say no.")
+    ] = "exclude",
+    opt_out: Annotated[str, typer.Option(help="File of ids, creators, URLs and hashes to leave out.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Read training images into a corpus folder."""
@@ -123,6 +127,7 @@ def corpus(
     *path, out = places
     options: dict[str, Any] = {"kind": kind, "path": "".join(path), "shards": shards, "duplicates": duplicates, "split": split}
     options |= {"image_column": image_column, "caption_column": caption_column, "resolution": resolution}
+    options |= {"reservations": reservations, "opt_out": opt_out}
     config = stage.CorpusConfig(creator_from_folder=creator_from_folder, **options)
     manifest, listed = stage.run(config, Path(out)), "listed in skipped.parquet"
     skipped = sum(manifest["skipped"].values())

@@ -85,10 +85,11 @@ def make(
 
 
 def finished(folder: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
-    """Whether `folder` already holds this stage's complete result for this config and these inputs. A setting that came after
-    the folder was made, and has its default value now, is no difference; nor is one that has gone since, and had the value that
-    remains (`RETIRED` of the config's class: name -> value). Raises ArtifactMismatchError if the folder holds a complete result
-    of something else, which must not be overwritten.
+    """Whether `folder` already holds this stage's complete result for this config and these inputs.
+
+    A setting that came after the folder was made, and has its default value now, is no difference; nor is one that has gone
+    since, and had the value that remains (`RETIRED` of the config's class: name -> value). Raises ArtifactMismatchError if the
+    folder holds a complete result of something else, which must not be overwritten.
     """
     if not (folder / MANIFEST).exists():
         return False

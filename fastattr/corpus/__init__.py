@@ -9,5 +9,6 @@ manifest.json.
 - images: `load_rgb`, `to_rgb`: any image file as 8-bit RGB.
 - records: `TrainingImage`, `Skipped`, `Part`: what readers yield.
 - folders, shards, tables, emoji: the readers.
+- reservations: `honoured`, `OptOuts`: creators who say no.
 - near_copies: `look_of`, `near_copies`: pictures that show the same thing.
 """

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 import shutil
 import subprocess
 import tarfile
@@ -90,8 +89,8 @@ def read_emoji(resolution: int, *, variants: bool = False) -> Iterator[Found]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        drawings = list(_openmoji(fetch_package(OPENMOJI, folder)))
-        described = {_plain_code(drawing.image.family): drawing for drawing in drawings}
+        drawings = list(openmoji_drawings(fetch_package(OPENMOJI, folder)))
+        described = {plain_code(drawing.image.family): drawing for drawing in drawings}
         by_code = {_code(drawing.image): drawing for drawing in drawings}
         for emoji_set in ICONIFY:
             drawings += _iconify(emoji_set, fetch_package(emoji_set, folder), by_code, described)
@@ -212,13 +211,13 @@ def caption_of(annotation: str, set_name: str) -> str:
     return f"{annotation.strip().lower()}, {set_name} style"
 
 
-def _plain_code(code: str) -> str:
+def plain_code(code: str) -> str:
     """Codepoints in upper case without variation selectors, by which the four sets agree."""
     return "-".join(part for part in code.upper().split("-") if part != "FE0F")
 
 
 def _code(image: TrainingImage) -> str:
-    return _plain_code(image.image_id.split("-", 1)[1])
+    return plain_code(image.image_id.split("-", 1)[1])
 
 
 def _words(*listed: str) -> tuple[str, ...]:
@@ -227,10 +226,10 @@ def _words(*listed: str) -> tuple[str, ...]:
 
 
 def _without_skin_tone(code: str) -> str:
-    return "-".join(part for part in _plain_code(code).split("-") if part not in SKIN_TONES)
+    return "-".join(part for part in plain_code(code).split("-") if part not in SKIN_TONES)
 
 
-def _openmoji(archive: Path) -> Iterator[Drawing]:
+def openmoji_drawings(archive: Path) -> Iterator[Drawing]:
     """OpenMoji's rows in its own order, with the SVG of each."""
     with tarfile.open(archive) as tar:
         rows: list[dict[str, Any]] = json.load(_member(tar, "package/data/openmoji.json"))
@@ -261,17 +260,29 @@ def _iconify(
         icons = json.load(_member(tar, "package/icons.json"))
         characters: dict[str, str] = json.load(_member(tar, "package/chars.json"))
     for code, icon_name in sorted(characters.items()):
-        icon = {"width": icons.get("width", 16), "height": icons.get("height", 16), **_resolve(icons, icon_name)}
-        size = f"{icon['width']} {icon['height']}"
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{icon["body"]}</svg>'
+        svg = _svg(icons, icon_name)
         family = _without_skin_tone(code)
-        known = by_code.get(_plain_code(code))
+        known = by_code.get(plain_code(code))
         kin = known or by_code.get(family) or by_family.get(f"OPENMOJI-{family}")
         icon_words = icon_name.replace("-", " ")
         annotation = subject_of(known.image) if known else icon_words
         found = {"group": kin.image.group, "subgroup": kin.image.subgroup} if kin else {}
         image = _image(emoji_set, code, annotation, family, found)
         yield Drawing(image, svg, _words(icon_words, *(known.words if known else ())))
+
+
+def iconify_svgs(archive: Path) -> Iterator[tuple[str, str]]:
+    """Name and SVG of every icon of an Iconify package, aliases last."""
+    with tarfile.open(archive) as tar:
+        icons = json.load(_member(tar, "package/icons.json"))
+    for name in [*icons["icons"], *icons.get("aliases", {})]:
+        yield name, _svg(icons, name)
+
+
+def _svg(icons: dict[str, Any], name: str) -> str:
+    icon = _resolve(icons, name)
+    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
 
 
 def _resolve(icons: dict[str, Any], name: str) -> dict[str, Any]:
@@ -291,6 +302,6 @@ def _resolve(icons: dict[str, Any], name: str) -> dict[str, Any]:
 def _member(tar: tarfile.TarFile, name: str) -> io.BufferedReader:
     """An open file of the archive."""
     file = tar.extractfile(name)
-    if file is None or not re.match(r"package/", name):
+    if file is None or not name.startswith("package/"):
         raise ArtifactDamagedError(f"{name} is not a file of the package")
     return file  # type: ignore[return-value]

@@ -38,6 +38,7 @@ from fastattr.corpus.records import (
     state_of,
     take_captions,
 )
+from fastattr.corpus.reservations import SITE_FILE, site_rules
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption", ".json")
@@ -89,11 +90,13 @@ def list_folder(folder: Path, leave_out: Collection[Path] = ()) -> Listing:
     paths = walk(folder, leave_out=leave_out, skipped=listing.skipped)
     listing.files = {path.relative_to(folder).as_posix(): path for path in paths}
     tables = [name for name in listing.files if posixpath.basename(name).lower() in TABLES]
-    others = [name for name in listing.files if name not in tables]
+    others = [name for name in listing.files if name not in tables and posixpath.basename(name) != SITE_FILE]
     images = [name for name in others if _is_image(listing.files[name])]
     rows = _rows_by_file(listing, tables, images)
     named = {*rows, *images}
     listing.images = {name: rows.get(name, []) for name in others if name in named}
+    for name, rule in site_rules(listing.images, folder).items():
+        listing.images[name] = [*listing.images[name], rule]
     _find_sidecars(listing, others)
     return listing
 

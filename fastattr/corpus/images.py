@@ -19,7 +19,6 @@ IMAGE_SUFFIXES = {  # file names that promise a picture; one that cannot be read
     *(".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd"),
     *(".qoi", ".sgi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
 }
-ORIENTATION = 0x0112
 
 
 def load_rgb(data: bytes | str | Path) -> Image.Image:
@@ -31,10 +30,11 @@ def load_rgb(data: bytes | str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, upright as its EXIF block says, transparency laid on white. Deeper pixels are scaled.
-    Integers of 32 bits and floats do not say what their white is: a float picture with no value above 1 has its white at 1;
-    otherwise white is 255 if no value is above that, or else 65535. Raises InputError if pixels are negative, not finite or
-    above 65535.
+    """Any Pillow image as 8-bit RGB, upright as its EXIF block says, transparency laid on white.
+
+    Deeper pixels are scaled. Integers of 32 bits and floats do not say what their white is: a float picture with no value above
+    1 has its white at 1; otherwise white is 255 if no value is above that, or else 65535. Raises InputError if pixels are
+    negative, not finite or above 65535.
     """
     image = _upright(image)
     if image.mode == "LAB":
@@ -53,7 +53,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; as it is stored if it has none or its EXIF block is damaged."""
     try:
-        if image.getexif().get(ORIENTATION, 1) == 1:
+        if image.getexif().get(0x0112, 1) == 1:  # the orientation
             return image
     except Exception:  # Pillow raises many types on a damaged block, which other programs ignore
         return image

@@ -30,6 +30,7 @@ from fastattr.corpus.records import (
     state_of,
     take_captions,
 )
+from fastattr.corpus.reservations import COLUMNS, site_rules
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
@@ -63,9 +64,11 @@ def _coco_rows(annotations: Any, images: Path) -> list[tuple[Path, list[str], di
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
+    rules = site_rules((f"{split}/{image['file_name']}" for image in annotations["images"]), folder)
     rows: list[tuple[Path, list[str], dict[str, Any]]] = []
     for image in sorted(annotations["images"], key=lambda image: image["id"]):
         found = {"license": licenses.get(image.get("license", -1)), "url": image.get("flickr_url") or image.get("coco_url")}
+        found |= rules.get(f"{split}/{image['file_name']}", {})
         written = as_captions(captions.get(image["id"], []))
         rows.append((images / image["file_name"], written, {"source": f"coco-{images.name}", **found}))
     return rows
@@ -153,7 +156,7 @@ def rows_by_url(path: Path) -> dict[str, dict[str, Any]]:
         column = next((name for name in names if name.lower() == "url"), None)
         if column is None:
             raise InputError(f"{file} has no column 'url'; it has {names}.")
-        wanted = [name for name in names if name.lower() in KNOWN]
+        wanted = [name for name in names if name.lower().replace("_", "-") in {*KNOWN, *COLUMNS}]
         rows |= {row[column]: row for row in pq.read_table(file, columns=wanted).to_pylist() if row[column]}
     return rows
 

@@ -23,10 +23,11 @@ from tqdm import tqdm
 from fastattr.core.errors import ArtifactMismatchError, InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.processes import split_between
-from fastattr.core.stages import fingerprint, finished, make
+from fastattr.core.stages import fingerprint, finished, make, open_stage, require_same
 from fastattr.corpus.emoji import read_emoji
 from fastattr.corpus.folders import as_id, folder_parts, list_folder, walk
 from fastattr.corpus.records import Part, Skipped, state_of
+from fastattr.corpus.reservations import MODES, OptOuts, count, honoured, site_files
 from fastattr.corpus.shards import coco_parts, files_in, not_fetched, rows_by_url, shard_parts
 from fastattr.corpus.store import join_parts, write_part
 from fastattr.corpus.tables import dataset_parts
@@ -58,6 +59,8 @@ class CorpusConfig:
     resolution: int = 64  # side in pixels at which SVG sources are drawn; other sources keep their own size
     variants: bool = False
     """Of 'emoji': all 15,351 images, skin tones, genders and flags included; otherwise one per subject and set."""
+    reservations: str = "exclude"  # what becomes of an image whose creator says no: see `reservations.honoured`
+    opt_out: str = ""  # file of an opt-out list: see `OptOuts`
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -68,6 +71,8 @@ class CorpusConfig:
             raise InputError(f"corpus kind 'urls', and no other, needs `shards`; got {self.kind!r} with {self.shards!r}")
         if self.duplicates not in {"", "skip", "family", "keep"}:
             raise InputError(f"duplicates must be 'skip', 'family' or 'keep', got {self.duplicates!r}")
+        if self.reservations not in MODES:
+            raise InputError(f"reservations must be one of {', '.join(MODES)}, got {self.reservations!r}")
         if self.resolution < 8:
             raise InputError(f"resolution must be at least 8 pixels, got {self.resolution}")
 
@@ -106,6 +111,7 @@ def files_of_source(config: CorpusConfig, leave_out: Collection[Path] = ()) -> d
     path = Path(config.path)
     roots = [path / "annotations" / f"captions_{config.split}.json", path / config.split] if config.kind == "coco" else [path]
     roots += [Path(config.shards)] if config.shards else []
+    roots += site_files(path.resolve().parent) if path.exists() else []
     files = [file for root in roots for file in walk(root, leave_out=leave_out)]
     return {as_id(os.path.relpath(file, path)): file for file in files}
 
@@ -119,24 +125,28 @@ def run(config: CorpusConfig, folder: Path) -> dict[str, Any]:
     scratch = folder.with_name(f"{folder.name}-parts")
     source_dir, run_dir = Path(config.path or ".").resolve(), folder.parent.resolve()
     leave_out = [run_dir] if source_dir in run_dir.parents else [folder, scratch]
+    opt_outs = OptOuts(Path(config.opt_out)) if config.opt_out else None
+    opted = opt_outs.fingerprint if opt_outs else ""
     if finished(folder, stage="corpus", config=config, inputs={}):
         _check_unchanged(config, folder, leave_out)
+        found = open_stage(folder, "corpus").get("opt_out_fingerprint", "")
+        require_same(f"the opt-out list of {folder}", found, opted, "Use another run folder, or delete that folder.")
 
     def work() -> dict[str, Any]:
         source = open_source(config, leave_out)
         snapshot = _snapshot(files_of_source(config, leave_out)) if accelerator.is_main_process else None
-        parts = scratch / fingerprint(vars(config))
+        parts = scratch / fingerprint([vars(config), opted])
         files = [parts / f"{part.name}.parquet" for part in source.parts]
         with split_between(accelerator, [number for number, file in enumerate(files) if not file.exists()]) as mine:
             for number in tqdm(mine, desc="corpus", unit="part", disable=not accelerator.is_main_process):
-                write_part(source.parts[number].read(), files[number])
+                write_part(honoured(source.parts[number].read(), config.reservations, opt_outs), files[number])
         if not accelerator.is_main_process:
             return {}
         duplicates = config.duplicates or ("keep" if config.kind == "emoji" else "skip")
         facts = join_parts(files, folder, duplicates=duplicates, more=source.missing(files))
         with atomic_path(folder / SOURCE) as temporary:
             pq.write_table(snapshot, temporary)
-        return facts
+        return facts | {"reservations": count(folder, facts["skipped"]), "opt_out_fingerprint": opted}
 
     return make(folder, work, stage="corpus", config=config, inputs={}, accelerator=accelerator, temporary=[scratch])
 

@@ -73,18 +73,14 @@ def _write_skipped(skipped: Sequence[Skipped], path: Path, columns: Mapping[str,
     pq.write_table(pa.table(values, schema=pa.schema([(name, pa.string()) for name in values], metadata)), path)
 
 
-def _read_skipped(path: Path) -> tuple[list[Skipped], dict[str, str]]:
-    table = pq.read_table(path)
-    return [Skipped(**row) for row in table.to_pylist()], json.loads(table.schema.metadata[b"columns"])
-
-
 def join_parts(
     parts: Sequence[Path], folder: Path, *, duplicates: str = "keep", more: Sequence[Skipped] = ()
 ) -> dict[str, Any]:
-    """Write a corpus folder from files of `write_part`, in their order, all but the manifest; returns its facts. These are
-    'images', 'skipped' (count by reason; `more` was skipped elsewhere), 'near_copies' (how many were kept as family, see
-    `CorpusConfig.duplicates`), 'columns' (of the source, and what became of each), and 'corpus_fingerprint' (over ids, image
-    bytes, captions). Raises InputError if two images share an id, or there is no usable image at all.
+    """Write a corpus folder from files of `write_part`, in their order, all but the manifest; returns its facts.
+
+    These are 'images', 'skipped' (count by reason; `more` was skipped elsewhere), 'near_copies' (how many were kept as family,
+    see `CorpusConfig.duplicates`), 'columns' (of the source, and what became of each), and 'corpus_fingerprint' (over ids,
+    image bytes, captions). Raises InputError if two images share an id, or there is no usable image at all.
     """
     wanted = ["image_id", "sha256", "family", "captions", "look"]
     table = pa.concat_tables([pq.read_table(path, columns=wanted) for path in parts])
@@ -92,9 +88,10 @@ def join_parts(
     twice = next((image_id for image_id, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise InputError(f"image id {twice!r} occurs twice; ids must be unique in a corpus.")
-    reports = [_read_skipped(path.with_suffix(".skipped")) for path in parts]
-    skipped = [*(item for items, _ in reports for item in items), *more]
-    columns = {name: place for _, places in reports for name, place in places.items()}
+    reports = [pq.read_table(path.with_suffix(".skipped")) for path in parts]
+    skipped = [*(Skipped(**row) for report in reports for row in report.to_pylist()), *more]
+    places = [json.loads(report.schema.metadata[b"columns"]) for report in reports]
+    columns: dict[str, str] = {name: place for each in places for name, place in each.items()}
     if not ids:
         reasons = Counter(item.reason.split(" (")[0] for item in skipped)
         raise InputError(f"no usable training image was found; skipped: {dict(reasons) or 'nothing'}.")

@@ -146,10 +146,11 @@ def _named(value: Any, names: list[str]) -> Any:
 
 
 def image_of(value: Any, base: Path) -> bytes:
-    """The image file in a cell of an image column; empty if it holds none or names a file that does not exist. The cell holds
-    bytes, a file name, a place in a Hub repository or archive, {'bytes': ..., 'path': ...}, or a list of such, of which the
-    first counts. File names start from `base`; a path that exists nowhere is looked for by its last parts, too, since data sets
-    are moved together with their tables.
+    """The image file in a cell of an image column; empty if it holds none or names a file that does not exist.
+
+    The cell holds bytes, a file name, a place in a Hub repository or archive, {'bytes': ..., 'path': ...}, or a list of such,
+    of which the first counts. File names start from `base`; a path that exists nowhere is looked for by its last parts, too,
+    since data sets are moved together with their tables.
     """
     if isinstance(value, list):
         return image_of(value[0], base) if value else b""

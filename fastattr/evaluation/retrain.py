@@ -36,12 +36,11 @@ from fastattr.corpus.store import Corpus, write_corpus
 from fastattr.evaluation.subsets import WHAT, Model, RetrainConfig, choose_part, groups, halves, removals
 from fastattr.features.kinds import open_encoder
 from fastattr.generators.generator import Generator
-from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
+from fastattr.generators.schedules import noise_for, spread_timesteps
 from fastattr.generators.scratch.autoencoder import encode_latents, load_images
-from fastattr.generators.scratch.denoiser import DenoiserLoss, build_denoiser, build_scheduler
+from fastattr.generators.scratch.denoiser import DenoiserLoss, build_denoiser, build_scheduler, tokenize, train_tokenizer
 from fastattr.generators.scratch.stage import pipeline_of
-from fastattr.generators.scratch.text import tokenize, train_tokenizer
 
 RANKINGS = "rankings.parquet"
 """In the run, and kept with the ground truth: whom each method names for each query of leave-K-out."""

@@ -26,15 +26,12 @@ from fastattr.core.files import atomic_path
 from fastattr.core.stages import MANIFEST, fingerprint, open_stage, require_same, write_manifest
 from fastattr.corpus.store import Corpus
 from fastattr.features.encoder import encode_captions
-from fastattr.generators.conditioning import Conditioning
+from fastattr.generators.families import Conditioning, Layer
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
-from fastattr.generators.noise import noise_for
-from fastattr.gradients.compression import Compression, GradientConfig, gradient_features, leading_coordinates
+from fastattr.generators.schedules import noise_for
+from fastattr.gradients.compression import Compression, GradientConfig, RidgeKernel, gradient_features, leading_coordinates
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages
-from fastattr.gradients.losses import denoising_losses
-from fastattr.gradients.ridge import RidgeKernel
+from fastattr.gradients.losses import EncodedImages, denoising_losses
 
 TIMESTEPS = (0.1, 0.3, 0.5)  # noise levels, as parts of the training schedule
 PARTS = 2  # activations are averaged over PARTS x PARTS parts of the picture

@@ -63,7 +63,6 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
     for paths, source in ((corpus_folders, corpus), (query_folders, queries)):
         for path in paths:
             check_source(path, source.fingerprint)
-    folder = run_dir / "candidates"
     inputs = {"features": features_fingerprint(corpus_folders), "query_features": features_fingerprint(query_folders)}
 
     def choose() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -76,7 +75,8 @@ def run(config: CandidatesConfig, run_dir: Path, *, encoders: Sequence[str]) -> 
         of_query = zip(drawn, zip(*similarities, strict=True), strict=True)
         return [choose_candidates(values, size=config.per_query, outsiders=outsiders, rng=rng) for rng, values in of_query]
 
-    return write_candidates(folder, corpus, queries, choose, config=config, inputs=inputs, encoders=list(encoders))
+    settings: dict[str, Any] = {"config": config, "inputs": inputs, "encoders": list(encoders)}
+    return write_candidates(run_dir / "candidates", corpus, queries, choose, **settings)
 
 
 def write_candidates(

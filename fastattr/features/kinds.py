@@ -63,10 +63,11 @@ def open_encoder(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Encoder:
-    """Load the encoder that a specification, KIND:REF, names; folder, captions, device and dtype as of `Options`. A device of
-    None is CUDA if there is one, but for the NumPy back end; a dtype of None is float32; a back end of None is NumPy for a
-    small CLIP on the CPU in float32, torch for everything else. Raises InputError if the specification is not of a known form,
-    or the NumPy back end does not compute this encoder.
+    """Load the encoder that a specification, KIND:REF, names; folder, captions, device and dtype as of `Options`.
+
+    A device of None is CUDA if there is one, but for the NumPy back end; a dtype of None is float32; a back end of None is
+    NumPy for a small CLIP on the CPU in float32, torch for everything else. Raises InputError if the specification is not of a
+    known form, or the NumPy back end does not compute this encoder.
     """
     kind, _, reference = specification.partition(":")
     if not reference:

@@ -98,7 +98,8 @@ def transformers_image_encoder(reference: str, options: Options = DEFAULTS) -> P
         return output.pooler_output if pooled else output.last_hidden_state[:, 0]
 
     settings = {name: value for name, value in processor.to_dict().items() if name in PROCESSING}
-    described = json.loads(json.dumps(settings, default=_plainly))
+    # Processors hold sizes and enumerations.
+    described = json.loads(json.dumps(settings, default=lambda each: each.value if isinstance(each, enum.Enum) else dict(each)))
     fingerprint = encoder_fingerprint(described, _arrays(model).values())
     model.to(options.device, options.dtype)
     return PretrainedEncoder(f"transformers-image:{reference}", fingerprint, fingerprint, forward)
@@ -154,8 +155,3 @@ def _open_clip_name(reference: str) -> tuple[str, str | None]:
 def _arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """All weights, by name, in half precision."""
     return {name: value.detach().cpu().half().numpy() for name, value in model.state_dict().items()}
-
-
-def _plainly(value: Any) -> Any:
-    """JSON for the sizes and enumerations that processors hold."""
-    return value.value if isinstance(value, enum.Enum) else dict(value)

@@ -10,25 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from fastattr.core.errors import (
-    InputError,
-)
-from fastattr.generators.conditioning import Conditioning
-from fastattr.generators.families import Options, recognise, vae_factor
-from fastattr.generators.layers import Layer, default_pattern, find_layers, put_into_float32
-from fastattr.generators.loading import load_pipeline, read_defaults, weights_fingerprint
-from fastattr.generators.lora import LORA, lora_scales
-from fastattr.generators.prompts import unknown_words
-from fastattr.generators.sampling import check_sampling, encode_pixels, sample, sampling_defaults
+from fastattr.core.errors import InputError
+from fastattr.generators import families
+from fastattr.generators.families import LORA, Conditioning, Layer, OnStep, Options, vae_factor
+from fastattr.generators.loading import load_pipeline, lora_scales, read_defaults, unknown_words, weights_fingerprint
 from fastattr.generators.schedules import read_schedule
 
 logger = logging.getLogger(__name__)
@@ -48,42 +42,32 @@ class Generator:
         checkpointing: bool = False,
         offload: bool = False,
     ) -> None:
-        """Wrap a loaded diffusers pipeline.
+        """Wrap a loaded diffusers pipeline, of a family that `fastattr.generators.families.recognise` knows.
 
-        Args:
-            pipeline: of a family that `fastattr.generators.families.recognise` knows.
-            name: what to call it in results.
-            defaults: 'steps' and 'guidance' used where the caller gives none; else the pipeline's own.
-            unlearn: 'base' (text-side key and value projections) or 'lora' (the matrices of its LoRA).
-            options: what its files don't say.
-            checkpointing: whether backward passes compute activations anew, which takes less memory and more time.
-            offload: whether autoencoder and text encoders wait on the CPU until they are needed.
+        `name` is what to call it in results. `defaults` are 'steps' and 'guidance' used where the caller gives none; else the
+        pipeline's own. `unlearn`, `options`, `checkpointing` and `offload` are as `PretrainedConfig` has them.
 
         Raises:
             InputError: the family, the variant or the scheduler is not supported, or there is no LoRA to unlearn.
         """
         if unlearn not in {"base", "lora"}:
             raise InputError(f"unlearn must be 'base' or 'lora', got {unlearn!r}")
-        self.family = recognise(pipeline)
-        self.pipeline = pipeline
-        self.name = name
-        self.unlearn = unlearn
-        self.options = options or Options()
-        self._offload = offload
+        self.family, self.pipeline, self.name, self.unlearn = families.recognise(pipeline), pipeline, name, unlearn
+        self.options, self._offload = options or Options(), offload
         self.denoiser: Any = getattr(pipeline, self.family.denoiser)
-        self.defaults = sampling_defaults(type(pipeline)) | dict(defaults or {})
+        self.defaults = families.sampling_defaults(type(pipeline)) | dict(defaults or {})
         self.manifest: dict[str, Any] = {}
         """What its folder says of how it was made; {} without a manifest."""
         self._words: frozenset[str] | None = None
         self.evaluations = {"forward": 0, "backward": 0}
         """Latents that went through the denoiser for a loss, and those of them whose gradient could be taken."""
         self._schedule = read_schedule(pipeline.scheduler.config)
-        self._dtype: torch.dtype = pipeline.unet.dtype if self.family.denoiser == "unet" else pipeline.transformer.dtype
+        self.dtype: torch.dtype = self.denoiser.dtype
+        """Precision of the denoiser; layers that are unlearned have float32 or better in any case."""
         step = vae_factor(pipeline) * self.family.patch(pipeline)
         if self.image_size % step:
-            raise InputError(
-                f"{self.image_size} pixels don't fit {type(pipeline).__name__}; its images' sides are multiples of {step}."
-            )
+            kind = type(pipeline).__name__
+            raise InputError(f"{self.image_size} pixels don't fit {kind}; its images' sides are multiples of {step}.")
         if unlearn == "lora" and not any(re.search(LORA, module) for module, _ in self.denoiser.named_modules()):
             raise InputError("there is no LoRA on the denoiser to unlearn; name one (`lora`), or set unlearn to 'base'.")
         self.pipeline.set_progress_bar_config(disable=True)
@@ -110,16 +94,11 @@ class Generator:
     ) -> Generator:
         """Load a generator: an embedded one ('emoji'), a diffusers folder, or a Hub repository 'org/name[@revision]'.
 
-        A folder may hold nothing but a manifest that refers to another pipeline and a LoRA (fastattr/generators/pretrained.py).
-
-        Args:
-            name_or_path: which.
-            device: where to run; None takes an accelerator if there is one.
-            dtype: precision of the weights; None is what the manifest says, or float32.
-            lora: a LoRA to lay on it: a safetensors file, a folder with one, or a Hub repository 'org/name[@revision]'.
-            unlearn: 'base' or 'lora'; None is what the manifest says, or 'base'.
-            options: what the files don't say; None is what the manifest says.
-            hub: revision, cache_dir, token, local_files_only and force_download, as of `FastAttributor.from_pretrained`.
+        A folder may hold nothing but a manifest that refers to another pipeline and a LoRA
+        (fastattr/generators/pretrained.py). `device` None takes an accelerator if there is one. `lora` is laid on it: a
+        safetensors file, a folder with one, or a Hub repository. `dtype`, `unlearn` and `options` None are what the manifest
+        says, or float32, 'base' and the pipeline's own. `hub`: revision, cache_dir, token, local_files_only and
+        force_download, as of `FastAttributor.from_pretrained`.
 
         Raises:
             ArtifactNotFoundError: there is no such model.
@@ -129,15 +108,10 @@ class Generator:
         """
         pipeline, manifest, words = load_pipeline(name_or_path, dtype=dtype, lora=lora, **hub)
         reference: dict[str, Any] = manifest.get("reference", {})
-        generator = cls(
-            pipeline,
-            name=str(name_or_path),
-            defaults=manifest.get("defaults"),
-            unlearn=unlearn or reference.get("unlearn", "base"),
-            options=options or Options(**reference.get("options", {})),
-            checkpointing=bool(reference.get("checkpointing")),
-            offload=bool(reference.get("offload")),
-        )
+        said: dict[str, Any] = {name: bool(reference.get(name)) for name in ("checkpointing", "offload")}
+        said |= {"name": str(name_or_path), "defaults": manifest.get("defaults")}
+        options = options or Options(**reference.get("options", {}))
+        generator = cls(pipeline, unlearn=unlearn or reference.get("unlearn", "base"), options=options, **said)
         generator.manifest, generator._words = manifest, words
         for part in [generator.denoiser] if generator._offload else generator._parts():
             part.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -146,13 +120,7 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the denoiser; layers that are unlearned have float32 or better in any case."""
-        return self._dtype
+        return next(self.denoiser.parameters()).device
 
     def _parts(self) -> list[nn.Module]:
         """All networks: autoencoder, text encoders, denoiser."""
@@ -190,7 +158,7 @@ class Generator:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies weights, scheduler and options; two generators with one fingerprint give the same losses."""
-        scales = [found for part in self._parts() if (found := lora_scales(part))]
+        scales = list(filter(None, map(lora_scales, self._parts())))
         return weights_fingerprint(self._parts(), self.pipeline.scheduler.config, self.options, scales)
 
     def generate(
@@ -200,25 +168,15 @@ class Generator:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Image.Image:
-        """Draw one image.
+        """Draw one RGB image of `image_size` pixels a side.
 
-        Args:
-            prompt: what to draw; not empty.
-            seed: of the starting noise, 0 to 2**63 - 1.
-            steps: denoising steps, 1 to 1000; None takes the generator's default.
-            guidance: classifier-free guidance scale, at least 0; None takes the generator's default.
-            on_step: called with (steps done, steps in all) after each step.
-
-        Returns:
-            An RGB image of `image_size` pixels a side.
-
-        Raises:
-            InputError: a value is outside its range.
+        `prompt` is not empty; `seed` is of the starting noise, 0 to 2**63 - 1; `steps` (1 to 1000) and `guidance`
+        (classifier-free, at least 0) None take the generator's defaults. `on_step` is called with (steps done, steps in all)
+        after each step. InputError if a value is outside its range.
         """
-        images = self.generate_batch([prompt], seeds=[seed], steps=steps, guidance=guidance, on_step=on_step)
-        return images[0]
+        return self.generate_batch([prompt], seeds=[seed], steps=steps, guidance=guidance, on_step=on_step)[0]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of a prompt that no training caption has, in order; [] too where the generator does not say its words."""
@@ -231,59 +189,41 @@ class Generator:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Draw one image per prompt and seed; each is what `generate` draws for them, up to float rounding."""
         asked = {"steps": steps, "guidance": guidance}
         settings = self.defaults | {name: value for name, value in asked.items() if value is not None}
-        check_sampling(prompts, seeds, settings, most_steps=self.train_timesteps)
+        families.check_sampling(prompts, seeds, settings, most_steps=self.train_timesteps)
         with self._at_hand("vae", *self.family.text_encoders):
-            return sample(
-                self.pipeline,
-                prompts,
-                seeds,
-                settings,
-                side=self.image_size,
-                max_tokens=self.options.max_tokens,
-                on_step=on_step,
-            )
+            sizes = {"side": self.image_size, "max_tokens": self.options.max_tokens}
+            return families.sample(self.pipeline, prompts, seeds, settings, **sizes, on_step=on_step)
 
     @torch.no_grad()
-    def encode_image(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def encode_image(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, L, h, w) scaled latents (posterior means) of RGB images, whose middle square is resized to `image_size`."""
         with self._at_hand("vae"):
-            return encode_pixels(self.pipeline.vae, images, side=self.image_size)
+            return families.encode_pixels(self.pipeline.vae, images, side=self.image_size)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning of B prompts, as the pipeline itself would compute it."""
         with self._at_hand(*self.family.text_encoders):
-            return self.family.encode(self.pipeline, list(prompts), self.options)
+            return families.encode(self.family, self.pipeline, list(prompts), self.options)
 
-    def training_loss(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def training_loss(self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
         """(B,) denoising loss, mean squared error per latent element, of what the scheduler has the denoiser predict.
 
-        Args:
-            latents: (B, L, h, w) scaled, clean.
-            conditioning: B rows.
-            timesteps: (B,) integers below `train_timesteps`; higher = noisier.
-            noise: (B, L, h, w) standard normal.
+        `latents` (B, L, h, w) are scaled and clean, `timesteps` (B,) integers below `train_timesteps`, higher = noisier,
+        `noise` (B, L, h, w) is standard normal.
         """
         prediction = self.predict(latents, conditioning, timesteps, noise)
         target = self._schedule.target(latents, noise, timesteps)
-        losses: torch.Tensor = (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
-        return losses
+        return (prediction - target.to(prediction.dtype)).square().mean(dim=(1, 2, 3))
 
     def sampled_loss(
-        self,
-        latents: torch.Tensor,
-        conditioning: Conditioning,
-        timesteps: torch.Tensor,
-        noise: torch.Tensor,
-        target_noise: torch.Tensor,
-    ) -> torch.Tensor:
+        self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor, target_noise: Tensor
+    ) -> Tensor:
         """(B,) losses against targets drawn from the model's own Gaussian; their gradients' second moment is the true Fisher.
 
         The variance is half the number of latent elements, so that the Fisher equals the Gauss-Newton matrix of
@@ -292,12 +232,9 @@ class Generator:
         prediction = self.predict(latents, conditioning, timesteps, noise)
         spread = (prediction[0].numel() / 2) ** 0.5
         target = prediction.detach() + spread * target_noise.to(prediction.dtype)
-        losses: torch.Tensor = (prediction - target).square().mean(dim=(1, 2, 3))
-        return losses
+        return (prediction - target).square().mean(dim=(1, 2, 3))
 
-    def predict(
-        self, latents: torch.Tensor, conditioning: Conditioning, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def predict(self, latents: Tensor, conditioning: Conditioning, timesteps: Tensor, noise: Tensor) -> Tensor:
         """(B, L, h, w) the denoiser's prediction for noised latents, in float32 or better."""
         self.evaluations["forward"] += len(latents)
         self.evaluations["backward"] += len(latents) if torch.is_grad_enabled() else 0
@@ -308,24 +245,18 @@ class Generator:
         return self._schedule.scaled(prediction, timesteps)
 
     def modules_to_unlearn(self, pattern: str = "") -> dict[str, Layer]:
-        """The denoiser's linear layers and convolutions whose name matches `pattern`, by name.
+        """The denoiser's linear layers and convolutions whose name matches a regular expression, by name.
 
-        Where the denoiser has less than float32, these layers are put into float32 (and see their inputs so), since a step
-        that raises a loss by some percent changes weights by less than half precision resolves.
-
-        Args:
-            pattern: regular expression. '' is the generator's own choice: the matrices of the LoRA where `unlearn` is
-                'lora', else `fastattr.generators.layers.default_pattern`.
-
-        Raises:
-            InputError: no layer matches.
+        '' is the generator's own choice: the matrices of the LoRA where `unlearn` is 'lora', else
+        `fastattr.generators.families.default_pattern`. Where the denoiser has less than float32, these layers are put into
+        float32 (and see their inputs so), since a step that raises a loss by some percent changes weights by less than half
+        precision resolves. InputError if no layer matches.
         """
         lora = self.unlearn == "lora"
-        pattern = pattern or (LORA if lora else default_pattern(self.denoiser, self.family.text_projections))
-        found = find_layers(self.denoiser, pattern, of_lora=lora)
-        if any(layer.weight.dtype.itemsize < 4 for layer in found.values()):
-            _ = self.fingerprint  # of the weights as they were loaded
-            for layer in found.values():
-                if layer.weight.dtype.itemsize < 4:
-                    put_into_float32(layer, casts=self.unlearn == "base")  # peft casts by itself
+        pattern = pattern or (LORA if lora else families.default_pattern(self.denoiser, self.family.text_projections))
+        found = families.find_layers(self.denoiser, pattern, of_lora=lora)
+        for layer in found.values():
+            if layer.weight.dtype.itemsize < 4:
+                _ = self.fingerprint  # of the weights as they were loaded
+                families.put_into_float32(layer, casts=not lora)  # peft casts by itself
         return found

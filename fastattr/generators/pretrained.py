@@ -16,8 +16,7 @@ from fastattr.core.models import PIPELINE_FILES, commit_of, locate, split_revisi
 from fastattr.core.stages import make
 from fastattr.generators.families import Options
 from fastattr.generators.generator import Generator
-from fastattr.generators.loading import DTYPES
-from fastattr.generators.lora import locate_lora
+from fastattr.generators.loading import DTYPES, locate_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +71,7 @@ def run(config: PretrainedConfig, run_dir: Path) -> dict[str, Any]:
         ArtifactNotFoundError: there is no such pipeline or LoRA.
         InputError: the pipeline is of no supported family.
     """
-    folder = run_dir / "generator"
-    return make(folder, lambda: _look_up(config), stage="generator", config=config, inputs={})
+    return make(run_dir / "generator", lambda: _look_up(config), stage="generator", config=config, inputs={})
 
 
 def _look_up(config: PretrainedConfig) -> dict[str, Any]:
@@ -83,26 +81,18 @@ def _look_up(config: PretrainedConfig) -> dict[str, Any]:
     lora_name, lora_revision = split_revision(config.lora, None)
     lora_file = locate_lora(lora_name, revision=lora_revision) if config.lora else None
     commit = commit_of(source)
+    # What a branch or tag stands for today is what is attributed; a folder of this machine keeps its place.
     reference = {
-        # What a branch or tag stands for today is what is attributed; a folder of this machine keeps its place.
         "pretrained": str(source.resolve()) if Path(name).is_dir() else name,
         "revision": commit,
         "lora": (str(lora_file.resolve()) if Path(lora_name).exists() else lora_name) if lora_file else "",
         "lora_revision": commit_of(lora_file.parent) if lora_file else None,
         "lora_sha256": sha256_file(lora_file) if lora_file else "",
-        "unlearn": config.unlearn,
-        "dtype": config.dtype,
         "options": asdict(config.options),
-        "checkpointing": config.checkpointing,
-        "offload": config.offload,
+        **{key: getattr(config, key) for key in ("unlearn", "dtype", "checkpointing", "offload")},
     }
     generator = Generator.from_pretrained(
-        name,
-        revision=commit,
-        dtype=DTYPES[config.dtype],
-        lora=lora_file,
-        unlearn=config.unlearn,
-        options=config.options,
+        name, revision=commit, dtype=DTYPES[config.dtype], lora=lora_file, unlearn=config.unlearn, options=config.options
     )
     asked = {"steps": config.steps, "guidance": config.guidance}
     return {

@@ -1,10 +1,9 @@
 """Queries: generated images with their prompts, to be attributed; training, validation and test kept apart.
 
-Reads corpus/ and generator/; writes queries/data.parquet with every setting that made each image. Prompts are
-captions of training images, recombinations (a subject in another set's style) and free text: listed in the config, or
-from a file or dataset of prompts. A subject belongs to one split only, by the hash of its name, so no test prompt shares
-its subject with a training prompt. Drawings that are near-copies of a training image name it (`near_copy_of`).
-Resumes: images already drawn are kept in shards of one batch each (`batch_size` 1: one query each).
+Reads corpus/ and generator/; writes queries/data.parquet with every setting that made each image. Prompts are captions of
+training images, recombinations (a subject in another set's style) and free text: listed in the config, or from a file or
+dataset of prompts. A subject belongs to one split only, by the hash of its name. Drawings that are near-copies of a training
+image name it (`near_copy_of`). Resumes: images already drawn are kept in shards of one batch each.
 """
 
 from __future__ import annotations
@@ -80,11 +79,10 @@ class QueriesConfig:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it comes from."""
+    """A prompt, its kind ('caption', 'recombined' or 'free') and its split."""
 
     text: str
     kind: str
-    """'caption', 'recombined' or 'free'."""
     split: str
 
 
@@ -101,25 +99,20 @@ def split_of(subject: str, config: QueriesConfig) -> str:
 def read_prompts(source: str, column: str) -> Iterator[str]:
     """The prompts of a file or of a dataset's train split, in its order; empty ones are left out.
 
-    Raises:
-        ArtifactNotFoundError: it looks like a file and is none.
-        InputError: it has no such column.
+    ArtifactNotFoundError if it looks like a file and is none, InputError if it has no such column.
     """
     path = Path(source)
-    if path.suffix == ".txt":
-        if not path.is_file():
-            raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
+    kinds = {".txt": "text", ".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+    kind = kinds.get(path.suffix)
+    if kind and not path.is_file():
+        raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
+    if kind == "text":
         yield from filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n")))
         return
     from datasets import load_dataset
 
-    kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise ArtifactNotFoundError(f"there is no file of prompts {source}.")
-        rows = load_dataset(kinds[path.suffix], data_files=source, split="train", streaming=True)
-    else:
-        rows = load_dataset(source, split="train", streaming=True)
+    files = {"data_files": source} if kind else {}
+    rows = load_dataset(kind or source, split="train", streaming=True, **files)
     if column in (rows.column_names or []):  # a CSV says only with its first row which columns it has
         rows = rows.select_columns([column])
     for row in rows:
@@ -130,40 +123,29 @@ def read_prompts(source: str, column: str) -> Iterator[str]:
 
 
 def choose_prompts(captions: Sequence[str], config: QueriesConfig, more: Sequence[str] = ()) -> list[Prompt]:
-    """Choose the prompts of all splits.
+    """Choose the prompts of all splits: distinct ones, but each of the training split `train_drawings` times; train first.
 
-    Args:
-        captions: main captions of the corpus, 'SUBJECT, SET style' where sets are known, else any text.
-        config: sizes and shares.
-        more: free text that comes after `config.free_prompts`, in an order that follows from the texts alone.
-
-    Returns:
-        Distinct prompts, but each of the training split `train_drawings` times; train first. Captions fill up where a split
-        has too few free prompts or recombinations.
-
-    Raises:
-        InputError: the corpus has too few distinct subjects; the text proposes numbers that fit.
+    `captions` are main captions of the corpus, 'SUBJECT, SET style' where sets are known, else any text; they fill up where a
+    split has too few free prompts or recombinations. `more` is free text that comes after `config.free_prompts`, in an order
+    that follows from the texts alone. InputError if the corpus has too few distinct subjects; the text proposes numbers that
+    fit.
     """
     try:
         return _choose(captions, config, more)
     except InputError as error:
-        fitting = numbers_that_fit(captions, config, more)
+        fitting = _numbers_that_fit(captions, config, more)
         if fitting is None:
             raise
         numbers = ", ".join(f"{split}: {count}" for split, count in fitting.items())
         raise InputError(f"{error} These numbers fit: queries: {{{numbers}}}.") from error
 
 
-def numbers_that_fit(captions: Sequence[str], config: QueriesConfig, more: Sequence[str] = ()) -> dict[str, int] | None:
-    """The largest numbers of queries, in the proportion of the config's, that a corpus has prompts for; None if it has none.
-
-    Arguments as `choose_prompts`.
-    """
-    wanted = {split: getattr(config, split) for split in SPLITS}
-    low, high = 0, 1000
-    best = None
+def _numbers_that_fit(captions: Sequence[str], config: QueriesConfig, more: Sequence[str]) -> dict[str, int] | None:
+    """The largest numbers of queries, in the proportion of the config's, that a corpus has prompts for; None if it has none."""
+    low, high, best = 0, 1000, None
     while low < high:  # a smaller share always fits where a larger one does, but for a few subjects that change splits
         share = (low + high + 1) // 2
+        wanted = {split: getattr(config, split) for split in SPLITS}
         numbers: dict[str, Any] = {split: max(1, count * share // 1000) if count else 0 for split, count in wanted.items()}
         try:
             _choose(captions, replace(config, **numbers), more)
@@ -181,8 +163,7 @@ def _choose(captions: Sequence[str], config: QueriesConfig, more: Sequence[str])
         subject, style = split_caption(caption)
         subjects.setdefault(subject, set()).add(style)
     styles = sorted({style for known in subjects.values() for style in known if style})
-    texts = list(dict.fromkeys(more))
-    ordered = sorted(texts, key=lambda text: hashlib.sha256(f"{config.seed} {text}".encode()).digest())
+    ordered = sorted(dict.fromkeys(more), key=lambda text: hashlib.sha256(f"{config.seed} {text}".encode()).digest())
     prompts = []
     for split, size in config.prompts_of_split.items():
         own = [subject for subject in sorted(subjects) if split_of(subject, config) == split]
@@ -202,10 +183,8 @@ def _choose(captions: Sequence[str], config: QueriesConfig, more: Sequence[str])
                 prompts.append(Prompt(f"{subject}, {style}" if style else subject, "caption", split))
                 size -= 1
         if size > n_free:
-            raise InputError(
-                f"the corpus has {len(subjects)} different captions, {len(own)} of them for the {split} queries: "
-                f"{size - n_free} too few."
-            )
+            found = f"the corpus has {len(subjects)} different captions, {len(own)} of them for the {split} queries"
+            raise InputError(f"{found}: {size - n_free} too few.")
         prompts += [Prompt(text, "free", split) for text in free[:n_free]]
     training = [prompt for prompt in prompts if prompt.split == "train"]
     return [*(training * config.train_drawings)[: config.train], *prompts[len(training) :]]
@@ -215,11 +194,7 @@ class Queries:
     """A written query folder, opened."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open `folder`.
-
-        Raises:
-            ArtifactNotFoundError: it is not a finished query folder.
-        """
+        """Open `folder`; ArtifactNotFoundError if it is not a finished query folder."""
         self.folder = Path(folder)
         self.manifest = open_stage(self.folder, "queries")
         self.table = pq.read_table(self.folder / "data.parquet")
@@ -247,12 +222,10 @@ def query_schema() -> pa.Schema:
     """Arrow schema of queries, viewable by `datasets`."""
     from datasets import Features, Image as ImageFeature, Value
 
-    text = {name: Value("string") for name in ("scheduler", "generator", "split", "kind", "near_copy_of")}
     numbers = {"seed": Value("int64"), "steps": Value("int32"), "guidance": Value("float32")}
-    schema: pa.Schema = Features(
-        {"query_id": Value("string"), "prompt": Value("string"), "image": ImageFeature(), **numbers, **text}
-    ).arrow_schema
-    return schema
+    text = {name: Value("string") for name in ("scheduler", "generator", "split", "kind", "near_copy_of")}
+    query = {"query_id": Value("string"), "prompt": Value("string"), "image": ImageFeature()}
+    return Features(query | numbers | text).arrow_schema
 
 
 def run(config: QueriesConfig, run_dir: Path) -> dict[str, Any]:
@@ -305,27 +278,14 @@ def _joined(folder: Path, shards: Path, corpus: Corpus, generator: Generator) ->
 
 def draw_queries(generator: Generator, prompts: Sequence[Prompt], *, first: int, config: QueriesConfig) -> list[dict[str, Any]]:
     """Rows of the query table for these prompts, the first of which has number `first`."""
+    sampled: dict[str, Any] = {"steps": config.steps, "guidance": config.guidance}
     seeds = [config.seed * 1_000_000 + first + offset for offset in range(len(prompts))]
-    images = generator.generate_batch(
-        [prompt.text for prompt in prompts], seeds=seeds, steps=config.steps, guidance=config.guidance
-    )
+    images = generator.generate_batch([prompt.text for prompt in prompts], seeds=seeds, **sampled)
+    made_by = {"scheduler": type(generator.pipeline.scheduler).__name__, "generator": generator.fingerprint}
     rows = []
     for offset, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        rows.append(
-            {
-                "query_id": f"{prompt.split}-{first + offset:06d}",
-                "prompt": prompt.text,
-                "image": {"bytes": buffer.getvalue(), "path": None},
-                "seed": seed,
-                "steps": config.steps,
-                "guidance": config.guidance,
-                "scheduler": type(generator.pipeline.scheduler).__name__,
-                "generator": generator.fingerprint,
-                "split": prompt.split,
-                "kind": prompt.kind,
-                "near_copy_of": "",
-            }
-        )
+        image.save(buffer := io.BytesIO(), format="PNG")
+        drawn = {"image": {"bytes": buffer.getvalue(), "path": None}, "seed": seed, **sampled, **made_by, "near_copy_of": ""}
+        asked = {"query_id": f"{prompt.split}-{first + offset:06d}", "prompt": prompt.text}
+        rows.append({**asked, "split": prompt.split, "kind": prompt.kind, **drawn})
     return rows

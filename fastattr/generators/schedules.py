@@ -1,35 +1,42 @@
-"""Schedules: how a pipeline's scheduler noises latents, and what its denoiser is trained to predict of them."""
+"""Noise: what a loss draws for an image, and how a pipeline's scheduler noises latents and what its denoiser then predicts.
+
+Noise and timesteps are functions of (id, draw, seed) alone, so that no batch, order or process changes them. Integer
+timesteps go from 0 to N - 1, higher = noisier. Of a schedule, `noised` gives (B, L, h, w) noised latents, `told` (B,) the
+timesteps as the denoiser is told them, `scaled` a prediction times the root of its weight in the loss, and `target`
+(B, L, h, w) what that should be.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 
 
-class Schedule(Protocol):
-    """How a latent is noised at integer timesteps 0 to N - 1, higher = noisier, and what the denoiser should then predict."""
+def noise_for(ids: Sequence[str], draws: Sequence[int], *, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """(B, *shape) standard normal noise, each row a function of its id, its draw number and the seed of the run only.
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """(B, L, h, w) noised latents."""
-        ...
-
-    def told(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(B,) the timesteps as the denoiser is told them."""
-        return timesteps
-
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """(B, L, h, w) what the scaled prediction should be."""
-        ...
-
-    def scaled(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The prediction times the square root of its weight in the loss."""
-        return prediction
+    `ids` (B,) are of images or queries, `draws` (B,) draw numbers, `shape` is one latent's, (L, h, w).
+    """
+    rows = []
+    for name, draw in zip(ids, draws, strict=True):
+        key = int.from_bytes(hashlib.sha256(f"{seed}/{draw}/{name}".encode()).digest()[:16], "little")
+        rows.append(np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32))
+    return torch.from_numpy(np.stack(rows))
 
 
-class DiffusionSchedule(Schedule):
+def spread_timesteps(draws: int, *, train_timesteps: int) -> np.ndarray:
+    """(draws,) timesteps in the middles of `draws` equal parts of the schedule; draw d always has the d-th."""
+    return ((np.arange(draws) + 0.5) / draws * train_timesteps).astype(np.int64)
+
+
+class DiffusionSchedule:
     """Noise added by a table of variances; the denoiser predicts the noise, the velocity or the clean latent."""
 
     def __init__(self, config: Any) -> None:
@@ -39,30 +46,29 @@ class DiffusionSchedule(Schedule):
         self._scheduler = DDPMScheduler.from_config(config)
         self._kind = self._scheduler.config.prediction_type
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
-        noisy: torch.Tensor = self._scheduler.add_noise(latents, noise, timesteps)
-        return noisy
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents with noise."""
+        return self._scheduler.add_noise(latents, noise, timesteps)
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
-        if self._kind == "epsilon":
-            return noise
+    def told(self, timesteps: Tensor) -> Tensor:
+        """The timesteps themselves."""
+        return timesteps
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise, the velocity, or the clean latent, weighted."""
         if self._kind == "sample":
             return self.scaled(latents, timesteps)
-        velocity: torch.Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
-        return velocity
+        return noise if self._kind == "epsilon" else self._scheduler.get_velocity(latents, noise, timesteps)
 
-    def scaled(self, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """A predicted clean latent counts by its signal-to-noise ratio, as in diffusers' script; the others as they are."""
         if self._kind != "sample":
             return prediction
         kept = self._scheduler.alphas_cumprod.to(prediction.device)[timesteps].to(prediction.dtype)
-        weighted: torch.Tensor = prediction * (kept / (1 - kept)).sqrt()[:, None, None, None]
-        return weighted
+        return prediction * (kept / (1 - kept)).sqrt()[:, None, None, None]
 
 
-class FlowSchedule(Schedule):
+class FlowSchedule:
     """Straight lines from latent to noise; the denoiser predicts their direction, noise - latent."""
 
     def __init__(self, config: Any) -> None:
@@ -76,38 +82,34 @@ class FlowSchedule(Schedule):
         )
         self._levels, self._told = scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
 
-    def _level(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def _level(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """(B, 1, 1, 1) share of noise."""
-        level: torch.Tensor = self._levels.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
-        return level
+        return self._levels.to(latents.device, latents.dtype)[timesteps][:, None, None, None]
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """A point on the line."""
         level = self._level(latents, timesteps)
         return (1 - level) * latents + level * noise
 
-    def told(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
-        told: torch.Tensor = self._told.to(timesteps.device)[timesteps]
-        return told
+    def told(self, timesteps: Tensor) -> Tensor:
+        """The timesteps as the scheduler shifts them."""
+        return self._told.to(timesteps.device)[timesteps]
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Schedule`."""
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The line's direction."""
         return noise - latents
 
+    def scaled(self, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The prediction itself."""
+        return prediction
 
-def read_schedule(config: Any) -> Schedule:
-    """The schedule that a pipeline's scheduler config describes.
 
-    Raises:
-        InputError: it is of another kind.
-    """
+def read_schedule(config: Any) -> DiffusionSchedule | FlowSchedule:
+    """The schedule that a pipeline's scheduler config describes; InputError if it is of another kind."""
     kind = config.get("prediction_type", "flow_prediction" if "shift" in config else "none")
     if kind == "flow_prediction":
         return FlowSchedule(config)
     if kind in {"epsilon", "v_prediction", "sample"} and "beta_schedule" in config:
         return DiffusionSchedule(config)
-    raise InputError(
-        f"the scheduler {config.get('_class_name', '')} predicts {kind!r}; 'epsilon', 'v_prediction' and 'sample' on a table "
-        "of variances are supported, and flow matching."
-    )
+    known = "'epsilon', 'v_prediction' and 'sample' on a table of variances are supported, and flow matching"
+    raise InputError(f"the scheduler {config.get('_class_name', '')} predicts {kind!r}; {known}.")

@@ -1,11 +1,10 @@
 """Gradients: what a denoising loss asks of a generator's weights.
 
-encoded      `encode_corpus`, `EncodedImages`: latents and text conditioning of training images, computed once
-losses       `denoising_losses`, `image_losses`: losses at noise that follows from the image's id
-recording    `record_layers`, `example_gradients`: each example's weight gradient from one backward pass
-ekfac        `fit_ekfac`, `Factors`: the curvature that shapes an unlearning step
-compression  `gradient_features`, `Compression`, `leading_coordinates`: a gradient as a short row
-ridge        `RidgeKernel`: the kernel of TRAK and D-TRAK as a linear map
+losses       `encode_corpus`, `EncodedImages`: latents and conditioning, computed once; `denoising_losses`, `image_losses`
+ekfac        `record_layers`, `example_gradients`: each example's weight gradient from one backward pass;
+             `fit_ekfac`, `Factors`: the curvature that shapes an unlearning step
+compression  `gradient_features`, `Compression`, `leading_coordinates`: a gradient as a short row; `RidgeKernel`: the kernel
+             of TRAK and D-TRAK as a linear map
 
 Reads a generator and a corpus; writes encoded/ and ekfac/ of a run folder when a stage asks for it.
 """

@@ -1,20 +1,21 @@
-"""EKFAC: the curvature that shapes the unlearning step.
+"""EKFAC: the curvature that shapes the unlearning step, and what a backward pass gives each layer.
 
-For a linear layer (or a convolution, as a linear layer on patches) with inputs a (T rows an example) and output
-gradients g, the Fisher block is approximated by Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose
-eigenvectors are kept, and whose eigenvalues are replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the
-gradient of one example: exact second moments in the Kronecker eigenbasis.
-Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
+For a linear layer (or a convolution, as a linear layer on patches) with inputs a (T rows an example) and output gradients g,
+the Fisher block is approximated by Kronecker factors A = E[sum_t a a^T], S = E[sum_t g g^T] whose eigenvectors are kept, and
+whose eigenvalues are replaced by lambda = E[(Q_S^T G Q_A)^2], with G = sum_t g a^T the gradient of one example: exact second
+moments in the Kronecker eigenbasis. From recorded a and g the gradient of each example, or of groups, is had without a
+backward pass for each. Sources: arXiv:1806.03884 (EKFAC), arXiv:2410.13850 (for diffusion losses).
 
-Files are kronfluence's (activation_eigenvectors, gradient_eigenvectors, lambda_matrix, num_lambda_processed,
-each a safetensors file with one tensor a layer; lambda is a sum over examples, shaped (out, in)).
+Files are kronfluence's (activation_eigenvectors, gradient_eigenvectors, lambda_matrix, num_lambda_processed, each a
+safetensors file with one tensor a layer; lambda is a sum over examples, shaped (out, in)).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,111 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, NonFiniteError
+from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
 from fastattr.core.files import atomic_path, read_json, write_json
 from fastattr.core.stages import require_same
-from fastattr.generators.layers import Layer, weight_shape
-from fastattr.gradients.recording import example_gradients, record_layers, rotated_gradients
+from fastattr.generators.families import Layer, Layers, weight_shape
 
 logger = logging.getLogger(__name__)
+
+
+Calls = Sequence[tuple[Tensor, Tensor]]
+"""(B, T, in) inputs and (B, T, out) output gradients of one layer, a pair for each call."""
+
+
+@contextmanager
+def record_layers(layers: Layers) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """While open, collect inputs and output gradients (`Calls`) of every backward pass, by layer name.
+
+    The layers' weights are frozen while it is open: a backward pass then goes no further than the layers' outputs, which saves
+    a third of the work.
+    """
+    recorded: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    wanted = {name: layer.weight.requires_grad for name, layer in layers.items()}
+    handles = []
+    for name, layer in layers.items():
+
+        def forward_hook(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            if not torch.is_grad_enabled():
+                return
+            activations = inputs[0].detach()
+
+            def keep(gradient: Tensor) -> None:
+                dtype = layer.weight.dtype  # also where the network around the layer has half precision
+                recorded[name].append((_input_rows(layer, activations), _output_rows(layer, gradient.detach().to(dtype))))
+
+            output.requires_grad_().register_hook(keep)  # one a call, so layers used several times in a graph pair up rightly
+
+        handles.append(layer.register_forward_hook(forward_hook))
+        layer.weight.requires_grad_(False)
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            layer.weight.requires_grad_(wanted[name])
+
+
+def _input_rows(layer: Layer, inputs: Tensor) -> Tensor:
+    """(B, ..., in) -> (B, T, in); for a convolution (B, C, H, W) -> its patches, (B, T, C x kernel)."""
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise InputError(f"convolutions padded with {layer.padding!r} {layer.padding_mode} are not supported by EKFAC.")
+    form = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+    return F.unfold(inputs, layer.kernel_size, **form).transpose(1, 2)
+
+
+def _output_rows(layer: Layer, gradients: Tensor) -> Tensor:
+    """(B, ..., out) -> (B, T, out); for a convolution from (B, out, H, W)."""
+    of_linear = isinstance(layer, nn.Linear)
+    return gradients.reshape(len(gradients), -1, gradients.shape[-1]) if of_linear else gradients.flatten(2).transpose(1, 2)
+
+
+def joined(calls: Calls, groups: int) -> tuple[Tensor, Tensor]:
+    """Inputs (groups, R, in) and output gradients (groups, R, out) of a layer: all rows of all calls of each group.
+
+    Consecutive examples fall into groups of equal size; as many groups as examples keep them apart. NonFiniteError if
+    the layer took no part in the loss.
+    """
+    if not calls:
+        raise NonFiniteError("a layer to unlearn took no part in the loss; no gradient reached it.")
+    sides = zip(*((part.reshape(groups, -1, part.shape[-1]) for part in call) for call in calls), strict=True)
+    inputs, gradients = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in sides)
+    return inputs, gradients
+
+
+def example_gradients(calls: Calls, groups: int | None = None) -> Tensor:
+    """(B, out, in) weight gradients of each example, or (groups, out, in) sums over consecutive examples; see `joined`."""
+    inputs, gradients = joined(calls, groups or (len(calls[0][0]) if calls else 0))
+    return torch.bmm(gradients.transpose(1, 2), inputs)
+
+
+def rotated_gradients(calls: Calls, groups: int, left: Tensor, right: Tensor) -> Tensor:
+    """(groups, o, i) left^T G right, G the weight gradient of a group, for (out, o) and (in, i) directions.
+
+    Rotation is linear: it is done once a group, not once an example, and in the order that multiplies least: of the
+    inputs and output gradients where few rows or few directions are wanted, of their product where there are many rows.
+    """
+    inputs, gradients = joined(calls, groups)
+    rows, (inner, few_in), (outer, few_out) = inputs.shape[1], right.shape, left.shape
+    costs = {}
+    for turn_inputs in (False, True):
+        for turn_outputs in (False, True):
+            wide_in, wide_out = few_in if turn_inputs else inner, few_out if turn_outputs else outer
+            before = rows * (inner * few_in * turn_inputs + outer * few_out * turn_outputs)
+            after = few_out * outer * wide_in * (not turn_outputs) + few_out * inner * few_in * (not turn_inputs)
+            costs[turn_inputs, turn_outputs] = before + rows * wide_in * wide_out + after
+    turn_inputs, turn_outputs = min(costs, key=costs.__getitem__)
+    gradients = gradients @ left if turn_outputs else gradients
+    total = torch.bmm(gradients.transpose(1, 2), inputs @ right if turn_inputs else inputs)
+    total = total if turn_outputs else left.T @ total
+    return total if turn_inputs else total @ right
+
 
 FACTOR_FILES = ("activation_eigenvectors", "gradient_eigenvectors", "lambda_matrix", "num_lambda_processed")
 ROUNDING = 1e-12
@@ -42,27 +140,27 @@ MADE_OF = "made_of.json"
 class Factors:
     """EKFAC factors of several layers, by layer name."""
 
-    activation_eigenvectors: Mapping[str, torch.Tensor]
+    activation_eigenvectors: Mapping[str, Tensor]
     """(in, in), columns are eigenvectors of A."""
-    gradient_eigenvectors: Mapping[str, torch.Tensor]
+    gradient_eigenvectors: Mapping[str, Tensor]
     """(out, out), columns are eigenvectors of S."""
-    eigenvalues: Mapping[str, torch.Tensor]
+    eigenvalues: Mapping[str, Tensor]
     """(out, in), mean squared per-example gradient in the eigenbasis."""
     examples: int
     """Examples that the eigenvalues average over."""
 
-    def precondition(self, gradients: Mapping[str, torch.Tensor], *, damping: float) -> dict[str, torch.Tensor]:
+    def precondition(self, gradients: Mapping[str, Tensor], *, damping: float) -> dict[str, Tensor]:
         """(out, in) natural gradients by layer: (F + damping * mean eigenvalue of the layer)^-1 applied to gradients."""
         natural = {}
         for name, gradient in gradients.items():
-            left = self.gradient_eigenvectors[name].to(gradient.device)
-            right = self.activation_eigenvectors[name].to(gradient.device)
+            sides = (self.gradient_eigenvectors, self.activation_eigenvectors)
+            left, right = (vectors[name].to(gradient.device) for vectors in sides)
             rotated = left.T @ gradient.to(left.dtype) @ right
             damped = self.damped(name, damping).to(gradient.device)
             natural[name] = (left @ (rotated / damped) @ right.T).to(gradient.dtype)
         return natural
 
-    def damped(self, name: str, damping: float) -> torch.Tensor:
+    def damped(self, name: str, damping: float) -> Tensor:
         """(out, in) eigenvalues of a layer plus `damping` times their mean; infinite for a layer that the loss ignores.
 
         A layer ahead of a normalisation that takes its whole effect away has rounding errors for gradients. Dividing by their
@@ -97,14 +195,11 @@ class Factors:
         write_json(folder / MADE_OF, dict(made_of or {}))
 
     @classmethod
-    def load(cls, folder: Path, layers: Mapping[str, Layer], *, made_of: Mapping[str, str] | None = None) -> Factors:
+    def load(cls, folder: Path, layers: Layers, *, made_of: Mapping[str, str] | None = None) -> Factors:
         """Read kronfluence's factor files of these layers.
 
         `made_of` are fingerprints that those saved beside them must agree with; kronfluence's own have none, which is logged.
-
-        Raises:
-            ArtifactNotFoundError: a file is missing.
-            ArtifactMismatchError: they belong to other layers, another generator or another corpus.
+        ArtifactNotFoundError if a file is missing, ArtifactMismatchError if they belong to other layers, generator or corpus.
         """
         if (folder / MADE_OF).exists():
             found = read_json(folder / MADE_OF)
@@ -113,12 +208,10 @@ class Factors:
                 require_same(f"the {what} of the factors in {folder}", found.get(what), expected, fix)
         elif made_of and folder.exists():
             logger.warning("%s does not say which generator and corpus its factors are of; they are taken as they are", folder)
-        contents = {}
-        for file in FACTOR_FILES:
-            path = folder / f"{file}.safetensors"
-            if not path.exists():
-                raise ArtifactNotFoundError(f"{path} does not exist; fit the factors again.")
-            contents[file] = load_file(path)
+        paths = {file: folder / f"{file}.safetensors" for file in FACTOR_FILES}
+        if missing := [path for path in paths.values() if not path.exists()]:
+            raise ArtifactNotFoundError(f"{missing[0]} does not exist; fit the factors again.")
+        contents = {file: load_file(path) for file, path in paths.items()}
         found = {name: tuple(value.shape) for name, value in contents["lambda_matrix"].items()}
         wanted = {name: weight_shape(layer) for name, layer in layers.items()}
         if found != wanted:
@@ -128,16 +221,11 @@ class Factors:
                 "Fit factors for this generator and pattern."
             )
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
-        eigenvalues = {name: value.double() / examples for name, value in contents["lambda_matrix"].items()}
-        return cls(
-            {name: value.double() for name, value in contents["activation_eigenvectors"].items()},
-            {name: value.double() for name, value in contents["gradient_eigenvectors"].items()},
-            eigenvalues,
-            examples,
-        )
+        right, left, sums = ({name: value.double() for name, value in contents[file].items()} for file in FACTOR_FILES[:3])
+        return cls(right, left, {name: value / examples for name, value in sums.items()}, examples)
 
 
-def factor_bytes(layers: Mapping[str, Layer]) -> int:
+def factor_bytes(layers: Layers) -> int:
     """Memory that fitting takes for sums and factors, all in float64: covariances, eigenvectors and eigenvalues."""
     return factor_sizes([weight_shape(layer) for layer in layers.values()])
 
@@ -147,38 +235,26 @@ def factor_sizes(shapes: Iterable[tuple[int, int]]) -> int:
     return sum(8 * (2 * out * out + 2 * inner * inner + out * inner) for out, inner in shapes)
 
 
-def fit_ekfac(
-    layers: Mapping[str, Layer],
-    batches: Callable[[], Iterable[torch.Tensor]],
-    *,
-    accelerator: Accelerator | None = None,
-    diagonal: bool = False,
-) -> Factors:
-    """Fit EKFAC factors on per-example losses.
+Batches = Callable[[], Iterable[Tensor]]
+"""Gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes each its own part."""
 
-    Args:
-        layers: linear layers and convolutions, by name, whose weights require gradients; biases are ignored.
-        batches: gives, each time it is called, the same sequence of (B,) losses with their graphs; on several processes
-            each its own part. It is called twice: for the covariances, then for the eigenvalues. For the true Fisher
-            the losses must be those of targets sampled from the model; with the data's own targets the result is the
-            empirical Fisher.
-        accelerator: the processes to sum over; None is this one alone. All get the same factors.
-        diagonal: keep the weights' own basis instead of the Kronecker factors' eigenvectors, which makes the curvature
-            the diagonal of the Fisher matrix (AbU, arXiv:2406.09408).
 
-    Returns:
-        Factors in float64.
+def fit_ekfac(layers: Layers, batches: Batches, *, accelerator: Accelerator | None = None, diagonal: bool = False) -> Factors:
+    """Fit EKFAC factors, in float64, on per-example losses.
 
-    Raises:
-        NonFiniteError: a covariance or an eigenvalue is NaN or infinite; the layer is named.
+    `layers` are linear layers and convolutions, by name, whose weights require gradients; biases are ignored. `batches` is
+    called twice: for the covariances, then for the eigenvalues. For the true Fisher the losses must be those of targets
+    sampled from the model; with the data's own targets the result is the empirical Fisher. `accelerator`: the processes to sum
+    over, None is this one alone; all get the same factors. `diagonal` keeps the weights' own basis instead of the Kronecker
+    factors' eigenvectors, which makes the curvature the diagonal of the Fisher matrix (AbU, arXiv:2406.09408). NonFiniteError
+    names the layer.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     logger.info("EKFAC factors of %d layers take %.1f MB of memory", len(layers), factor_bytes(layers) / 1e6)
     if diagonal:
-        right = {name: torch.eye(inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
-        left = {name: torch.eye(out, dtype=torch.float64) for name, (out, _) in shapes.items()}
+        left, right = ({name: torch.eye(shape[side]).double() for name, shape in shapes.items()} for side in (0, 1))
     else:
-        left, right = _eigenbasis(layers, shapes, batches, accelerator)
+        left, right = _eigenbasis(layers, batches, accelerator)
     eigenvalues = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     examples = 0
     rotations = {name: (left[name].to(layer.weight), right[name].to(layer.weight)) for name, layer in layers.items()}
@@ -199,44 +275,38 @@ def fit_ekfac(
 
 
 def _eigenbasis(
-    layers: Mapping[str, Layer],
-    shapes: Mapping[str, tuple[int, int]],
-    batches: Callable[[], Iterable[torch.Tensor]],
-    accelerator: Accelerator | None,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    layers: Layers, batches: Batches, accelerator: Accelerator | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Eigenvectors of the output gradients' and of the inputs' covariances, by layer, the same on all processes."""
-    gradient = {name: torch.zeros(out, out, dtype=torch.float64) for name, (out, _) in shapes.items()}
-    activation = {name: torch.zeros(inner, inner, dtype=torch.float64) for name, (_, inner) in shapes.items()}
+    sizes = {name: weight_shape(layer) for name, layer in layers.items()}
+    sums = [{name: torch.zeros(size[side], size[side]).double() for name, size in sizes.items()} for side in (0, 1)]
     with record_layers(layers) as recorded:
         for losses in batches():
             losses.sum().backward()
             for name, calls in recorded.items():
                 for inputs, output_gradients in calls:
-                    flat_inputs, flat_gradients = inputs.flatten(0, 1), output_gradients.flatten(0, 1)
-                    activation[name] += (flat_inputs.T @ flat_inputs).double().cpu()
-                    gradient[name] += (flat_gradients.T @ flat_gradients).double().cpu()
+                    for total, rows in zip(sums, (output_gradients.flatten(0, 1), inputs.flatten(0, 1)), strict=True):
+                        total[name] += (rows.T @ rows).double().cpu()
                 calls.clear()
-    left, right = {}, {}
-    for name in layers:
-        right[name] = _eigenvectors(_summed(activation[name], accelerator), f"inputs of layer {name}", accelerator)
-        left[name] = _eigenvectors(_summed(gradient[name], accelerator), f"output gradients of layer {name}", accelerator)
+    left, right = (
+        {name: _eigenvectors(_summed(total[name], accelerator), f"{what} of layer {name}", accelerator) for name in layers}
+        for total, what in zip(sums, ("output gradients", "inputs"), strict=True)
+    )
     return left, right
 
 
-def _summed(tensor: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
+def _summed(tensor: Tensor, accelerator: Accelerator | None) -> Tensor:
     """The sum over all processes."""
     if accelerator is None or accelerator.num_processes == 1:
         return tensor
-    total: torch.Tensor = accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
-    return total
+    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu()
 
 
-def _eigenvectors(covariance: torch.Tensor, what: str, accelerator: Accelerator | None) -> torch.Tensor:
+def _eigenvectors(covariance: Tensor, what: str, accelerator: Accelerator | None) -> Tensor:
     """(W, W) eigenvectors, as columns, of a symmetric matrix; those of the first process, for signs and order may differ."""
     if not torch.isfinite(covariance).all():
         raise NonFiniteError(f"the covariance of the {what} is not finite; check the losses, or use float32.")
-    vectors: torch.Tensor = torch.linalg.eigh(covariance).eigenvectors
+    vectors: Tensor = torch.linalg.eigh(covariance).eigenvectors
     if accelerator is None or accelerator.num_processes == 1:
         return vectors
-    shared: torch.Tensor = broadcast(vectors.contiguous().to(accelerator.device), from_process=0).cpu()
-    return shared
+    return broadcast(vectors.contiguous().to(accelerator.device), from_process=0).cpu()

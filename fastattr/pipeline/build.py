@@ -63,9 +63,10 @@ def _json(file: Path) -> dict[str, Any]:
 def run(
     config: BuildConfig, run_dir: Path, *, confirm: Callable[[dict[str, Any]], None] | None = None, again_from: str = ""
 ) -> dict[str, float]:
-    """Run every stage that is not finished yet, on all processes; returns the seconds that each stage took now. `confirm` is
-    given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on everything is built
-    again, as by another config.
+    """Run every stage that is not finished yet, on all processes; returns the seconds that each stage took now.
+
+    `confirm` is given the plan, and raises if nothing shall be built; None makes no plan. From the stage `again_from` on
+    everything is built again, as by another config.
     """
     # The others wait while one does what is left. (PartialState alone would not see ACCELERATE_USE_CPU.)
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import read_json
-from fastattr.generators.families import CROSS_ATTENTION_KV, JOINT_ATTENTION_KV
-from fastattr.generators.layers import Layer, default_pattern
+from fastattr.generators.families import CROSS_ATTENTION_KV, JOINT_ATTENTION_KV, Layer, default_pattern
 from fastattr.gradients.ekfac import factor_bytes
 from fastattr.index.choose import available_memory
 

@@ -21,7 +21,7 @@ from fastattr.core.files import read_json
 from fastattr.core.models import ASSETS, embedded_models
 from fastattr.core.stages import MANIFEST
 from fastattr.corpus.folders import list_folder
-from fastattr.generators.lora import locate_lora
+from fastattr.generators.loading import locate_lora
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.generators.scratch.autoencoder import build_autoencoder
 from fastattr.generators.scratch.denoiser import build_denoiser
@@ -51,13 +51,8 @@ class StageCost:
     disk: int = 0  # bytes it leaves in the run folder
 
     def hours(self, accelerator: str) -> float:
-        """Hours of one accelerator."""
-        return hours_of(self.flops, accelerator)
-
-
-def hours_of(flops: float, accelerator: str) -> float:
-    """Hours that an accelerator takes for so many operations; see `UTILISATION`."""
-    return flops / (PEAK_FLOPS[accelerator] * UTILISATION) / 3600
+        """Hours of one accelerator; see `UTILISATION`."""
+        return self.flops / (PEAK_FLOPS[accelerator] * UTILISATION) / 3600
 
 
 def training_images(config: BuildConfig, run_dir: Path) -> int:
@@ -228,7 +223,8 @@ def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[s
     check(config, run_dir, planned=True)
     check_queries(config, run_dir)
     images, network = training_images(config, run_dir), denoiser_of(config, run_dir)
-    stages, ways = stage_costs(config, images, network), teacher_ways(config, images, network)
+    stages = stage_costs(config, images, network)
+    ways = [StageCost(name=way, flops=flops) for way, flops in teacher_ways(config, images, network).items()]
     hours = {name: sum(stage.hours(name) for stage in stages) for name in PEAK_FLOPS}
     result: dict[str, Any] = {
         "name": config.name,
@@ -241,7 +237,7 @@ def plan(config: BuildConfig, run_dir: Path, *, measure: bool = False) -> dict[s
         "peak_memory": max(stage.memory for stage in stages),
         "disk": sum(stage.disk for stage in stages),
         "hours": hours,
-        "teacher_hours": {way: {name: hours_of(flops, name) for name in PEAK_FLOPS} for way, flops in ways.items()},
+        "teacher_hours": {way.name: {name: way.hours(name) for name in PEAK_FLOPS} for way in ways},
         "accelerator": config.plan.accelerator,
         "money": config.plan.rate * hours[config.plan.accelerator] if config.plan.rate else None,
         "here": {"problem": "not measured"},

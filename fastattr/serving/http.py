@@ -17,12 +17,14 @@ import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.core.errors import InputError, MissingExtraError, NonFiniteError
+from fastattr.corpus.reservations import OptOuts
 
 try:
     import uvicorn
@@ -164,16 +166,21 @@ def create_app(attributor: FastAttributor, config: ServeConfig | None = None) ->
     return app
 
 
-def run(model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None) -> None:
+def run(
+    model: str, *, host: str = "127.0.0.1", port: int = 8000, config: ServeConfig | None = None, opt_out: Path | None = None
+) -> None:
     """Serve an attributor until the process is told to end; what is being answered then is answered.
 
-    Raises InputError if other machines could reach it and no token is set.
+    What an opt-out list names is removed first. Raises InputError if other machines could reach it and no token is set.
     """
     settings = config or ServeConfig(token=os.environ.get("FASTATTR_TOKEN", ""))
     if host not in LOCAL and not settings.token:
         raise InputError(f"{host} can be reached by others: set FASTATTR_TOKEN to a secret that requests must carry.")
     # In torch, which takes longer to import than the encoders' NumPy form, and less for a batch.
-    app = create_app(FastAttributor.from_pretrained(model, thumbnails=False, backend="torch"), settings)
+    attributor = FastAttributor.from_pretrained(model, thumbnails=opt_out is not None, backend="torch")
+    if opt_out and (listed := OptOuts(opt_out).listed_in(attributor.catalog)):
+        attributor.remove(listed, reason=f"opt-out list {opt_out.name}")
+    app = create_app(attributor, settings)
     limits: dict[str, Any] = {"limit_concurrency": 2 * settings.max_waiting, "h11_max_incomplete_event_size": 64 * 1024}
     limits |= {"timeout_graceful_shutdown": int(settings.timeout) + 1, "timeout_keep_alive": 30}
     uvicorn.run(app, host=host, port=port, http=PatientProtocol, log_level="warning", **limits)

@@ -24,7 +24,7 @@ from fastattr.generators.queries import Queries
 from fastattr.students.calibration import FILE, Calibration, fit_curves, save_calibration
 from fastattr.students.distill import open_student
 from fastattr.students.ownness import LEAST_HELD_OUT, LEAST_QUERIES, Ownness, fit_ownness, measures_of
-from fastattr.students.shares import divide, families_of, teacher_shares
+from fastattr.students.shares import LEAST_SHARE, divide, families_of, teacher_shares
 from fastattr.students.student import embed
 from fastattr.teachers.scores import ScoredQuery, read_scores
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PICTURES = 5000
 """Training queries whose pictures are looked at."""
+Arrays = Sequence[np.ndarray]
 FOLDS = 5
 """Parts of the validation queries, each of which is foretold by the others to find how wide intervals must be."""
 
@@ -52,58 +53,44 @@ class CalibrateConfig:
 
 
 def find_widening(
-    similarities: Sequence[np.ndarray],
+    similarities: Arrays,
     scored: Sequence[ScoredQuery],
-    names: Sequence[np.ndarray],
-    families: Sequence[np.ndarray],
+    names: Arrays,
+    families: Arrays,
     *,
-    corpus_size: int,
     resamples: int,
     seed: int,
-    least_share: float = 0.01,
+    **corpus: int,
 ) -> float:
     """By which factor, at least 1, intervals must be widened to hold 95% of held-out queries' shares among their neighbours.
 
-    Arguments as `fit_calibration` has them; names that are expected to hold less than `least_share` are left out.
+    Arguments as `fit_calibration` has them; names that are expected to hold less than `LEAST_SHARE` are left out.
     """
+    drawn, none = {"resamples": resamples, "seed": seed, **corpus}, np.zeros(0)
     ratios = []
     for fold in range(min(FOLDS, len(scored))):
-        held_out = range(fold, len(scored), FOLDS)
         others = [row for row in range(len(scored)) if row % FOLDS != fold] or list(range(len(scored)))
-        curves = fit_curves(
-            [similarities[row] for row in others],
-            [scored[row] for row in others],
-            corpus_size=corpus_size,
-            resamples=resamples,
-            seed=seed,
-        )
-        fitted = Calibration(**curves, widening=1.0, feature_mean=np.zeros(0), ownness=None)
-        for row in held_out:
+        curves = fit_curves([similarities[row] for row in others], [scored[row] for row in others], **drawn)
+        fitted = Calibration(**curves, widening=1.0, feature_mean=none, ownness=None)
+        for row in range(fold, len(scored), FOLDS):
             near = ~scored[row].is_outsider
             _, family, sizes = np.unique(families[row][near], return_inverse=True, return_counts=True)
-            expected = divide(
-                fitted,
-                similarities[row][near],
-                names[row][near],
-                family,
-                weights=1 / sizes[family],
-                level=np.zeros(resamples + 1),
-                seed=seed + row,
-            )
+            counted: dict[str, Any] = {"weights": 1 / sizes[family], "level": np.zeros(resamples + 1), "seed": seed + row}
+            expected = divide(fitted, similarities[row][near], names[row][near], family, **counted)
             found, actual = teacher_shares(scored[row].influence[near], 1 / sizes[family], names[row][near])
             actual = actual[np.isin(found, expected.names)]
             side = np.where(actual > expected.share, expected.high - expected.share, expected.share - expected.low)
             ratio = np.abs(actual - expected.share) / np.maximum(side, 1e-9)
-            ratios.append(ratio[expected.share >= least_share])
+            ratios.append(ratio[expected.share >= LEAST_SHARE])
     every = np.concatenate(ratios)
     return max(1.0, float(np.quantile(every, 0.95))) if len(every) else 1.0
 
 
 def fit_calibration(
-    similarities: Sequence[np.ndarray],
+    similarities: Arrays,
     scored: Sequence[ScoredQuery],
-    names: Sequence[np.ndarray],
-    families: Sequence[np.ndarray],
+    names: Arrays,
+    families: Arrays,
     *,
     corpus_size: int,
     feature_mean: np.ndarray,
@@ -111,20 +98,16 @@ def fit_calibration(
     resamples: int = 200,
     seed: int = 0,
 ) -> Calibration:
-    """Fit everything on validation queries.
+    """Fit everything on validation queries; InputError if there is none.
 
     Of Q queries, the similarities, names (say creators) and families are (C,) arrays of their candidates; names find how wide
     intervals must be. `feature_mean` is (F,) of the corpus; the others are as `fit_curves` has them.
-
-    Raises:
-        InputError: there is no query.
     """
     if not scored:
         raise InputError("a calibration needs validation queries; score some with `fastattr teach`.")
-    curves = fit_curves(similarities, scored, corpus_size=corpus_size, resamples=resamples, seed=seed)
-    widening = find_widening(
-        similarities, scored, names, families, corpus_size=corpus_size, resamples=min(resamples, 100), seed=seed
-    )
+    sizes = {"corpus_size": corpus_size, "seed": seed}
+    curves = fit_curves(similarities, scored, **sizes, resamples=resamples)
+    widening = find_widening(similarities, scored, names, families, **sizes, resamples=min(resamples, 100))
     return Calibration(**curves, widening=widening, feature_mean=feature_mean.astype(np.float32), ownness=ownness)
 
 
@@ -157,28 +140,16 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
         asked = Queries(run_dir / "queries")
         place = {query_id: row for row, query_id in enumerate(asked.query_ids)}
         pictures = [*train[:PICTURES], *(query.query_id for query in scored)]
-        ownness = fit_ownness(
-            read_features(query_folders, train),
-            own,
-            image=kinds == "image",
-            text=kinds == "text",
-            measures=np.stack([measures_of(asked.image(place[query_id])) for query_id in pictures]),
-            captions=(text for texts in corpus.captions for text in texts),
-            false_alarms=config.false_alarms,
-            seed=config.seed,
-        )
+        looks = np.stack([measures_of(asked.image(place[query_id])) for query_id in pictures])
+        about: dict[str, Any] = {"image": kinds == "image", "text": kinds == "text", "measures": looks}
+        about |= {"captions": (text for texts in corpus.captions for text in texts), "false_alarms": config.false_alarms}
+        ownness = fit_ownness(read_features(query_folders, train), own, **about, seed=config.seed)
         creators, families = np.array(corpus.column("creator")), families_of(corpus.column("family"))
-        calibration = fit_calibration(
-            [images[part] @ query for part, query in zip(rows, queries, strict=True)],
-            scored,
-            [creators[part] for part in rows],
-            [families[part] for part in rows],
-            corpus_size=len(corpus),
-            feature_mean=features.mean(axis=0),
-            ownness=ownness,
-            resamples=config.resamples,
-            seed=config.seed,
-        )
+        similarities = [images[part] @ query for part, query in zip(rows, queries, strict=True)]
+        owners, near = [creators[part] for part in rows], [families[part] for part in rows]
+        facts: dict[str, Any] = {"corpus_size": len(corpus), "feature_mean": features.mean(axis=0), "ownness": ownness}
+        facts |= {"resamples": config.resamples, "seed": config.seed}
+        calibration = fit_calibration(similarities, scored, owners, near, **facts)
         save_calibration(calibration, folder / FILE)
         if ownness.match is None:
             logger.warning(
@@ -186,13 +157,9 @@ def run(config: CalibrateConfig, run_dir: Path, *, encoders: Sequence[str]) -> d
                 "there are %d and %d, and encoders of picture and prompt apart",
                 *(LEAST_QUERIES, LEAST_HELD_OUT, len(train), len(scored)),
             )
-        return {
-            "queries": len(scored),
-            "own_or_foreign": ownness.match is not None,
-            "widening": round(calibration.widening, 4),
-            "unrelated": round(float(calibration.unrelated[0]), 4),
-            "level": round(float(calibration.level[0]), 4),
-            "highest_influence": round(float(calibration.influence[-1]), 4),
-        }
+        found = {"widening": calibration.widening, "unrelated": calibration.unrelated[0], "level": calibration.level[0]}
+        found["highest_influence"] = calibration.influence[-1]
+        rounded = {name: round(float(value), 4) for name, value in found.items()}
+        return {"queries": len(scored), "own_or_foreign": ownness.match is not None, **rounded}
 
     return make(folder, work, stage="calibration", config=config, inputs=inputs)

@@ -2,12 +2,11 @@
 
 On validation queries, which the student has not learned from, two rising curves are fitted to the teacher's scores:
 similarity -> expected percentile of the teacher's score within the corpus, and similarity -> expected positive influence in
-units of the corpus' mean. The second makes shares (shares.py).
-
-A score table holds a query's neighbours whole and of the rest of the corpus a few outsiders, drawn at random; each outsider
-stands for its part of the rest (Horvitz-Thompson weights), so that curves and shares are of the corpus, not of the table.
-
-Reads and writes calibration.safetensors; calibrate.py is the stage.
+units of the corpus' mean, which makes shares (shares.py). A score table holds a query's neighbours whole and of the rest of
+    the
+corpus a few outsiders, drawn at random; each outsider stands for its part of the rest (Horvitz-Thompson weights), so that
+    curves
+and shares are of the corpus. Reads and writes calibration.safetensors; calibrate.py is the stage.
 """
 
 from __future__ import annotations
@@ -108,10 +107,7 @@ class Calibration:
     def reached(self) -> float:
         """Similarity up to which no draw of the curve gives more influence than unrelated images have."""
         above = (self.influence > self.level[0]) | (self.influence_draws > self.level[1:, None]).any(axis=0)
-        if not above.any():
-            return np.inf
-        first = int(np.argmax(above))
-        return float(self.knots[first - 1]) if first else -np.inf
+        return float(np.array([-np.inf, *self.knots])[np.argmax(above)]) if above.any() else np.inf
 
     def strengths_of(self, similarity: np.ndarray) -> list[str | None]:
         """'strong', 'medium' or 'weak' for each of (M,) similarities; None for all where the calibration separates nothing.
@@ -119,8 +115,7 @@ class Calibration:
         Strong: in 97.5% of the bootstrap's draws, images with this similarity are expected to have more influence than
         `UNRELATED_PART` of unrelated images have. Medium: more than twice the influence of an unrelated image.
         """
-        asked = np.append(similarity, self.knots[-1])
-        draws = self.draws_of(asked)
+        draws = self.draws_of(np.append(similarity, self.knots[-1]))
         certain = [(draws > bar[1:, None]).mean(axis=0) >= 0.975 for bar in (2 * self.unrelated, self.level)]
         medium, strong = certain[0], certain[0] & certain[1]
         if not medium[-1]:
@@ -149,24 +144,15 @@ def curve_bins(similarity: np.ndarray, weights: np.ndarray, *, per_bin: float, g
 def fit_curves(
     similarities: Sequence[np.ndarray], scored: Sequence[ScoredQuery], *, corpus_size: int, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """The curves of a `Calibration` and their bootstrap over queries.
+    """The curves of a `Calibration` and their R bootstrap `resamples` over queries.
 
-    Args:
-        similarities: of Q queries, each (C,), to their candidates.
-        scored: the Q queries' candidates as the teacher scored them.
-        corpus_size: N.
-        resamples: R, of the bootstrap; `seed` is its seed.
-        seed: see there.
-
-    Returns:
-        'knots', 'percentile', 'influence', 'influence_draws', 'unrelated', 'level', 'queries', as `Calibration` has them.
+    Of Q queries, `similarities` are (C,) each, to the candidates that the teacher `scored`; `corpus_size` is N. Returns
+    'knots', 'percentile', 'influence', 'influence_draws', 'unrelated', 'level' and 'queries', as `Calibration` has them.
     """
     weights = [corpus_weights(query.is_outsider, corpus_size) for query in scored]
     pairs = [(query.influence, weight) for query, weight in zip(scored, weights, strict=True)]
-    values = {
-        "percentile": np.concatenate([teacher_percentiles(*pair) for pair in pairs]),
-        "influence": np.concatenate([relative_influence(*pair) for pair in pairs]),
-    }
+    kinds = {"percentile": teacher_percentiles, "influence": relative_influence}
+    values = {name: np.concatenate([measure(*pair) for pair in pairs]) for name, measure in kinds.items()}
     similarity, weight = np.concatenate(similarities).astype(np.float64), np.concatenate(weights)
     query = np.repeat(np.arange(len(scored)), [len(part) for part in similarities])
     bins = curve_bins(similarity, weight, per_bin=max(20.0, len(scored) / 2))
@@ -188,14 +174,12 @@ def fit_curves(
     unrelated_sum = np.bincount(query, weights=outside * weight * values["influence"], minlength=len(scored))
     unrelated_mass = np.bincount(query, weights=outside * weight, minlength=len(scored))
     both = np.vstack([np.ones((1, len(scored)), dtype=np.int64), counts])
-    level = _quantiles(values["influence"][outside], query[outside], both, weight[outside], UNRELATED_PART)
     return {
         "knots": knots,
-        "percentile": _rising(whole["percentile"], mass.sum(axis=0)),
-        "influence": _rising(whole["influence"], mass.sum(axis=0)),
+        **{name: _rising(curve, mass.sum(axis=0)) for name, curve in whole.items()},
         "influence_draws": np.stack([_rising(row, of_bin) for row, of_bin in zip(drawn, masses, strict=True)]),
         "unrelated": (both @ unrelated_sum) / np.maximum(both @ unrelated_mass, 1e-12),
-        "level": level,
+        "level": _quantiles(values["influence"][outside], query[outside], both, weight[outside], UNRELATED_PART),
         "queries": len(scored),
     }
 
@@ -220,27 +204,17 @@ def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write it as safetensors, atomically."""
-    tensors = {
-        name: np.asarray(getattr(calibration, name), dtype=np.float64)
-        for name in ("knots", "percentile", "influence", "unrelated", "level", "queries", "widening")
-    }
-    tensors |= {name: np.asarray(getattr(calibration, name), np.float32) for name in ("influence_draws", "feature_mean")}
-    if calibration.ownness is not None:
-        tensors |= calibration.ownness.tensors()
+    parts = {name: value for name, value in vars(calibration).items() if name != "ownness"}
+    single = {"influence_draws", "feature_mean"}
+    tensors = {name: np.asarray(value, np.float32 if name in single else np.float64) for name, value in parts.items()}
+    tensors |= calibration.ownness.tensors() if calibration.ownness is not None else {}
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(
-            {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-            temporary,
-            metadata={"format": FORMATS[0]},  # one entry only: several would be written in any order
-        )
+        save_file(tensors, temporary, metadata={"format": FORMATS[0]})  # one entry only: several come in any order
 
 
 def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
-    """Read what `save_calibration` wrote, strictly.
-
-    Raises:
-        ArtifactDamagedError: the file is not a calibration for features of this width.
-    """
+    """Read what `save_calibration` wrote, strictly; ArtifactDamagedError if it is none for features of this width."""
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -266,5 +240,5 @@ def load_calibration(path: Path, *, feature_dim: int) -> Calibration:
         ownness = Ownness.read(parts, feature_dim)
     except (ValueError, TypeError) as error:
         raise ArtifactDamagedError(wrong) from error
-    single = {"widening": plain["widening"].item(), "queries": int(plain["queries"].item())}
-    return Calibration(**{**plain, **single}, ownness=ownness)
+    single = {"widening": plain["widening"].item(), "queries": int(plain["queries"].item()), "ownness": ownness}
+    return Calibration(**plain | single)

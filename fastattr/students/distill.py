@@ -1,10 +1,13 @@
 """Distill: teach the student the teacher's ranking.
 
 Reads scores/, features/, query_features/; writes student/ (model.safetensors, config in manifest.json). A step takes some
-training queries and some training images, sends each through the network once and uses every pair of them that the score
-table holds (pairs.py); the loss is one of losses.py. The averaged
-weights are judged by mAP(1%) on the validation queries, which stops the training; test queries are not looked at.
-Source: arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
+training queries and some training images, sends each through the network once and uses every pair of them that the score table
+holds (pairs.py). The averaged weights are judged by mAP(1%) on the validation queries, which stops the training. Source:
+arXiv:2511.10721, sec. 4 (there: every pair passes its query and its image through the network).
+
+A loss is a short function of `logits` (Q, N), which rise with the cosine, and `targets` (Q, N): 1 for a query's most
+influential image, falling with its rank towards 0 (for 'mse_scores' the teacher's scores, standardised for each query).
+`weights` (Q, N) are 0 where the teacher has said nothing of a pair. All give a scalar, lower = better.
 """
 
 from __future__ import annotations
@@ -18,27 +21,69 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
+from fastattr.core.settings import at_least
 from fastattr.core.stages import make, open_stage
 from fastattr.core.training import EarlyStopping, TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.features.store import features_fingerprint, folders, read_features
-from fastattr.students.losses import LOSSES
-from fastattr.students.pairs import (
-    FeatureRows,
-    MappedFeatures,
-    PairTable,
-    make_table,
-    open_table,
-    split_query_ids,
-    stream_labels,
-)
+from fastattr.students import pairs
+from fastattr.students.pairs import FeatureRows, MappedFeatures, PairTable
 from fastattr.students.ranking import teacher_average_precision
 from fastattr.students.student import Student, StudentConfig, embed
 from fastattr.teachers.scores import read_scores
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Targets that the ordinal loss asks to exceed."""
+TOP = 0.02
+"""Decay of what the list-wise loss gives a rank, in parts of the candidate set: rank r of C counts exp(-r / (TOP C))."""
+
+
+def bce(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Binary cross-entropy with targets as probabilities. Source: arXiv:2511.10721, sec. 4 (the paper's choice)."""
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum().clamp_min(1e-6)
+
+
+def ordinal(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cumulative links: the logit shifted by each threshold's own logit says whether the target exceeds it.
+
+    Source: McCullagh, J. R. Stat. Soc. B 42 (1980), with thresholds fixed at the logits of `THRESHOLDS`.
+    """
+    total = logits.new_zeros(())
+    for threshold in THRESHOLDS:
+        shift = torch.logit(torch.tensor(threshold)).item()
+        total = total + bce(logits - shift, (targets > threshold).to(logits.dtype), weights)
+    return total / len(THRESHOLDS)
+
+
+def mse(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Squared error of the logits themselves: regression, of ranks or of scores as the targets are."""
+    return ((logits - targets).square() * weights).sum() / weights.sum().clamp_min(1e-6)
+
+
+def listwise(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy between softmax of the logits and the top-weighted targets, for each query over its images.
+
+    Source: Cao et al., ICML 2007 (ListNet), with probabilities exp(-rank / (TOP C)) instead of exp(score).
+    """
+    known = weights > 0
+    scores = logits.masked_fill(~known, -torch.inf)
+    wanted = torch.exp((targets - 1) / TOP) * weights
+    wanted = wanted / wanted.sum(dim=1, keepdim=True).clamp_min(1e-6)
+    found = torch.log_softmax(scores, dim=1).masked_fill(~known, 0.0)
+    return -(wanted * found).sum(dim=1).mean()
+
+
+LOSSES: dict[str, Loss] = {"bce": bce, "ordinal": ordinal, "mse_ranks": mse, "mse_scores": mse, "listwise": listwise}
+"""By the name that a config gives."""
+
 
 START_ROWS = 20_000
 """Training images, spread over the corpus, from which the student's linear path starts."""
@@ -52,7 +97,7 @@ class DistillConfig:
     """Settings of earlier versions, by the value that remains."""
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: str = "listwise"
-    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise' (losses.py)."""
+    """'bce' (the paper's), 'ordinal', 'mse_ranks', 'mse_scores' or 'listwise'."""
     images_per_step: int = 1024
     """Training images drawn at each step, of those that the step's queries have as candidates."""
     judge_every: int = 100
@@ -61,21 +106,14 @@ class DistillConfig:
     """Judgements without a better one after which training stops."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=600,
-            batch_size=128,
-            learning_rate=1e-3,
-            weight_decay=0.01,
-            warmup_steps=20,
-            ema_decay=0.99,
-            checkpoint_every=200,
+            steps=600, batch_size=128, learning_rate=1e-3, warmup_steps=20, ema_decay=0.99, checkpoint_every=200
         )
     )
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if min(self.images_per_step, self.judge_every, self.patience) < 1:
-            raise InputError("images_per_step, judge_every and patience must be at least 1")
+        at_least(self, 1, "images_per_step", "judge_every", "patience")
 
     @property
     def target_kind(self) -> str:
@@ -91,9 +129,7 @@ class DistillLoss(nn.Module):
         self.student = student
         self._loss = LOSSES[loss]
 
-    def forward(
-        self, queries: torch.Tensor, images: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, queries: Tensor, images: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Args: queries (Q, F); images (N, F); targets and weights (Q, N)."""
         cosine = (self.student(queries) @ self.student(images).T).float()
         return self._loss(self.student.logits(cosine), targets, weights)
@@ -130,68 +166,38 @@ def distill(
     images: FeatureRows,
     config: DistillConfig,
     *,
-    checkpoint: Path,
     validation: Validation | None = None,
-    made_from: object = None,
-    accelerator: Accelerator | None = None,
     on_judgement: Callable[[float], None] | None = None,
+    **resumed: Any,
 ) -> Student:
-    """Train a student on a table.
+    """Train a student on a table of Q queries; returns it with averaged weights.
 
-    Args:
-        table: of the Q training queries.
-        queries: (Q, F) their features, in the same order.
-        images: (N, F) features of the training images.
-        config: shape and training.
-        checkpoint: this, `made_from` and `accelerator` as `training.fit` has them.
-        validation: stops the training and chooses the weights; None trains for all steps.
-        made_from: see there.
-        accelerator: see there.
-        on_judgement: told each validation mAP.
-
-    Returns:
-        The student with averaged weights.
+    `queries` (Q, F) are their features, in the same order, `images` (N, F) those of the training images. `validation` stops
+    the training and chooses the weights, None trains for all steps; `on_judgement` is told each validation mAP. `resumed`:
+    checkpoint, made_from and accelerator, as `training.fit` has them.
     """
     torch.manual_seed(config.training.seed)
     student = Student(images.shape[1], config.student)
     spread = np.unique(np.linspace(0, len(images) - 1, START_ROWS).astype(np.int64))
     student.start_from(images[spread])
 
-    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(picked: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         drawn = table.draw(picked, config.images_per_step, generator)
         targets, known = table.block(picked, drawn)
         arrays = (queries[picked], images[drawn], targets, known.astype(np.float32))
         return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
-    stopping = None
-    if validation is not None:
-        stopping = EarlyStopping(_judge(validation, images, on_judgement), config.judge_every, config.patience)
-    average = fit(
-        DistillLoss(student, config.loss),
-        batch_of,
-        config.training,
-        examples=len(table),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        stopping=stopping,
-        description="student",
-    )
-    return cast(DistillLoss, average).student
-
-
-def _judge(
-    validation: Validation, images: FeatureRows, on_judgement: Callable[[float], None] | None
-) -> Callable[[nn.Module], float]:
-    """What tells how good a `DistillLoss`'s student is, and tells `on_judgement`."""
-
     def judge(module: nn.Module) -> float:
+        assert validation is not None
         value = validation.mean_average_precision(cast(DistillLoss, module).student, images)
         if on_judgement is not None:
             on_judgement(value)
         return value
 
-    return judge
+    stopping = EarlyStopping(judge, config.judge_every, config.patience) if validation is not None else None
+    about: dict[str, Any] = {"examples": len(table), "stopping": stopping, "description": "student"}
+    average = fit(DistillLoss(student, config.loss), batch_of, config.training, **resumed, **about)
+    return cast(DistillLoss, average).student
 
 
 def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dict[str, Any]:
@@ -209,38 +215,25 @@ def run(config: DistillConfig, run_dir: Path, *, encoders: Sequence[str]) -> dic
     checkpoint, mapped = folder / "checkpoint.safetensors", folder / "table"
 
     def work() -> dict[str, Any]:
-        labels = stream_labels(run_dir / "scores", corpus.image_ids)
+        labels = pairs.stream_labels(run_dir / "scores", corpus.image_ids)
         if accelerator.is_main_process:
-            make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
+            pairs.make_table(labels, corpus_size=len(corpus), kind=config.target_kind, folder=mapped)
         accelerator.wait_for_everyone()
-        query_ids = split_query_ids(run_dir / "scores", "train")
+        query_ids = pairs.split_query_ids(run_dir / "scores", "train")
         features = MappedFeatures(corpus_folders, corpus.image_ids)
         scored = read_scores(run_dir / "scores", split="validation")
         validation = Validation(
             read_features(query_folders, [query.query_id for query in scored]),
-            [corpus.rows(query.image_ids) for query in scored],
-            [query.influence for query in scored],
+            *([corpus.rows(query.image_ids) for query in scored], [query.influence for query in scored]),
         )
-        student = distill(
-            open_table(mapped),
-            MappedFeatures(query_folders, query_ids),
-            features,
-            config,
-            checkpoint=checkpoint,
-            validation=validation if scored else None,
-            made_from=[config, inputs],
-            accelerator=accelerator,
-        )
+        resumed = {"checkpoint": checkpoint, "made_from": [config, inputs], "accelerator": accelerator}
+        queries, judged = MappedFeatures(query_folders, query_ids), validation if scored else None
+        student = distill(pairs.open_table(mapped), queries, features, config, validation=judged, **resumed)
         if accelerator.is_main_process:
             save_student(student, folder / "model.safetensors")
-        return {
-            "encoders": list(encoders),
-            "feature_dim": features.shape[1],
-            "corpus_fingerprint": corpus.fingerprint,
-            "generator_fingerprint": scores_manifest["generator_fingerprint"],
-            "teacher": scores_manifest["teacher"],
-            "training_queries": len(query_ids),
-        }
+        facts = {name: scores_manifest[name] for name in ("generator_fingerprint", "teacher")}
+        facts |= {"corpus_fingerprint": corpus.fingerprint, "training_queries": len(query_ids)}
+        return {"encoders": list(encoders), "feature_dim": features.shape[1], **facts}
 
     temporary = [checkpoint, mapped]
     return make(folder, work, stage="student", config=config, inputs=inputs, accelerator=accelerator, temporary=temporary)

@@ -23,13 +23,8 @@ class LightStudent:
     def __init__(self, path: Path, *, feature_dim: int, config: Mapping[str, Any]) -> None:
         """Read model.safetensors strictly.
 
-        Args:
-            path: the file.
-            feature_dim: F.
-            config: a `StudentConfig` as config.json holds it.
-
-        Raises:
-            ArtifactDamagedError: the file's tensors are not those of such a student.
+        `feature_dim` is F, `config` a `StudentConfig` as config.json holds it. ArtifactDamagedError if the tensors are not
+        those of such a student.
         """
         widths = [feature_dim, *config["hidden"], config["embed_dim"]]
         stride = 3 if config.get("dropout") else 2  # of the layers in `nn.Sequential`
@@ -53,8 +48,7 @@ class LightStudent:
     def embed(self, features: np.ndarray) -> np.ndarray:
         """(B, F) features of queries or training images -> (B, D) float32 unit embeddings.
 
-        Raises:
-            NonFiniteError: features that are not finite, or so large or small that an embedding is not.
+        NonFiniteError for features that are not finite, or so large or small that an embedding is not.
         """
         head, values = self._weights, features.astype(np.float32)
         with np.errstate(all="ignore"):  # what comes of it is looked at below

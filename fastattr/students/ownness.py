@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 
 MEASURES = ("brightness", "contrast", "saturation", "roughness")
@@ -37,21 +38,20 @@ STEPS, EXAMPLES = 800, 256
 class Match:
     """How badly a picture goes with its prompt, by the features of both; earlier calibrations have a `Density` instead."""
 
-    image: np.ndarray
-    text: np.ndarray
+    image: ndarray
+    text: ndarray
     """(F,) float32, 1 for features of the picture alone and of the prompt alone."""
-    image_axes: np.ndarray
-    text_axes: np.ndarray
+    image_axes: ndarray
+    text_axes: ndarray
     """(Fi, P) and (Ft, P) float32, directions in which picture and prompt are compared; P = 0: as they are."""
-    hidden: np.ndarray
-    """(3P, H) float32."""
-    bias: np.ndarray
-    out: np.ndarray
-    """(H,) float32."""
-    threshold: np.ndarray
+    hidden: ndarray
+    bias: ndarray
+    out: ndarray
+    """(3P, H), (H,) and (H,) float32."""
+    threshold: ndarray
     """() distances above it are called foreign."""
 
-    def inputs(self, features: np.ndarray) -> np.ndarray:
+    def inputs(self, features: ndarray) -> ndarray:
         """(Q, F) features -> (Q, 3P): picture and prompt, scaled to have values near 1, and their products."""
         parts = []
         for chosen, axes in ((self.image, self.image_axes), (self.text, self.text_axes)):
@@ -59,23 +59,17 @@ class Match:
             parts.append((part @ axes if axes.size else part) * np.float32(part.shape[1] ** 0.5))
         return np.concatenate([parts[0] * parts[1], *parts], axis=1)
 
-    def distance(self, features: np.ndarray) -> np.ndarray:
+    def distance(self, features: ndarray) -> ndarray:
         """(Q,) log odds that (Q, F) features are of a picture with another prompt than its own."""
         return np.maximum(self.inputs(features) @ self.hidden + self.bias, 0) @ self.out
 
 
-def fit_match(
-    own: np.ndarray, held_out: np.ndarray, *, image: np.ndarray, text: np.ndarray, false_alarms: float, seed: int = 0
-) -> Match:
+def fit_match(own: ndarray, held_out: ndarray, *, image: ndarray, text: ndarray, false_alarms: float, seed: int = 0) -> Match:
     """Learn to tell own pictures with their prompts from own pictures with other prompts.
 
-    Args:
-        own: (M, F) features of generated images and prompts; on `held_out` (V, F) of others the threshold is set.
-        held_out: see there.
-        image: (F,) bool, features of the picture alone; `text` those of the prompt alone.
-        text: see there.
-        false_alarms: part of own images that may be called foreign, in (0, 1); with V held-out ones no less than 1 / V.
-        seed: of the network's start and of the prompts that are exchanged.
+    `own` (M, F) are features of generated images and prompts; on `held_out` (V, F) of others the threshold is set. `image`
+    (F,) bool are the features of the picture alone, `text` those of the prompt alone. `false_alarms` in (0, 1) is the part of
+    own images that may be called foreign; with V held-out ones no less than 1 / V.
     """
     import torch
     from torch.nn import functional as F
@@ -84,10 +78,8 @@ def fit_match(
     if image.sum() != text.sum():
         left, _, right = np.linalg.svd(own[:, image].T @ own[:, text], full_matrices=False)
         axes = [left.astype(np.float32), right.T.astype(np.float32)]
-    none = np.zeros(0, np.float32)
-    compared: dict[str, Any] = {"image": image.astype(np.float32), "text": text.astype(np.float32)}
-    compared |= {"image_axes": axes[0], "text_axes": axes[1], "threshold": np.array(np.inf)}
-    start = Match(**compared, hidden=none, bias=none, out=none)
+    none, never = np.zeros(0, np.float32), np.array(np.inf)
+    start = Match(image.astype(np.float32), text.astype(np.float32), axes[0], axes[1], none, none, none, never)
     width = start.inputs(own[:1]).shape[1]
     rng, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     hidden = (torch.randn(width, HIDDEN, generator=random) / width**0.5).requires_grad_()
@@ -103,7 +95,7 @@ def fit_match(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    match = Match(**compared, hidden=hidden.detach().numpy(), bias=bias.detach().numpy(), out=out.detach().numpy())
+    match = replace(start, hidden=hidden.detach().numpy(), bias=bias.detach().numpy(), out=out.detach().numpy())
     distances = np.sort(match.distance(held_out))
     # The quantile that own images exceed with this probability, their number taken into account (split conformal).
     place = min(len(distances) - 1, int(np.ceil((len(distances) + 1) * (1 - false_alarms))) - 1)
@@ -114,16 +106,15 @@ def fit_match(
 class Density:
     """A Gaussian over features of own images with their prompts: what calibrations of format 1 have instead of a `Match`."""
 
-    mean: np.ndarray
-    axes: np.ndarray
-    variances: np.ndarray
+    mean: ndarray
+    axes: ndarray
+    variances: ndarray
     """(F,), (P, F) orthonormal and (P,) float32, along the axes."""
-    rest: np.ndarray
-    """() variance along each of the other directions."""
-    threshold: np.ndarray
-    """() distances above it are called foreign."""
+    rest: ndarray
+    threshold: ndarray
+    """() variance along each of the other directions, and the distance above which a picture is called foreign."""
 
-    def distance(self, features: np.ndarray) -> np.ndarray:
+    def distance(self, features: ndarray) -> ndarray:
         """(Q,) squared distance of (Q, F) features, in standard deviations, divided by F."""
         centred = features - self.mean
         along = centred @ self.axes.T
@@ -132,7 +123,7 @@ class Density:
         return (within + beyond) / features.shape[1]
 
 
-def measures_of(image: Image.Image) -> np.ndarray:
+def measures_of(image: Image.Image) -> ndarray:
     """(4,) float32 `MEASURES` of an RGB picture, each 0 to 1.
 
     Mean and standard deviation of the brightness, mean difference between the largest and the smallest channel, and mean
@@ -140,8 +131,8 @@ def measures_of(image: Image.Image) -> np.ndarray:
     """
     pixels = np.asarray(image.resize((MEASURE_SIDE, MEASURE_SIDE), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     grey = pixels.mean(axis=2)
-    steps = (np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2
-    return np.array([grey.mean(), grey.std(), (pixels.max(axis=2) - pixels.min(axis=2)).mean(), steps], dtype=np.float32)
+    steps = sum(np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1)) / 2
+    return np.array([grey.mean(), grey.std(), np.ptp(pixels, axis=2).mean(), steps], dtype=np.float32)
 
 
 def words_of(texts: Iterable[str]) -> set[str]:
@@ -155,14 +146,12 @@ class Ownness:
 
     match: Match | Density | None
     """None where features are not of picture and prompt apart, or queries were too few."""
-    ranges: np.ndarray | None
+    ranges: ndarray | None
     """(2, 4) float32, lowest and highest `MEASURES` of own pictures; None in format 1."""
     words: frozenset[str] | None
     """Of training captions; None in format 1."""
 
-    def doubts(
-        self, features: np.ndarray, prompts: Sequence[str], measures: Sequence[np.ndarray] | None = None
-    ) -> list[list[str]]:
+    def doubts(self, features: ndarray, prompts: Sequence[str], measures: Sequence[ndarray] | None = None) -> list[list[str]]:
         """For each query why it does not look like this generator's output: a sentence for each check that fails.
 
         Features are (Q, F), measures Q arrays (4,) of the pictures, if there are any; an empty prompt is not looked at.
@@ -180,13 +169,11 @@ class Ownness:
                 if names:
                     found[row].append(f"the {' and '.join(names)} of the picture are those of none that it makes")
             if prompt and self.match is not None and distances[row] > self.match.threshold:
-                found[row].append(
-                    f"picture and prompt do not go together as its own do ({distances[row]:.2f}; its own stay below "
-                    f"{self.match.threshold.item():.2f})"
-                )
+                by = f"({distances[row]:.2f}; its own stay below {self.match.threshold.item():.2f})"
+                found[row].append(f"picture and prompt do not go together as its own do {by}")
         return found
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> dict[str, ndarray]:
         """As a calibration file holds it, by name; every name has a dot."""
         kind = type(self.match).__name__.lower()
         parts = {} if self.match is None else vars(self.match)
@@ -198,12 +185,8 @@ class Ownness:
         return held
 
     @classmethod
-    def read(cls, tensors: Mapping[str, np.ndarray], feature_dim: int) -> Ownness | None:
-        """From `tensors`; None from none.
-
-        Raises:
-            ValueError, TypeError: they are something else, or for features of another width.
-        """
+    def read(cls, tensors: Mapping[str, ndarray], feature_dim: int) -> Ownness | None:
+        """From `tensors`; None from none. ValueError or TypeError if they are something else, or for another width."""
         if not tensors:
             return None
         rest = dict(tensors)
@@ -219,15 +202,7 @@ class Ownness:
 
 
 def fit_ownness(
-    own: np.ndarray,
-    held_out: np.ndarray,
-    *,
-    image: np.ndarray,
-    text: np.ndarray,
-    measures: np.ndarray,
-    captions: Iterable[str],
-    false_alarms: float,
-    seed: int = 0,
+    own: ndarray, held_out: ndarray, *, measures: ndarray, captions: Iterable[str], image: ndarray, text: ndarray, **fitted: Any
 ) -> Ownness:
     """Fit all checks.
 
@@ -236,8 +211,6 @@ def fit_ownness(
     """
     low, high = measures.min(axis=0), measures.max(axis=0)
     enough = len(own) >= LEAST_QUERIES and len(held_out) >= LEAST_HELD_OUT and image.any() and text.any()
-    return Ownness(
-        match=fit_match(own, held_out, image=image, text=text, false_alarms=false_alarms, seed=seed) if enough else None,
-        ranges=np.stack([low / 2, high + (high - low) / 2]).astype(np.float32),
-        words=frozenset(words_of(captions)),
-    )
+    match = fit_match(own, held_out, image=image, text=text, **fitted) if enough else None
+    ranges = np.stack([low / 2, high + (high - low) / 2]).astype(np.float32)
+    return Ownness(match, ranges, frozenset(words_of(captions)))

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from fastattr.core.errors import InputError, NonFiniteError
+from fastattr.core.errors import InputError
 from fastattr.core.files import read_json, write_json
 from fastattr.core.stages import open_stage
 from fastattr.features.store import require_rows
@@ -39,8 +39,7 @@ def targets_of(influence: np.ndarray, is_outsider: np.ndarray) -> np.ndarray:
 
 def standardised(influence: np.ndarray) -> np.ndarray:
     """(C,) float64 scores with mean 0 and standard deviation 1; zeros if they are all alike."""
-    if not np.isfinite(influence).all():
-        raise NonFiniteError(f"{int((~np.isfinite(influence)).sum())} of {len(influence)} influence scores are not finite.")
+    ranks_of(influence)  # refuses scores that are not finite
     values = influence.astype(np.float64)
     spread = values.std()
     return (values - values.mean()) / (spread if spread > 0 else 1.0)
@@ -96,15 +95,9 @@ def make_table(
 ) -> PairTable:
     """Turn scores into a table of targets.
 
-    Args:
-        labels: gives the queries in order, as often as it is called.
-        corpus_size: N.
-        kind: 'ranks' (1 for the first, outsiders 0) or 'scores' (standardised).
-        folder: where the table is written, to be mapped into memory; None keeps it there.
-
-    Raises:
-        InputError: there is no query, or the kind is unknown.
-        NonFiniteError: a score is NaN or infinite.
+    `labels` gives the queries in order, as often as it is called. `kind` is 'ranks' (1 for the first, outsiders 0) or 'scores'
+    (standardised). The table is written to `folder`, to be mapped into memory; None keeps it there. InputError if there is no
+    query, or the kind is unknown; NonFiniteError if a score is.
     """
     if kind not in TARGETS:
         raise InputError(f"targets must be one of {', '.join(TARGETS)}, got {kind!r}")
@@ -112,9 +105,7 @@ def make_table(
     if not lengths:
         raise InputError("there is no training query to distill from; score some with `fastattr teach`.")
     shape = (len(lengths), max(lengths))
-    all_rows, all_targets = (
-        _array(folder, name, shape, dtype) for name, dtype in (("rows", np.int32), ("targets", np.float32))
-    )
+    all_rows, all_targets = _array(folder, "rows", shape, np.int32), _array(folder, "targets", shape, np.float32)
     for query, (rows, influence, is_outsider) in enumerate(labels()):
         targets = targets_of(influence, is_outsider) if kind == "ranks" else standardised(influence)
         all_rows[query, : len(rows)], all_rows[query, len(rows) :] = rows, -1

@@ -12,32 +12,21 @@ from fastattr.core.errors import InputError
 
 
 def average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Average precision of a ranking.
+    """Average precision of a ranking; InputError if nothing is relevant.
 
-    Args:
-        scores: (N,) higher = ranked earlier; equal scores are ranked pessimistically, irrelevant first.
-        relevant: (N,) bool.
-
-    Raises:
-        InputError: nothing is relevant.
+    Of (N,) scores the higher are ranked earlier, equal ones pessimistically, irrelevant first; `relevant` is (N,) bool.
     """
     if not relevant.any():
         raise InputError("average precision needs at least one relevant item.")
-    order = np.lexsort((relevant, -scores))
-    hits = relevant[order]
-    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-    return float(precision[hits].mean())
+    hits = relevant[np.lexsort((relevant, -scores))]
+    return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
 
 
 def teacher_average_precision(student: np.ndarray, teacher: np.ndarray, *, positives: int) -> float:
-    """AP of the student's whole ranking with the teacher's first `positives` as relevant: one term of mAP(L).
+    """AP of the student's whole ranking with the teacher's first `positives` (L <= N) as relevant: one term of mAP(L).
 
-    Args:
-        student: (N,) scores to judge.
-        teacher: (N,) influence scores, higher = more influential.
-        positives: L, at most N.
-
-    Source: arXiv:2511.10721, sec. 5.
+    `student` (N,) are the scores to judge, `teacher` (N,) influence scores, higher = more influential. Source:
+    arXiv:2511.10721, sec. 5.
     """
     if not 1 <= positives <= len(teacher):
         raise InputError(f"positives must be between 1 and {len(teacher)}, got {positives}")
@@ -63,15 +52,10 @@ def top_k_overlap(first: np.ndarray, second: np.ndarray, k: int) -> float:
 def ndcg(scores: np.ndarray, relevance: np.ndarray, *, k: int | None = None) -> float:
     """Normalised discounted cumulative gain: the discounted relevance of a ranking over that of the best one.
 
-    Args:
-        scores: (N,) higher = ranked earlier; equal scores are ranked pessimistically, less relevant first.
-        relevance: (N,) not negative; a training image's is e.g. max(influence, 0).
-        k: only the first k places count; None counts all.
-
-    Raises:
-        InputError: a relevance is negative, none is positive, or k is out of range.
-
-    Source: Järvelin and Kekäläinen, ACM TOIS 20 (2002), with linear gain and the discount 1 / log2(place + 1).
+    Of (N,) scores the higher are ranked earlier, equal ones pessimistically; (N,) relevance is not negative, say
+    max(influence, 0). Only the first k places count; None counts all. InputError if a relevance is negative, none is positive,
+    or k is out of range. Source: Järvelin and Kekäläinen, ACM TOIS 20 (2002), with linear gain and the discount 1 / log2(place
+    + 1).
     """
     if (relevance < 0).any() or not (relevance > 0).any():
         raise InputError("relevance must not be negative, and somewhere positive.")
@@ -102,8 +86,7 @@ def paired_bootstrap(
 def no_better_than_untuned(metrics: Mapping[str, Any]) -> str:
     """A warning where a student's gain over the untuned features may be none, '' where it is certain or not measured.
 
-    Args:
-        metrics: an attributor's metrics.json; 'map_gain' holds the paired gain in mAP with its 95% interval.
+    In an attributor's metrics.json 'map_gain' holds the paired gain in mAP with its 95% interval.
     """
     gain = metrics.get("map_gain")
     if not isinstance(gain, Mapping) or not {"mean", "low", "high"} <= set(gain) or gain["low"] > 0:

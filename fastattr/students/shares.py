@@ -1,20 +1,18 @@
 """Shares: how a query's influence divides among creators, collections or any other column.
 
 What counts is influence above what unrelated images have (`Calibration.level`). Near-duplicates (the catalogue's `family`)
-count once together; then images are summed by name. Creators are listed by collection (`source`), those of the collection with
-the largest share first: a community of many people is compared as one with the collection of one firm. A training image that
-the picture copies comes before any statistics: no validation query has shown how much so near an image holds, so copies hold
-`COPY_SHARE`.
-
-A name with less than `LEAST_SHARE` is not named. Of a picture that is not the generator's own, only copies are named.
-Intervals are bootstraps over validation queries and families of images, widened by the calibration's factor.
+count once together; then images are summed by name. Creators are listed by collection (`source`): a community of many people
+is compared as one with the collection of one firm. A training image that the picture copies comes before any statistics: no
+validation query has shown how much so near an image holds, so copies hold `COPY_SHARE`. A name with less than `LEAST_SHARE` is
+not named; of a picture that is not the generator's own, only copies are. Intervals are bootstraps over validation queries and
+families of images, widened by the calibration's factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,19 +63,12 @@ def divide(
 ) -> Shares:
     """Divide expected influence above a level among names; zero levels divide it as it is.
 
-    Args:
-        calibration: the curves.
-        similarity: (M,).
-        names: (M,), '' for no one's.
-        families: (M,) drawn together in the bootstrap.
-        weights: (M,) what each image counts.
-        level: (1 + R,) of the curve and of each of its bootstrap draws.
-        rest: influence that belongs to the whole and to no image.
-        least: names with less are unassigned.
-        copies: (M,) bool, images that hold `COPY_SHARE` together, or None.
-        seed: of the bootstrap over families.
+    Of M images `names` are '' for no one's, `families` are drawn together in the bootstrap (`seed`), `weights` say what each
+    counts, `copies` (bool) hold `COPY_SHARE` together. `level` is (1 + R,) of the curve and of each of its bootstrap draws,
+    `rest` influence that belongs to the whole and to no image. Names with less than `least` are unassigned.
     """
-    excess = np.maximum(np.vstack([calibration.influence_of(similarity), calibration.draws_of(similarity)]) - level[:, None], 0)
+    curves = np.vstack([calibration.influence_of(similarity), calibration.draws_of(similarity)])
+    excess = np.maximum(curves - level[:, None], 0)
     _, family = np.unique(families, return_inverse=True)
     found, of_name = np.unique(names, return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -88,17 +79,16 @@ def divide(
         others = held[:, ~copies].sum(axis=1, keepdims=True) + rest
         held[:, copies] = others * (COPY_SHARE / (1 - COPY_SHARE)) * nearness / nearness.sum()
     order = np.argsort(of_name, kind="stable")
-    sums = (
-        np.add.reduceat(held[:, order], np.searchsorted(of_name[order], np.arange(len(found))), axis=1) if len(found) else held
-    )
+    starts = np.searchsorted(of_name[order], np.arange(len(found)))
+    sums = np.add.reduceat(held[:, order], starts, axis=1) if len(found) else held
     shares = sums / np.maximum(held.sum(axis=1, keepdims=True) + rest, 1e-12)
 
     def ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         middle = values[0]
         low, high = np.quantile(values[1:], [0.025, 0.975], axis=0)
         low, high = np.minimum(low, middle), np.maximum(high, middle)
-        widened = middle - calibration.widening * (middle - low), middle + calibration.widening * (high - middle)
-        return np.clip(widened[0], 0, 1), np.clip(widened[1], 0, 1)
+        low, high = middle - calibration.widening * (middle - low), middle + calibration.widening * (high - middle)
+        return np.clip(low, 0, 1), np.clip(high, 0, 1)
 
     named = (found != "") & (shares[0] >= least)
     named &= shares[0] > 0 if least else named
@@ -125,24 +115,17 @@ def share_table(
 ) -> pd.DataFrame:
     """Shares of a query's influence, above what unrelated images have, by one column of the catalogue.
 
-    The whole is the excess of all images and one unrelated image's level: so much may be chance.
-
-    Args:
-        calibration: the curves.
-        similarity: (M,) of the M most similar images.
-        columns: (M,) texts of the images by name of the column, '' for no one's: `by`, and 'source' where `by` is 'creator'.
-        by: the column.
-        families: (M,) near-duplicates share one; their members count once together.
-        family_sizes: (M,) how many images of the corpus share each image's family.
+    The whole is the excess of all images and one unrelated image's level: so much may be chance. Of the M most similar images:
+        columns: (M,) texts by name of the column, '' for no one's: `by`, and 'source' where `by` is 'creator'.
+        families, family_sizes: near-duplicates share one; their members, of which the corpus has so many, count once together.
         copies: (M,) bool, images that the picture looks like a copy of; None: nobody has looked.
         own: whether the picture is the generator's own; the calibration says nothing of others, so only copies are named.
 
     Returns:
         Columns `by`, 'share' (sums to 1), 'low', 'high', 'images' (how many hold it) and 'named', the largest share first. The
-        last row is what is spread too thinly to name: `UNASSIGNED`, and alone has `named` false. By creator, 'source' says in
-        which collection a creator holds most, and 'source_leads' whether that collection's interval lies above all others';
-        the creators of the collection with the largest share come first. An image without a source counts as a collection of
-        its creator's.
+        last row, `UNASSIGNED`, is what is spread too thinly to name; it alone has `named` false. By creator, 'source' says in
+        which collection (of an image without a source: its creator's) a creator holds most, and 'source_leads' whether that
+        collection's interval lies above all others'; the creators of the collection with the largest share come first.
     """
     import pandas as pd
 
@@ -151,17 +134,9 @@ def share_table(
     similarity, columns = similarity[near], {name: values[near] for name, values in columns.items()}
 
     def estimate(names: np.ndarray) -> Shares:
-        return divide(
-            calibration,
-            similarity,
-            names,
-            families[near],
-            weights=1.0 / family_sizes[near],
-            level=calibration.level,
-            rest=float(calibration.level[0]),
-            least=LEAST_SHARE,
-            copies=copies[near],
-        )
+        above: dict[str, Any] = {"level": calibration.level, "rest": float(calibration.level[0]), "least": LEAST_SHARE}
+        above["copies"] = copies[near]
+        return divide(calibration, similarity, names, families[near], weights=1.0 / family_sizes[near], **above)
 
     found = estimate(columns[by])
     columns_of = {by: found.names, "share": found.share, "low": found.low, "high": found.high, "images": found.images}
@@ -203,15 +178,14 @@ def listed_table(weights: np.ndarray, names: np.ndarray, by: str) -> pd.DataFram
 
 
 def dominant(table: pd.DataFrame, by: str) -> str | None:
-    """The name, in a table of shares, whose interval lies above 0 and above the intervals of all others; None if there is none.
+    """The name, in a table of shares, whose interval lies above 0 and above the intervals of all others, or None.
 
     By creator, the others are the creators of the same collection, and the collection must itself stand above all others.
     """
     named = table[table["named"]]
     if named.empty:
         return None
-    first = named.iloc[0]
-    others = named.iloc[1:]
+    first, others = named.iloc[0], named.iloc[1:]
     if "source" in named and by == "creator":
         if not first["source_leads"]:
             return None

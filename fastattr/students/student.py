@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattr.core.errors import InputError
+from fastattr.core.settings import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,7 @@ class StudentConfig:
     """After each hidden layer."""
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1 or any(width < 1 for width in self.hidden):
-            raise InputError("embed_dim and hidden widths must be at least 1")
+        at_least(self, 1, "embed_dim", "hidden")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -46,8 +46,7 @@ class StudentConfig:
     def from_json(cls, values: Mapping[str, Any]) -> StudentConfig:
         """From a manifest or config.json; what an older one lacks keeps its default.
 
-        Raises:
-            InputError: it is of a student with a part that this version has no more.
+        InputError if it is of a student with a part that this version has no more.
         """
         used = [name for name in cls.RETIRED if values.get(name)]
         if used:
@@ -69,9 +68,7 @@ class Student(nn.Module):
         widths = [feature_dim, *config.hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-            if config.dropout:
-                layers.append(nn.Dropout(config.dropout))
+            layers += [nn.Linear(before, after), nn.ReLU(), *([nn.Dropout(config.dropout)] if config.dropout else [])]
         last = nn.Linear(widths[-1], config.embed_dim)
         if config.linear_path:
             nn.init.zeros_(last.weight)
@@ -82,7 +79,7 @@ class Student(nn.Module):
         """Logarithm of the factor on the cosine: the factor is positive by construction."""
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, D) unit vectors."""
         features = self.input_norm(features)
         projected = self.mlp(features)
@@ -106,7 +103,7 @@ class Student(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.linear.weight[: len(leading)] = torch.from_numpy(leading).float()
 
-    def logits(self, cosine: torch.Tensor) -> torch.Tensor:
+    def logits(self, cosine: Tensor) -> Tensor:
         """The training loss's logit of a cosine; rises with it."""
         return self.log_scale.exp() * cosine + self.bias
 
@@ -114,8 +111,6 @@ class Student(nn.Module):
 @torch.no_grad()
 def embed(student: Student, features: np.ndarray, *, batch_size: int = 8192) -> np.ndarray:
     """(N, D) float32 unit embeddings of (N, F) features of queries or training images."""
-    parts = [
-        student(torch.from_numpy(np.ascontiguousarray(features[start : start + batch_size])).float()).cpu().numpy()
-        for start in range(0, len(features), batch_size)
-    ]
-    return np.concatenate(parts)
+    batches = (features[start : start + batch_size] for start in range(0, len(features), batch_size))
+    tensors = (torch.from_numpy(np.ascontiguousarray(batch)).float() for batch in batches)
+    return np.concatenate([student(batch).cpu().numpy() for batch in tensors])

@@ -2,20 +2,16 @@
 
 Every teacher answers one question, `score(query, candidates)`, higher = more influential, and writes one score table.
 
-config       `TeacherConfig`: the settings, which say which teacher
-unlearning   `query_step`, `exact_scores`: AbU+ exactly, one unlearning step a query, every candidate's loss again
-first_order  `linearised_scores`: AbU+ to first order, one backward pass for all queries
-inverse      `refined_inverse`: conjugate gradients beyond EKFAC's inverse
-kernels      `kernel_scores`: TRAK, D-TRAK, and D-TRAK in EKFAC's eigenbasis
-similarity   `similarity_scores`: the cosine of any features
-ensembles    `averaged`: the mean of several teachers, or of one on several models
-retraining   `retraining_scores`: a teacher corrected by models that were trained without some images
-fitted       `FittedTeacher`: what all queries share, kept; `score(image, prompt)` scores a new one over the corpus
-store        `write_gradient_features`: compressed gradients on disk, which serve later queries
-teach        `run(config, run_dir)`: the stage `fastattr teach`; methods and task are its parts
-scores       `read_scores`, `write_shard`: the score table
-cost         `teacher_plan`: what the stage needs, from the settings alone
+config      `TeacherConfig`: the settings, which say which teacher
+unlearning  `query_step`, `exact_scores`: AbU+ exactly; `linearised_scores`: to first order, one pass for all queries;
+            `refined_inverse`: conjugate gradients beyond EKFAC's inverse
+kernels     `similarity_scores`, `kernel_scores` (TRAK, D-TRAK), `averaged`: from features to scores;
+            `retraining_scores`: a teacher corrected by models that were trained without some images
+fitted      `FittedTeacher`: what all queries share, kept; `score(image, prompt)` scores a new one over the corpus
+teach       `run(config, run_dir)`: the stage `fastattr teach`, one function a method; `task`: what they share
+scores      `read_scores`, `write_shard`: the score table
+cost        `teacher_plan`: what the stage needs, from the settings alone
 
-Reads corpus/, generator/, queries/ and candidates/ of a run folder; writes scores/ and, for the next run, encoded/,
-ekfac/, base_loss/ and gradients/.
+Reads corpus/, generator/, queries/ and candidates/ of a run folder; writes scores/ and, for the next run, encoded/, ekfac/,
+base_loss/ and gradients/.
 """

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastattr.core.errors import InputError
+from fastattr.core.settings import at_least
 from fastattr.generators.queries import SPLITS
 from fastattr.gradients.compression import GradientConfig
 
@@ -94,20 +95,12 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.step_size is None and not 0 < self.query_loss_rise < 10:
             raise InputError(f"query_loss_rise must be above 0, e.g. 0.02 for 2%, got {self.query_loss_rise}")
-        if self.damping <= 0:
-            raise InputError(f"damping must be positive, got {self.damping}")
-        sizes = ("factor_examples", "query_draws", "loss_draws", "unlearning_steps", "inverse_examples", "batch_size")
-        if min(getattr(self, name) for name in sizes) < 1 or self.inverse_steps < 0:
-            raise InputError(f"{', '.join(sizes)} must be at least 1, and inverse_steps not negative")
+        at_least(self, 1, "factor_examples", "query_draws", "loss_draws", "unlearning_steps", "inverse_examples", "batch_size")
+        at_least(self, 0, "inverse_steps")
         if self.antithetic and self.query_draws % 2:
             raise InputError(f"antithetic draws come in pairs: query_draws must be even, got {self.query_draws}")
-        choices: dict[str, tuple[str, ...]] = {
-            "curvature": ("ekfac", "diagonal"),
-            "fisher": ("empirical", "true"),
-            "captions": ("first", "all"),
-        }
-        choices |= {"gradients": ("auto", "contracted", "stored"), "method": METHODS}
-        for name, known in choices.items():
+        choices = {"curvature": ("ekfac", "diagonal"), "fisher": ("empirical", "true"), "captions": ("first", "all")}
+        for name, known in {**choices, "gradients": ("auto", "contracted", "stored"), "method": METHODS}.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for method, needed in (("similarity", "similarity_features"), ("retraining", "retrained")):
@@ -117,8 +110,9 @@ class TeacherConfig:
             raise InputError(f"span must be a part of the schedule from 0 to 1, got {self.span}")
         if not self.members or set(self.members) - set(MEMBERS):
             raise InputError(f"members must be some of {', '.join(MEMBERS)}, got {list(self.members)}")
-        if self.memory_gb <= 0 or self.ridge <= 0:
-            raise InputError(f"memory_gb and ridge must be positive, got {self.memory_gb} and {self.ridge}")
+        if min(self.memory_gb, self.ridge, self.damping) <= 0:
+            found = f"{self.memory_gb}, {self.ridge} and {self.damping}"
+            raise InputError(f"memory_gb, ridge and damping must be positive, got {found}")
         if self.gradients == "stored" and self.mirrored:
             raise InputError("stored gradients serve one view: with mirrored, set gradients to 'contracted'")
         if unknown := set(self.linearised) - set(SPLITS):
@@ -146,16 +140,7 @@ class TeacherConfig:
     def gradients_of(self, method: str) -> GradientConfig:
         """The gradient features of training images that a first-order or kernel method compares."""
         output, whiten = KERNELS.get(method, ("loss", True))
-        return GradientConfig(
-            output=output,
-            whiten=whiten,
-            damping=self.damping,
-            width=self.gradient_width,
-            draws=self.loss_draws,
-            span=self.span,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+        return GradientConfig(output=output, whiten=whiten, damping=self.damping, width=self.gradient_width, **self.measured)
 
     def is_linearised(self, split: str) -> bool:
         """Whether the queries of a split are unlearned to first order."""

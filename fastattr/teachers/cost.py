@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from fastattr.gradients.compression import SAMPLE_ROWS, SCALE_ROWS
 from fastattr.teachers.config import KERNELS, TeacherConfig, queries_a_pass, stores_gradients
-from fastattr.teachers.store import PART_ROWS
+from fastattr.teachers.task import PART_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +18,17 @@ class Sizes:
     """What the cost of a teacher depends on besides its settings."""
 
     images: int
-    """N, training images of the corpus."""
     captions: int
-    """M, captions that are scored, all images' together."""
+    """N, training images of the corpus, and M, captions that are scored, all images' together."""
     latent: int
-    """Numbers of one latent."""
     conditioning: int
-    """Numbers of one caption's conditioning."""
+    """Numbers of one latent, and of one caption's conditioning."""
     parameters: int
-    """P, weights to unlearn."""
     factors: int
-    """Bytes of the curvature while it is fitted."""
+    """P, weights to unlearn, and bytes of the curvature while it is fitted."""
     exact: tuple[int, ...]
-    """C of each query that is scored exactly."""
     linearised: tuple[int, ...]
-    """C of each query that is scored to first order."""
+    """C of each query that is scored exactly, and to first order."""
     union: int
     """Training images that are a candidate of any query scored to first order."""
 
@@ -45,15 +41,14 @@ class Probe:
     backward: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Step:
     """One part of the teacher's work; over all processes together, memory for each process."""
 
     name: str
     forward: int
-    """Latents that pass through the network."""
     backward: int
-    """Those of them whose gradient is taken."""
+    """Latents that pass through the network, and those of them whose gradient is taken."""
     memory: int
     """Peak bytes of a process."""
     disk: int
@@ -61,20 +56,15 @@ class Step:
 
 
 def teacher_plan(config: TeacherConfig, sizes: Sizes, probe: Probe) -> list[Step]:
-    """What each part of the teacher will cost.
+    """What each part of the teacher will cost, in the order in which the parts run; 'similarity' has none.
 
-    Args:
-        config: the teacher's settings.
-        sizes: of corpus, generator and queries.
-        probe: memory of a process on this machine.
-
-    Returns:
-        The parts in the order in which they run; the peak of the whole is the largest peak. 'similarity' has none.
+    `sizes` are of corpus, generator and queries, `probe` is the memory of a process on this machine. The peak of the whole is
+    the largest peak.
     """
     if config.method == "similarity":
         return []
     held = 4 * (sizes.images * config.views * sizes.latent + sizes.captions * sizes.conditioning)
-    steps = [Step(name="encode", forward=0, backward=0, memory=probe.loaded + held, disk=held)]
+    steps = [Step("encode", 0, 0, probe.loaded + held, held)]
     known: set[str] = set()
     for member in config.members_of():
         for step in _member_plan(member, sizes, probe, held):
@@ -92,7 +82,7 @@ def _member_plan(config: TeacherConfig, sizes: Sizes, probe: Probe, held: int) -
     if not config.factors and (config.method not in KERNELS or KERNELS[config.method][1]):
         passes = (1 if config.curvature == "diagonal" else 2) * config.factor_examples
         fitting = probe.backward + held + sizes.factors + 2 * config.batch_size * row
-        steps.append(Step(name="factors", forward=passes, backward=passes, memory=fitting, disk=sizes.factors // 2))
+        steps.append(Step("factors", passes, passes, fitting, sizes.factors // 2))
     if config.method in KERNELS:
         return [*steps, *_kernel_plan(config, sizes, probe, held)]
     exact, linearised = sizes.exact, sizes.linearised
@@ -111,9 +101,9 @@ def _exact_plan(config: TeacherConfig, sizes: Sizes, exact: tuple[int, ...], pro
     base, query = round(sizes.images * _per_image(config, sizes)), config.query_draws * config.unlearning_steps
     memory, sides = probe.backward + held, 2 if config.symmetric else 1
     losses = round(sides * sum(exact) * _per_image(config, sizes))
-    before = Step(name="base loss", forward=base, backward=0, memory=memory, disk=8 * sizes.images * config.views)
+    before = Step("base loss", base, 0, memory, 8 * sizes.images * config.views)
     steps, memory = len(exact) * query, memory + _one_query(sizes)
-    return [before, Step(name="exact", forward=steps + losses, backward=steps, memory=memory, disk=_table_bytes(exact))]
+    return [before, Step("exact", steps + losses, steps, memory, _table_bytes(exact))]
 
 
 def _one_query(sizes: Sizes) -> int:
@@ -129,7 +119,7 @@ def _store_plan(config: TeacherConfig, sizes: Sizes, probe: Probe, held: int, *,
     passes = round((sizes.images + sample) * _per_image(config, sizes))
     gradients = 2 * 4 * sizes.parameters * max(1, round(config.batch_size / config.loss_draws))  # of the images of a batch
     memory = probe.backward + held + gradients + PART_ROWS * width * 4 + store
-    return Step(name="gradient store", forward=passes, backward=passes, memory=memory, disk=store)
+    return Step("gradient store", passes, passes, memory, store)
 
 
 def _first_order_plan(config: TeacherConfig, sizes: Sizes, linearised: tuple[int, ...], probe: Probe, held: int) -> list[Step]:
@@ -138,14 +128,14 @@ def _first_order_plan(config: TeacherConfig, sizes: Sizes, linearised: tuple[int
         store = _store_plan(config, sizes, probe, held, sampled=bool(config.gradient_width))
         memory = probe.backward + held + _one_query(sizes) + store.disk
         spent = count * query
-        return [store, Step(name="first order", forward=spent, backward=spent, memory=memory, disk=_table_bytes(linearised))]
+        return [store, Step("first order", spent, spent, memory, _table_bytes(linearised))]
     together = min(count, queries_a_pass(config, sizes.parameters))
     spent = count * query + round(-(-count // together) * sizes.union * _per_image(config, sizes))
     gradients = 2 * config.batch_size * row  # each layer's, and all of them side by side
     scores = 4 * sizes.union * together + 8 * PART_ROWS * config.views * together
     memory = probe.backward + held + gradients + together * row + scores
     disk = together * row + _table_bytes(linearised) + 4 * sizes.union * together
-    return [Step(name="first order", forward=spent, backward=spent, memory=memory, disk=disk)]
+    return [Step("first order", spent, spent, memory, disk)]
 
 
 def _kernel_plan(config: TeacherConfig, sizes: Sizes, probe: Probe, held: int) -> list[Step]:
@@ -155,7 +145,7 @@ def _kernel_plan(config: TeacherConfig, sizes: Sizes, probe: Probe, held: int) -
     spent = len(candidates) * config.query_draws
     kernel = 8 * min(width, sizes.images) ** 2 + 12 * sizes.images * width  # float64, and the store once more in float32
     memory = probe.backward + held + kernel + 4 * len(candidates) * (width + sizes.images)
-    return [store, Step(name="kernel", forward=spent, backward=spent, memory=memory, disk=_table_bytes(candidates))]
+    return [store, Step("kernel", spent, spent, memory, _table_bytes(candidates))]
 
 
 def _table_bytes(candidates: tuple[int, ...]) -> int:

@@ -1,8 +1,8 @@
 """A fitted teacher: all that queries share is computed once, so that one call scores a new query over the whole corpus.
 
 First order and the kernel methods score by inner products of compressed gradients (fastattr/gradients/compression.py). What is
-kept of a training image is a row; of the generator's curvature only the eigenvectors that the kept coordinates need. A
-query then costs its own gradient and one inner product an image; the spread over its draws says how sure the scores are.
+kept of a training image is a row; of the generator's curvature only the eigenvectors that the kept coordinates need. A query
+then costs its own gradient and one inner product an image; the spread over its draws says how sure the scores are.
 
 A folder holds manifest.json, ids.parquet and, for each member M of the mean, M-rows.npy (N, k) and M-turns.safetensors.
 """
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastattr.core.errors import InputError
 from fastattr.core.files import atomic_path
 from fastattr.core.stages import open_stage, require_same, write_manifest
+from fastattr.generators.families import Layers
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import Layer
 from fastattr.gradients.compression import (
     Compression,
     GradientConfig,
@@ -35,12 +35,10 @@ from fastattr.gradients.compression import (
     leading_coordinates,
 )
 from fastattr.gradients.ekfac import Factors, fit_ekfac
-from fastattr.gradients.encoded import EncodedImages
+from fastattr.gradients.losses import EncodedImages
 from fastattr.teachers.config import KERNELS, TeacherConfig
-from fastattr.teachers.curvature import factor_batches
-from fastattr.teachers.ensembles import averaged
-from fastattr.teachers.kernels import kernel_rows
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.kernels import averaged, kernel_rows
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
 
 STAGE = "fitted_teacher"
 QUERY = "query"
@@ -95,28 +93,22 @@ class FittedTeacher:
     def fit(
         cls, generator: Generator, images: EncodedImages, config: TeacherConfig, *, factors: Factors | None = None
     ) -> FittedTeacher:
-        """Fit to an encoded corpus, in memory.
+        """Fit to an encoded corpus of one view, in memory; the generator has base weights.
 
-        Args:
-            generator: with base weights.
-            images: the encoded corpus, of one view.
-            config: which methods and how; `gradient_width` 0 keeps whole gradients.
-            factors: EKFAC factors of the layers; None fits them where a method needs them.
-
-        Raises:
-            InputError: a method has no inner-product form, or a setting asks for what is measured anew for every query.
+        `config` says which methods and how; `gradient_width` 0 keeps whole gradients. `factors` are EKFAC's of the layers;
+        None fits them where a method needs them. InputError if a method has no inner-product form, or a setting asks for what
+        is measured anew for every query.
         """
         if config.inverse_steps or config.models or config.retrained or set(config.methods) - {"first-order", *KERNELS}:
-            raise InputError(
-                f"a teacher for new queries takes first-order, {', '.join(KERNELS)} and their mean, without inverse_steps, "
-                f"models or retrained; {', '.join(config.methods)} can't be fitted for new queries."
-            )
+            wanted = f"first-order, {', '.join(KERNELS)} and their mean, without inverse_steps, models or retrained"
+            found = ", ".join(config.methods)
+            raise InputError(f"a teacher for new queries takes {wanted}; {found} can't be fitted for new queries.")
         layers, members = layers_to_unlearn(generator, config.pattern), []
         for member in config.members_of():
             settings, coordinates = member.gradients_of(member.method), None
             if settings.whiten and factors is None:
-                diagonal = config.curvature == "diagonal"
-                factors = fit_ekfac(layers, factor_batches(generator, images, config), diagonal=diagonal)
+                batches = factor_batches(generator, images, config)
+                factors = fit_ekfac(layers, batches, diagonal=config.curvature == "diagonal")
             if settings.whiten and settings.width and factors is not None:
                 coordinates = leading_coordinates(generator, layers, images, factors, settings)
             compression = Compression(layers, settings, factors if settings.whiten else None, coordinates)
@@ -150,12 +142,7 @@ class FittedTeacher:
         return ScoredImages(self.image_ids, influence, np.sqrt(np.sum(np.square(errors), axis=0)) / len(errors))
 
     def save(self, folder: Path, *, generator: str) -> None:
-        """Write to a folder; rows in half precision.
-
-        Args:
-            folder: is made.
-            generator: the name by which `open` loads the generator, a folder or a Hub id.
-        """
+        """Write to a folder; rows in half precision. `generator` is the name by which `open` loads the generator."""
         folder.mkdir(parents=True, exist_ok=True)
         described = []
         for number, member in enumerate(self.members):
@@ -182,7 +169,7 @@ class FittedTeacher:
         generator = generator or Generator.from_pretrained(manifest["generator"])
         require_same("the generator", generator.fingerprint, manifest["inputs"]["generator"], "Fit the teacher again.")
         settings: dict[str, Any] = manifest["config"]
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        settings |= {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
         config = TeacherConfig(**settings)
         layers = layers_to_unlearn(generator, config.pattern)
         members = []
@@ -196,7 +183,7 @@ class FittedTeacher:
 
 
 def features_of(
-    generator: Generator, layers: Mapping[str, Layer], images: EncodedImages, compression: Compression, settings: GradientConfig
+    generator: Generator, layers: Layers, images: EncodedImages, compression: Compression, settings: GradientConfig
 ) -> np.ndarray:
     """(N, k) float32 gradient features of all of them."""
     found = np.empty((len(images.image_ids), compression.width), np.float32)
@@ -206,13 +193,13 @@ def features_of(
     return found
 
 
-def _tensors(turns: Mapping[str, Turn]) -> dict[str, torch.Tensor]:
+def _tensors(turns: Mapping[str, Turn]) -> dict[str, Tensor]:
     """The parts of all turns, by layer and name."""
     parts = {f"{name}/{part}": value for name, turn in turns.items() for part, value in vars(turn).items() if value is not None}
     return {name: value.float().contiguous() if value.is_floating_point() else value for name, value in parts.items()}
 
 
-def _turns_of(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Layer]) -> dict[str, Turn]:
+def _turns_of(tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Turn]:
     """What `_tensors` was given, in the order of the layers."""
     found = {}
     for name, layer in layers.items():

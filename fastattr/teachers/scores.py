@@ -1,9 +1,8 @@
 """Score tables: what a teacher says of each (query, training image) pair; the public data set of this project.
 
-scores/SPLIT-*.parquet, each a split of `datasets.load_dataset("scores")`, has one row a query with list columns (they
-stream and compress better than one row a pair):
-query_id, prompt, split, image_ids, influence (float32, higher = more influential), rank (int32, 0 = most),
-is_outsider, query_loss_rise, teacher, config. scores/manifest.json says how they were made.
+scores/SPLIT-*.parquet, each a split of `datasets.load_dataset("scores")`, has one row a query with list columns (they stream
+and compress better than one row a pair): see `SCHEMA`; influence: higher = more influential, rank: 0 = most.
+scores/manifest.json says how they were made.
 """
 
 from __future__ import annotations
@@ -21,20 +20,10 @@ from fastattr.core.files import atomic_path
 from fastattr.core.stages import open_stage
 from fastattr.generators.queries import SPLITS
 
-SCHEMA = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("prompt", pa.string()),
-        ("split", pa.string()),
-        ("image_ids", pa.list_(pa.string())),
-        ("influence", pa.list_(pa.float32())),
-        ("rank", pa.list_(pa.int32())),
-        ("is_outsider", pa.list_(pa.bool_())),
-        ("query_loss_rise", pa.float32()),
-        ("teacher", pa.string()),
-        ("config", pa.string()),
-    ]
-)
+TEXT, SINGLE = pa.string(), pa.float32()
+COLUMNS = {"query_id": TEXT, "prompt": TEXT, "split": TEXT, "image_ids": pa.list_(TEXT), "influence": pa.list_(SINGLE)}
+COLUMNS |= {"rank": pa.list_(pa.int32()), "is_outsider": pa.list_(pa.bool_()), "query_loss_rise": SINGLE}
+SCHEMA = pa.schema(COLUMNS | {"teacher": TEXT, "config": TEXT})
 
 
 @dataclass(frozen=True)
@@ -54,11 +43,7 @@ class ScoredQuery:
 
 
 def ranks_of(influence: np.ndarray) -> np.ndarray:
-    """(C,) rank of each score, 0 = most influential; equal scores keep their order.
-
-    Raises:
-        NonFiniteError: a score is NaN or infinite.
-    """
+    """(C,) int32 ranks, 0 = most influential; equal scores keep their order. NonFiniteError if a score is not finite."""
     if not np.isfinite(influence).all():
         raise NonFiniteError(f"{int((~np.isfinite(influence)).sum())} of {len(influence)} influence scores are not finite.")
     ranks = np.empty(len(influence), dtype=np.int32)
@@ -68,17 +53,8 @@ def ranks_of(influence: np.ndarray) -> np.ndarray:
 
 def write_shard(path: Path, rows: Iterable[ScoredQuery], *, teacher: str, config: str) -> None:
     """Write one shard of a score table, atomically."""
-    records = [
-        {
-            **vars(row),
-            "influence": row.influence.astype(np.float32).tolist(),
-            "rank": ranks_of(row.influence).tolist(),
-            "is_outsider": row.is_outsider.tolist(),
-            "teacher": teacher,
-            "config": config,
-        }
-        for row in rows
-    ]
+    made_by = {"teacher": teacher, "config": config}
+    records = [vars(row) | {"rank": ranks_of(row.influence)} | made_by for row in rows]
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), temporary)
 
@@ -97,15 +73,6 @@ def read_scores(folder: Path, *, split: str | None = None) -> list[ScoredQuery]:
 
 
 def _rows(path: Path) -> list[ScoredQuery]:
-    return [
-        ScoredQuery(
-            query_id=record["query_id"],
-            prompt=record["prompt"],
-            split=record["split"],
-            image_ids=record["image_ids"],
-            influence=np.array(record["influence"], dtype=np.float32),
-            is_outsider=np.array(record["is_outsider"], dtype=bool),
-            query_loss_rise=record["query_loss_rise"],
-        )
-        for record in pq.read_table(path).to_pylist()
-    ]
+    arrays = {"influence": np.float32, "is_outsider": bool}
+    records = pq.read_table(path, columns=list(ScoredQuery.__annotations__)).to_pylist()
+    return [ScoredQuery(**record | {name: np.array(record[name], kind) for name, kind in arrays.items()}) for record in records]

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import drawings
 import emoji as benchmark
 import judge as judging
+import judge_training
 import machine
 
 SETS = ("fluent", "noto", "openmoji", "twemoji")
@@ -100,8 +101,8 @@ class ColourGenerator:
     def encode_image(self, images: list[Image.Image]) -> torch.Tensor:
         return torch.tensor([image.getpixel((5, 5)) for image in images], dtype=torch.float32)[:, :, None, None]
 
-    def generate_batch(self, prompts: list[str], *, seeds: list[int], guidance: float | None) -> list[Image.Image]:
-        assert guidance is None  # what is reported is drawn with the generator's own
+    def generate_batch(self, prompts: list[str], *, seeds: list[int], guidance: float | None, steps: None) -> list[Image.Image]:
+        self.guidance = guidance
         return [self.generate(prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
@@ -225,7 +226,7 @@ def test_saved_judge_gives_the_same_logits(tmp_path):
     images = torch.rand(6, 3, 64, 64) * 2 - 1
     judge.train()(images)  # moves the batch statistics
     judge.eval().half().float()
-    judging.save(judge, tmp_path, config={"channels": (8, 16, 16)}, seed=5)
+    judging.save(judge, tmp_path, config={"channels": (8, 16, 16), "hidden": 768, "embedding": 256}, seed=5)
     loaded, facts = judging.load(tmp_path)
     assert (facts["seed"], loaded.styles, loaded.subjects) == (5, list(SETS), ["cat", "dog"])
     with torch.no_grad():
@@ -240,49 +241,136 @@ def test_saved_judge_gives_the_same_logits(tmp_path):
 
 def test_disturbed_images_stay_close_and_follow_the_generator():
     """A shift of half the image, or noise from a global source, would teach other classes or break resuming."""
-    images = pixel_tensor(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8))
-    images = nn.functional.interpolate(images, 64, mode="bilinear")
-    once = judging.disturb(images, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(once, judging.disturb(images, torch.Generator().manual_seed(1)), rtol=0, atol=0)
+    images = pixel_tensor(np.random.default_rng(0).integers(0, 256, (40, 3, 3, 3), dtype=np.uint8))
+    images = nn.functional.interpolate(images, 48, mode="bilinear")
+    never, always = torch.zeros(40, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
+    once = judge_training.disturb(images, torch.Generator().manual_seed(1), never)
+    torch.testing.assert_close(once, judge_training.disturb(images, torch.Generator().manual_seed(1), never), rtol=0, atol=0)
+    assert once.shape == (40, 3, judging.SIDE, judging.SIDE)
     assert once.abs().max() <= 1
-    distance = (once[:, None] - images[None]).square().mean(dim=(2, 3, 4))  # (8, 8)
-    assert distance.argmin(dim=1).tolist() == list(range(8))
-    assert not torch.equal(once, images)
+    small = nn.functional.interpolate(images, judging.SIDE, mode="area")
+
+    def nearest(disturbed: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+        return (disturbed[:, None] - among[None]).square().mean(dim=(2, 3, 4)).argmin(dim=1)
+
+    assert (nearest(once, small) == torch.arange(40)).float().mean() > 0.9
+    mirrored = judge_training.disturb(images, torch.Generator().manual_seed(1), always)
+    found = nearest(mirrored, torch.cat([small, small.flip(3)]))
+    assert (found % 40 == torch.arange(40)).float().mean() > 0.9
+    assert 0.2 < (found >= 40).float().mean() < 0.8
+
+
+def judge_corpus(corpus: Corpus, folder: Path, numbers: set[int]) -> tuple[Corpus, judge_training.Pictures, dict[str, str]]:
+    """The images of some subjects as a corpus and as pictures, and no subject that counts as another."""
+    rows = [row for row, caption in enumerate(corpus.captions) if int(caption[0].split(", ")[1]) in numbers]
+    write_corpus(corpus.training_images(rows), folder, CorpusConfig())
+    few = Corpus(folder)
+    images, subjects = np.stack([np.asarray(few.image(row)) for row in range(len(few))]), judging.subjects_of(few)
+    pictures = judge_training.Pictures(images, np.array(few.column("source")), np.array(subjects))
+    return few, pictures, {subject: subject for subject in subjects}
 
 
 def test_judge_learns_sets_and_subjects(corpus, tmp_path):
     """Labels that slip against the images would leave it at chance."""
-    config = judging.JudgeConfig(
+    config = judge_training.JudgeConfig(
         channels=(8, 16),
-        held_out_share=0.0,
-        training=judging.TrainingConfig(steps=60, batch_size=32, learning_rate=1e-2, warmup_steps=5, ema_decay=0.9),
+        hidden=64,
+        embedding=32,
+        views=2,
+        training=judge_training.TrainingConfig(steps=120, batch_size=64, learning_rate=5e-3, warmup_steps=5, ema_decay=0.9),
     )
-    rows = [row for row, caption in enumerate(corpus.captions) if int(caption[0].split(", ")[1]) in {0, 20, 40, 59}]
-    folder = tmp_path / "corpus"
-    write_corpus(corpus.training_images(rows), folder, CorpusConfig())
-    few = Corpus(folder)
-    images = np.stack([np.asarray(few.image(row)) for row in range(len(few))])
-    judge = judging.train(few, images, config, checkpoint=tmp_path / "checkpoint.safetensors")
+    few, pictures, same = judge_corpus(corpus, tmp_path / "corpus", {0, 20, 40, 59})
+    judge = judge_training.train(few, pictures, config, same=same, folder=tmp_path)
     assert judge.subjects == sorted(f"subject, {number}" for number in (0, 20, 40, 59))
-    result = judging.accuracies(judge, images, few.column("source"), judging.subjects_of(few), "all")
+    result = judging.accuracies(judge, pictures.images, few.column("source"), judging.subjects_of(few), same, "all")
     assert result["style_accuracy_all"] > 0.9
     assert result["subject_right_all"] > 0.9
     assert result["both_right_all_n"] == len(few)
 
 
-def test_a_subject_is_never_held_out_whole(corpus):
-    """The judge could not name what it has never seen, and the honest accuracy would measure that."""
-    unseen = judging.held_out_rows(corpus, 0.4)
+def test_held_out_images_are_of_subjects_that_the_judge_knows(corpus):
+    """It could not name what it has never seen; and a subject known once must be known from one image, no more."""
+    unseen, once = judging.held_out_rows(corpus, 0.3, 0.2)
     subjects = np.array(judging.subjects_of(corpus))
-    assert 0.1 < unseen.mean() < 0.4
-    assert set(subjects[unseen]) <= set(subjects[~unseen])
+    trained_on = ~(unseen | once)
+    assert 0.05 < unseen.mean() < 0.4
+    assert once.any()
+    assert not (unseen & once).any()
+    assert set(subjects[unseen | once]) <= set(subjects[trained_on])
+    assert all((subjects[trained_on] == subject).sum() == 1 for subject in set(subjects[once]))
+
+
+def test_judge_is_not_shown_what_it_is_asked(tmp_path):
+    """A held-out picture's twin in the older set of its maker, or under another name, would give the answer away."""
+    drawn = np.random.default_rng(0).integers(0, 256, (2, 80, 8, 8, 3), dtype=np.uint8).repeat(8, axis=2).repeat(8, axis=3)
+    sets, subjects = np.array(SETS * 20), np.arange(80).astype(str).repeat(4)[:80]
+    labels = list(zip(sets.tolist(), subjects.tolist(), strict=True))
+    images = []
+    for (style, subject), picture in zip(labels, drawn[0], strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="PNG")
+        caption = f"{subject}, {style} style"
+        images.append(TrainingImage(image_id=f"{style}-{subject}", image=buffer.getvalue(), captions=[caption], source=style))
+    write_corpus(images, tmp_path / "corpus", CorpusConfig())
+    corpus = Corpus(tmp_path / "corpus")
+    config = judge_training.JudgeConfig(held_out_share=0.3, once_share=0.2)
+    unseen, once = judging.held_out_rows(corpus, 0.3, 0.2)
+    assert unseen.any()
+    assert once.any()
+    older, twin = np.where(sets == "noto", "noto-v1", "fxemoji"), int(np.flatnonzero(unseen)[0])
+    hidden = {labels[row] for row in np.flatnonzero(unseen | once)}
+    barred = {("noto-v1", subject) for style, subject in hidden if style == "noto"}
+    barred |= {(style, subject) for style in ("noto-v1", "fxemoji") for subject in set(subjects[once])}
+    theirs = list(zip(older.tolist(), subjects.tolist(), strict=True))
+    free = next(row for row in range(80) if theirs[row] not in barred and subjects[row] != subjects[twin])
+    drawn[1, free] = drawn[0, twin]  # under another name
+    with (tmp_path / "others.npz").open("wb") as file:
+        np.savez(file, images=drawn[1], sets=older, subjects=subjects)
+    gathered = judge_training.gather(corpus, drawn[0], tmp_path / "others.npz", config)
+    assert not set(zip(gathered.sets.tolist(), gathered.subjects.tolist(), strict=True)) & (hidden | barred)
+    assert drawn[0, twin].tobytes() not in {image.tobytes() for image in gathered.images}
+    assert len(gathered) == 80 - len(hidden) + sum(label not in barred for label in theirs) - 1
+
+
+def test_subjects_of_one_picture_count_as_one(tmp_path):
+    """No drawing of Norway's flag could be told from one of Bouvet Island's; a heart in another colour can."""
+    named = {"flag: norway": 80, "flag: bouvet island": 81, "purple heart": 160}
+    images = [
+        TrainingImage(
+            image_id=f"{style}-{number}", image=striped(style, shade), captions=[f"{subject}, {style} style"], source=style
+        )
+        for style in ("noto", "twemoji")
+        for number, (subject, shade) in enumerate(named.items())
+    ]
+    write_corpus(images, tmp_path, CorpusConfig())
+    corpus = Corpus(tmp_path)
+    pictures = np.stack([np.asarray(corpus.image(row)) for row in range(len(corpus))])
+    same = judging.same_pictures(corpus, pictures)
+    assert same == {
+        "flag: norway": "flag: bouvet island",
+        "flag: bouvet island": "flag: bouvet island",
+        "purple heart": "purple heart",
+    }
+
+
+def striped(style: str, shade: int) -> bytes:
+    """A PNG with a stripe of this shade; sets differ in where it is."""
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste((shade, 40, 200 - shade), (0, 10, 64, 30) if style == "noto" else (10, 0, 30, 64))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def test_measured_keys_and_labels(corpus):
     """Labels joined to the wrong images would give chance where each is right, and the reverse."""
     generator, attributor = ColourGenerator(corpus), CaptionAttributor(corpus, wrong=30)
+    facts = {"config": {"held_out_share": 0.3, "once_share": 0.2}, "same": {}}
     sizes = benchmark.Sizes(seen=60, recombined=50, planted=len(corpus), timed_prompts=3, timed_images=2)
-    results, drawn = benchmark.measure_generator(generator, corpus, ColourJudge(), 0.3, sizes, seed=0)
+    results, drawn = benchmark.measure_generator(
+        generator, corpus, ColourJudge(), facts, sizes, 0, {"guidance": 3.0, "steps": None}
+    )
+    assert generator.guidance == 3.0
     results |= benchmark.measure_attributor(generator, attributor, corpus, sizes, seed=0)
     assert set(benchmark.KEYS) <= set(results)
     assert all(isinstance(value, int | float) for value in results.values())
@@ -316,13 +404,16 @@ def test_metrics_at_another_share_of_the_corpus_are_refused():
         benchmark.teacher_agreement({})
 
 
-def test_contact_sheet_keeps_order():
+def test_contact_sheet_and_its_prompts_keep_order():
     """Samples in another order would not match their prompts."""
     colours = [(index * 20, 0, 255) for index in range(10)]
     sheet = benchmark.contact_sheet([Image.new("RGB", (64, 64), colour) for colour in colours], columns=4)
-    assert sheet.size == (4 * 66 + 2, 3 * 66 + 2)
-    assert [sheet.getpixel((2 + 66 * (i % 4) + 5, 2 + 66 * (i // 4) + 5)) for i in range(10)] == colours
-    assert sheet.getpixel((0, 0)) == (221, 221, 221)
+    assert sheet.size == (4 * 100, 3 * 100)
+    assert [sheet.getpixel((100 * (i % 4) + 50, 100 * (i // 4) + 50)) for i in range(10)] == colours
+    assert sheet.getpixel((0, 0)) == sheet.getpixel((399, 299)) == (255, 255, 255)
+    page = benchmark.sheet_prompts([f"prompt {number}" for number in range(10)], columns=4)
+    cells = [cell.strip() for line in page.splitlines() if "prompt " in line for cell in line.strip("| ").split("|")]
+    assert cells == [f"prompt {number}" for number in range(10)]
 
 
 def test_assets_are_counted_in_millions_of_bytes(tmp_path):

@@ -138,7 +138,8 @@ if __name__ == "__main__":  # a case's script, under the names of its time
     Path("sitecustomize.py").write_text("from tests.cases.running import old_names\nold_names()\n", encoding="utf-8")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), str(REPOSITORY)])  # and so do the script's own processes
     Generator._predict = Generator.predict  # type: ignore[attr-defined]
-    sys.modules["fastattr.serve"].read_upload = lambda data, *_: batches.read_upload(data)  # type: ignore[attr-defined]
+    read_upload = batches.read_upload
+    sys.modules["fastattr.serve"].read_upload = lambda data, *_: read_upload(data)  # type: ignore[attr-defined]
     if "fastattr.space" in text:
         from fastattr.space import answers, app, inputs
 

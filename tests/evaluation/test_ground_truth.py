@@ -29,8 +29,8 @@ from fastattr.evaluation.lds import rank_correlations
 from fastattr.evaluation.retrain import Retraining
 from fastattr.evaluation.subsets import RetrainConfig
 from fastattr.evaluation.truth import GroundTruth
-from fastattr.generators.noise import noise_for, spread_timesteps
 from fastattr.generators.queries import Queries
+from fastattr.generators.schedules import noise_for, spread_timesteps
 from fastattr.students.distill import DistillConfig
 from fastattr.students.student import StudentConfig
 from tests.tiny import write_folder
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ground_truth as jobs
 import lab
 import machine
-import student_truth
+import student
 import truth as benchmark
 
 CONFIG = """
@@ -385,13 +385,13 @@ def test_choosing_settings_and_teaching_students_never_look_at_test_queries(made
     assert not set(asked) & forbidden
     asked.clear()
     taught: list[str] = []
-    labels_of = benchmark.student.labels_of
+    labels_of = lab.labels_of
 
     def watching(scored, rows):
         taught.extend(query.query_id for query in scored)
         return labels_of(scored, rows)
 
-    monkeypatch.setattr(benchmark.student, "labels_of", watching)
+    monkeypatch.setattr(lab, "labels_of", watching)
     bench = open_bench(made, arguments, lab.Settings(query_draws=8, loss_draws=1))
     benchmark.all_scores(bench, truth.of_split("validation"), SIZES, benchmark.Timed())
     assert set(taught) == set(truth.of_split("train"))
@@ -423,23 +423,23 @@ def test_the_report_has_every_method_and_every_null(reported):
 
 
 @pytest.fixture(scope="module")
-def learned(made, reported, arguments) -> student_truth.Learned:
+def learned(made, reported, arguments) -> student.Learned:
     """Of the tiny ground truth."""
-    return student_truth.learn(open_bench(made, arguments, lab.read_settings(made)), 320, 100)
+    return student.learn(open_bench(made, arguments, lab.read_settings(made)), 320, 100)
 
 
 def test_students_of_the_bench_are_chosen_without_the_test_queries(learned):
     """The best of many on the test queries would look better than it is."""
     config = SIZES.student
-    tried = {student_truth.PAPER_RECIPE: student_truth.Setting("both", config), "one": student_truth.Setting("all", config)}
-    tried["two"] = student_truth.Setting("output-gradients", config)
+    tried = {student.PAPER_RECIPE: student.Setting("both", config), "one": student.Setting("all", config)}
+    tried["two"] = student.Setting("output-gradients", config)
     results = []
     for turned in (False, True):
         teachers = {
             name: {**scores, "test": scores["test"][::-1] if turned else scores["test"]}
             for name, scores in learned.teachers.items()
         }
-        results.append(student_truth.measure(replace(learned, teachers=teachers), tried, resamples=5, seed=0))
+        results.append(student.measure(replace(learned, teachers=teachers), tried, resamples=5, seed=0))
     chosen = ("bench_teacher", "bench_best_student", "bench_fast_student")
     assert [results[0][name] for name in chosen] == [results[1][name] for name in chosen]
     assert results[0]["bench_fast_student"] == "one"
@@ -447,7 +447,7 @@ def test_students_of_the_bench_are_chosen_without_the_test_queries(learned):
     assert promised <= set(results[0])
     assert not [name for name, value in results[0].items() if not isinstance(value, str | int | float)]
     facts = {"command": "x", "seed": 0, "cpu": "x", "cores": 2, "date": "2026-01-01T00:00:00"}
-    assert all(len(lines) > 3 for lines in student_truth.parts_of(results[0] | facts).values())
+    assert all(len(lines) > 3 for lines in student.parts_of(results[0] | facts).values())
 
 
 def test_first_order_and_exact_scores_agree(made, arguments):

@@ -24,16 +24,14 @@ from fastattr.features.by_generator import (
 )
 from fastattr.features.kinds import open_encoder
 from fastattr.features.store import folders, read_features
-from fastattr.generators.layers import weight_shape
-from fastattr.generators.noise import noise_for
-from fastattr.gradients.compression import Compression, GradientConfig, gradient_features
+from fastattr.generators.families import weight_shape
+from fastattr.generators.schedules import noise_for
+from fastattr.gradients.compression import Compression, GradientConfig, RidgeKernel, gradient_features
 from fastattr.gradients.ekfac import Factors
-from fastattr.gradients.ridge import RidgeKernel
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.stages import STAGES
-from fastattr.teachers.first_order import flat_step, linearised_scores
-from fastattr.teachers.kernels import kernel_scores
-from fastattr.teachers.similarity import similarity_scores
+from fastattr.teachers.kernels import kernel_scores, similarity_scores
+from fastattr.teachers.unlearning import flat_step, linearised_scores
 from tests.tiny import draw
 
 IMAGES = [draw("red", "ring", "plain"), draw("blue", "square", "framed"), draw("green", "circle", "plain")]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from fastattr.core.errors import ArtifactDamagedError, ArtifactNotFoundError
 from fastattr.generators.generator import Generator
-from fastattr.generators.lora import locate_lora
+from fastattr.generators.loading import locate_lora
 from tests.tiny_pipelines import build
 
 Matrices = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -12,11 +12,19 @@ import pytest
 import torch
 
 from fastattr.core.captions import split_caption
-from fastattr.generators.prompts import unknown_words
-from fastattr.generators.scratch.denoiser import DenoiserLoss, GeneratorConfig, build_denoiser, build_scheduler
-from fastattr.generators.scratch.examples import TrainingExamples
-from fastattr.generators.scratch.prompts import draw_prompt, mistype, rows_without_style
-from fastattr.generators.scratch.text import NO_STYLE, CaptionLoss, build_text_encoder, tokenize, train_tokenizer
+from fastattr.generators.loading import unknown_words
+from fastattr.generators.scratch.denoiser import (
+    NO_STYLE,
+    CaptionLoss,
+    DenoiserLoss,
+    GeneratorConfig,
+    build_denoiser,
+    build_scheduler,
+    build_text_encoder,
+    tokenize,
+    train_tokenizer,
+)
+from fastattr.generators.scratch.stage import TrainingExamples, draw_prompt, mistype, rows_without_style
 
 CAPTIONS = [
     "red heart, openmoji style",
@@ -29,7 +37,7 @@ CAPTIONS = [
 PROGRAM = f"""
 import sys
 from pathlib import Path
-from fastattr.generators.scratch.text import train_tokenizer
+from fastattr.generators.scratch.denoiser import train_tokenizer
 train_tokenizer({CAPTIONS!r}, vocabulary=360, max_tokens=12, scratch=Path(sys.argv[1]))
 """
 

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.store import Corpus
-from fastattr.generators.families import CROSS_ATTENTION_KV
+from fastattr.generators.families import CROSS_ATTENTION_KV, weight_shape
 from fastattr.generators.generator import Generator
-from fastattr.generators.layers import weight_shape
 from fastattr.gradients.compression import (
     Compression,
     GradientConfig,
@@ -23,16 +22,12 @@ from fastattr.gradients.compression import (
     leading_coordinates,
 )
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import encode_corpus
-from fastattr.gradients.losses import denoising_losses
-from fastattr.teachers import store as module
+from fastattr.gradients.losses import denoising_losses, encode_corpus
+from fastattr.teachers import task as module
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
-from fastattr.teachers.first_order import flat_step, linearised_scores
-from fastattr.teachers.kernels import kernel_scores
-from fastattr.teachers.similarity import similarity_scores
-from fastattr.teachers.store import write_gradient_features
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.kernels import kernel_scores, similarity_scores
+from fastattr.teachers.task import factor_batches, layers_to_unlearn, write_gradient_features
+from fastattr.teachers.unlearning import flat_step, linearised_scores
 
 CONFIG = GradientConfig(width=0, draws=3, batch_size=16)
 

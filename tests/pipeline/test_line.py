@@ -28,7 +28,7 @@ from fastattr.pipeline.build import embed_assets, run
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.stages import STAGES
 from fastattr.students.shares import UNASSIGNED
-from fastattr.teachers import methods, task
+from fastattr.teachers import task, teach
 from fastattr.teachers.scores import read_scores
 from tests.tiny import draw
 
@@ -59,7 +59,7 @@ def test_killed_teacher_finishes_the_rest_with_the_same_scores(tiny_run: Path, t
     again = tmp_path / "run"
     shutil.copytree(tiny_run, again)
     shutil.rmtree(again / "scores")
-    monkeypatch.setattr(methods, "PART_ROWS", 10)
+    monkeypatch.setattr(teach, "PART_ROWS", 10)
     queries = Queries(again / "queries")
     trained = [query for query, split in zip(queries.query_ids, queries.splits, strict=True) if split == "train"]
     exact = len(queries.query_ids) - len(trained)
@@ -78,7 +78,7 @@ def test_killed_teacher_finishes_the_rest_with_the_same_scores(tiny_run: Path, t
 
         return call
 
-    for module, name in ((task, "query_step"), (methods, "linearised_scores")):
+    for module, name in ((task, "query_step"), (teach, "linearised_scores")):
         monkeypatch.setattr(module, name, dying(name, getattr(module, name)))
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):

@@ -17,8 +17,7 @@ from fastattr.corpus.store import Corpus
 from fastattr.features.store import folders, read_features
 from fastattr.pipeline.config import load_config
 from fastattr.pipeline.stages import STAGES
-from fastattr.students.distill import DistillConfig, Validation, distill
-from fastattr.students.losses import LOSSES, TOP
+from fastattr.students.distill import LOSSES, TOP, DistillConfig, Validation, distill
 from fastattr.students.pairs import (
     MappedFeatures,
     labels_of,

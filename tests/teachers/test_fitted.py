@@ -14,12 +14,11 @@ from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator
 from fastattr.gradients.compression import Compression, gradient_features
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import encode_corpus
+from fastattr.gradients.losses import encode_corpus
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
-from fastattr.teachers.ensembles import averaged
 from fastattr.teachers.fitted import FittedTeacher
-from fastattr.teachers.kernels import kernel_scores
+from fastattr.teachers.kernels import averaged, kernel_scores
+from fastattr.teachers.task import factor_batches
 
 CONFIG = TeacherConfig(
     method="averaged",

@@ -12,11 +12,10 @@ import torch
 from fastattr.corpus.store import Corpus
 from fastattr.generators.generator import Generator
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import encode_corpus
+from fastattr.gradients.losses import encode_corpus
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
-from fastattr.teachers.inverse import GaussNewton, conjugate_gradients, refined_inverse
-from fastattr.teachers.task import layers_to_unlearn
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
+from fastattr.teachers.unlearning import GaussNewton, conjugate_gradients, refined_inverse
 
 PATTERN = r"mid_block.*attn1\.to_[qk]$"
 """Two layers of self-attention, whose derivative goes through the attention itself."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastattr import InputError
-from fastattr.teachers.retraining import Retrained, cross_fitted, read_retrained, retraining_scores, ridge_scores
+from fastattr.teachers.kernels import Retrained, cross_fitted, read_retrained, retraining_scores, ridge_scores
 
 Q, N = 12, 20
 

@@ -14,15 +14,21 @@ from fastattr.core.errors import InputError, NonFiniteError
 from fastattr.corpus.store import Corpus
 from fastattr.generators.families import CROSS_ATTENTION_KV
 from fastattr.generators.generator import Generator
-from fastattr.generators.noise import noise_for
+from fastattr.generators.schedules import noise_for
 from fastattr.gradients.ekfac import fit_ekfac
-from fastattr.gradients.encoded import EncodedImages, encode_corpus
-from fastattr.gradients.losses import image_losses
+from fastattr.gradients.losses import EncodedImages, encode_corpus, image_losses
 from fastattr.teachers.config import TeacherConfig
-from fastattr.teachers.curvature import factor_batches
-from fastattr.teachers.first_order import flat_step, linearised_scores
-from fastattr.teachers.task import layers_to_unlearn
-from fastattr.teachers.unlearning import exact_scores, influence_scores, query_gradient, query_step, unlearned, unlearning_step
+from fastattr.teachers.task import factor_batches, layers_to_unlearn
+from fastattr.teachers.unlearning import (
+    exact_scores,
+    flat_step,
+    influence_scores,
+    linearised_scores,
+    query_gradient,
+    query_step,
+    unlearned,
+    unlearning_step,
+)
 
 CONFIG = TeacherConfig(factor_examples=48, query_draws=16, loss_draws=8, batch_size=16)
 

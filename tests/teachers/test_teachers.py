@@ -22,9 +22,8 @@ from fastattr.pipeline.config import BuildConfig, load_config
 from fastattr.pipeline.stages import STAGES
 from fastattr.teachers import task
 from fastattr.teachers.config import TeacherConfig, queries_a_pass, stores_gradients
-from fastattr.teachers.ensembles import standardised
+from fastattr.teachers.kernels import similarity_scores, standardised
 from fastattr.teachers.scores import read_scores
-from fastattr.teachers.similarity import similarity_scores
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 Reads corpus/; writes autoencoder/ (a diffusers folder, with its scaling factor) and autoencoder/manifest.json.
 
-The encoder is set, not trained: its weights are such that it computes a principal component analysis of the image's
-patches (one patch a latent position). On flat artwork and a small machine that is far ahead of joint training
-(docs/emoji.md has the figures), and the latents are known before the decoder is, so denoiser and decoder can train at
-the same time. The decoder is trained
-on absolute error in RGB plus the same on colour differences, since RGB alone lets saturated colours drift.
-A fixed part of the images is held out, to report the reconstruction of unseen ones.
+The encoder is set, not trained: its weights compute a principal component analysis of the image's patches (one patch a latent
+position). On flat artwork and a small machine that is far ahead of joint training (docs/emoji.md), and the latents are known
+before the decoder is, so denoiser and decoder can train at the same time. The decoder is trained on absolute error in RGB and
+in colour differences, since RGB alone lets saturated colours drift. A fixed part of the images is held out for the report.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -66,12 +64,12 @@ def held_out(families: list[str], share: float) -> np.ndarray:
     return np.array(digits) < share
 
 
-def pixel_tensor(images: np.ndarray) -> torch.Tensor:
+def pixel_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def colour_differences(images: torch.Tensor) -> torch.Tensor:
+def colour_differences(images: Tensor) -> Tensor:
     """(B, 3, H, W) RGB -> (B, 2, H, W): R-G and B-(R+G)/2; zero for every grey."""
     red, green, blue = images.unbind(dim=1)
     return torch.stack([red - green, blue - (red + green) / 2], dim=1)
@@ -86,14 +84,14 @@ class DecoderLoss(nn.Module):
         self.post_quant_conv = autoencoder.post_quant_conv
         self.chroma_weight = chroma_weight
 
-    def forward(self, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: Tensor, images: Tensor) -> Tensor:
         """Args: latents (B, L, h, w), unscaled; images (B, 3, H, W) in [-1, 1]."""
         reconstruction = self.decoder(self.post_quant_conv(latents))
         loss = F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images)
         return loss + self.chroma_weight * F.l1_loss(colour_differences(reconstruction), colour_differences(images))
 
 
-def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """(B,) peak signal-to-noise ratio in dB of images in [-1, 1] (peak-to-peak 2)."""
     error = (images - reconstructions.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4.0 / error.clamp_min(1e-12))
@@ -102,16 +100,10 @@ def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """An untrained autoencoder with `config`'s shape; its residual branches start at zero."""
     levels = len(config.channels)
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=8,
-        sample_size=config.resolution,
-        mid_block_add_attention=False,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    sizes = {"block_out_channels": config.channels, "sample_size": config.resolution, "norm_num_groups": 8}
+    sizes |= {name: getattr(config, name) for name in ("layers_per_block", "latent_channels")}
+    autoencoder = AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False)
     for name, parameter in autoencoder.named_parameters():
         if ".conv2." in name:
             nn.init.zeros_(parameter)
@@ -128,17 +120,14 @@ def principal_components(rows: np.ndarray, keep: int) -> tuple[np.ndarray, np.nd
 
 @torch.no_grad()
 def set_encoder(autoencoder: AutoencoderKL, images: np.ndarray, *, whitening: float) -> None:
-    """Set the encoder's weights so that it computes the principal components of the images' patches.
+    """Set the encoder's weights so that it computes the principal components of the patches of (N, H, W, 3) uint8 images.
 
-    Every residual branch is zero, so the encoder is a chain of its linear layers: each downsampling convolution sees
-    the 2 x 2 positions under it and keeps their leading components. The last group normalisation and SiLU are made
-    linear: each group holds a pair of large constants, which fixes its variance, and each component as a pair x, -x,
-    since silu(x) - silu(-x) = x.
+    Every residual branch is zero, so the encoder is a chain of its linear layers: each downsampling convolution sees the 2 x 2
+    positions under it and keeps their leading components. The last group normalisation and SiLU are made linear: each group
+    holds a pair of large constants, which fixes its variance, and each component as a pair x, -x, since silu(x) - silu(-x) =
+    x.
 
-    Args:
-        autoencoder: one convolution a level, from `build_autoencoder`; changed in place.
-        images: (N, H, W, 3) uint8 to fit on.
-        whitening: see `AutoencoderConfig`.
+    The autoencoder, one convolution a level (`build_autoencoder`), is changed in place; `whitening` as in `AutoencoderConfig`.
     """
     encoder = autoencoder.encoder
     for parameter in encoder.parameters():
@@ -165,7 +154,7 @@ def set_encoder(autoencoder: AutoencoderKL, images: np.ndarray, *, whitening: fl
     _set_linear_head(encoder, current, latent_channels)
 
 
-def _copy_channels(weight: torch.Tensor, channels: int) -> None:
+def _copy_channels(weight: Tensor, channels: int) -> None:
     """Make a convolution pass its first `channels` channels on unchanged."""
     middle = weight.shape[-1] // 2
     for channel in range(channels):
@@ -204,40 +193,27 @@ def load_images(corpus: Corpus, resolution: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_latents(autoencoder: AutoencoderKL, images: np.ndarray, *, batch_size: int = 64) -> torch.Tensor:
+def encode_latents(autoencoder: AutoencoderKL, images: np.ndarray, *, batch_size: int = 64) -> Tensor:
     """(N, L, h, w) posterior means, unscaled, of (N, H, W, 3) uint8 images."""
-    batches = [
-        autoencoder.encode(pixel_tensor(images[start : start + batch_size]).to(autoencoder.device)).latent_dist.mean.cpu()
-        for start in tqdm(range(0, len(images), batch_size), desc="encode latents", unit="batch")
-    ]
-    return torch.cat(batches)
+    starts = tqdm(range(0, len(images), batch_size), desc="encode latents", unit="batch")
+    batches = (pixel_tensor(images[start : start + batch_size]).to(autoencoder.device) for start in starts)
+    return torch.cat([autoencoder.encode(batch).latent_dist.mean.cpu() for batch in batches])
 
 
 def run(config: AutoencoderConfig, run_dir: Path) -> dict[str, Any]:
     """Train the autoencoder on run_dir/corpus; returns the manifest with 'psnr_held_out' (dB, mean over images)."""
-    corpus = Corpus(run_dir / "corpus")
-    folder = run_dir / "autoencoder"
-    inputs = {"corpus": corpus.fingerprint}
+    corpus, folder = Corpus(run_dir / "corpus"), run_dir / "autoencoder"
+    inputs, checkpoint = {"corpus": corpus.fingerprint}, folder / "checkpoint.safetensors"
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    checkpoint = folder / "checkpoint.safetensors"
 
     def work() -> dict[str, Any]:
-        return _train(config, corpus, folder, checkpoint=checkpoint, made_from=[config, inputs], accelerator=accelerator)
+        return _train(config, corpus, folder, accelerator, checkpoint=checkpoint, made_from=[config, inputs])
 
-    return make(
-        folder, work, stage="autoencoder", config=config, inputs=inputs, accelerator=accelerator, temporary=[checkpoint]
-    )
+    made_of: dict[str, Any] = {"stage": "autoencoder", "config": config, "inputs": inputs}
+    return make(folder, work, **made_of, accelerator=accelerator, temporary=[checkpoint])
 
 
-def _train(
-    config: AutoencoderConfig,
-    corpus: Corpus,
-    folder: Path,
-    *,
-    checkpoint: Path,
-    made_from: object,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
+def _train(config: AutoencoderConfig, corpus: Corpus, folder: Path, accelerator: Accelerator, **resumed: Any) -> dict[str, Any]:
     """Set the encoder, train the decoder, write both; returns how well unseen images come back."""
     folder.mkdir(parents=True, exist_ok=True)
     images = load_images(corpus, config.resolution)
@@ -254,22 +230,15 @@ def _train(
     if accelerator.is_main_process:
         autoencoder.save_pretrained(folder / "untrained")  # latents are final: the denoiser may start from here
 
-    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = training_rows[rows]
         return latents[picked], pixel_tensor(images[picked])
 
-    average = fit(
-        DecoderLoss(autoencoder, chroma_weight=config.chroma_weight).to(memory_format=torch.channels_last),
-        batch_of,
-        config.training,
-        examples=len(training_rows),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="decoder",
-    )
-    autoencoder.decoder.load_state_dict(average.decoder.state_dict())  # type: ignore[union-attr]
-    autoencoder.post_quant_conv.load_state_dict(average.post_quant_conv.state_dict())  # type: ignore[union-attr]
+    loss = DecoderLoss(autoencoder, chroma_weight=config.chroma_weight).to(memory_format=torch.channels_last)
+    about: dict[str, Any] = {"examples": len(training_rows), "accelerator": accelerator, "description": "decoder"}
+    average: Any = fit(loss, batch_of, config.training, **resumed, **about)
+    autoencoder.decoder.load_state_dict(average.decoder.state_dict())
+    autoencoder.post_quant_conv.load_state_dict(average.post_quant_conv.state_dict())
     autoencoder.eval()
     with torch.no_grad():
         sample = pixel_tensor(images[unseen]).to(autoencoder.device)
@@ -277,8 +246,5 @@ def _train(
     if accelerator.is_main_process:
         autoencoder.save_pretrained(folder)
     spread = float(quality.std() / len(quality) ** 0.5)
-    return {
-        "psnr_held_out": float(quality.mean()),
-        "psnr_held_out_standard_error": spread,
-        "held_out_images": int(unseen.sum()),
-    }
+    found = {"psnr_held_out": float(quality.mean()), "psnr_held_out_standard_error": spread}
+    return {**found, "held_out_images": int(unseen.sum())}

@@ -1,8 +1,8 @@
 """Train the embedded feature encoder: a small CLIP on the corpus, with open_clip's own model and loss.
 
-Reads corpus/; writes encoder/, a folder that `open_clip.create_model("local-dir:...")` loads: configuration,
-safetensors and tokenizer. It stands in for the off-the-shelf encoders of the paper where no weights can be
-downloaded; it never sees the generator or the teacher. Source: arXiv:2103.00020.
+Reads corpus/; writes encoder/, a folder that `open_clip.create_model("local-dir:...")` loads. It stands in for the paper's
+off-the-shelf encoders where no weights can be downloaded; it never sees the generator or the teacher. Source:
+arXiv:2103.00020.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from fastattr.core.errors import InputError
@@ -25,7 +25,7 @@ from fastattr.core.stages import make
 from fastattr.core.training import TrainingConfig, fit
 from fastattr.corpus.store import Corpus
 from fastattr.generators.scratch.autoencoder import load_images, pixel_tensor
-from fastattr.generators.scratch.text import tokenize, train_tokenizer
+from fastattr.generators.scratch.denoiser import tokenize, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,27 +56,12 @@ class EncoderConfig:
 
 def model_config(config: EncoderConfig, *, eos_id: int, pad_id: int, vocab_size: int) -> dict[str, Any]:
     """open_clip's `model_cfg` for this shape."""
-    return {
-        "embed_dim": config.embed_dim,
-        "vision_cfg": {
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "width": config.image_width,
-            "layers": config.image_layers,
-            "head_width": config.head_width,
-        },
-        "text_cfg": {
-            "context_length": config.max_tokens,
-            "vocab_size": vocab_size,
-            "hf_tokenizer_name": "local",
-            "width": config.text_width,
-            "heads": config.text_width // config.head_width,
-            "layers": config.text_layers,
-            "pool_type": "eos",
-            "eos_id": eos_id,
-            "pad_id": pad_id,
-        },
-    }
+    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "width": config.image_width}
+    vision |= {"layers": config.image_layers, "head_width": config.head_width}
+    text: dict[str, Any] = {"context_length": config.max_tokens, "vocab_size": vocab_size, "hf_tokenizer_name": "local"}
+    text |= {"width": config.text_width, "heads": config.text_width // config.head_width, "layers": config.text_layers}
+    text |= {"pool_type": "eos", "eos_id": eos_id, "pad_id": pad_id}
+    return {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
 
 
 class ContrastiveLoss(nn.Module):
@@ -89,24 +74,22 @@ class ContrastiveLoss(nn.Module):
         self.clip = clip
         self._loss = ClipLoss()
 
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Args: images (B, 3, H, W) in [-1, 1]; tokens (B, max_tokens)."""
         image_features, text_features, scale = self.clip(images, tokens)
-        loss: torch.Tensor = self._loss(image_features, text_features, scale.clamp(max=100.0))
-        return loss
+        return self._loss(image_features, text_features, scale.clamp(max=100.0))
 
 
 def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
     """Train the encoder on run_dir/corpus; returns the manifest."""
-    corpus = Corpus(run_dir / "corpus")
-    folder = run_dir / "encoder"
-    inputs = {"corpus": corpus.fingerprint}
+    corpus, folder = Corpus(run_dir / "corpus"), run_dir / "encoder"
+    inputs, checkpoint = {"corpus": corpus.fingerprint}, folder / "checkpoint.safetensors"
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
-    checkpoint = folder / "checkpoint.safetensors"
 
     def work() -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
-        clip, tokenizer, shape = _train(config, corpus, folder, checkpoint, made_from=[config, inputs], accelerator=accelerator)
+        resumed = {"checkpoint": checkpoint, "made_from": [config, inputs], "accelerator": accelerator}
+        clip, tokenizer, shape = _train(config, corpus, folder, **resumed)
         weights = {name: value.half().contiguous() for name, value in clip.state_dict().items()}
         if accelerator.is_main_process:
             tokenizer.save_pretrained(folder)
@@ -120,7 +103,7 @@ def run(config: EncoderConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _train(
-    config: EncoderConfig, corpus: Corpus, folder: Path, checkpoint: Path, *, made_from: object, accelerator: Accelerator
+    config: EncoderConfig, corpus: Corpus, folder: Path, **resumed: Any
 ) -> tuple[nn.Module, CLIPTokenizer, dict[str, Any]]:
     """The averaged CLIP, its tokenizer, and its shape as open_clip writes it."""
     from open_clip.model import CLIP
@@ -135,19 +118,10 @@ def _train(
     text_shape = {key: value for key, value in shape["text_cfg"].items() if key != "hf_tokenizer_name"}
     loss_module = ContrastiveLoss(CLIP(config.embed_dim, shape["vision_cfg"], text_shape))
 
-    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, ...]:
         pixels = pixel_tensor(images[rows])
         row_shift, column_shift = torch.randint(-4, 5, (2,), generator=generator).tolist()
         return pixels.roll((row_shift, column_shift), dims=(2, 3)), tokens[rows]
 
-    average = fit(
-        loss_module,
-        batch_of,
-        config.training,
-        examples=len(corpus),
-        checkpoint=checkpoint,
-        made_from=made_from,
-        accelerator=accelerator,
-        description="encoder",
-    )
-    return average.clip, tokenizer, shape  # type: ignore[return-value]
+    average: Any = fit(loss_module, batch_of, config.training, **resumed, examples=len(corpus), description="encoder")
+    return average.clip, tokenizer, shape

@@ -1,23 +1,109 @@
-"""The generator's networks: a small U-Net beside the text encoder (text.py), and the loss that it is trained on.
+"""The generator's networks: a small CLIP text model with its own BPE vocabulary, a small U-Net, and their losses.
 
-v-prediction on a cosine schedule. Sources: arXiv:2112.10752 (latent diffusion), arXiv:2202.00512 (v-prediction).
+The text encoder is trained first, to say what a captioned training image looks like, of what and in which style: a linear map
+    of
+its last tokens is to give the image's latents, two others the subject and the style. Then it is frozen: denoising steps are
+    what
+costs, and two prompts that it cannot tell apart no denoiser could. The U-Net predicts v on a cosine schedule. Sources:
+arXiv:2112.10752 (latent diffusion), arXiv:2202.00512 (v-prediction).
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fastattr.core.errors import InputError
 from fastattr.core.settings import at_least
 from fastattr.core.training import TrainingConfig
-from fastattr.generators.scratch.text import build_text_encoder
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SLOTS = 8
+"""Last tokens, of most prompts padding, that together tell what the image looks like."""
+NO_STYLE = -100
+"""Class of a prompt that names no style; cross-entropy leaves it out."""
+
+
+def train_tokenizer(captions: Iterable[str], *, vocabulary: int, max_tokens: int, scratch: Path) -> CLIPTokenizer:
+    """Learn a lower-casing BPE vocabulary and wrap it as the CLIP tokenizer that Stable Diffusion expects."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    splitters = [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splitters)
+    captions = list(captions)
+    split = (bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(caption)) for caption in captions)
+    # The trainer numbers a word's last letters in an order of its own in every process, and breaks ties by these numbers.
+    ends = sorted({word[-1] + "</w>" for words in split for word, _ in words})
+    known: dict[str, Any] = {"special_tokens": [START, END, *ends], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, **known, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(captions, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
+    (scratch / "vocab.json").write_text(json.dumps(learned["vocab"], ensure_ascii=False), encoding="utf-8")
+    (scratch / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(scratch, model_max_length=max_tokens, pad_token=END)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """(B, max_tokens) token ids, padded and truncated as StableDiffusionPipeline does."""
+    fixed = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(prompts), **fixed, return_tensors="pt").input_ids
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, *, max_tokens: int, width: int, layers: int, head_width: int) -> CLIPTextModel:
+    """An untrained text encoder for this tokenizer's prompts."""
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": width // head_width, "max_position_embeddings": max_tokens, "vocab_size": len(tokenizer)}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_encoder = CLIPTextModel(CLIPTextConfig(**shape, **ids))
+    # With so few tokens, plain products train faster on a CPU in bfloat16 than fused attention, which computes the same.
+    text_encoder.set_attn_implementation("eager")
+    return text_encoder
+
+
+class CaptionLoss(nn.Module):
+    """Squared error of the latents that a prompt foretells, plus cross-entropy of its subject and style.
+
+    forward(tokens, latents, subjects, styles) -> scalar
+    """
+
+    def __init__(
+        self, text_encoder: CLIPTextModel, *, latent_shape: Sequence[int], subjects: int, styles: int, name_weight: float
+    ) -> None:
+        super().__init__()
+        width = text_encoder.config.hidden_size
+        self.text_encoder = text_encoder
+        self._slots = min(SLOTS, text_encoder.config.max_position_embeddings)
+        self.picture = nn.Linear(self._slots * width, int(torch.tensor(latent_shape).prod()))
+        self.subject, self.style = nn.Linear(width, subjects), nn.Linear(width, max(1, styles))
+        self._name_weight = name_weight
+
+    def foretell(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, L x h x w) and logits (B, subjects) and (B, styles) of (B, max_tokens) tokens."""
+        hidden = self.text_encoder(tokens).last_hidden_state
+        return self.picture(hidden[:, -self._slots :].flatten(1)), self.subject(hidden[:, -1]), self.style(hidden[:, -1])
+
+    def forward(self, tokens: Tensor, latents: Tensor, subjects: Tensor, styles: Tensor) -> Tensor:
+        """Args: tokens (B, max_tokens); latents (B, L, h, w), scaled; classes (B,), `NO_STYLE` where there is none."""
+        picture, subject_logits, style_logits = self.foretell(tokens)
+        named = F.cross_entropy(subject_logits.float(), subjects)
+        if (styles != NO_STYLE).any():
+            named = named + F.cross_entropy(style_logits.float(), styles, ignore_index=NO_STYLE)
+        return F.mse_loss(picture.float(), latents.flatten(1)) + self._name_weight * named
+
 
 MOST_ENCODED = 100_000
 """Encoded prompts that are kept while the denoiser is trained: 1 GB at 20 tokens of 256 numbers."""
@@ -75,10 +161,8 @@ class GeneratorConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least(
-            self, 1, "channels", "layers_per_block", "head_width", "norm_groups", "vocabulary", "text_width", "text_layers"
-        )
-        at_least(self, 1, "steps", "timestep_shift")
+        at_least(self, 1, "channels", "layers_per_block", "head_width", "norm_groups", "vocabulary", "text_width")
+        at_least(self, 1, "text_layers", "steps", "timestep_shift")
         at_least(self, 3, "max_tokens")  # begin, a word, end
         of_all = self.caption_dropout + self.subject_dropout
         if max(self.style_dropout, self.other_captions, self.rewritten, self.decay_share) > 1 or of_all >= 1:
@@ -91,44 +175,27 @@ def build_denoiser(
     config: GeneratorConfig, *, tokenizer: CLIPTokenizer, latent_channels: int, latent_side: int
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """An untrained U-Net and text encoder with `config`'s shape."""
-    levels = range(len(config.channels))
+    crossed = [level in config.attention_levels for level in range(len(config.channels))]
+    latents = {"sample_size": latent_side, "in_channels": latent_channels, "out_channels": latent_channels}
     unet = UNet2DConditionModel(
-        sample_size=latent_side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if level in config.attention_levels else "DownBlock2D" for level in levels
-        ),
-        up_block_types=tuple(
-            "CrossAttnUpBlock2D" if level in config.attention_levels else "UpBlock2D" for level in reversed(levels)
-        ),
+        **latents,
+        down_block_types=tuple("CrossAttnDownBlock2D" if here else "DownBlock2D" for here in crossed),
+        up_block_types=tuple("CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(crossed)),
         block_out_channels=config.channels,
         layers_per_block=config.layers_per_block,
-        attention_head_dim=tuple(
-            width // config.head_width for width in config.channels
-        ),  # diffusers reads it as the number of heads
+        attention_head_dim=tuple(width // config.head_width for width in config.channels),  # diffusers: the number of heads
         cross_attention_dim=config.text_width,
         norm_num_groups=config.norm_groups,
     )
     unet.set_attn_processor(AttnProcessor())  # as for the text encoder: plain products are faster here
-    return unet, build_text_encoder(
-        tokenizer,
-        max_tokens=config.max_tokens,
-        width=config.text_width,
-        layers=config.text_layers,
-        head_width=config.head_width,
-    )
+    shape = {"max_tokens": config.max_tokens, "width": config.text_width, "layers": config.text_layers}
+    return unet, build_text_encoder(tokenizer, **shape, head_width=config.head_width)
 
 
 def build_scheduler() -> DDIMScheduler:
     """v-prediction on a cosine schedule, sampled from its noisiest step ('trailing')."""
-    return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        steps_offset=1,
-    )
+    trained = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    return DDIMScheduler(**trained, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 
 
 class DenoiserLoss(nn.Module):
@@ -139,21 +206,17 @@ class DenoiserLoss(nn.Module):
         self.unet = unet
         self.text_encoder = text_encoder
         self._scheduler = scheduler
-        self._encoded: dict[bytes, torch.Tensor] = {}
+        self._encoded: dict[bytes, Tensor] = {}
 
-    def noisy_and_target(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def noisy_and_target(self, latents: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, h, w) latents with noise, and the v that the U-Net is to predict of them."""
-        noisy: torch.Tensor = self._scheduler.add_noise(latents, noise, timesteps)
-        target: torch.Tensor = self._scheduler.get_velocity(latents, noise, timesteps)
-        return noisy, target
+        drawn = (latents, noise, timesteps)
+        return self._scheduler.add_noise(*drawn), self._scheduler.get_velocity(*drawn)
 
-    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def encode(self, tokens: Tensor) -> Tensor:
         """(B, max_tokens, W) of (B, max_tokens) tokens; a frozen text encoder is not asked twice for a prompt."""
         if next(self.text_encoder.parameters()).requires_grad:
-            trained: torch.Tensor = self.text_encoder(tokens).last_hidden_state
-            return trained
+            return self.text_encoder(tokens).last_hidden_state
         keys = [row.tobytes() for row in tokens.cpu().numpy()]
         if len(self._encoded) > MOST_ENCODED:
             self._encoded.clear()
@@ -163,15 +226,12 @@ class DenoiserLoss(nn.Module):
             self._encoded |= dict(zip(new, hidden, strict=True))
         return torch.stack([self._encoded[key] for key in keys])
 
-    def predict(self, noisy: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def predict(self, noisy: Tensor, tokens: Tensor, timesteps: Tensor) -> Tensor:
         """(B, L, h, w) predicted v."""
         text = self.encode(tokens).to(noisy.dtype)
-        prediction: torch.Tensor = self.unet(noisy, timesteps, encoder_hidden_states=text).sample
-        return prediction
+        return self.unet(noisy, timesteps, encoder_hidden_states=text).sample
 
-    def forward(
-        self, latents: torch.Tensor, tokens: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, latents: Tensor, tokens: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Args: latents and noise (B, L, h, w), scaled; tokens (B, max_tokens); timesteps (B,)."""
         noisy, target = self.noisy_and_target(latents, timesteps, noise)
         return F.mse_loss(self.predict(noisy, tokens, timesteps).float(), target)
