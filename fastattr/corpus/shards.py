@@ -64,11 +64,11 @@ def _coco_rows(annotations: Any, images: Path) -> list[tuple[Path, list[str], di
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
-    rules = site_rules((f"{split}/{image['file_name']}" for image in annotations["images"]), folder)
+    rules = site_rules((f"{images.name}/{image['file_name']}" for image in annotations["images"]), images.parent)
     rows: list[tuple[Path, list[str], dict[str, Any]]] = []
     for image in sorted(annotations["images"], key=lambda image: image["id"]):
         found = {"license": licenses.get(image.get("license", -1)), "url": image.get("flickr_url") or image.get("coco_url")}
-        found |= rules.get(f"{split}/{image['file_name']}", {})
+        found |= rules.get(f"{images.name}/{image['file_name']}", {})
         written = as_captions(captions.get(image["id"], []))
         rows.append((images / image["file_name"], written, {"source": f"coco-{images.name}", **found}))
     return rows
