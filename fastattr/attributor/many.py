@@ -48,12 +48,13 @@ def _read_queries(path: Path) -> pa.Table:
     return table
 
 
-def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]:
-    """Attribute all queries of a table with an attributor ('emoji', a folder, a Hub id); k training images each."""
+def run(model: str, queries: Path, out: Path, *, k: int = 100, receipts: bool = False) -> dict[str, Any]:
+    """Attribute all queries of a table with an attributor ('emoji', a folder, a Hub id); k images each."""
     state = Accelerator()
     table = _read_queries(queries)
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
-    config, inputs = {"k": k}, {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
+    config: dict[str, Any] = {"k": k} | ({"receipts": True} if receipts else {})
+    inputs = {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
     files = [out / f"part-{fingerprint([config, inputs])}-{part:06d}.parquet" for part in range(-(-len(table) // PART_ROWS))]
 
     def work() -> dict[str, int]:
@@ -61,7 +62,7 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
         mine = range(state.process_index, len(files), state.num_processes)
         for number in tqdm(mine, desc="attribute", unit="part", disable=not state.is_main_process):
             if not files[number].exists():
-                answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k)
+                answers = _attribute(attributor, table.slice(number * PART_ROWS, PART_ROWS), queries.parent, k, receipts)
                 if set(answers["catalog_version"].to_pylist()) - {int(inputs["catalog_version"])}:
                     raise ArtifactMismatchError(f"the catalogue of {model} changed meanwhile; run again, to ask all anew.")
                 with atomic_path(files[number]) as temporary:
@@ -79,7 +80,7 @@ def run(model: str, queries: Path, out: Path, *, k: int = 100) -> dict[str, Any]
     return {"queries": len(table), "out": str(out), "manifest": str(out / MANIFEST)}
 
 
-def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int) -> pa.Table:
+def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int, receipts: bool) -> pa.Table:
     """The answers to some rows of the table."""
     answers: list[Attribution] = []
     for start in range(0, len(rows), BATCH):
@@ -92,7 +93,7 @@ def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int)
             found = attributor.attribute([beside / row["image"] for row in batch], prompts, k)
             assert isinstance(found, list)
             answers += found
-    return pa.table(
+    table = pa.table(
         {
             "query_id": rows["query_id"].cast(pa.string()),
             "prompt": rows["prompt"],
@@ -101,3 +102,4 @@ def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int)
             "catalog_version": [answer.versions["catalog_version"] for answer in answers],
         }
     )
+    return table.append_column("receipt", pa.array([each.to_json() for each in answers], pa.string())) if receipts else table

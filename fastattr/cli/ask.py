@@ -136,12 +136,13 @@ def attribute_many(
     queries: Annotated[Path, typer.Argument(help=".parquet or .jsonl with query_id, prompt, and image or features.")],
     out: Annotated[Path, typer.Argument(help="Folder of the answers.")],
     top_k: Annotated[int, typer.Option(help="Training images named for each query.")] = 100,
+    receipts: Annotated[bool, typer.Option("--receipts", help="Write receipts, too, for `fastattr statement`.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Attribute a table of queries (`accelerate launch`)."""
     from fastattr.attributor import many
 
-    result = many.run(model, queries, out, k=top_k)
+    result = many.run(model, queries, out, k=top_k, receipts=receipts)
     show(result, as_json, f"{result['queries']} queries, in {result['out']}")
 
 

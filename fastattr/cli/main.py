@@ -27,6 +27,7 @@ See it:
 Keep it alive, check what it said, serve it to machines:
   fastattr remove FOLDER IMAGE_ID
   fastattr verify RECEIPT.json
+  fastattr statement FOLDER RECEIPTS --period 2026-11 --pool 1000 --out OUT
   fastattr serve emoji
 
 \b

@@ -30,7 +30,7 @@ from fastattr.corpus.records import (
     state_of,
     take_captions,
 )
-from fastattr.corpus.reservations import COLUMNS, site_rules
+from fastattr.corpus.reservations import SITE_FILE, COLUMNS, site_rules
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
@@ -52,11 +52,12 @@ def coco_parts(folder: Path, split: str) -> list[Part]:
         told = f"{type(error).__name__}: {error}; expected 'images' and 'annotations'"
         raise InputError(f"{listed} is no list of COCO's captions ({told}).") from error
     known = {path for path, *_ in rows}
-    others = [Skipped(name=path.name, reason=f"not in {listed.name}") for path in walk(folder / split) if path not in known]
+    others = [path.name for path in walk(folder / split) if path not in known and path.name != SITE_FILE]
+    skipped = [Skipped(name=name, reason=f"not in {listed.name}") for name in others]
     blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
     states = [[(path.name, *row, state_of(path)) for path, *row in block] for block in blocks]
     parts = [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
-    return [*parts, Part(fingerprint([vars(skipped) for skipped in others]), partial(iter, others))]
+    return [*parts, Part(fingerprint(others), partial(iter, skipped))]
 
 
 def _coco_rows(annotations: Any, images: Path) -> list[tuple[Path, list[str], dict[str, Any]]]:

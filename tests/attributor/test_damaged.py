@@ -52,7 +52,7 @@ def damage(folder: Path, chance: random.Random) -> bool:
         if how < 0.1:
             path.unlink(missing_ok=True)
         elif how < 0.2:
-            shutil.copyfile(folder / chance.choice(sorted(config["sha256"])), path)
+            path.write_bytes((folder / chance.choice(sorted(config["sha256"]))).read_bytes())
         elif how < 0.25:
             path.unlink(missing_ok=True)
             path.mkdir()
