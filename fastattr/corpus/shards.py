@@ -30,7 +30,7 @@ from fastattr.corpus.records import (
     state_of,
     take_captions,
 )
-from fastattr.corpus.reservations import SITE_FILE, COLUMNS, site_rules
+from fastattr.corpus.reservations import COLUMNS, SITE_FILE, site_rules
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
