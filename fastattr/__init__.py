@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastattr.pipeline.build import run_stage
     from fastattr.pipeline.config import load_config
     from fastattr.publishing.publish import push_all
+    from fastattr.publishing.statement import StatementPolicy, make_statement, verify_statement
 
 __all__ = [
     "ArtifactDamagedError",
@@ -55,25 +56,31 @@ __all__ = [
     "QueriesFailedError",
     "ReceiptDiffersError",
     "RevisionNotFoundError",
+    "StatementPolicy",
     "load_config",
+    "make_statement",
     "push_all",
     "read_counterfactuals",
     "read_generated",
     "read_info",
     "run_stage",
     "to_csv",
+    "verify_statement",
 ]
 LAZY = {
     "Attribution": "fastattr.attributor.attribution",
     "FastAttributor": "fastattr.attributor.attributor",
     "Generator": "fastattr.generators.generator",
+    "StatementPolicy": "fastattr.publishing.statement",
     "load_config": "fastattr.pipeline.config",
+    "make_statement": "fastattr.publishing.statement",
     "push_all": "fastattr.publishing.publish",
     "read_counterfactuals": "fastattr.evaluation.showcase",
     "read_generated": "fastattr.evaluation.showcase",
     "read_info": "fastattr.attributor.load",
     "run_stage": "fastattr.pipeline.build",
     "to_csv": "fastattr.attributor.attribution",
+    "verify_statement": "fastattr.publishing.statement",
 }
 """Names whose modules load heavy libraries (torch, diffusers), and the modules."""
 

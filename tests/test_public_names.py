@@ -33,13 +33,16 @@ PUBLIC_NAMES = [
     "QueriesFailedError",
     "ReceiptDiffersError",
     "RevisionNotFoundError",
+    "StatementPolicy",
     "load_config",
+    "make_statement",
     "push_all",
     "read_counterfactuals",
     "read_generated",
     "read_info",
     "run_stage",
     "to_csv",
+    "verify_statement",
 ]
 
 

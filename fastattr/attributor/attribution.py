@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +107,8 @@ class Attribution:
     """SHA-256 of 'model', 'index' and 'catalog', and 'catalog_version'."""
     _reach: Reach | None = field(default=None, repr=False, compare=False)
     _thumbnails: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), compare=False)
+    """When it was answered (ISO 8601, UTC)."""
 
     @property
     def near_copy_of(self) -> str | None:
@@ -119,18 +123,19 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """The receipt: everything but the thumbnails, as plain values; `fastattr verify` replays it."""
-        plain = ("versions", "prompt", "seconds", "model", "warnings", "near_copies")
+        plain = ("date", "versions", "prompt", "seconds", "model", "warnings", "near_copies")
         query, results = {**self.query, "prompt": self.prompt}, [asdict(result) for result in self.results]
         return {"format": RECEIPT, "query": query, "results": results, **{name: getattr(self, name) for name in plain}}
 
     def to_json(self) -> str:
-        """`to_dict` as JSON, the receipt, with the creators' shares of at least 0.1%."""
+        """`to_dict` as JSON, the receipt, with the creators' shares of at least 0.1%, 'above_noise' and its own 'sha256'."""
         values = self.to_dict()
         if self._reach is not None:
             table = self.shares()
             kept = table[(table["share"] >= 0.001) | ~table["named"]]
-            values["shares"] = json.loads(kept.to_json(orient="records"))
-        return json.dumps(values, ensure_ascii=False)
+            values["shares"] = json.loads(kept.to_json(orient="records", double_precision=15))
+            values["above_noise"] = table.attrs.get("above_noise")
+        return json.dumps({**values, "sha256": content_sha256(values)}, ensure_ascii=False)
 
     def first(self, k: int) -> Attribution:
         """The same answer as if only k images had been asked for."""
@@ -203,7 +208,7 @@ class Attribution:
         """Write the answer as the suffix says: .json (the receipt), .csv, .parquet, or a picture; InputError for others."""
         path = Path(path)
         kind = path.suffix.lower()
-        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".webp"}:
+        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"}:
             raise InputError(f"{path} needs a suffix that says what to write: .json, .csv, .parquet, .png, .svg or .pdf.")
         with atomic_path(path) as temporary:
             if kind == ".json":
@@ -217,6 +222,9 @@ class Attribution:
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def __getitem__(self, rank: int) -> Influence:
+        return self.results[rank]
 
     def __iter__(self) -> Iterator[Influence]:
         return iter(self.results)
@@ -237,6 +245,15 @@ class Attribution:
             cells = [str(result.rank + 1), picture, *map(html.escape, texts), f"{result.similarity:.3f}"]
             table += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         return f"{table}</table>"
+
+
+def content_sha256(receipt: Mapping[str, Any]) -> str:
+    """SHA-256 of a receipt's content, however the JSON is laid out.
+
+    'sha256', 'model' and 'generation' are left out: a page shows a model's public name, and adds how it drew; 'versions' stay.
+    """
+    content = {name: value for name, value in receipt.items() if name not in {"sha256", "model", "generation"}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def to_csv(table: pd.DataFrame) -> str:

@@ -1,21 +1,24 @@
 """Receipts: replay what an attributor answered, against a named revision, and say what differs.
 
 A receipt is `Attribution.to_json()`. With its embedding the search is replayed; with the image itself also everything before
-it, and that it is the image of the receipt. Nothing in a receipt is signed: it shows what an attributor says, not who asked.
+it, and that it is the image of the receipt. Its own SHA-256 shows damage; nothing in it is signed: it shows what an attributor
+says, not who asked.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastattr.attributor.attribution import RECEIPT, Attribution
+from fastattr.attributor.attribution import RECEIPT, Attribution, content_sha256
 from fastattr.attributor.attributor import FastAttributor
 from fastattr.attributor.inputs import ImageLike, image_sha256, open_image
 from fastattr.core.errors import ArtifactDamagedError, FormatVersionError, InputError
@@ -23,11 +26,16 @@ from fastattr.core.files import read_json
 
 PARTS = ("image_part", "text_part")
 TOLERANCE = 2e-3  # by which a similarity may differ: other processors and batch sizes round otherwise
+SHARE_TOLERANCE = 0.01  # the same of a share, which follows from similarities
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
     """A receipt from a file; ArtifactDamagedError, FormatVersionError, or InputError if it is of plain similarity."""
-    receipt = read_json(path)
+    return checked(read_json(path), str(path))
+
+
+def checked(receipt: Any, path: str) -> dict[str, Any]:
+    """A receipt whose parts are what they must be; errors, which name where it is from, as `read_receipt`."""
     damaged = ArtifactDamagedError(f"{path} is no receipt, or damaged; a receipt is what Attribution.to_json() gives.")
     if not isinstance(receipt, dict) or not isinstance(receipt.get("format"), str):
         raise damaged
@@ -38,12 +46,15 @@ def read_receipt(path: Path) -> dict[str, Any]:
         method = model.get("method", "an unknown method")
         raise InputError(f"{path} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
     try:
-        vector = decode_embedding(receipt)
-        whole = receipt["query"]["sha256"], receipt["query"]["k"], receipt["versions"]["model"], receipt["model"]["name"]
-        rows = [(each["image_id"], float(each["similarity"]), each["rank"]) for each in receipt["results"]]
+        vector, query = decode_embedding(receipt), receipt["query"]
+        texts = [query["sha256"], query["prompt"], receipt["model"]["name"], *(each["image_id"] for each in receipt["results"])]
+        numbers = [query["k"], *(each["similarity"] for each in receipt["results"])]
+        ranks = [each["rank"] for each in receipt["results"]]
+        whole = all(isinstance(text, str) for text in texts) and isinstance(receipt["versions"], dict)
+        whole &= np.isfinite(vector).all() and np.isfinite(numbers).all() and ranks == list(range(len(ranks)))
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise damaged from error
-    if not np.isfinite(vector).all() or [rank for _, _, rank in rows] != list(range(len(rows))) or None in whole:
+    if not whole or type(query["k"]) is not int:
         raise damaged
     return receipt
 
@@ -76,7 +87,34 @@ def verify(receipt: Mapping[str, Any], attributor: FastAttributor, *, image: Ima
     # How much is the image's doing and how much the prompt's is known only with the image.
     unknown = dict.fromkeys(PARTS if image is None else ())
     was, now = ([{**row, **unknown} for row in rows] for rows in (receipt["results"], answer.to_dict()["results"]))
-    return differences + result_differences(was, now, attributor)
+    differences += result_differences(was, now, attributor)
+    if "sha256" in receipt and content_sha256(receipt) != receipt["sha256"]:
+        differences.append("the receipt was changed after it was made: its SHA-256 is not that of its content.")
+    if "shares" in receipt and answer._reach is not None and not differences:  # else they may follow
+        if image is None:  # what is known only with the image is taken from the receipt
+            reach = dataclasses.replace(answer._reach, own=not receipt.get("warnings"))
+            answer = dataclasses.replace(answer, near_copies=receipt.get("near_copies"), _reach=reach)
+        try:
+            differences += share_differences(receipt, json.loads(answer.to_json()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactDamagedError("the receipt's shares are damaged; they are no rows of Attribution.shares().") from error
+    return differences
+
+
+def share_differences(receipt: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A sentence for each creator whose share or interval is another, and for all of them together."""
+
+    def table(values: Mapping[str, Any]) -> dict[str, Any]:
+        rows = {row["creator"]: row for row in values["shares"] if row["named"]}
+        return rows | {"all above noise": values.get("above_noise") or {}}
+
+    was, found, lines = table(receipt), table(now), []
+    for name in sorted(was.keys() | found.keys()):
+        for key in ("share", "low", "high"):
+            before, after = (each.get(name, {}).get(key) or 0.0 for each in (was, found))
+            if abs(before - after) > SHARE_TOLERANCE:
+                lines.append(f"{name}: {key} was {before:.3f}, is {after:.3f}.")
+    return lines
 
 
 def version_differences(receipt: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:

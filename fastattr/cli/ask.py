@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,7 +94,6 @@ def attribute(
     """Name the training images that influenced an image most."""
     from fastattr import FastAttributor
     from fastattr.attributor.inputs import open_image
-    from fastattr.core.files import atomic_path
 
     opened = open_image(image)
     started = time.perf_counter()
@@ -102,12 +102,11 @@ def attribute(
     result: Any = attributor.attribute(opened, prompt, k=top_k, where=restriction(where or [], since, until))
     result.seconds["load"] = loaded
     if figure:
-        with atomic_path(figure) as temporary:
-            result.figure().savefig(temporary)
+        result.save(figure)
     for warning in result.warnings:
         warn(f"warning: {on_one_line(warning)}")
     if as_json:
-        say_json(result.to_dict())
+        say_json(json.loads(result.to_json()))
         return
     say(f"{'rank':>4s}  {'score':>6s}  {'image_id':32s}  caption (creator, licence)")
     for row in result.results:
@@ -137,12 +136,13 @@ def attribute_many(
     queries: Annotated[Path, typer.Argument(help=".parquet or .jsonl with query_id, prompt, and image or features.")],
     out: Annotated[Path, typer.Argument(help="Folder of the answers.")],
     top_k: Annotated[int, typer.Option(help="Training images named for each query.")] = 100,
+    receipts: Annotated[bool, typer.Option("--receipts", help="Write receipts, too, for `fastattr statement`.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Attribute a table of queries (`accelerate launch`)."""
     from fastattr.attributor import many
 
-    result = many.run(model, queries, out, k=top_k)
+    result = many.run(model, queries, out, k=top_k, receipts=receipts)
     show(result, as_json, f"{result['queries']} queries, in {result['out']}")
 
 

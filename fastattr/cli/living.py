@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fastattr.cli.output import AsJson, say, say_json, show
+from fastattr.cli.output import AsJson, on_one_line, say, show
 from fastattr.core.errors import InputError, ReceiptDiffersError
 
 if TYPE_CHECKING:
@@ -113,28 +113,56 @@ def sign(
 
 @app.command()
 def verify(
-    receipt: Annotated[Path, typer.Argument(help="JSON, as `fastattr attribute --json` prints it.")],
-    model: Annotated[str, typer.Option(help="Attributor to hold it against (default: the one the receipt names).")] = "",
+    receipt: Annotated[Path, typer.Argument(help="Of `fastattr attribute --json`, or statement.json.")],
+    model: Annotated[str, typer.Option(help="Attributor that replays it (default: the receipt's; a statement: none).")] = "",
     revision: Annotated[str, typer.Option(help="Its revision on the Hub (default: the receipt's).")] = "",
     image: Annotated[Path | None, typer.Option(help="The query's image, to replay the encoders, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replay a receipt, and say what differs."""
+    """Replay a receipt or a statement, and say what differs."""
     from fastattr import FastAttributor
     from fastattr.attributor import receipts
+    from fastattr.core.files import read_json
+    from fastattr.publishing import statement as statements
 
-    claimed = receipts.read_receipt(receipt)
-    name = model or claimed["model"]["name"]
-    if not (revision or model or "@" in name):
-        revision = claimed["model"].get("revision") or ""
-    attributor = FastAttributor.from_pretrained(name, revision=revision or None, thumbnails=False)
-    differences = receipts.verify(claimed, attributor, image=image)
-    if as_json:
-        say_json({"same": not differences, "differences": differences, "versions": attributor.versions()})
+    value = read_json(receipt)
+    if isinstance(value, dict) and value.get("format") == statements.FORMAT:
+        differences, against = statements.verify_statement(receipt, attributor=model), "its receipts"
+        versions = value["attributor"]["versions"]
     else:
-        say("\n".join(differences) or f"{receipt} is what {attributor.name} answers.")
+        claimed = receipts.read_receipt(receipt)
+        name = model or claimed["model"]["name"]
+        if not (revision or model or "@" in name):
+            revision = claimed["model"].get("revision") or ""
+        attributor = FastAttributor.from_pretrained(name, revision=revision or None, thumbnails=False)
+        differences, against = receipts.verify(claimed, attributor, image=image), attributor.name
+        versions = attributor.versions()
+    text = "\n".join(differences) or f"{receipt} is what {against} answers."
+    show({"same": not differences, "differences": differences, "versions": versions}, as_json, text)
     if differences:
-        raise ReceiptDiffersError(f"{len(differences)} differences between {receipt} and {attributor.name}.")
+        raise ReceiptDiffersError(f"{len(differences)} differences between {receipt} and {against}.")
+
+
+@app.command()
+def statement(
+    attributor: Annotated[str, typer.Argument(help="'emoji', an attributor or run folder, or a Hub id.")],
+    receipts: Annotated[list[Path], typer.Argument(metavar="RECEIPTS...", help=".json, .jsonl, .parquet, or folders.")],
+    period: Annotated[str, typer.Option(help="Year, month or day in UTC, as in 2026-11.")],
+    pool: Annotated[str, typer.Option(help="Money to divide, as in 1000 or 99.95.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: statement.json, .csv, .html and receipts.parquet.")],
+    currency: Annotated[str, typer.Option(help="Three letters.")] = "EUR",
+    policy: Annotated[Path | None, typer.Option(help="YAML; docs/statements.md names its settings.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Divide a pool of money among creators by receipts."""
+    from fastattr.core.settings import read_yaml
+    from fastattr.publishing.statement import StatementPolicy, make_statement
+
+    rules = read_yaml(policy, StatementPolicy) if policy else None
+    made = make_statement(attributor, receipts, out, pool=pool, period=period, currency=currency, policy=rules)
+    rows = [f"{line['amount']:>14s}  {on_one_line(line['owner'])}" for line in made["lines"][:20]]
+    counts = ", ".join(f"{count} {name}" for name, count in made["receipts"].items())
+    show(made, as_json, "\n".join([*rows, f"{made['kept']:>14s}  kept by the payer", f"receipts: {counts}; all in {out}"]))
 
 
 @app.command()

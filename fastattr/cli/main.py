@@ -27,6 +27,7 @@ See it:
 Keep it alive, check what it said, serve it to machines:
   fastattr remove FOLDER IMAGE_ID
   fastattr verify RECEIPT.json
+  fastattr statement FOLDER RECEIPTS --period 2026-11 --pool 1000 --out OUT
   fastattr serve emoji
 
 \b
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReceiptDiffersError as error:
         warn(f"fastattr: {for_terminal(error)}")
         return 1
-    except FastattrError as error:
+    except (FastattrError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         warn(f"fastattr: error: {for_terminal(error)}")
         return 2
     except SystemExit as ending:

@@ -145,6 +145,11 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         if kinds[-1] is not Ellipsis and len(kinds) != len(value):
             raise InputError(f"{where}: expected a list of {len(kinds)}, found {quoted(value)}.")
         return tuple(_convert(kinds[0], each, where=f"{where}[{row}]") for row, each in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: expected a mapping, found {quoted(value)}.")
+        key, kind = typing.get_args(hint)
+        return {_convert(key, k, where=where): _convert(kind, each, where=f"{where}: {k}") for k, each in value.items()}
     text, found = (value.text, value.value) if isinstance(value, Scalar) else (value, value)
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)

@@ -114,6 +114,8 @@ def check(config: BuildConfig, run_dir: Path, *, planned: bool = False) -> None:
             _there("corpus.path", config.corpus.path)
         if config.corpus.shards:
             _there("corpus.shards", config.corpus.shards)
+    if config.corpus.opt_out:
+        _there("corpus.opt_out", config.corpus.opt_out)
     generator = config.generator
     if isinstance(generator, PretrainedConfig) and not (run_dir / "generator" / MANIFEST).exists():
         if not (planned and config.plan.network):

@@ -7,6 +7,7 @@ and score-table folders.
 - `publish`: `push_attributor`, `push_generator`, `push_scores`, `push_space`, `push_all` (all that a run holds), `PushConfig`.
 - `push`: `push_folder`, the one function that changes a repository; `release_tag`.
 - `cards`: README.md and LICENSE.md of a repository, from manifests, metrics and catalogue alone.
+- `statement`: `make_statement`, `verify_statement`: a pool of money divided by the receipts of a period.
 - `fastgda`: `import_attributor`, `import_scores`, from the files that the paper's authors released.
 """
 

@@ -46,6 +46,8 @@ class Shares:
     """(G,) images with more than an unrelated image has."""
     unassigned: tuple[float, float, float]
     """What is not named, with its interval; the shares and this sum to 1."""
+    above_noise: dict[str, float]
+    """What all images hold together, named or not: 'share', 'low' and 'high'. How names are cut does not change it."""
 
 
 def divide(
@@ -95,10 +97,12 @@ def divide(
     low, high = ends(shares)
     free = 1 - shares[:, named].sum(axis=1, keepdims=True)
     free_low, free_high = ends(free)
+    together = held.sum(axis=1) / np.maximum(held.sum(axis=1) + rest, 1e-12)
     images = np.bincount(of_name, weights=excess[0] > 0, minlength=len(found)).astype(np.int64)
     return Shares(
         *(found[named], shares[0, named], low[named], high[named], images[named]),
         unassigned=(float(free[0, 0]), float(free_low[0]), float(free_high[0])),
+        above_noise=dict(zip(("share", "low", "high"), map(float, (together[0], *ends(together))), strict=True)),
     )
 
 
@@ -126,6 +130,7 @@ def share_table(
         last row, `UNASSIGNED`, is what is spread too thinly to name; it alone has `named` false. By creator, 'source' says in
         which collection (of an image without a source: its creator's) a creator holds most, and 'source_leads' whether that
         collection's interval lies above all others'; the creators of the collection with the largest share come first.
+        `attrs` has 'above_noise', see `Shares`.
     """
     import pandas as pd
 
@@ -153,7 +158,9 @@ def share_table(
         table["source_leads"] = [_leads(every, name) for name in table["source"]]
         last, order = last.assign(source="", source_leads=False), ["of_source", *order]
     table = table.sort_values(order, ascending=[name == by for name in order]).drop(columns="of_source", errors="ignore")
-    return pd.concat([table, last], ignore_index=True)
+    whole = pd.concat([table, last], ignore_index=True)
+    whole.attrs["above_noise"] = found.above_noise
+    return whole
 
 
 def _leads(found: Shares, name: str) -> bool:

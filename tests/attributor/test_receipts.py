@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastattr import ArtifactDamagedError, Attribution, FastAttributor, FormatVersionError, InputError
+from fastattr.attributor.attribution import content_sha256
 from fastattr.attributor.receipts import read_receipt, verify
 from fastattr.cli.main import main
 from tests.made import QUERY, base_features, write_attributor
@@ -122,6 +123,25 @@ def test_the_image_itself_is_replayed(tiny_run, tmp_path):
     with pytest.raises(InputError, match="plain similarity and holds no embedding"):
         read_receipt(tmp_path / "plain.json")
     assert "embedding differs" in "\n".join(verify(forged, attributor, image=draw("red", "ring", "plain")))
+
+
+@pytest.mark.parametrize(
+    ("key", "says"), [("shares", "Eve: share was 0.900"), ("above_noise", "all above noise: low was 0.990")]
+)
+def test_a_forged_share_is_found_out(key, says):
+    """Money goes by shares: a receipt that holds other ones than its attributor gives, with a fitting hash, must not pass."""
+    attributor = FastAttributor.from_pretrained(Path(__file__).parent / "golden" / "tiny")
+    values = json.loads(attributor.attribute(draw("red", "ring", "plain"), "red ring", k=5).to_json())
+    assert values["above_noise"]["low"] <= values["above_noise"]["share"] <= values["above_noise"]["high"]
+    assert verify(values, attributor) == []
+    assert "its SHA-256" in verify({**values, "date": "2001-01-01"}, attributor)[0]
+    row = {"creator": "Eve", "share": 0.9, "low": 0.8, "high": 1.0, "named": True}
+    values[key] = [row] if key == "shares" else {"share": 0.99, "low": 0.99, "high": 1.0}
+    values["sha256"] = content_sha256(values)
+    assert says in "\n".join(verify(values, attributor))
+    values["shares"] = [{"creator": "Eve", "named": True, "share": "all"}]
+    with pytest.raises(ArtifactDamagedError, match="shares are damaged"):
+        verify({**values, "sha256": content_sha256(values)}, attributor)
 
 
 def test_the_command_says_same_or_what_differs(folder, receipt, capsys):
