@@ -105,6 +105,10 @@ class JudgeConfig:
     """Width of what is compared with the subjects' vectors."""
     views: int = 4
     """Descriptions of each image, the first of it as it is, the others of disturbed ones."""
+    style_steps: int = 1200
+    """Steps of the sets' network alone, after those of both."""
+    style_batch: int = 64
+    """Images a step then."""
     held_out_share: float = 0.15
     """Part of the images that is not trained on, where another image of the subject is."""
     once_share: float = 0.05
@@ -278,6 +282,18 @@ def words_of(corpus: Corpus, subjects: Sequence[str], same: dict[str, str], fewe
     return shares / shares.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+class StyleLoss(nn.Module):
+    """Cross-entropy of the set; forward(images, styles) -> scalar."""
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        self.judge = judge
+
+    def forward(self, images: torch.Tensor, styles: torch.Tensor) -> torch.Tensor:
+        """Args: (S, 3, 64, 64) images in [-1, 1] and their (S,) sets."""
+        return F.cross_entropy(self.judge.style_logits(images).float(), styles, label_smoothing=0.05)
+
+
 class JudgeLoss(nn.Module):
     """Cross-entropies of set, subject and the subject's words, so that subjects that share words help each other."""
 
@@ -337,20 +353,56 @@ def train(corpus: Corpus, pictures: Pictures, config: JudgeConfig, *, same: dict
         images = nudge(pixel_tensor(pictures.images[some]), generator)
         return described[views, rows].float(), subject_classes[rows], images, style_classes[some]
 
+    def style_batch_of(rows: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        some = of_sets[rows]
+        return nudge(pixel_tensor(pictures.images[some]), generator), style_classes[some]
+
     loss = JudgeLoss(judge, words_of(corpus, judge.subjects, same))
     nn.init.normal_(judge.prototypes.weight, std=0.3)
-    average = fit(
+    first = {name: value for name, value in vars(config).items() if not name.startswith("style_")}
+    made_from = [corpus.fingerprint, len(pictures), {**first, "training": None}]
+    both = fit(
         loss.to(memory_format=torch.channels_last),
         batch_of,
         config.training,
         examples=len(pictures),
         checkpoint=folder / "checkpoint.safetensors",
-        made_from=[corpus.fingerprint, len(pictures), {**vars(config), "training": None}],
+        made_from=made_from,
         schedule=trapezoid(0.5),
         description="judge",
     )
-    trained: Judge = average.judge  # type: ignore[assignment]
-    return trained
+    judge = both.judge  # type: ignore[assignment]
+    alone = fit(
+        StyleLoss(judge),
+        style_batch_of,
+        dataclasses.replace(config.training, steps=config.style_steps, batch_size=config.style_batch),
+        examples=len(of_sets),
+        checkpoint=folder / "checkpoint-styles.safetensors",
+        made_from=made_from,
+        schedule=trapezoid(0.5),
+        description="sets",
+    )
+    judge.style_body, judge.style_head = alone.judge.style_body, alone.judge.style_head  # type: ignore
+    judge.eval()
+    take_means(judge, described[0], subject_classes)
+    return judge
+
+
+@torch.inference_mode()
+def take_means(judge: Judge, described: torch.Tensor, subjects: torch.Tensor) -> None:
+    """Put the mean embedding of each subject's pictures in place of its learned vector.
+
+    The learned vectors of subjects with one picture are no match for the others': the judge would hardly ever name them.
+
+    Args:
+        judge: the judge, in evaluation mode.
+        described: (N, F) descriptions of the pictures as they are.
+        subjects: (N,) classes; a subject without any keeps its learned vector.
+    """
+    sums = torch.zeros_like(judge.prototypes.weight)
+    sums.index_add_(0, subjects, F.normalize(judge.embedding(described.float()), dim=1))
+    known = torch.bincount(subjects, minlength=len(sums)) > 0
+    judge.prototypes.weight[known] = F.normalize(sums[known], dim=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

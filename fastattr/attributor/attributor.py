@@ -128,6 +128,8 @@ class FastAttributor:
         self, features: np.ndarray, prompts: Sequence[str], k: int = 20, *, where: Where | None = None
     ) -> list[Attribution]:
         """As `attribute`, of Q images, from (Q, F) finite features computed elsewhere: the encoders' outputs side by side."""
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError("features need a list of prompts, one text a row.")
         features = inputs.checked_features(features, len(prompts), self.config["feature_dim"])
         hashes = [inputs.features_sha256(row, text) for row, text in zip(features, prompts, strict=True)]
         asked = Asked(features, list(prompts), hashes)
