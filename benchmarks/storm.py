@@ -77,10 +77,14 @@ def write(folder: Path, log: Path, seed: int, threads: int, names: list[str]) ->
 def asking(kind: str, folder: Path, work: Path, port: int) -> Callable[[int], Answer]:
     """How one reader asks its n-th question; those beside ask a page, a server and a Milvus collection that lags behind."""
     if kind == "page":
+        import httpx
         from gradio_client import Client, handle_file
         from PIL import Image
 
-        picture, client = work / "asked.png", Client(f"http://127.0.0.1:{port}", verbose=False, httpx_kwargs={"timeout": 300})
+        picture, client = work / "asked.png", None
+        while client is None:
+            with contextlib.suppress(httpx.HTTPError):  # the page is slow until its models are loaded
+                client = Client(f"http://127.0.0.1:{port}", verbose=False, httpx_kwargs={"timeout": 300})
         Image.new("RGB", (64, 64), (200, 30, 30)).save(picture)
         return lambda _: _named(client.predict(handle_file(str(picture)), "red heart", api_name="/attribute"))
     dim = FastAttributor.from_pretrained(folder).config["feature_dim"]
@@ -189,6 +193,8 @@ def storm(work: Path, quick: bool, minutes: float) -> dict[str, Any]:
         (logs / "stop").touch()
         for reader in readers:
             reader.join()
+    if any(reader.exitcode for reader in readers):
+        raise RuntimeError("a reader died; what it says stands above")
     asked = [json.loads(line) for line in (logs / "asked").read_text().splitlines()]
     lines = [json.loads(line) for path in logs.glob("*.log") for line in path.read_text().splitlines() if line.endswith("]")]
     for error in itertools.chain.from_iterable(each["errors"] for each in asked):

@@ -85,7 +85,7 @@ def transformers_image_encoder(reference: str, options: Options = DEFAULTS) -> P
     from transformers import AutoImageProcessor
 
     name, revision = split_revision(reference, None)
-    processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main")
+    processor = AutoImageProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     model = _transformers_model(name, revision)
     two_towers = hasattr(model, "get_image_features")
     pooled = two_towers or model.config.model_type.startswith(("clip", "siglip"))  # by a head of its own; else the class token
@@ -110,7 +110,7 @@ def transformers_text_encoder(reference: str, options: Options = DEFAULTS) -> Pr
     from transformers import AutoTokenizer
 
     name, revision = split_revision(reference, None)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     model = _transformers_model(name, revision)
     length = int(getattr(model.config, "text_config", model.config).max_position_embeddings)
     # SigLIP was trained to see its padding; CLIP never looks behind the end of the text.
@@ -134,7 +134,8 @@ def transformers_text_encoder(reference: str, options: Options = DEFAULTS) -> Pr
 def _transformers_model(name: str, revision: str | None) -> Any:
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(name, revision=revision or "main", use_safetensors=True, dtype=torch.float32)
+    known = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+    model = AutoModel.from_pretrained(name, revision=revision or "main", **known)
     return model.eval().requires_grad_(False)
 
 

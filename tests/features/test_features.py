@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, InputError, NonFiniteError
+from fastattr.core.errors import ArtifactMismatchError, ArtifactNotFoundError, FastattrError, InputError, NonFiniteError
 from fastattr.core.files import read_json
 from fastattr.core.stages import write_manifest
 from fastattr.features import stage
@@ -432,3 +432,17 @@ def test_one_nested_setting_can_be_changed_alone(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("name: x\ndistill: {training: {steps: 7}}")
     training = load_config(tmp_path / "c.yaml").distill.training
     assert (training.steps, training.batch_size, training.ema_decay) == (7, 128, 0.99)
+
+
+@pytest.mark.parametrize("kind", ["transformers-image", "transformers-text"])
+def test_no_code_of_a_repository_is_run(tmp_path, kind):
+    """A repository may bring classes of its own, and transformers asks on the terminal whether to run them."""
+    ran, names = tmp_path / "ran", {"AutoModel": "own.Own", "AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    processor = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": names}))
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own:\n    pass\n")
+    with pytest.raises((ValueError, FastattrError)):
+        open_encoder(f"{kind}:{tmp_path}")
+    assert not ran.exists()
