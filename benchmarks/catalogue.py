@@ -217,11 +217,14 @@ def belongings(attributor: FastAttributor) -> dict[str, set[bytes | str]]:
 
 
 def contents(path: Path) -> tuple[bytes, set[Any]]:
-    """The bytes of a file, and the cells of a table, but for the prompts of drawings, which may be worded like a caption."""
+    """The bytes of a file, and the cells of a table.
+
+    Prompts of drawings may be worded like a caption, and families of images that stay be named like one that left.
+    """
     cells = set[Any]()
     if path.suffix == ".parquet":
         table = pq.read_table(path)
-        for name in set(table.column_names) - {"prompt"}:
+        for name in set(table.column_names) - {"prompt", "family"}:
             for value in table[name].to_pylist():
                 cells.update(map(str, value) if isinstance(value, list) else [str(value) if isinstance(value, dict) else value])
     return path.read_bytes(), cells
