@@ -208,7 +208,7 @@ class Attribution:
         """Write the answer as the suffix says: .json (the receipt), .csv, .parquet, or a picture; InputError for others."""
         path = Path(path)
         kind = path.suffix.lower()
-        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".webp"}:
+        if kind not in {".json", ".csv", ".parquet", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"}:
             raise InputError(f"{path} needs a suffix that says what to write: .json, .csv, .parquet, .png, .svg or .pdf.")
         with atomic_path(path) as temporary:
             if kind == ".json":
@@ -222,6 +222,9 @@ class Attribution:
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def __getitem__(self, rank: int) -> Influence:
+        return self.results[rank]
 
     def __iter__(self) -> Iterator[Influence]:
         return iter(self.results)

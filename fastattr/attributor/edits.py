@@ -25,11 +25,11 @@ def prepared(
     if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
         raise InputError(f"{len(images)} images need as many captions and metadata.")
     opened = [open_image(image) for image in images]
-    texts = [[text] if isinstance(text, str) else list(text) for text in captions]
-    if not all(text and isinstance(text[0], str) and text[0].strip() for text in texts):
+    texts = [list(text) if isinstance(text, list | tuple) else [text] for text in captions]
+    if not all(text and all(isinstance(one, str) and one.strip() for one in text) for text in texts):
         raise InputError("every image needs a caption.")
     names = [f"added-{image_sha256(image, text[0])[:16]}" for image, text in zip(opened, texts, strict=True)]
-    fields = [{"image_id": name, **own} for name, own in zip(names, metadata or [{}] * len(names), strict=True)]
+    fields = [{"image_id": name, **(own or {})} for name, own in zip(names, metadata or [{}] * len(names), strict=True)]
     thumbnails = [thumbnail_bytes(image, quality=40) for image in opened]
     return model.encode(opened, texts), [text[0] for text in texts], fields, thumbnails
 
@@ -55,6 +55,8 @@ def add(version: Version, records: Metadata, embeddings: np.ndarray, thumbnails:
     if left and not readmit:
         raise InputError(f"{', '.join(left[:3])} was removed; to take it in again, say so (readmit=True).")
     pictures = thumbnails if thumbnails is not None else [None] * len(ids)
+    if len(pictures) != len(ids):
+        raise InputError(f"{len(ids)} images need as many thumbnails, got {len(pictures)}.")
     images = [
         Image(name, False, {key: value for key, value in record.items() if key != "image_id"}, vector.tobytes(), picture)
         for name, record, vector, picture in zip(ids, records, embeddings.astype("<f2"), pictures, strict=True)
@@ -66,6 +68,8 @@ def add(version: Version, records: Metadata, embeddings: np.ndarray, thumbnails:
 
 def remove(version: Version, image_ids: Sequence[str], reason: str) -> None:
     """Take images out; some may have left already."""
+    if not all(isinstance(name, str) for name in image_ids):
+        raise InputError(f"image ids are texts; got {list(image_ids)!r:.100}.")
     leaving = [name for name in image_ids if name not in version.own().removed]
     _require(version, leaving)
     if leaving:

@@ -43,7 +43,7 @@ def seal(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """An attributor's config.json, checked as far as everything else relies on it."""
     path = folder / "config.json"
-    if not path.exists():
+    if not path.is_file():
         raise MissingFileError(f"{folder} has no config.json; it is no attributor, or an incomplete one.")
     config = read_json(path)
     damaged = ArtifactDamagedError(f"{path} is not an attributor's, or damaged; fetch the attributor again.")
@@ -57,8 +57,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactDamagedError(f"{path} is not what was written (its seal differs); fetch the attributor again.")
     try:
         _check_names(path, sealed)
+        texts = [sealed[name] for name in ("fastattr_version", "corpus_fingerprint", "generator_fingerprint")]
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise damaged from error
+    if not all(isinstance(text, str) for text in texts):
+        raise damaged
     return sealed
 
 
@@ -138,7 +141,7 @@ def check_files(folder: Path, config: Mapping[str, Any], files: Iterable[str]) -
     """Compare checksums of files, but for those of the index and its vectors, which are compared when they are opened."""
     later = {*index_files(config, vectors=True), config.get("files", {}).get("journal"), file_of(config, "plain")}
     for file in files:
-        if not (folder / file).exists():
+        if not (folder / file).is_file():
             raise MissingFileError(f"{folder} has no {file}, which its config.json names; fetch or build the attributor again.")
         if file not in later:
             check_file(folder / file, config["sha256"][file])
@@ -178,7 +181,7 @@ def copy_base(folder: Path, config: Mapping[str, Any], target: Path) -> None:
 
 def copy_file(folder: Path, config: Mapping[str, Any], file: str, target: Path) -> None:
     """Copy one of a base's files; errors as `copy_base`."""
-    if not (folder / file).exists():
+    if not (folder / file).is_file():
         raise MissingFileError(f"{folder} has no {file}, which its config.json names; build the attributor again.")
     (target / file).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / file, target / file)

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastattr.core.errors import InputError
 from fastattr.corpus.images import load_rgb, to_rgb
+from fastattr.corpus.records import without_surrogates
 
 COLUMNS = ("image_id", "caption", "creator", "license", "source", "url", "group", "subgroup", "family")
 ImageLike = Image.Image | np.ndarray | bytes | str | Path
@@ -34,12 +35,11 @@ def open_image(image: ImageLike | Any) -> Image.Image:
     if isinstance(image, Image.Image):
         picture = image
         return _read(lambda: to_rgb(ImageOps.exif_transpose(picture)), "the image")
-    if hasattr(image, "detach"):
-        image = image.detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
     if hasattr(image, "read"):
         image = image.read()
+    image = without_torch(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return _read(lambda: load_rgb(bytes(image)), f"{len(image)} bytes")
     if not isinstance(image, str | os.PathLike):
@@ -56,9 +56,19 @@ def open_image(image: ImageLike | Any) -> Image.Image:
     return _read(lambda: load_rgb(path), repr(str(path)))
 
 
+def without_torch(values: Any) -> Any:
+    """A tensor as an array, with floats of 32 bits, since NumPy has no bfloat16; anything else as it is."""
+    if not hasattr(values, "detach"):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
+
+
 def _read(load: Callable[[], Image.Image], what: str) -> Image.Image:
     try:
         return load()
+    except InputError as error:
+        raise InputError(f"{what} can't be read as an image: {error}") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = f"{what} can't be read as an image ({type(error).__name__}); give a PNG, JPEG or WebP file."
         raise InputError(reason) from error
@@ -98,7 +108,7 @@ def checked_metadata(fields: Mapping[str, str]) -> dict[str, str]:
     for name, value in fields.items():
         if name not in known or not isinstance(value, str):
             raise InputError(f"metadata are texts in the columns {', '.join(sorted(known))}; got {name!r}: {value!r:.100}.")
-        if "\0" in value or value.encode(errors="replace") != value.encode(errors="surrogatepass"):
+        if "\0" in value or without_surrogates(value) != value:
             raise InputError(f"metadata are texts without NUL that UTF-8 can hold; {name!r} is {value!r:.100}.")
         if name == "date" and value:
             if not DAY.match(value):
@@ -107,16 +117,18 @@ def checked_metadata(fields: Mapping[str, str]) -> dict[str, str]:
     return dict(fields)
 
 
-def checked_features(features: np.ndarray, count: int, width: int) -> np.ndarray:
+def checked_features(features: Any, count: int, width: int) -> np.ndarray:
     """(count, width) features as an array; InputError if they have another shape, or are not finite."""
-    if hasattr(features, "detach"):
-        features = features.detach().cpu().numpy()
-    features = np.asarray(features)
+    try:
+        features = np.asarray(without_torch(features))
+    except ValueError as error:  # rows of several widths
+        raise InputError(f"features must be ({count}, {width}), one row a prompt ({error}).") from error
     if features.ndim != 2 or features.shape[1] != width or len(features) != count:
         raise InputError(f"features must be ({count}, {width}), one row a prompt, got {features.shape}.")
-    if not np.issubdtype(features.dtype, np.number) or not np.isfinite(features).all():
+    if not np.can_cast(features.dtype, np.float64, "same_kind") or not np.isfinite(features).all():
         raise InputError("features must be finite numbers; some are NaN or infinite.")
-    return features
+    found: np.ndarray = features
+    return found
 
 
 FILTERS = ("creator", "license", "source", "group", "subgroup", "family", "date")  # columns that a search can be restricted by
@@ -145,6 +157,8 @@ class Restriction:
 
 def restriction_of(where: Where) -> Restriction:
     """Check a restriction; InputError if it names another column, or a bound is no date."""
+    if not isinstance(where, Mapping):
+        raise InputError(f"a restriction is a mapping of columns to values, got {where!r:.100}.")
     values: dict[str, list[str]] = {}
     for name, value in where.items():
         if name in {"since", "until"}:
@@ -152,8 +166,8 @@ def restriction_of(where: Where) -> Restriction:
         if name not in FILTERS:
             raise InputError(f"a search can be restricted by {', '.join(FILTERS)}, since and until, not by {name!r}.")
         values[name] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
-        if not all(isinstance(each, str) for each in values[name]):
-            raise InputError(f"a restriction names texts; {name} is to be {value!r}.")
+        if not all(isinstance(each, str) and without_surrogates(each) == each for each in values[name]):
+            raise InputError(f"a restriction names texts that UTF-8 can hold; {name} is to be {value!r:.100}.")
     since, until = (bound_of(str(where[name]), last=name == "until") if where.get(name) else "" for name in ("since", "until"))
     return Restriction(values, since, until or "9999-12-31", bool(since or until))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from fastattr.attributor.answers import Model
 from fastattr.attributor.changes import FILE, MovedError, journal_of
 from fastattr.attributor.folder import file_of, needed_files, open_folder, read_config, read_table, settled, stamp_of
 from fastattr.attributor.version import Parts, Version, open_version, read_changes
-from fastattr.core.errors import EncoderMismatchError
+from fastattr.core.errors import ArtifactDamagedError, EncoderMismatchError, FastattrError
 from fastattr.core.files import read_json
 from fastattr.features.kinds import open_encoder
 from fastattr.students.calibration import FILE as CALIBRATION, load_calibration
@@ -21,6 +22,7 @@ from fastattr.students.light import LightStudent
 if TYPE_CHECKING:
     from fastattr.features.encoder import Encoder
 
+Result = TypeVar("Result")
 VERSIONS = ("fastattr_version", "format_version", "catalog_version", "corpus_fingerprint", "generator_fingerprint")
 
 
@@ -44,6 +46,11 @@ def load(
             embed_dim=int(config["student"]["embed_dim"]),
             feature_blocks=config.get("feature_blocks", []),
         )
+        columns = model.image_columns
+        if columns is not None and len(columns) != width:
+            raise ArtifactDamagedError(
+                f"{folder / 'config.json'} describes {len(columns)} features of {width}; fetch it again."
+            )
         milvus = None
         if index_uri:
             from fastattr.attributor.collection import MilvusBackend
@@ -52,7 +59,18 @@ def load(
         version = open_version(folder, config, parts, stamp=stamp, milvus=milvus)
         return model, version, read_json(folder / "metrics.json")
 
-    return settled(Path(str(name_or_path)), once)
+    return _sound(name_or_path, once)
+
+
+def _sound(name_or_path: str | Path, load: Callable[[], Result]) -> Result:
+    """What `load` gives, settled; ArtifactDamagedError for whatever a file that a stranger changed makes its reader raise."""
+    try:
+        return settled(Path(str(name_or_path)), load)
+    except (FastattrError, OSError):
+        raise
+    except Exception as error:  # sealed anew, a file can hold anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ArtifactDamagedError(f"{name_or_path} is damaged ({reason}); fetch or build the attributor again.") from error
 
 
 def read_info(name_or_path: str | Path) -> dict[str, Any]:
@@ -67,7 +85,7 @@ def read_info(name_or_path: str | Path) -> dict[str, Any]:
             config, catalog = version.config, version.catalogue.table
         return describe(str(name_or_path), config, catalog, read_json(folder / "metrics.json"))
 
-    return settled(Path(str(name_or_path)), once)
+    return _sound(name_or_path, once)
 
 
 def open_encoders(folder: Path, config: dict[str, Any], **options: Any) -> list[Encoder]:

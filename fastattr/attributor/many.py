@@ -29,17 +29,29 @@ BATCH = 64  # queries that are encoded at once
 PART = re.compile(r"part-([0-9a-f]{16}-)?\d{6}\.parquet")  # files of this stage
 
 
+def _read_queries(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise ArtifactNotFoundError(f"there is no file {path}; give a .parquet or .jsonl table of queries.")
+    try:
+        table = pq.read_table(path) if path.suffix == ".parquet" else pj.read_json(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    columns = set(table.column_names)
+    if not {"query_id", "prompt"} <= columns or len({"image", "features"} & columns) != 1:
+        raise InputError(f"{path} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {sorted(columns)}.")
+    if any(table[name].null_count for name in {"query_id", "image"} & columns):
+        raise InputError(f"{path}: a query lacks its id or its image.")
+    if "image" in columns and not pa.types.is_string(table["image"].type):
+        raise InputError(f"{path}: the column 'image' must hold file names, found {table['image'].type}.")
+    if len(table["query_id"].unique()) < len(table):
+        raise InputError(f"{path}: query ids occur twice.")
+    return table
+
+
 def run(model: str, queries: Path, out: Path, *, k: int = 100, receipts: bool = False) -> dict[str, Any]:
     """Attribute all queries of a table with an attributor ('emoji', a folder, a Hub id); k images each."""
     state = Accelerator()
-    if not queries.is_file():
-        raise ArtifactNotFoundError(f"there is no file {queries}; give a .parquet or .jsonl table of queries.")
-    table = pq.read_table(queries) if queries.suffix == ".parquet" else pj.read_json(queries)
-    columns = set(table.column_names)
-    if not {"query_id", "prompt"} <= columns or len({"image", "features"} & columns) != 1:
-        raise InputError(f"{queries} needs the columns 'query_id', 'prompt' and 'image' or 'features', not {sorted(columns)}.")
-    if len(table["query_id"].unique()) < len(table):
-        raise InputError(f"{queries}: query ids occur twice.")
+    table = _read_queries(queries)
     attributor = FastAttributor.from_pretrained(model, thumbnails=False)
     config: dict[str, Any] = {"k": k} | ({"receipts": True} if receipts else {})
     inputs = {"queries": sha256_file(queries), **{name: str(v) for name, v in attributor.versions().items()}}
@@ -75,7 +87,7 @@ def _attribute(attributor: FastAttributor, rows: pa.Table, beside: Path, k: int,
         batch = rows.slice(start, BATCH).to_pylist()
         prompts = [row["prompt"] for row in batch]
         if "features" in rows.column_names:
-            features = np.array([row["features"] for row in batch], dtype=np.float32)
+            features: Any = [row["features"] for row in batch]
             answers += attributor.attribute_features(features, prompts, k)
         else:
             found = attributor.attribute([beside / row["image"] for row in batch], prompts, k)

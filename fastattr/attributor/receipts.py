@@ -46,12 +46,15 @@ def checked(receipt: Any, path: str) -> dict[str, Any]:
         method = model.get("method", "an unknown method")
         raise InputError(f"{path} is of {method} and holds no embedding: only what `attribute` answers can be replayed.")
     try:
-        vector = decode_embedding(receipt)
-        whole = receipt["query"]["sha256"], receipt["query"]["k"], receipt["versions"]["model"], receipt["model"]["name"]
-        rows = [(each["image_id"], float(each["similarity"]), each["rank"]) for each in receipt["results"]]
+        vector, query = decode_embedding(receipt), receipt["query"]
+        texts = [query["sha256"], query["prompt"], receipt["model"]["name"], *(each["image_id"] for each in receipt["results"])]
+        numbers = [query["k"], *(each["similarity"] for each in receipt["results"])]
+        ranks = [each["rank"] for each in receipt["results"]]
+        whole = all(isinstance(text, str) for text in texts) and isinstance(receipt["versions"], dict)
+        whole &= np.isfinite(vector).all() and np.isfinite(numbers).all() and ranks == list(range(len(ranks)))
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise damaged from error
-    if not np.isfinite(vector).all() or [rank for _, _, rank in rows] != list(range(len(rows))) or None in whole:
+    if not whole or type(query["k"]) is not int:
         raise damaged
     return receipt
 
@@ -91,7 +94,10 @@ def verify(receipt: Mapping[str, Any], attributor: FastAttributor, *, image: Ima
         if image is None:  # what is known only with the image is taken from the receipt
             reach = dataclasses.replace(answer._reach, own=not receipt.get("warnings"))
             answer = dataclasses.replace(answer, near_copies=receipt.get("near_copies"), _reach=reach)
-        differences += share_differences(receipt, json.loads(answer.to_json()))
+        try:
+            differences += share_differences(receipt, json.loads(answer.to_json()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactDamagedError("the receipt's shares are damaged; they are no rows of Attribution.shares().") from error
     return differences
 
 

@@ -94,7 +94,6 @@ def attribute(
     """Name the training images that influenced an image most."""
     from fastattr import FastAttributor
     from fastattr.attributor.inputs import open_image
-    from fastattr.core.files import atomic_path
 
     opened = open_image(image)
     started = time.perf_counter()
@@ -103,8 +102,7 @@ def attribute(
     result: Any = attributor.attribute(opened, prompt, k=top_k, where=restriction(where or [], since, until))
     result.seconds["load"] = loaded
     if figure:
-        with atomic_path(figure) as temporary:
-            result.figure().savefig(temporary)
+        result.save(figure)
     for warning in result.warnings:
         warn(f"warning: {on_one_line(warning)}")
     if as_json:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReceiptDiffersError as error:
         warn(f"fastattr: {for_terminal(error)}")
         return 1
-    except FastattrError as error:
+    except (FastattrError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         warn(f"fastattr: error: {for_terminal(error)}")
         return 2
     except SystemExit as ending:

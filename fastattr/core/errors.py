@@ -81,6 +81,6 @@ def harmless(text: str) -> str:
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def for_terminal(error: FastattrError) -> str:
+def for_terminal(error: Exception) -> str:
     """The error's text, harmless, as one line, except for a table of failed queries, which keeps its lines."""
     return harmless(str(error) if isinstance(error, QueriesFailedError) else " ".join(str(error).split()))

@@ -10,8 +10,6 @@ followed. File names match in any case of letters, with / or \, and in either Un
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import posixpath
@@ -36,6 +34,7 @@ from fastattr.corpus.records import (
     as_text,
     as_training_image,
     decode_text,
+    read_rows,
     state_of,
     take_captions,
 )
@@ -146,11 +145,11 @@ def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]
     broken = {skipped.name for skipped in listing.skipped}
     for table in tables:
         absent = set[str]()
-        for place, row in _read_table(listing.files[table]):
-            column = next((name for name in FILE_COLUMNS if isinstance(row.get(name), str)), None) if row else None
+        for line, problem, row in read_rows(listing.files[table]):
+            column = next((name for name in FILE_COLUMNS if row and isinstance(row.get(name), str)), None)
             if row is None or column is None:
-                problem = f"bad line ({place[1]})" if row is None else "bad line (it names no file; expected file_name)"
-                listing.skipped.append(Skipped(name=f"{table}:{place[0]}", reason=problem))
+                reason = f"bad line ({problem or 'it names no file; expected file_name'})"
+                listing.skipped.append(Skipped(name=f"{table}:{line}", reason=reason))
                 continue
             given = posixpath.normpath(row[column].replace("\\", "/"))
             name = posixpath.normpath(posixpath.join(posixpath.dirname(table), given))
@@ -162,27 +161,6 @@ def _rows_by_file(listing: Listing, tables: Sequence[str], images: Sequence[str]
                 reason = f"named in {table}, but " + ("several images have that name" if fits else "there is no such image")
                 listing.skipped.append(Skipped(name=as_id(name), reason=reason))
     return found
-
-
-def _read_table(path: Path) -> Iterator[tuple[tuple[int, str], dict[str, Any] | None]]:
-    """((line number, what is wrong with it), row or None) of each line of a metadata table."""
-    try:
-        text = decode_text(path.read_bytes())
-    except (InputError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if path.suffix.lower() == ".csv":
-        head = text.split("\n", 1)[0]
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
-        for row in reader:
-            yield (reader.line_num, "more values than columns"), None if None in row else row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # captions may hold U+2028
-        if line.strip():
-            try:
-                row = json.loads(line)
-                yield (number, "not a JSON object"), row if isinstance(row, dict) else None
-            except ValueError as error:
-                yield (number, f"{type(error).__name__}: {error}"), None
 
 
 def _find_sidecars(listing: Listing, names: Sequence[str]) -> None:

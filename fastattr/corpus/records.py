@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import re
@@ -143,6 +145,34 @@ def decode_text(data: bytes) -> str:
         if marked or re.search(rb"[\xc0-\xff]{3}|[\x80-\xff]{4}|[\x81\x8d\x8f\x90\x9d]", data):  # the last: none of cp1252
             raise InputError(f"the text is in no known encoding ({error}); save it as UTF-8.") from error
     return data.decode("cp1252")
+
+
+def read_rows(path: Path) -> list[tuple[int, str, dict[str, Any] | None]]:
+    """(line, '', row), or (line, what is wrong with it, None), of a table in CSV, TSV, JSON lines, or JSON: a list of rows.
+    InputError if the file cannot be read.
+    """
+    try:
+        text = decode_text(path.read_bytes())
+        if path.suffix.lower() in {".csv", ".tsv"}:
+            head = text.split("\n", 1)[0]
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+            wrong = "more values than columns"
+            return [(reader.line_num, wrong, None) if None in row else (reader.line_num, "", row) for row in reader]
+        if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+            return [(number, *_as_row(row)) for number, row in enumerate(json.loads(text), start=1)]
+    except (ValueError, OSError, csv.Error) as error:  # InputError is a ValueError
+        raise InputError(f"{path} cannot be read: {error}") from error
+    rows: list[tuple[int, str, dict[str, Any] | None]] = []
+    for number, line in enumerate(text.split("\n"), start=1):  # captions may hold U+2028
+        try:
+            rows += [(number, *_as_row(json.loads(line)))] if line.strip() else []
+        except ValueError as error:
+            rows.append((number, f"{type(error).__name__}: {error}", None))
+    return rows
+
+
+def _as_row(value: Any) -> tuple[str, dict[str, Any] | None]:
+    return ("", value) if isinstance(value, dict) else ("not a JSON object", None)
 
 
 def as_text(value: Any) -> str:

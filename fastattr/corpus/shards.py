@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from fastattr.core.errors import ArtifactNotFoundError, InputError
 from fastattr.core.files import read_json
 from fastattr.core.stages import fingerprint
+from fastattr.corpus.folders import walk
 from fastattr.corpus.images import IMAGE_SUFFIXES, read_bytes
 from fastattr.corpus.records import (
     KNOWN,
@@ -29,7 +30,7 @@ from fastattr.corpus.records import (
     state_of,
     take_captions,
 )
-from fastattr.corpus.reservations import COLUMNS, site_rules
+from fastattr.corpus.reservations import COLUMNS, SITE_FILE, site_rules
 
 
 def files_in(path: Path, suffix: str) -> list[Path]:
@@ -41,22 +42,37 @@ def files_in(path: Path, suffix: str) -> list[Path]:
 
 
 def coco_parts(folder: Path, split: str) -> list[Part]:
-    """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix."""
-    annotations = read_json(folder / "annotations" / f"captions_{split}.json")
+    """COCO: `annotations/captions_SPLIT.json` and the images in `SPLIT/`; the image id is the file's name without suffix.
+    InputError if the annotations are not COCO's.
+    """
+    listed = folder / "annotations" / f"captions_{split}.json"
+    try:
+        rows = _coco_rows(read_json(listed), folder / split)
+    except (KeyError, TypeError, AttributeError) as error:
+        told = f"{type(error).__name__}: {error}; expected 'images' and 'annotations'"
+        raise InputError(f"{listed} is no list of COCO's captions ({told}).") from error
+    known = {path for path, *_ in rows}
+    others = [path.name for path in walk(folder / split) if path not in known and path.name != SITE_FILE]
+    skipped = [Skipped(name=name, reason=f"not in {listed.name}") for name in others]
+    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+    states = [[(path.name, *row, state_of(path)) for path, *row in block] for block in blocks]
+    parts = [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
+    return [*parts, Part(fingerprint(others), partial(iter, skipped))]
+
+
+def _coco_rows(annotations: Any, images: Path) -> list[tuple[Path, list[str], dict[str, Any]]]:
     captions: dict[int, list[str]] = {}
     for annotation in annotations["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     licenses = {item["id"]: item["name"] for item in annotations.get("licenses", [])}
-    rules = site_rules((f"{split}/{image['file_name']}" for image in annotations["images"]), folder)
+    rules = site_rules((f"{images.name}/{image['file_name']}" for image in annotations["images"]), images.parent)
     rows: list[tuple[Path, list[str], dict[str, Any]]] = []
     for image in sorted(annotations["images"], key=lambda image: image["id"]):
         found = {"license": licenses.get(image.get("license", -1)), "url": image.get("flickr_url") or image.get("coco_url")}
-        found |= rules.get(f"{split}/{image['file_name']}", {})
+        found |= rules.get(f"{images.name}/{image['file_name']}", {})
         written = as_captions(captions.get(image["id"], []))
-        rows.append((folder / split / image["file_name"], written, {"source": f"coco-{split}", **found}))
-    blocks = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    states = [[(path.name, *row, state_of(path)) for path, *row in block] for block in blocks]
-    return [Part(fingerprint(state), partial(_read_coco, block)) for state, block in zip(states, blocks, strict=True)]
+        rows.append((images / image["file_name"], written, {"source": f"coco-{images.name}", **found}))
+    return rows
 
 
 def _read_coco(block: Sequence[tuple[Path, list[str], dict[str, Any]]]) -> Iterator[Found]:

@@ -11,9 +11,20 @@ from fastattr.core.errors import InputError
 from fastattr.core.stages import fingerprint
 from fastattr.corpus.folders import walk
 from fastattr.corpus.images import read_bytes
-from fastattr.corpus.records import CAPTION_COLUMNS, Found, Part, as_captions, as_text, as_training_image, state_of
+from fastattr.corpus.records import (
+    CAPTION_COLUMNS,
+    Found,
+    Part,
+    Skipped,
+    as_captions,
+    as_text,
+    as_training_image,
+    read_rows,
+    state_of,
+)
 
-KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+KINDS = {".parquet": "parquet", ".arrow": "arrow"}  # data files that `datasets` streams
+TEXT_KINDS = (".csv", ".tsv", ".json", ".jsonl")  # data files that are read as people write them, see `read_rows`
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "file_name", "image_path", "path", "file")
 ROWS_PER_PART = 10_000  # of a dataset saved with `save_to_disk`, which can be split anywhere
 
@@ -21,26 +32,50 @@ ROWS_PER_PART = 10_000  # of a dataset saved with `save_to_disk`, which can be s
 def dataset_parts(source: str, split: str, *, image_column: str, caption_column: str) -> list[Part]:
     """The files of a dataset as parts; InputError if it cannot be opened, or lacks one of the two columns.
 
-    `source` is a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`), which
-    has no split. For columns 'image' and 'caption' that are not there the first of `IMAGE_COLUMNS` and `CAPTION_COLUMNS` count.
+    `source` is a Hub repository, a folder that `datasets` loads, a folder of `save_to_disk`, or a data file (`KINDS`,
+    `TEXT_KINDS`), which has no split. For columns 'image' and 'caption' that are not there the first of `IMAGE_COLUMNS` and
+    `CAPTION_COLUMNS` count.
     """
+    path = Path(source)
+    base = path.parent if path.is_file() else path
+
+    def named(columns: list[str]) -> dict[str, Any]:
+        image = _column(source, columns, image_column, IMAGE_COLUMNS)
+        return {
+            "image_column": image,
+            "caption_column": _column(source, columns, caption_column, CAPTION_COLUMNS),
+            "base": base,
+        }
+
+    if path.is_file() and path.suffix.lower() in TEXT_KINDS:
+        rows: list[dict[str, Any] | Skipped] = [
+            Skipped(name=f"{path.name}:{line}", reason=f"bad line ({told})") if row is None else row
+            for line, told, row in read_rows(path)
+        ]
+        names = named(list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)))
+        return [Part(fingerprint([source, state_of(path)]), partial(read_dataset, rows, **names))]
     dataset, made_of = _open(source, split)
     features = dataset.features or {}
     dataset = dataset.decode(False) if features else dataset
-    columns = list(features) or list(next(iter(dataset), {}))  # a CSV or JSON file says with its first row
-    image_column = _column(source, columns, image_column, IMAGE_COLUMNS)
-    caption_column = _column(source, columns, caption_column, CAPTION_COLUMNS)
+    names = named(list(features) or list(next(_readable(source, dataset), {})))
     inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}  # of a list, its elements'
-    classes = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
-    base = Path(source).parent if Path(source).is_file() else Path(source)
-    names: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column, "classes": classes, "base": base}
+    names["classes"] = {name: feature.names for name, feature in inner.items() if hasattr(feature, "names")}
     count = dataset.num_shards
 
     def read(number: int) -> Iterator[Found]:
-        rows = dataset.shard(count, number) if count > 1 else dataset
-        return read_dataset(rows, **names, prefix=f"{number:05d}-" if count > 1 else "")
+        shard = _readable(source, dataset.shard(count, number) if count > 1 else dataset)
+        return read_dataset(shard, **names, prefix=f"{number:05d}-" if count > 1 else "")
 
     return [Part(fingerprint([made_of, split, number, count]), partial(read, number)) for number in range(count)]
+
+
+def _readable(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; InputError at the first that cannot be read."""
+    try:
+        yield from rows
+    except Exception as error:  # `datasets` and its readers raise many types on damaged files
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"{source!r} cannot be read ({reason}).") from error
 
 
 def _open(source: str, split: str) -> tuple[Any, Any]:
@@ -56,8 +91,7 @@ def _open(source: str, split: str) -> tuple[Any, Any]:
                 saved = saved[split]
             return saved.to_iterable_dataset(num_shards=max(1, len(saved) // ROWS_PER_PART)), made_of
         if path.is_file() and (kind := KINDS.get(path.suffix.lower())):
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            builder, split = load_dataset_builder(kind, data_files=source, **options), "train"
+            builder, split = load_dataset_builder(kind, data_files=source), "train"
         else:
             builder = load_dataset_builder(source)
         if hasattr(builder.config, "batch_size"):  # of parquet; its default is the first row group's size, which may be 0
@@ -80,7 +114,7 @@ def _column(source: str, columns: list[str], wanted: str, others: tuple[str, ...
 
 
 def read_dataset(
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[dict[str, Any] | Skipped],
     *,
     image_column: str,
     caption_column: str,
@@ -92,6 +126,9 @@ def read_dataset(
     image id is the row's `image_id` if it has one, else `prefix` and its position, zero-padded.
     """
     for position, row in enumerate(rows):
+        if isinstance(row, Skipped):
+            yield row
+            continue
         named = row | {name: _named(row.get(name), names) for name, names in (classes or {}).items()}
         yield as_training_image(
             image_id=as_text(row.get("image_id")) or f"{prefix}{position:09d}",

@@ -62,7 +62,7 @@ def save_index(index: faiss.Index, path: Path) -> None:
 
 def check_file(path: Path, sha256: str) -> None:
     """Compare a file's checksum; MissingFileError or ArtifactDamagedError."""
-    if not path.exists():
+    if not path.is_file():
         raise MissingFileError(f"{path} does not exist; fetch or build the attributor again.")
     found = sha256_file(path)
     if (found := sha256_file(path)) != sha256:

@@ -161,7 +161,8 @@ class Ranked:
             return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
         if count == self.ntotal:
             allowed = None
-        elif count <= EXACT_ROWS and self.reads_rows:
+        all_ranked_again = self.vectors is not None and self._shortlist >= self.ntotal - 1
+        if count <= EXACT_ROWS and self.reads_rows and (allowed is not None or all_ranked_again):
             return self._compare_all(queries, wanted, allowed)
         # Of more neighbours, or among fewer rows, each is farther away than the hundredth of all.
         widest = self.index.widest

@@ -18,16 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from fastattr.index.files import BATCH, Read, inner_of, map_index
-from fastattr.index.search import TUNED_K, Shards, join, nearest, set_breadth
+from fastattr.index.search import EXACT_ROWS, TUNED_K, Shards, join, nearest, set_breadth
 
 logger = logging.getLogger(__name__)
 
 TUNING_QUERIES = 200  # rows of the corpus that serve as queries, and at most so many queries as they come
 REGIONS = 4  # consecutive parts of the corpus, of each of which the recall is reached: what was added last may be far off
-MADE_QUERIES = 50  # queries that are made for kinds that may fail where no row is
+MADE_QUERIES = 200  # queries of each of two sorts that are made for kinds that may fail where no row is
 NPROBES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 NEIGHBOURS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 3200)  # breadths of a search in a graph
-SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)
+SHORTLISTS = (150, 200, 300, 400, 600, 800, 1200, 1600)  # and all of up to EXACT_ROWS rows: copies may fill shorter lists
 READ_COST = 150  # codes that are compared in the time in which one vector is read from the disk's cache, checked and compared
 Queries = np.ndarray | None  # (Q, D) embeddings of queries as they come, which are in no index
 EQUAL = 1e-6  # rows whose similarities to a query differ by no more are equally near
@@ -67,8 +67,8 @@ def read_rows(read: Read, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([read(int(row), int(row) + 1) for row in rows])
 
 
-def draw(read: Read, rows: int, *, queries: np.ndarray | None, parts: Sequence[int], made: np.ndarray | None) -> Sample:
-    """Queries with their exact neighbours: rows of every region, (M, D) made ones, and (Q, D) as they come; see `tune`."""
+def draw(read: Read, rows: int, *, queries: np.ndarray | None, parts: Sequence[int], made: Sequence[np.ndarray]) -> Sample:
+    """Queries with their exact neighbours: rows of every region, made ones, and (Q, D) as they come; see `tune`."""
     rng = np.random.default_rng([0, 1])
     bounds = sorted({*np.linspace(0, rows, REGIONS + 1).astype(int).tolist(), *parts, rows})
     each = TUNING_QUERIES // REGIONS
@@ -77,8 +77,7 @@ def draw(read: Read, rows: int, *, queries: np.ndarray | None, parts: Sequence[i
     if queries is not None and len(queries):
         chosen = np.sort(rng.permutation(len(queries))[:TUNING_QUERIES])
         asked.append((np.asarray(queries[chosen], dtype=np.float32), np.full(len(chosen), -1)))
-    if made is not None:
-        asked.append((made, np.full(len(made), -1)))
+    asked += [(each, np.full(len(each), -1)) for each in made]
     together, own = (np.concatenate(each) for each in zip(*asked, strict=True))
     group = np.repeat(np.arange(len(asked)), [len(each) for each, _ in asked])
     k = max(min(TUNED_K, rows - 1), 1)
@@ -107,11 +106,11 @@ def tune(
     """
     listed, inverted = settings["index_shards"], "IVF" in settings["index"]
     shards = join([(map_index(folder / each["file"], inverted=inverted), each) for each in listed], folder / listed[0]["file"])
-    made = None if inverted else _made_queries(settings, read, rows)
-    sample = draw(read, rows, queries=queries, parts=parts, made=made)
+    sample = draw(read, rows, queries=queries, parts=parts, made=_made_queries(settings, read, rows))
     itself, k = 1, sample.exact.shape[1]
     # Exact re-ranking keeps each true neighbour that the short list has, so it need not be done to know the recall.
-    lengths = [min(length + itself, rows) for length in (SHORTLISTS if settings["vectors"] else (k,))]
+    ranked_again = (*SHORTLISTS, rows) if rows <= EXACT_ROWS else SHORTLISTS
+    lengths = [min(length + itself, rows) for length in (ranked_again if settings["vectors"] else (k,))]
     wanted = sample.clear.sum(axis=1)
     tried: list[tuple[bool, float, float, int, int, int]] = []  # (misses, cost, -recall, ...): the least is chosen
     for nprobe, neighbours, looked_at in breadths(shards):
@@ -136,16 +135,14 @@ def tune(
     return {"search": search, "recall_wanted": recall, "recall_of_search": measured}
 
 
-def _made_queries(settings: dict[str, Any], read: Read, rows: int) -> np.ndarray | None:
-    """Queries unlike any row: between four rows, where a graph may have no way, or in any direction, which PCA may drop."""
+def _made_queries(settings: dict[str, Any], read: Read, rows: int) -> list[np.ndarray]:
+    """Queries unlike any row: between four rows, where a graph may have no way, and in any direction, which PCA may drop."""
+    if "IVF" in settings["index"] or ("HNSW" not in settings["index"] and not settings["vectors"]):
+        return []  # all rows are compared, as they are, or lists would be looked at where no query comes
     rng = np.random.default_rng([0, 2])
-    if "HNSW" in settings["index"]:
-        made = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
-    elif settings["vectors"]:
-        made = rng.standard_normal((MADE_QUERIES, int(settings["vectors"]["dim"])), dtype=np.float32)
-    else:
-        return None  # all rows are compared, as they are
-    return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-9)
+    between = read_rows(read, rng.integers(rows, size=4 * MADE_QUERIES)).reshape(MADE_QUERIES, 4, -1).sum(axis=1)
+    made = (between, rng.standard_normal(between.shape, dtype=np.float32))
+    return [each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-9) for each in made]
 
 
 def reached_by_graph(shards: Shards, queries: np.ndarray) -> float:

@@ -119,7 +119,7 @@ def script(name: str) -> Check:
         done = run([sys.executable, "-m", "tests.cases.running", str(case / name)], cwd=work)
         (work / "told.txt").write_text(done.stdout, encoding="utf-8")
         if done.returncode:
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             return f"{name} exits with {done.returncode}: {' / '.join(lines[-3:])}"
         return ""
 
@@ -135,6 +135,8 @@ if __name__ == "__main__":  # a case's script, under the names of its time
     from fastattr.serving import batches
 
     old_names()
+    Path("sitecustomize.py").write_text("from tests.cases.running import old_names\nold_names()\n", encoding="utf-8")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), str(REPOSITORY)])  # and so do the script's own processes
     Generator._predict = Generator.predict  # type: ignore[attr-defined]
     read_upload = batches.read_upload
     sys.modules["fastattr.serve"].read_upload = lambda data, *_: read_upload(data)  # type: ignore[attr-defined]

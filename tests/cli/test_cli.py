@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,18 @@ def test_a_caption_of_several_lines_stays_in_its_row(monkeypatch, picture, capsy
     monkeypatch.setattr(FastAttributor, "attribute", lambda *_, **__: result)
     assert main(["attribute", "emoji", "--image", picture, "--prompt", "red ring", "--top-k", "1"]) == 0
     assert "red 2 0.999 fake" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_does_not_take_it_is_one_line(monkeypatch, picture, capsys, number):
+    """A full disk or a read-only folder is nothing that a traceback explains."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "out.json")
+
+    monkeypatch.setattr(FastAttributor, "from_pretrained", full)
+    assert main(["attribute", "emoji", "--image", picture, "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == f"fastattr: error: [Errno {number}] {os.strerror(number)}: 'out.json'\n"
 
 
 @pytest.mark.parametrize(("name", "kind"), [("x.png", "PNG"), ("x.webp", "WEBP"), ("x.JPG", "JPEG")])

@@ -151,6 +151,7 @@ def test_coco_keeps_all_captions_of_an_image_its_licence_and_url(tmp_path: Path)
     (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(annotations))
     for number in (2, 7, 9):
         (tmp_path / "train2017" / f"00000000000{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "train2017" / "other.jpg").write_bytes(jpeg(1))
     run(CorpusConfig(kind="coco", path=str(tmp_path), split="train2017"), tmp_path / "corpus")
     corpus = Corpus(tmp_path / "corpus")
     assert dict(zip(corpus.image_ids, corpus.captions, strict=True)) == {
@@ -162,9 +163,19 @@ def test_coco_keeps_all_captions_of_an_image_its_licence_and_url(tmp_path: Path)
     assert skipped(tmp_path / "corpus") == {
         "000000000005": "not a readable image (no bytes: the file is missing, empty or may not be read)",
         "000000000007": "no caption",
+        "other.jpg": "not in captions_train2017.json",
     }
     with pytest.raises(ArtifactNotFoundError, match="captions_val"):
         run(CorpusConfig(kind="coco", path=str(tmp_path), split="val"), tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ['{"images": []}', "[1]", '{"images": [{"id": 1}], "annotations": []}', '{"annotations": 3}'])
+def test_annotations_that_are_not_cocos_are_refused(tmp_path: Path, text: str):
+    """'KeyError: annotations' does not name the file."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_train.json").write_text(text)
+    with pytest.raises(InputError, match=r"captions_train\.json is no list of COCO's captions"):
+        run(CorpusConfig(kind="coco", path=str(tmp_path)), tmp_path / "corpus")
 
 
 def test_a_dataset_of_several_files_keeps_its_ids(tmp_path: Path):

@@ -84,6 +84,52 @@ def test_tables_of_file_names_are_read_without_naming_the_columns(tmp_path, kind
     assert corpus.captions == [[caption] for caption in CAPTIONS]
 
 
+@pytest.mark.parametrize(
+    ("name", "encoding", "text"),
+    [
+        ("rows.csv", "utf-16", "image,caption\n0.png,Käse\n"),
+        ("rows.csv", "latin-1", "image;caption\n0.png;Käse\n"),
+        ("rows.tsv", "utf-8-sig", "image\tcaption\n0.png\tKäse\n"),
+        ("rows.jsonl", "utf-16-le", '{"image": "0.png", "caption": "Käse"}\n'),
+        ("rows.jsonl", "utf-8", '{"image": "0.png", "caption": "\\ud83dKäse"}\n'),
+        ("rows.json", "cp1252", '[{"image": "0.png", "caption": "Käse"}]'),
+        ("rows.JSON", "utf-8", '[{"image": "0.png", "caption": "Käse"}, {"image": "1.png", "caption": 2}]'),
+    ],
+)
+def test_tables_are_read_as_people_write_them(tmp_path, name, encoding, text):
+    """What `datasets` reads must be UTF-8 with commas: a traceback, in the middle of the work."""
+    layouts(tmp_path)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    corpus, _ = read(tmp_path / name)
+    assert corpus.captions == [["Käse"], ["2"]][: len(corpus)]
+    assert corpus.image_bytes(0) == IMAGES[0]
+
+
+def test_lines_that_are_no_rows_are_listed(tmp_path):
+    """One bad line hid the others, or stopped them."""
+    layouts(tmp_path)
+    lines = ['{"image": "0.png", "caption": "a"}', "{", "[1]", '{"image": "1.png", "caption": "b"}', "null"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    corpus, manifest = read(tmp_path / "rows.jsonl")
+    assert (corpus.captions, manifest["skipped"]) == ([["a"], ["b"]], {"bad line": 3})
+    (tmp_path / "more.csv").write_text("image,caption\n0.png,a\n1.png,b,c\n2.png\n")
+    corpus, manifest = read(tmp_path / "more.csv")
+    assert (corpus.captions, manifest["skipped"]) == ([["a"]], {"bad line": 1, "no caption": 1})
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_a_file_that_is_damaged_further_on_is_refused_in_words(tmp_path, group):
+    """`datasets` opens it, and its reader's own error came later."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"image": IMAGES * 50, "caption": CAPTIONS * 50}), path, row_group_size=50, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    at = pq.ParquetFile(path).metadata.row_group(group).column(1).data_page_offset
+    data[at : at + 20] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"rows\.parquet"):
+        read(path)
+
+
 def test_folders_of_save_to_disk_are_read(tmp_path):
     """They are no data files of any kind that `load_dataset` knows: a traceback."""
     from datasets import Dataset, DatasetDict, Features, Image as ImageFeature, Value

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import struct
 from collections import Counter
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
@@ -16,6 +14,7 @@ from fastattr import ArtifactDamagedError
 from fastattr.index.build import build_index
 from fastattr.index.files import map_index, save_index
 from fastattr.index.search import Ranked, Shards
+from tests.fuzz import outcomes
 from tests.tiny import unit
 
 ROWS, DIM = 300, 16
@@ -73,28 +72,17 @@ def outcome(path: Path, queries: np.ndarray, *, inverted: bool) -> str:
 
 def fuzz(folder: Path, kind: str, count: int) -> Counter[str]:
     """Outcomes of so many changed files of one kind, tried by a process of their own."""
-    faiss.omp_set_num_threads(1)
     vectors = unit(np.random.default_rng(0), ROWS, DIM)
     path, chance, inverted = folder / "index.faiss", random.Random(kind), "IVF" in kind
     save_index(build_index(vectors, kind), path)
     data = path.read_bytes()
     assert outcome(path, vectors[:3], inverted=inverted) == "answers"
-    process = os.fork()
-    if not process:
-        number = 0
-        try:
-            for number in range(count):  # noqa: B007
-                path.write_bytes(mutated(data, chance))
-                found = outcome(path, vectors[:3], inverted=inverted)
-                with (folder / "outcomes").open("a") as notes:
-                    notes.write(f"{found}\n")
-        except BaseException as error:
-            (folder / "error").write_text(f"file {number}: {error!r}")
-        os._exit(0)
-    status = os.waitpid(process, 0)[1]
-    assert not os.WIFSIGNALED(status), f"{kind}: signal {os.WTERMSIG(status)}"
-    assert not (folder / "error").exists(), (folder / "error").read_text()
-    return Counter((folder / "outcomes").read_text().split())
+
+    def attempt(_: int) -> str:
+        path.write_bytes(mutated(data, chance))
+        return outcome(path, vectors[:3], inverted=inverted)
+
+    return outcomes(folder, count, attempt)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 import typing
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fastattr import ArtifactNotFoundError, InputError
+from fastattr import ArtifactNotFoundError, FastattrError, InputError
 from fastattr.cli.main import main
 from fastattr.generators.pretrained import PretrainedConfig
 from fastattr.pipeline.config import BuildConfig, check, load_config
+from tests.fuzz import damaged, damaged_bytes, outcomes
 
 FREE = {
     "name",
@@ -133,6 +135,29 @@ def test_a_build_looks_for_what_its_config_names_first(tmp_path: Path, monkeypat
     assert main(["build", "x.yaml", "--no-plan"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_damaged_config_is_checked_or_refused(tmp_path: Path, count: int):
+    """One wrong line ended in a traceback, or hours later."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path("hub_scripts/configs").glob("*.yaml"))]
+    path = tmp_path / "config.yaml"
+
+    def attempt(number: int) -> str:
+        chance = random.Random(number)
+        text = chance.choice(texts)
+        if chance.random() < 0.3:
+            path.write_bytes(damaged_bytes(text.encode(), chance))
+        else:
+            path.write_text(yaml.safe_dump(damaged(yaml.safe_load(text), chance)), encoding="utf-8")
+        try:
+            check(load_config(path), tmp_path / "run", planned=True)
+        except FastattrError:
+            return "refused"
+        return "taken"
+
+    found = outcomes(tmp_path, count, attempt)
+    assert min(found["taken"], found["refused"]) > 0
 
 
 def test_too_many_queries_are_told_what_fits(tmp_path: Path, tiny_config: Path, capsys):
