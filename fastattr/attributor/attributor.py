@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,17 +14,16 @@ from fastattr.attributor import bases, edits, inputs
 from fastattr.attributor.answers import Asked, Model, by_features, by_student, queries_of
 from fastattr.attributor.attribution import Attribution
 from fastattr.attributor.changes import history, lock, plain_entries, read_journal
-from fastattr.attributor.folder import read_config, stamp_of, versions
+from fastattr.attributor.folder import versions
 from fastattr.attributor.inputs import Captions, ImageLike, Images, Metadata, Prompts, Thumbnails, Where
 from fastattr.attributor.load import describe, load
-from fastattr.attributor.version import Parts, Version, open_version
+from fastattr.attributor.version import Parts, Version
 from fastattr.core.errors import InputError, MissingFileError
 from fastattr.core.models import ASSETS, commit_of
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
 Answer = Attribution | list[Attribution]  # of one image, or of a list of images
 
 
@@ -40,7 +37,6 @@ class FastAttributor:
         """Use `from_pretrained`, or `build_attributor` for a run folder."""
         self.name, self.metrics = model.name, metrics
         self._model, self._version = model, version
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def from_pretrained(
@@ -234,8 +230,7 @@ class FastAttributor:
     def _changing(self) -> Iterator[Version]:
         """The newest version, which no one else can change until the block ends; what was changed is then taken up."""
         self._version.own()
-        if not self._scratch:
-            self._own()
+        self._require_own()
         with lock(self._version.folder):
             version = self._newest()
             if any((version.folder / file).exists() for file in version.base.get("replaced", [])):  # its writer was killed
@@ -243,19 +238,12 @@ class FastAttributor:
             yield version
         self._newest()
 
-    def _own(self) -> None:
-        """Work on a copy of an embedded model or the Hub client's cache; refuse if the user named that very folder."""
-        version = self._version
-        folder = version.folder.resolve()  # a link may lead there, too
-        if not (folder.is_relative_to(ASSETS.resolve()) or commit_of(folder)):
-            return
-        if Path(self.name).is_dir():
-            raise InputError(f"{self.name} is not yours to change; write a copy with `save_pretrained`, and change that.")
-        logger.warning("%s can't be changed in place: changes are kept until this process ends, or you save it.", self.name)
-        self._scratch = tempfile.TemporaryDirectory(prefix="fastattr-")
-        copy = Path(self._scratch.name) / "attributor"
-        self.save_pretrained(copy)
-        self._version = open_version(copy, read_config(copy), version.parts, stamp=stamp_of(copy))
+    def _require_own(self) -> None:
+        """Refuse to change an embedded model or the Hub client's cache, where a change would not be kept."""
+        folder = self._version.folder.resolve()  # a link may lead there, too
+        if folder.is_relative_to(ASSETS.resolve()) or commit_of(folder):
+            way_out = "write a copy of your own with `save_pretrained(FOLDER)`, and change FOLDER"
+            raise InputError(f"{self.name} is not yours to change, so nothing was changed: {way_out}.")
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the attributor to a folder; an earlier attributor there is replaced. What has left is not written.

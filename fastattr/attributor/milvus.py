@@ -11,9 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fastattr.attributor import collection as milvus
-from fastattr.attributor.attributor import FastAttributor
 from fastattr.attributor.collection import FIELDS, MAX_TOPK, MilvusClient, MilvusException, ids_among, literal
 from fastattr.attributor.folder import versions
+from fastattr.attributor.load import load as open_attributor
+from fastattr.attributor.version import Parts
 from fastattr.core.errors import ArtifactMismatchError
 
 logger = logging.getLogger(__name__)
@@ -26,37 +27,36 @@ def load(name: str, uri: str, *, token: str = "") -> dict[str, Any]:
     'images', 'inserted', 'deleted', 'catalog_version', 'collection', and 'failed': by image id, why Milvus lacks it; these are
     tried again the next time. Raises ArtifactMismatchError if the collection still holds images that have left.
     """
-    attributor = FastAttributor.from_pretrained(name, thumbnails=False)
-    client, collection = milvus.connect(uri, token), milvus.collection_of(attributor.config)
-    dim = int(attributor.config["student"]["embed_dim"])
+    _, version, _ = open_attributor(name, encoders={}, parts=Parts(thumbnails=False), index_uri=None)
+    catalogue, known = version.own(), versions(version.config)  # of one version, whatever a writer does meanwhile
+    client, collection = milvus.connect(uri, token), milvus.collection_of(version.base)
+    dim = int(version.base["student"]["embed_dim"])
     if not client.has_collection(collection):
         milvus.create(client, collection, dim, "FLAT" if uri.endswith(".db") else "AUTOINDEX")
     client.load_collection(collection)
-    current = {record["image_id"]: record for record in attributor.catalog.to_pylist()}
+    current = {record["image_id"]: record for record in catalogue.table.to_pylist()}
     present = _stored(client, collection)
     stale = [image_id for image_id in present if image_id not in current]
     _delete(client, collection, stale)
     wanted = [{field: cut(record.get(field)) for field in FIELDS} | {"image_id": key} for key, record in current.items()]
-    fresh = {image_id for entry in attributor.history() if entry["operation"] == "add" for image_id in entry["image_ids"]}
-    if milvus.state_of(client, collection).get("index") != attributor.versions()["index"]:  # another base: other embeddings
-        fresh |= current.keys()
-    new = [row for row, each in enumerate(wanted) if each["image_id"] in fresh or present.get(each["image_id"]) != each]
+    # Another base has other embeddings; an image that was added may have left and come back as another.
+    fresh = 0 if milvus.state_of(client, collection).get("index") != known["index"] else catalogue.first_added
+    new = [row for row, each in enumerate(wanted) if row >= fresh or present.get(each["image_id"]) != each]
     failed = {wanted[row]["image_id"]: reason for row in new if (reason := _unfit(wanted[row]["image_id"]))}
     new = [row for row in new if wanted[row]["image_id"] not in failed]
     size = milvus.rows_a_call(dim)
     for start in tqdm(range(0, len(new), size), desc="milvus", unit="call", disable=len(new) <= size):
         rows = new[start : start + size]
-        vectors = attributor.embeddings(np.array(rows)).tolist()
+        vectors = catalogue.embeddings(np.array(rows)).tolist()
         records = [{**wanted[row], "embedding": vector} for row, vector in zip(rows, vectors, strict=True)]
         failed |= _upsert(client, collection, records)
     client.flush(collection)
-    state = {**versions(attributor.config), "missing": len(failed)}
-    client.alter_collection_properties(collection, {milvus.STATE: json.dumps(state)})
+    client.alter_collection_properties(collection, {milvus.STATE: json.dumps({**known, "missing": len(failed)})})
     for image_id, reason in failed.items():
         logger.warning("Milvus has no %r: %s", image_id, reason)
-    inserted, version = len({wanted[row]["image_id"] for row in new} - failed.keys()), attributor.versions()["catalog_version"]
-    counts = {"images": len(current), "inserted": inserted, "deleted": len(stale), "catalog_version": version}
-    return {**counts, "collection": collection, "failed": failed}
+    inserted = len({wanted[row]["image_id"] for row in new} - failed.keys())
+    counts = {"images": len(current), "inserted": inserted, "deleted": len(stale), "collection": collection, "failed": failed}
+    return {**counts, "catalog_version": known["catalog_version"]}
 
 
 def cut(value: Any) -> str:

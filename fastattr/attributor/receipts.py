@@ -94,7 +94,10 @@ def verify(receipt: Mapping[str, Any], attributor: FastAttributor, *, image: Ima
         if image is None:  # what is known only with the image is taken from the receipt
             reach = dataclasses.replace(answer._reach, own=not receipt.get("warnings"))
             answer = dataclasses.replace(answer, near_copies=receipt.get("near_copies"), _reach=reach)
-        differences += share_differences(receipt, json.loads(answer.to_json()))
+        try:
+            differences += share_differences(receipt, json.loads(answer.to_json()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactDamagedError("the receipt's shares are damaged; they are no rows of Attribution.shares().") from error
     return differences
 
 

@@ -216,10 +216,8 @@ class Factors:
         wanted = {name: weight_shape(layer) for name, layer in layers.items()}
         if found != wanted:
             different = sorted(set(found.items()) ^ set(wanted.items()))[:4]
-            raise ArtifactMismatchError(
-                f"{folder} holds factors of other layers, or of shapes other than those to unlearn, e.g. {different}. "
-                "Fit factors for this generator and pattern."
-            )
+            what = f"{folder} holds factors of other layers, or of shapes other than those to unlearn, e.g. {different}"
+            raise ArtifactMismatchError(f"{what}. Fit factors for this generator and pattern.")
         examples = int(next(iter(contents["num_lambda_processed"].values())).flatten()[0])
         right, left, sums = ({name: value.double() for name, value in contents[file].items()} for file in FACTOR_FILES[:3])
         return cls(right, left, {name: value / examples for name, value in sums.items()}, examples)

@@ -44,20 +44,16 @@ FORMAT = "fastattr-statement-1"
 NOTE = "A share is an estimate of influence, not a debt. Intervals are of 95%, as if all receipts erred alike."
 JSON, CSV, HTML, RECEIPTS = FILES = ("statement.json", "statement.csv", "statement.html", "receipts.parquet")
 TEMPLATE = Path(__file__).parents[1] / "templates" / HTML
-UNIT = 10**15
-"""A whole share; receipts have 15 decimals, so that their shares are whole numbers of it."""
-SLACK = 1e-9
-"""By which rounded shares may leave their bounds."""
+UNIT = 10**15  # a whole share; receipts have 15 decimals, so that their shares are whole numbers of it
+SLACK = 1e-9  # by which rounded shares may leave their bounds
+TINY = Fraction(1, 10**6)  # of a cent, by which rounding moves the ends of intervals
+LISTED = 100  # failed receipts that statement.json lists; receipts.parquet has all
+# Decimals of currencies (ISO 4217) that have not 2.
 DECIMALS = dict.fromkeys(("CLP", "ISK", "JPY", "KRW", "VND", "XAF", "XOF"), 0) | dict.fromkeys(("BHD", "JOD", "KWD", "TND"), 3)
-"""Of currencies (ISO 4217) that have not 2."""
 COUNTED, NO_SIGNAL, REPEATED = "counted", "no signal", "repeated"
 KEY = ["sha256", "status"]
 SCHEMA = pa.schema({name: pa.string() for name in ("source", *KEY)} | {"row": pa.int64(), "lines": pa.list_(pa.int32())})
 LINE = ("line", "owner", "amount", "low", "high", "receipts", "below_floor")
-TINY = Fraction(1, 10**6)
-"""Of a cent: by which rounding moves the ends of intervals."""
-LISTED = 100
-"""Failed receipts that statement.json lists; receipts.parquet has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +146,9 @@ def verify_statement(path: Path, *, attributor: str = "") -> list[str]:
         for one, two in ((listed, found), (found, listed))
     )
     lines = [f"{at[0]}, row {at[1]}: was {gone.get(at, 'absent')}, is: {new.get(at, 'absent')}" for at in sorted(gone | new)]
-    for source, row, text in read_receipts(sources) if own else ():
+    for source, row, text in read_receipts(sources if own else ()):
         with contextlib.suppress(FastattrError):  # one that must not be paid was not
+            assert own
             replayed = verify(_receipt(text, facts["versions"]["model"])[0], own)
             lines += [f"{relpath(source, path.parent)}, row {row}: {line}" for line in replayed]
     now = {f"line of {line['owner']}": line for line in again.pop("lines")} | again
@@ -284,7 +281,7 @@ def _write(
         while batch := list(islice(rows, 20_000)):
             writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
     lines, kept = lines_of(tally, facts.get("images", {}), cents, decimals)
-    statement = {"format": FORMAT, "note": NOTE, **asked, "policy": asdict(policy), "attributor": facts}
+    statement: dict[str, Any] = {"format": FORMAT, "note": NOTE, **asked, "policy": asdict(policy), "attributor": facts}
     statement |= {"sources": [relpath(source, beside) for source in sources], "receipts": tally.counts, "failed": tally.failed}
     statement |= {"kept": kept, "lines": lines}
     with atomic_path(out / CSV) as temporary:

@@ -64,10 +64,10 @@ class LightStudent:
         bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
         if len(bad):
             largest = np.abs(features[bad[0]]).max()
-            raise NonFiniteError(
-                f"features of row {bad[0]} (largest {largest:.3g}) give no finite embedding, nor do {len(bad) - 1} other rows; "
-                "give features as the encoders make them: finite, of length about 1."
+            found = (
+                f"features of row {bad[0]} (largest {largest:.3g}) give no finite embedding, nor do {len(bad) - 1} other rows"
             )
+            raise NonFiniteError(f"{found}; give features as the encoders make them: finite, of length about 1.")
         return (embedded / lengths).astype(np.float32)
 
     def closeness(self, similarity: np.ndarray) -> np.ndarray:

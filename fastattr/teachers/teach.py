@@ -243,10 +243,9 @@ def _joined_processes() -> Accelerator:
     accelerator = Accelerator()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
-        raise InputError(
-            f"{launched} processes were launched and each believes to be one of {accelerator.num_processes}; on CPUs set "
-            "ACCELERATE_USE_CPU=true and launch with --multi_gpu, or launch one process."
-        )
+        found = f"{launched} processes were launched and each believes to be one of {accelerator.num_processes}"
+        fix = "on CPUs set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or launch one process"
+        raise InputError(f"{found}; {fix}.")
     return accelerator
 
 

@@ -133,15 +133,16 @@ def test_a_local_folder_named_like_the_embedded_model_is_itself(folder, tmp_path
 
 
 def test_a_removal_that_cannot_be_kept_is_an_error(tmp_path):
-    """A warning is not read by a pipeline; whoever names a folder wants that folder changed."""
+    """A warning is not read by a pipeline, and a changed copy is lost with its process."""
     shipped = FastAttributor.from_pretrained("emoji").folder
     before = sha256_file(shipped / "config.json")
     (tmp_path / "link").symlink_to(shipped)
     for change in (lambda own: own.remove(["openmoji-2764"]), lambda own: own.compact()):
-        for named in (shipped, tmp_path / "link"):
+        for named in ("emoji", shipped, tmp_path / "link"):
             with pytest.raises(InputError, match="not yours to change"):
                 change(FastAttributor.from_pretrained(named))
     assert sha256_file(shipped / "config.json") == before
+    assert not (shipped / "changes.sqlite").exists()
 
 
 @pytest.mark.parametrize("what", ["removed", "k", "table"])

@@ -139,6 +139,9 @@ def test_a_forged_share_is_found_out(key, says):
     values[key] = [row] if key == "shares" else {"share": 0.99, "low": 0.99, "high": 1.0}
     values["sha256"] = content_sha256(values)
     assert says in "\n".join(verify(values, attributor))
+    values["shares"] = [{"creator": "Eve", "named": True, "share": "all"}]
+    with pytest.raises(ArtifactDamagedError, match="shares are damaged"):
+        verify({**values, "sha256": content_sha256(values)}, attributor)
 
 
 def test_the_command_says_same_or_what_differs(folder, receipt, capsys):

@@ -277,6 +277,8 @@ def test_judge_learns_sets_and_subjects(corpus, tmp_path):
         hidden=64,
         embedding=32,
         views=2,
+        style_steps=60,
+        style_batch=16,
         training=judge_training.TrainingConfig(steps=120, batch_size=64, learning_rate=5e-3, warmup_steps=5, ema_decay=0.9),
     )
     few, pictures, same = judge_corpus(corpus, tmp_path / "corpus", {0, 20, 40, 59})
@@ -286,6 +288,19 @@ def test_judge_learns_sets_and_subjects(corpus, tmp_path):
     assert result["style_accuracy_all"] > 0.9
     assert result["subject_right_all"] > 0.9
     assert result["both_right_all_n"] == len(few)
+
+
+def test_means_take_the_place_of_learned_vectors():
+    """A learned vector of a subject with one picture loses against all others; one without any has nothing better."""
+    torch.manual_seed(0)
+    judge = judging.Judge((8, 16), SETS, ("cat", "dog", "none"), hidden=16, embedding=8).eval()
+    described = judging.describe(torch.rand(5, 3, 64, 64) * 2 - 1)
+    learned = judge.prototypes.weight[2].clone()
+    judge_training.take_means(judge, described, torch.tensor([0, 1, 0, 0, 0]))
+    assert judge.subject_logits(judge.embedding(described[1:2])).argmax() == 1
+    lengths = judge.prototypes.weight.norm(dim=1)
+    torch.testing.assert_close(lengths[:2], torch.ones(2))
+    torch.testing.assert_close(judge.prototypes.weight[2], learned)
 
 
 def test_held_out_images_are_of_subjects_that_the_judge_knows(corpus):
@@ -313,7 +328,6 @@ def test_judge_is_not_shown_what_it_is_asked(tmp_path):
         images.append(TrainingImage(image_id=f"{style}-{subject}", image=buffer.getvalue(), captions=[caption], source=style))
     write_corpus(images, tmp_path / "corpus", CorpusConfig())
     corpus = Corpus(tmp_path / "corpus")
-    config = judge_training.JudgeConfig(held_out_share=0.3, once_share=0.2)
     unseen, once = judging.held_out_rows(corpus, 0.3, 0.2)
     assert unseen.any()
     assert once.any()
@@ -326,7 +340,7 @@ def test_judge_is_not_shown_what_it_is_asked(tmp_path):
     drawn[1, free] = drawn[0, twin]  # under another name
     with (tmp_path / "others.npz").open("wb") as file:
         np.savez(file, images=drawn[1], sets=older, subjects=subjects)
-    gathered = judge_training.gather(corpus, drawn[0], tmp_path / "others.npz", config)
+    gathered = judge_training.gather(corpus, drawn[0], tmp_path / "others.npz", 0.3, 0.2)
     assert not set(zip(gathered.sets.tolist(), gathered.subjects.tolist(), strict=True)) & (hidden | barred)
     assert drawn[0, twin].tobytes() not in {image.tobytes() for image in gathered.images}
     assert len(gathered) == 80 - len(hidden) + sum(label not in barred for label in theirs) - 1
