@@ -259,8 +259,15 @@ def content_sha256(receipt: Mapping[str, Any]) -> str:
 def to_csv(table: pd.DataFrame) -> str:
     """A table as CSV in which no cell is a formula to a spreadsheet: texts that begin like one get an apostrophe."""
     texts = table.select_dtypes(include=["object", "string"]).columns
-    safe = {name: [f"'{value}" if FORMULA.match(str(value)) else value for value in table[name]] for name in texts}
+    safe = {name: [_cell(value) for value in table[name]] for name in texts}
     return str(table.assign(**safe).to_csv(index=False))
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # which the csv module does not quote: what follows would begin a row
+    return f"'{text}" if FORMULA.match(value) else text
 
 
 def _short(text: str, length: int) -> str:

@@ -25,7 +25,7 @@ def prepared(
     if len(images) != len(captions) or (metadata is not None and len(metadata) != len(images)):
         raise InputError(f"{len(images)} images need as many captions and metadata.")
     opened = [open_image(image) for image in images]
-    texts = [list(text) if isinstance(text, list | tuple) else [text] for text in captions]
+    texts: list[Any] = [list(text) if isinstance(text, list | tuple) else [text] for text in captions]
     if not all(text and all(isinstance(one, str) and one.strip() for one in text) for text in texts):
         raise InputError("every image needs a caption.")
     names = [f"added-{image_sha256(image, text[0])[:16]}" for image, text in zip(opened, texts, strict=True)]

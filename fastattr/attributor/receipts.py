@@ -51,7 +51,7 @@ def checked(receipt: Any, path: str) -> dict[str, Any]:
         numbers = [query["k"], *(each["similarity"] for each in receipt["results"])]
         ranks = [each["rank"] for each in receipt["results"]]
         whole = all(isinstance(text, str) for text in texts) and isinstance(receipt["versions"], dict)
-        whole &= np.isfinite(vector).all() and np.isfinite(numbers).all() and ranks == list(range(len(ranks)))
+        whole &= bool(np.isfinite(vector).all() and np.isfinite(numbers).all()) and ranks == list(range(len(ranks)))
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise damaged from error
     if not whole or type(query["k"]) is not int:

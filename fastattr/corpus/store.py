@@ -207,7 +207,9 @@ class Corpus:
         return np.array([self._row[image_id] for image_id in image_ids], dtype=np.int64)
 
     def column(self, name: str) -> list[str]:
-        """One metadata column, in row order."""
+        """One metadata column, in row order; texts that a corpus of an earlier version does not have are empty."""
+        if name in TEXT_COLUMNS and name not in self.table.column_names:
+            return [""] * len(self)
         return self.table[name].to_pylist()
 
     def image_bytes(self, row: int) -> bytes:

@@ -86,7 +86,7 @@ def restore(run: Retraining, out: Path) -> bool:
             with atomic_path(run.folder(model) / f"{query_id}.png") as temporary:
                 temporary.write_bytes(row["image"]["bytes"])
         losses = truth.losses_by_timestep([model.model_id], query_ids)[0]
-        kept = {"losses": dict(zip(query_ids, losses.tolist(), strict=True)), "regenerated": alike}
+        kept: dict[str, Any] = {"losses": dict(zip(query_ids, losses.tolist(), strict=True)), "regenerated": alike}
         kept |= {"identity": retrain.measurement_identity(run, model), "seconds": spent}  # of each the mean of all
         write_json(run.folder(model) / "measured.json", kept)
     return True

@@ -157,7 +157,9 @@ def import_attributor(weights: Path, features: Path, ids: Path, folder: Path) ->
         raise InputError(f"{features} holds values that are not finite, or too large for the network.")
     with replacing(folder) as temporary:
         save_file(student.state_dict(), temporary / "model.safetensors")  # not halved: orders are to be theirs exactly
-        built = build(lambda start, stop: signed[start:stop], *signed.shape, IndexConfig(factory="Flat"), temporary)
+        built = build(
+            lambda start, stop: signed[start:stop], len(signed), signed.shape[1], IndexConfig(factory="Flat"), temporary
+        )
         pq.write_table(catalog, temporary / "catalog.parquet", compression="zstd")
         write_json(temporary / "metrics.json", {})
         facts = {"imported from": SOURCE, "license": LICENSE}
@@ -232,6 +234,6 @@ def import_scores(files: Sequence[Path], ids: Path, folder: Path, *, prompts: Se
             queries += len(rank)
         config = {"source": SOURCE, "files": [path.name for path in files]}
         inputs = {path.name: sha256_file(path) for path in files}
-        facts = {"teacher": TEACHER, "corpus_fingerprint": fingerprint(names), "generator_fingerprint": ""}
+        facts: dict[str, Any] = {"teacher": TEACHER, "corpus_fingerprint": fingerprint(names), "generator_fingerprint": ""}
         facts |= {"queries": queries, "license": LICENSE}
         return write_manifest(temporary, stage="scores", config=config, inputs=inputs, **facts)

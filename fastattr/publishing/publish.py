@@ -112,7 +112,7 @@ def push_generator(folder: Path, repo_id: str, *, images: pa.Table | None = None
     if not (folder / "model_index.json").exists():
         raise ArtifactNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json.")
     entries = [] if images is None else cards.provenance(images)
-    example = images["caption"][0].as_py() if entries else "a picture"
+    example = images["caption"][0].as_py() if images is not None and entries else "a picture"
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     card = cards.generator_card(repo_id=repo_id, manifest=manifest, entries=entries, example=example)
     with tempfile.TemporaryDirectory() as name:

@@ -328,7 +328,6 @@ def test_judge_is_not_shown_what_it_is_asked(tmp_path):
         images.append(TrainingImage(image_id=f"{style}-{subject}", image=buffer.getvalue(), captions=[caption], source=style))
     write_corpus(images, tmp_path / "corpus", CorpusConfig())
     corpus = Corpus(tmp_path / "corpus")
-    config = judge_training.JudgeConfig(held_out_share=0.3, once_share=0.2)
     unseen, once = judging.held_out_rows(corpus, 0.3, 0.2)
     assert unseen.any()
     assert once.any()
@@ -341,7 +340,7 @@ def test_judge_is_not_shown_what_it_is_asked(tmp_path):
     drawn[1, free] = drawn[0, twin]  # under another name
     with (tmp_path / "others.npz").open("wb") as file:
         np.savez(file, images=drawn[1], sets=older, subjects=subjects)
-    gathered = judge_training.gather(corpus, drawn[0], tmp_path / "others.npz", config)
+    gathered = judge_training.gather(corpus, drawn[0], tmp_path / "others.npz", 0.3, 0.2)
     assert not set(zip(gathered.sets.tolist(), gathered.subjects.tolist(), strict=True)) & (hidden | barred)
     assert drawn[0, twin].tobytes() not in {image.tobytes() for image in gathered.images}
     assert len(gathered) == 80 - len(hidden) + sum(label not in barred for label in theirs) - 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -74,11 +75,11 @@ class Together(types.ModuleType):
                 setattr(module, name, value)
 
 
-def old_names() -> None:
-    """Let `fastattr.NAME` be what `ALIASES` says: one module itself, several together."""
+def old_names(wanted: Collection[str] = frozenset(ALIASES)) -> None:
+    """Let `fastattr.NAME` be what `ALIASES` says for the names that are wanted: one module itself, several together."""
     import fastattr
 
-    for name, parts in ALIASES.items():
+    for name, parts in ((name, parts) for name, parts in ALIASES.items() if name in wanted):
         modules = [importlib.import_module(f"fastattr.{part}") for part in parts]
         found = modules[0] if len(modules) == 1 else Together(f"fastattr.{name}", modules)
         package = REPOSITORY / "fastattr" / name
@@ -135,7 +136,8 @@ if __name__ == "__main__":  # a case's script, under the names of its time
     from fastattr.serving import batches
 
     old_names()
-    Path("sitecustomize.py").write_text("from tests.cases.running import old_names\nold_names()\n", encoding="utf-8")
+    wanted = sorted(set(re.findall(r"fastattr\.(\w+)", text)))
+    Path("sitecustomize.py").write_text(f"from tests.cases.running import old_names\nold_names({wanted})\n", encoding="utf-8")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), str(REPOSITORY)])  # and so do the script's own processes
     Generator._predict = Generator.predict  # type: ignore[attr-defined]
     read_upload = batches.read_upload

@@ -203,13 +203,17 @@ def train(
     examples = TrainingExamples(latents, corpus.captions, tokenizer, config, scheduler.config.num_train_timesteps)
     shape = {"latent_channels": latents.shape[1], "latent_side": latents.shape[2]}
     unet, text_encoder = denoiser.build_denoiser(config, tokenizer=tokenizer, **shape)
-    made_from = [{**vars(config), "training": None, "steps": None, "guidance": None}, inputs]
+    settings = {**vars(config), "training": None, "steps": None, "guidance": None}
+    del settings["compiled"]
+    made_from = [settings, inputs]
     about: dict[str, Any] = {"examples": len(corpus), "made_from": made_from, "accelerator": accelerator}
     classes = {"subjects": len(examples.subjects), "styles": len(examples.styles)}
     caption_loss = denoiser.CaptionLoss(text_encoder, latent_shape=latents.shape[1:], name_weight=config.name_weight, **classes)
     about |= {"description": "text encoder", "checkpoint": folder / CHECKPOINTS[0]}
     foretelling: Any = fit(caption_loss, examples.captions_of, config.text_training, **about)
     text_encoder = foretelling.text_encoder.requires_grad_(False)
+    if config.compiled:
+        unet.compile(dynamic=False)
     loss = DenoiserLoss(unet.to(memory_format=torch.channels_last), text_encoder, scheduler)
     about |= {"description": "generator", "checkpoint": folder / CHECKPOINTS[1], "schedule": trapezoid(config.decay_share)}
     average: Any = fit(loss, examples.batch_of, config.training, **about)
