@@ -157,10 +157,10 @@ def test_a_resumed_batch_takes_over_only_what_is_still_true(folder, tmp_path, mo
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     real = many._attribute
 
-    def until_killed(attributor, rows, beside, k):
+    def until_killed(attributor, rows, *rest):
         if rows["query_id"][0].as_py() == "one4":
             raise KeyboardInterrupt
-        return real(attributor, rows, beside, k)
+        return real(attributor, rows, *rest)
 
     monkeypatch.setattr(many, "_attribute", until_killed)
     with pytest.raises(KeyboardInterrupt):
