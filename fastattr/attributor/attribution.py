@@ -248,11 +248,12 @@ class Attribution:
 
 
 def content_sha256(receipt: Mapping[str, Any]) -> str:
-    """SHA-256 of a receipt's content, however the JSON is laid out.
+    """SHA-256 of a receipt's content, however the JSON is laid out and whether it says 1 or 1.0 (a browser drops the .0).
 
     'sha256', 'model' and 'generation' are left out: a page shows a model's public name, and adds how it drew; 'versions' stay.
     """
     content = {name: value for name, value in receipt.items() if name not in {"sha256", "model", "generation"}}
+    content = json.loads(json.dumps(content), parse_int=float, parse_float=lambda digits: float(digits) + 0.0)  # no -0.0
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

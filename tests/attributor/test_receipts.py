@@ -206,3 +206,11 @@ def test_many_queries_are_divided_among_processes_and_answered_as_one_by_one(fol
         answer = attributor.attribute_features(queries[int(row["query_id"][1:])][None], ["p"], 3)[0]
         assert row["image_ids"] == [result.image_id for result in answer.results]
         np.testing.assert_allclose(row["similarities"], [result.similarity for result in answer.results], atol=1e-5)
+
+
+def test_a_receipt_keeps_its_hash_on_the_way_through_a_browser():
+    """JavaScript writes 1.0 as 1 and -0.0 as 0; the page's receipts would all count as changed."""
+    sent = {"results": [{"rank": 0, "similarity": 1.0, "share": -0.0}], "model": {"name": "a"}}
+    back = {"results": [{"rank": 0, "similarity": 1, "share": 0}], "model": {"name": "b"}}
+    assert content_sha256(sent) == content_sha256(back)
+    assert content_sha256(sent) != content_sha256({**sent, "results": [{"rank": 1, "similarity": 1.0, "share": 0.0}]})
