@@ -234,7 +234,7 @@ def train(corpus: Corpus, pictures: Pictures, config: JudgeConfig, *, same: dict
     nn.init.normal_(judge.prototypes.weight, std=0.3)
     first = {name: value for name, value in vars(config).items() if not name.startswith("style_")}
     made_from = [corpus.fingerprint, len(pictures), {**first, "training": None}]
-    both = fit(
+    both: Any = fit(
         loss.to(memory_format=torch.channels_last),
         batch_of,
         config.training,
@@ -244,8 +244,8 @@ def train(corpus: Corpus, pictures: Pictures, config: JudgeConfig, *, same: dict
         schedule=trapezoid(0.5),
         description="judge",
     )
-    judge = both.judge  # type: ignore[assignment]
-    alone = fit(
+    judge = both.judge
+    alone: Any = fit(
         StyleLoss(judge),
         style_batch_of,
         dataclasses.replace(config.training, steps=config.style_steps, batch_size=config.style_batch),
@@ -255,7 +255,7 @@ def train(corpus: Corpus, pictures: Pictures, config: JudgeConfig, *, same: dict
         schedule=trapezoid(0.5),
         description="sets",
     )
-    judge.style_body, judge.style_head = alone.judge.style_body, alone.judge.style_head  # type: ignore
+    judge.style_body, judge.style_head = alone.judge.style_body, alone.judge.style_head
     judge.eval()
     take_means(judge, described[0], subject_classes)
     return judge

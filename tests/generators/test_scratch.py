@@ -5,13 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from fastattr.core.captions import split_caption
+from fastattr.corpus.store import Corpus
 from fastattr.generators.loading import unknown_words
 from fastattr.generators.scratch.denoiser import (
     NO_STYLE,
@@ -24,7 +29,8 @@ from fastattr.generators.scratch.denoiser import (
     tokenize,
     train_tokenizer,
 )
-from fastattr.generators.scratch.stage import TrainingExamples, draw_prompt, mistype, rows_without_style
+from fastattr.generators.scratch.stage import TrainingExamples, draw_prompt, mistype, rows_without_style, train
+from fastattr.pipeline.config import load_config
 
 CAPTIONS = [
     "red heart, openmoji style",
@@ -179,3 +185,20 @@ def test_words_that_were_never_seen_are_found():
     known = {"dog", "cherry", "box", "face", "7"}
     assert unknown_words("Two dogs, cherries and BOXES with a face of 7", known) == ["two"]
     assert unknown_words("a walrus on the walrus' côte", known) == ["walrus", "côte"]
+
+
+def test_compiling_the_network_goes_on_from_a_checkpoint_that_was_made_without(
+    tiny_run: Path, tiny_config: Path, tmp_path: Path
+):
+    """Whether to compile may be found out while a training is under way; hours of it must not be refused then."""
+    config = load_config(tiny_config).generator
+    assert isinstance(config, GeneratorConfig)
+    config = replace(config, training=replace(config.training, steps=2, checkpoint_every=1))
+    autoencoder, accelerator = AutoencoderKL.from_pretrained(tiny_run / "autoencoder"), Accelerator()
+    given = (Corpus(tiny_run / "corpus"), autoencoder, tmp_path)
+    plain, _ = train(config, *given, inputs={}, accelerator=accelerator)
+    with patch.object(UNet2DConditionModel, "compile", autospec=True) as compiled:
+        again, _ = train(replace(config, compiled=True), *given, inputs={}, accelerator=accelerator)
+    assert compiled.call_count == 1
+    for name, weight in plain.unet.state_dict().items():
+        assert torch.equal(weight, again.unet.state_dict()[name])

@@ -148,8 +148,8 @@ class GeneratorConfig:
     guidance: float = 3.0
     """Default classifier-free guidance scale."""
     compiled: bool = False
-    """Whether torch.compile makes the U-Net faster in training: it takes some minutes first, and then 0.7 of the time on a CPU
-    with AMX (docs/emoji.md)."""
+    """Whether to train the U-Net through torch.compile: it takes some minutes first, and saves time on a CPU with AMX
+    (docs/emoji.md). It may be changed while a training is under way."""
     decay_share: float = 0.3
     """Share of the steps over which the learning rate falls to zero."""
     text_training: TrainingConfig = field(
